@@ -1,0 +1,265 @@
+"""The command: parse flags, call the stage, turn errors into one message and an exit code.
+
+Nothing here imports torch or transformers: `--help` and every config error answer before that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from tunesmith import __version__
+from tunesmith.errors import InterruptedRun, TunesmithError
+
+_EPILOG = {
+    "train": """examples:
+  tunesmith train --model Qwen/Qwen2.5-0.5B --data chats.jsonl --output runs/mine
+  tunesmith train run.yaml --optim.lr 1e-5 --train.epochs 2
+""",
+    "preview": """example:
+  tunesmith preview --model Qwen/Qwen2.5-0.5B --data chats.jsonl --rows 3
+""",
+    "chat": """examples:
+  tunesmith chat runs/mine
+  tunesmith chat runs/mine --prompt "Who are you?"
+in the chat: /reset forgets the conversation, /system TEXT sets the system prompt, /exit leaves
+""",
+}
+
+
+_USAGE = {
+    "train": "tunesmith train [run.yaml] --model M --data D --output RUN [--section.key value ...]",
+    "preview": "tunesmith preview [run.yaml] --model M --data D [--rows N] [--json | --html out.html]",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tunesmith", description="Supervised fine-tuning of language models that a person can trust."
+    )
+    parser.add_argument("--version", action="version", version=f"tunesmith {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    train = _add_command(commands, "train", "fine-tune a model on your data")
+    _add_config_flags(train, ("model", "data", "optim", "train"))
+    train.add_argument("--json-schema", action="store_true", help="print the JSON schema of run.yaml for editors")
+    preview = _add_command(commands, "preview", "show rows as the model will see them, trained tokens coloured")
+    _add_config_flags(preview, ("model", "data"))
+    preview.add_argument("--rows", type=_positive, default=5, metavar="N", help="how many rows (default: 5)")
+    output = preview.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="one JSON object a row")
+    output.add_argument("--html", type=Path, metavar="FILE", help="write a page to read and forward")
+    chat = _add_command(commands, "chat", "talk to a model or a finished run")
+    chat.add_argument("model", metavar="MODEL_OR_RUN", help="folder of a run or model, or a hub id")
+    chat.add_argument("--prompt", metavar="TEXT", help="answer once and exit")
+    chat.add_argument("--system", metavar="TEXT", help="system prompt")
+    chat.add_argument("--max-new-tokens", type=_positive, default=512, metavar="N", help="longest reply (default: 512)")
+    chat.add_argument("--temperature", type=_not_negative, metavar="T", help="0 is greedy; default: the model's own")
+    chat.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    chat.add_argument("--chat-template", metavar="T", help="a .jinja file, chatml, alpaca or none; default: the model's")
+    chat.add_argument("--trust-remote-code", action="store_true", help="run Python code in the model's folder")
+    demo = _add_command(commands, "demo", "train a small model in about a minute and talk to it")
+    demo.add_argument("--output", default="runs/demo", metavar="RUN", help="folder to make (default: runs/demo)")
+    return parser
+
+
+def _add_command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=_EPILOG.get(name),
+        usage=_USAGE.get(name),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is below 0")
+    return value
+
+
+def _add_config_flags(parser: argparse.ArgumentParser, sections: tuple[str, ...]) -> None:
+    """A flag for every key of the config, its help being the key's own text."""
+    from pydantic_core import PydanticUndefined
+
+    from tunesmith.config import OPEN_MAPS, SHORTHANDS, RunConfig, leaf_fields, takes_list
+
+    parser.add_argument("run_yaml", nargs="?", type=Path, metavar="run.yaml", help="the config; flags win over it")
+    short = {dotted: flag for flag, dotted in SHORTHANDS.items()}
+    groups = {name: parser.add_argument_group(name) for name in sections}
+    for dotted, field in leaf_fields(RunConfig).items():
+        section = dotted.split(".")[0]
+        if section not in sections:
+            continue
+        names = [short[dotted], f"--{dotted}"] if dotted in short else [f"--{dotted}"]
+        default = field.default
+        text = (field.description or "").replace("%", "%%")
+        if default not in (None, PydanticUndefined, "") and not field.is_required():
+            text += f" (default: {_show(default)})"
+        if dotted in OPEN_MAPS:
+            groups[section].add_argument(f"--{dotted}.KEY", metavar="VALUE", help=text)  # parsed in _take_open_maps
+            continue
+        options: dict[str, Any] = {"dest": dotted, "default": argparse.SUPPRESS, "help": text}
+        if takes_list(field):
+            options |= {"nargs": "+", "metavar": "NAME" if dotted != "optim.betas" else "X"}
+        elif field.annotation is bool:
+            options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
+        else:
+            options |= {"metavar": _metavar(field.annotation)}
+        groups[section].add_argument(*names, **options)
+
+
+def _metavar(annotation: Any) -> str:
+    """What a value looks like: the choices, N for a whole number, X for any number, TEXT."""
+    options = get_args(annotation) or (annotation,)
+    if all(isinstance(option, str) for option in options):
+        return "|".join(options)
+    return "N" if int in options else "X" if float in options else "TEXT"
+
+
+def _show(default: Any) -> str:
+    if isinstance(default, bool):
+        return str(default).lower()
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def _take_open_maps(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Cut --model.config.KEY VALUE and --data.template_kwargs.KEY VALUE out; their keys are the person's own."""
+    import yaml
+
+    from tunesmith.config import OPEN_MAPS
+
+    rest: list[str] = []
+    taken: dict[str, Any] = {}
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not (word.startswith("--") and any(name.startswith(f"{m}.") for m in OPEN_MAPS)):
+            rest.append(word)
+            continue
+        value = value if equals else next(words, "")
+        try:
+            taken[name] = yaml.safe_load(value)  # 256 is a number, false is false, text is text
+        except yaml.YAMLError:
+            taken[name] = value
+    return rest, taken
+
+
+def _take_unknown_flags(argv: list[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
+    """Cut flags that the command does not know out with their values, to be reported beside all other problems."""
+    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    known = set(commands.choices[argv[0]]._option_string_actions)
+    rest: list[str] = []
+    unknown: list[str] = []
+    is_skipping = False
+    for word in argv:
+        if word.startswith("--") and word != "--":
+            name = word.partition("=")[0]
+            is_skipping = name not in known
+            if is_skipping:
+                unknown.append(name.removeprefix("--"))
+        if not is_skipping:
+            rest.append(word)
+    return rest, unknown
+
+
+def _parse_config_command(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, Any]:
+    from tunesmith.config import PreviewConfig, RunConfig, leaf_fields, resolve_config
+
+    argv, flags = _take_open_maps(argv)
+    argv, unknown = _take_unknown_flags(argv, parser)
+    options = parser.parse_args(argv)
+    if getattr(options, "json_schema", False):
+        return options, None
+    known = leaf_fields(RunConfig)
+    for dotted in known:
+        if hasattr(options, dotted):
+            value = getattr(options, dotted)
+            flags[dotted] = None if value in ("null", ["null"]) else value
+    model = RunConfig if options.command == "train" else PreviewConfig
+    config = resolve_config(model, options.run_yaml, flags, unknown)  # type: ignore[type-var]
+    return options, config
+
+
+def run_command(argv: list[str]) -> None:
+    parser = build_parser()
+    if not argv:
+        parser.print_help()
+        return
+    if argv[0] in ("train", "preview"):
+        options, config = _parse_config_command(parser, argv)
+        if getattr(options, "json_schema", False):
+            _print_schema()
+            return
+        _quiet_libraries()
+        if options.command == "train":
+            from tunesmith.train.run import run_training
+
+            run_training(config)
+        else:
+            from tunesmith.use.preview import run_preview
+
+            run_preview(config, options.rows, options.json, options.html)
+        return
+    options = parser.parse_args(argv)
+    _quiet_libraries()
+    if options.command == "chat":
+        from tunesmith.use.chat import run_chat
+
+        run_chat(options)
+    elif options.command == "demo":
+        from tunesmith.demo.run import run_demo
+
+        run_demo(Path(options.output))
+
+
+def _print_schema() -> None:
+    import json
+
+    from tunesmith.config import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+def _quiet_libraries() -> None:
+    """Our own lines say what matters; set these variables yourself to see theirs."""
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "true",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code of the command contract."""
+    try:
+        run_command(list(sys.argv[1:] if argv is None else argv))
+    except InterruptedRun as error:
+        print(str(error), file=sys.stderr)
+        return error.exit_code
+    except TunesmithError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; nothing was left behind", file=sys.stderr)
+        return InterruptedRun.exit_code
+    except BrokenPipeError:  # the reader (head, less) has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0

@@ -1,0 +1,73 @@
+"""What a row becomes once it is read: a conversation, or plain text. After this nobody looks at raw keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn.
+
+    Attributes:
+        role: system, user, assistant or tool.
+        content: its text; may be empty where tool_calls or reasoning_content stand instead.
+        reasoning_content: what a reasoning model thinks before it answers.
+        tool_calls: [{"type": "function", "function": {"name": str, "arguments": dict | str}}].
+        is_trained: for assistant turns, whether the row wants it learnt (loss_weight 0 = no).
+    """
+
+    role: str
+    content: str
+    reasoning_content: str | None = None
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    is_trained: bool = True
+
+    def to_template(self) -> dict[str, Any]:
+        """The dict that chat templates expect."""
+        message: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.reasoning_content:
+            message["reasoning_content"] = self.reasoning_content
+        if self.tool_calls:
+            message["tool_calls"] = list(self.tool_calls)
+        return message
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Turns with at least one trained assistant turn, the last turn being the assistant's.
+
+    `unanswered` counts the turns behind the last reply that were left off: nothing follows them to learn from.
+    """
+
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    unanswered: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RawText:
+    """Text of which every token is trained (pre-training)."""
+
+    text: str
+
+
+Parsed = Conversation | RawText
+
+
+class RowRefused(Exception):
+    """This row cannot be trained on; the reason says why, for the ledger.
+
+    `by_choice`: not a defect of the data but something that the person asked for, or a known kind of row that is
+    never trained; such rows do not count against data.max_refused.
+    """
+
+    def __init__(self, reason: str, by_choice: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.by_choice = by_choice
+
+
+class UnknownFormat(RowRefused):
+    """No format of ours fits the row's keys."""

@@ -1,0 +1,112 @@
+"""The one place where text becomes token ids, for training, preview, chat and (later) serving."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tunesmith.data.conversation import Message
+from tunesmith.data.template import ChatTemplate, TemplateRefused
+from tunesmith.errors import ModelError
+
+_PROBE = "tunesmith-probe-reply"
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """Token ids of a text, and for each the characters [start, end) that it stands for.
+
+    Byte-level pieces of one character share that character's span.
+    """
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class StopToken:
+    """What ends an assistant's turn: trained at the end of every reply, and where generation stops."""
+
+    id: int
+    text: str
+
+
+class Encoder:
+    """A tokenizer and a chat template, bound together.
+
+    Args:
+        tokenizer: a transformers tokenizer with a Rust backend (it knows offsets).
+        template: None joins prompt + completion + EOS without any template.
+
+    Raises:
+        ModelError: no offsets, no EOS where one is needed, or a template whose replies end in nothing that
+            generation could stop at.
+    """
+
+    def __init__(self, tokenizer: Any, template: ChatTemplate | None) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ModelError(
+                f"the tokenizer ({type(tokenizer).__name__}) has no fast backend, so no character offsets to prove "
+                "labels with. Save it with a tokenizer.json (AutoTokenizer.from_pretrained(..., use_fast=True))."
+            )
+        backend.no_truncation()  # a tokenizer.json may carry settings that would cut or pad texts silently
+        backend.no_padding()
+        self._backend = backend
+        self.added_ids = frozenset(backend.get_added_tokens_decoder())
+        self.bos_ids = bos_ids(tokenizer)
+        self.eos_id: int | None = tokenizer.eos_token_id
+        self.stop = self._find_stop() if template else self._eos_as_stop()
+
+    def encode_texts(self, texts: Sequence[str]) -> list[Encoding]:
+        """Ids of rendered texts; nothing is added in front or behind."""
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [Encoding(e.ids, e.offsets) for e in encodings]
+
+    def encode_prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        """What the model is given to answer these messages: rendered up to where its reply begins."""
+        if self.template is None:
+            text = "".join(message.content for message in messages)
+            return self.bos_ids + self.encode_texts([text])[0].ids
+        try:
+            text = self.template.render(messages, tools, add_generation_prompt=True)
+        except TemplateRefused as refusal:
+            raise ModelError(f"the chat template rejects this conversation: {refusal}") from None
+        return self.encode_texts([text])[0].ids
+
+    def _eos_as_stop(self) -> StopToken:
+        if self.eos_id is None:
+            raise ModelError(
+                "data.chat_template none ends each completion with EOS, but the tokenizer has no eos_token. "
+                "Use a chat template, or a tokenizer with one."
+            )
+        return StopToken(self.eos_id, self.tokenizer.eos_token)
+
+    def _find_stop(self) -> StopToken:
+        """The first added token that the template writes behind a reply."""
+        assert self.template is not None
+        try:
+            text = self.template.render([Message("user", "Hi"), Message("assistant", _PROBE)])
+        except TemplateRefused as refusal:
+            raise ModelError(
+                f"the chat template ({self.template.source}) cannot render a question and its answer: {refusal}"
+            ) from None
+        _, found, tail = text.rpartition(_PROBE)
+        if found:
+            for token_id in self.encode_texts([tail])[0].ids:
+                if token_id in self.added_ids:
+                    return StopToken(token_id, self._backend.id_to_token(token_id))
+        raise ModelError(
+            f"the chat template ({self.template.source}) ends a reply with {tail!r}, which holds no special token of "
+            "this tokenizer, so generation could never stop there. Use a template that ends replies with eos_token "
+            "(--data.chat_template alpaca does)."
+        )
+
+
+def bos_ids(tokenizer: Any) -> list[int]:
+    """What the tokenizer itself puts in front of a plain text: [bos], or nothing."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []

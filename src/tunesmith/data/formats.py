@@ -1,0 +1,271 @@
+"""A row's dict -> Conversation or RawText. Every format that people have, recognised from the row itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tunesmith.config import FieldsSection
+from tunesmith.data.conversation import (
+    Conversation,
+    Message,
+    Parsed,
+    RawText,
+    RowRefused,
+    UnknownFormat,
+)
+from tunesmith.data.hints import FORMATS_KNOWN, describe_unknown, find_placeholder, preference_hint
+from tunesmith.data.turns import ROLE_KEYS, parse_tools, parse_turn, parse_turns
+
+Row = Mapping[str, Any]
+
+
+def get_column(row: Row, path: str) -> Any:
+    """The value under a column name; dots reach into lists and dicts ("instances.0.output"). None if absent."""
+    if path in row:
+        return row[path]
+    value: Any = row
+    for part in path.split("."):
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None
+    return value
+
+
+def _as_text(value: Any, column: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)  # a CSV or Parquet column of numbers ("How many?" -> 42)
+    if not isinstance(value, str):
+        raise RowRefused(f"{column} is {type(value).__name__}, not text")
+    return value
+
+
+def _json_list(value: Any) -> Any:
+    """CSV and Parquet often keep a list of turns as JSON text."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return value
+
+
+def _system_of(row: Row, fields: FieldsSection) -> list[Message]:
+    name = fields.system or "system"
+    text = _as_text(get_column(row, name), name)
+    return [Message("system", text)] if text.strip() else []
+
+
+def _tools_of(row: Row, fields: FieldsSection) -> tuple[dict[str, Any], ...]:
+    return parse_tools(get_column(row, fields.tools or "tools"))
+
+
+def parse_messages(row: Row, fields: FieldsSection) -> Conversation:
+    """{"messages": [{"role", "content"}]}, MiniMind's "conversations", ShareGPT's {"from", "value"}."""
+    names = [fields.messages] if fields.messages else ["messages", "conversations"]
+    turns = next((v for n in names if (v := _json_list(get_column(row, n))) is not None), None)
+    if not isinstance(turns, list):
+        raise RowRefused(f"{names[0]} is not a list of turns")
+    messages, tools = parse_turns(turns, fields.role, fields.content)
+    if not any(m.role == "system" for m in messages[:1]):
+        messages = _system_of(row, fields) + messages
+    return finish(messages, _tools_of(row, fields) or tools)
+
+
+def parse_prompt_completion(row: Row, fields: FieldsSection) -> Conversation:
+    """{"prompt", "completion"}, each a string or a list of messages."""
+    prompt_name, completion_name = fields.prompt or "prompt", fields.completion or "completion"
+    prompt = _json_list(get_column(row, prompt_name))
+    completion = _json_list(get_column(row, completion_name))
+    if prompt is None or completion is None:
+        missing = prompt_name if prompt is None else completion_name
+        raise RowRefused(f"column {missing} is missing or null (keys found: {', '.join(map(str, row))})")
+    messages = _system_of(row, fields)
+    tools: tuple[dict[str, Any], ...] = ()
+    if isinstance(prompt, list):
+        turns, tools = parse_turns(prompt, fields.role, fields.content)
+        messages = turns if turns and turns[0].role == "system" else messages + turns
+        messages = [_untrained(m) for m in messages]  # what stands in the prompt is context
+    else:
+        messages.append(Message("user", _as_text(prompt, prompt_name)))
+    if isinstance(completion, list):
+        messages += parse_turns(completion, fields.role, fields.content)[0]
+    elif isinstance(completion, Mapping):
+        messages.append(parse_turn(completion, fields.role, fields.content))
+    else:
+        messages.append(Message("assistant", _as_text(completion, completion_name)))
+    return finish(messages, _tools_of(row, fields) or tools)
+
+
+def _untrained(message: Message) -> Message:
+    return Message(message.role, message.content, message.reasoning_content, message.tool_calls, False)
+
+
+def parse_alpaca(row: Row, fields: FieldsSection) -> Conversation:
+    """{"instruction", "input", "output" or "response"}, with "system" and "history" [[question, answer], ...]."""
+    names = [fields.output] if fields.output else ["output", "response"]
+    output = next((v for n in names if (v := get_column(row, n)) is not None), None)
+    if output is None:
+        raise RowRefused(f"column {names[0]} is missing or null (keys found: {', '.join(map(str, row))})")
+    instruction_name, input_name = fields.instruction or "instruction", fields.input or "input"
+    instruction = _as_text(get_column(row, instruction_name), instruction_name)
+    extra = _as_text(get_column(row, input_name), input_name)
+    messages = _system_of(row, fields)
+    for pair in _json_list(get_column(row, fields.history or "history")) or []:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RowRefused("history is not a list of [question, answer] pairs")
+        messages += [Message("user", _as_text(pair[0], "history"))]
+        messages += [Message("assistant", _as_text(pair[1], "history"))]
+    question = "\n".join(part for part in (instruction, extra) if part.strip())
+    messages += [Message("user", question), Message("assistant", _as_text(output, names[0]))]
+    return finish(messages, _tools_of(row, fields))
+
+
+def parse_xtuner(row: Row, fields: FieldsSection) -> Conversation:
+    """{"conversation": [{"system", "input", "output"}, ...]}."""
+    turns = _json_list(get_column(row, fields.messages or "conversation"))
+    if not isinstance(turns, list):
+        raise RowRefused("conversation is not a list of turns")
+    messages: list[Message] = []
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, Mapping) or "output" not in turn:
+            raise RowRefused(f"turn {number} of conversation has no output")
+        system = _as_text(turn.get("system"), "system")
+        if system.strip() and number == 0:
+            messages.append(Message("system", system))
+        question = _as_text(turn.get("input"), "input")
+        if question.strip():  # xtuner writes a bare {"output"} for a turn that only continues
+            messages.append(Message("user", question))
+        messages.append(Message("assistant", _as_text(turn["output"], "output")))
+    return finish(messages, _tools_of(row, fields))
+
+
+def parse_text(row: Row, fields: FieldsSection) -> RawText:
+    """{"text"}: pre-training, every token trained. A list of strings is joined by line breaks."""
+    name = fields.text or "text"
+    value = get_column(row, name)
+    if isinstance(value, list) and all(isinstance(line, str) for line in value):
+        value = "\n".join(value)
+    text = _as_text(value, name)
+    if not text.strip():
+        raise RowRefused(f"{name} is empty")
+    return RawText(text)
+
+
+FORMATS: dict[str, Callable[[Row, FieldsSection], Parsed]] = {
+    "messages": parse_messages,
+    "sharegpt": parse_messages,  # the turn itself tells role/content from from/value
+    "prompt_completion": parse_prompt_completion,
+    "alpaca": parse_alpaca,
+    "xtuner": parse_xtuner,
+    "text": parse_text,
+}
+
+
+def recognise_format(row: Row, fields: FieldsSection) -> str | None:
+    """The name of the format that the mapped columns, else the row's own keys, stand for; None if unknown."""
+    if fields.prompt or fields.completion:
+        return "prompt_completion"
+    if fields.messages:
+        turns = _json_list(get_column(row, fields.messages))
+        has_pairs = isinstance(turns, list) and bool(turns) and isinstance(turns[0], Mapping)
+        return "xtuner" if has_pairs and "output" in turns[0] and "input" in turns[0] else "messages"
+    if fields.text:
+        return "text"
+    if fields.instruction or fields.output:
+        return "alpaca"
+    for name in ("messages", "conversations"):
+        turns = _json_list(row.get(name))
+        if isinstance(turns, list):
+            return "messages" if _turns_have_roles(turns, fields) else None
+    turns = _json_list(row.get("conversation"))
+    if isinstance(turns, list) and all(isinstance(t, Mapping) and "output" in t for t in turns):
+        return "xtuner"
+    if "instruction" in row and ("output" in row or "response" in row):
+        return "alpaca"
+    if "prompt" in row and "completion" in row:
+        return "prompt_completion"
+    if isinstance(row.get("text"), str):
+        return "text"
+    return None
+
+
+def _turns_have_roles(turns: list[Any], fields: FieldsSection) -> bool:
+    keys = (fields.role,) if fields.role else ROLE_KEYS
+    return all(isinstance(turn, Mapping) and any(key in turn for key in keys) for turn in turns)
+
+
+def parse_row(row: Any, format_name: str, fields: FieldsSection) -> Parsed:
+    """One row's value as a Conversation or RawText.
+
+    Args:
+        row: what the file holds, a dict in every known format.
+        format_name: a key of FORMATS, or "auto".
+        fields: columns that the person named.
+
+    Raises:
+        RowRefused: this row cannot be trained on.
+        UnknownFormat: its keys mean nothing to us; the message names the mapping that would help.
+    """
+    if not isinstance(row, Mapping):
+        raise UnknownFormat(f"a row must be an object with keys, found {type(row).__name__}. {FORMATS_KNOWN}")
+    _refuse_other_media(row)
+    hint = preference_hint(row, fields)
+    if hint:
+        raise UnknownFormat(hint)
+    if fields.label and not _is_wanted(row, fields.label):
+        raise RowRefused(f"{fields.label} is false: a reply that its readers rejected", by_choice=True)
+    name = recognise_format(row, fields) if format_name == "auto" else format_name
+    if name is None:
+        raise UnknownFormat(describe_unknown(row))
+    return FORMATS[name](row, fields)
+
+
+def _is_wanted(row: Row, label: str) -> bool:
+    value = get_column(row, label)
+    if isinstance(value, str) and value.strip().lower() in ("true", "false", "1", "0"):
+        return value.strip().lower() in ("true", "1")
+    if not isinstance(value, (bool, int)):
+        raise RowRefused(f"{label} is {value!r}, not true or false")
+    return bool(value)
+
+
+def _refuse_other_media(row: Row) -> None:
+    for key in ("images", "image", "videos", "video", "audios", "audio"):
+        if row.get(key) not in (None, [], "", {}):
+            raise UnknownFormat(
+                f"the row carries {key}, and tunesmith trains on text only; training on its text alone would "
+                "teach answers to questions that the model cannot see. Leave such rows out."
+            )
+
+
+def finish(messages: list[Message], tools: tuple[dict[str, Any], ...]) -> Conversation:
+    """The checks that every chat passes through, whatever its format was."""
+    last_reply = max((i for i, m in enumerate(messages) if m.role == "assistant"), default=-1)
+    if last_reply < 0:
+        raise RowRefused("no assistant turn: a question without an answer teaches nothing")
+    kept = messages[: last_reply + 1]
+    trained = [m for m in kept if m.role == "assistant" and m.is_trained]
+    if not trained:
+        raise RowRefused("every assistant turn has loss_weight 0: nothing to train", by_choice=True)
+    for index, message in enumerate(kept):
+        if message.role == "assistant" and message.is_trained:
+            _refuse_bad_reply(index, message)
+    return Conversation(tuple(kept), tools, unanswered=len(messages) - len(kept))
+
+
+def _refuse_bad_reply(index: int, message: Message) -> None:
+    if not message.content.strip() and not message.tool_calls:
+        raise RowRefused(f"turn {index} (assistant) is empty")
+    placeholder = find_placeholder(message.content)
+    if placeholder:
+        raise RowRefused(
+            f"turn {index} (assistant) holds the unfilled placeholder {placeholder}: the model would learn to say it",
+            by_choice=True,
+        )

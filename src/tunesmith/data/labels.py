@@ -1,0 +1,194 @@
+"""Which tokens are trained: the assistant's reply and its stop token, nothing more and nothing less.
+
+A chat is rendered once and encoded once. Where a reply begins is known from rendering the turns before it with the
+generation prompt, which is what the model will be given when it is asked; where it ends, from the stop token behind
+it. Whenever one of these is not a prefix of the whole, or the ids before the reply are not the ids of that prompt,
+the row is refused: its labels would teach something that never happens.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tunesmith.data.conversation import Conversation, Message, RawText, RowRefused
+from tunesmith.data.encode import Encoder, Encoding
+from tunesmith.data.template import ChatTemplate, TemplateRefused
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """Token ids and which of them are trained (1) or context (0), equally long."""
+
+    input_ids: npt.NDArray[np.uint32]
+    loss_mask: npt.NDArray[np.uint8]
+
+    @property
+    def num_targets(self) -> int:
+        """Trained tokens that have a token before them to be predicted from."""
+        return int(self.loss_mask[1:].sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A reply in a rendered text.
+
+    Attributes:
+        prompt: everything before it, as the model will be given it.
+        end: the character behind its stop token.
+        turn: index of its message, for messages to people.
+    """
+
+    prompt: str
+    end: int
+    turn: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    text: str
+    spans: tuple[Span, ...]
+
+    @property
+    def texts(self) -> list[str]:
+        """What must be encoded to label it: the whole, then each prompt."""
+        return [self.text, *(span.prompt for span in self.spans)]
+
+
+def render_chat(conversation: Conversation, template: ChatTemplate, stop: str) -> Rendered:
+    """One rendering of the whole chat, with the place of every trained reply.
+
+    Raises:
+        RowRefused: the template rejects the turns, rewrites history, or drops part of a turn.
+    """
+    messages = conversation.messages
+    try:
+        text = template.render(messages, conversation.tools)
+        _refuse_lost_context(conversation, text)
+        spans = tuple(
+            _find_span(conversation, turn, template, text, stop)
+            for turn, message in enumerate(messages)
+            if message.role == "assistant" and message.is_trained
+        )
+    except TemplateRefused as refusal:
+        raise RowRefused(f"the chat template rejects it: {refusal}") from None
+    return Rendered(text, spans)
+
+
+def _find_span(conversation: Conversation, turn: int, template: ChatTemplate, text: str, stop: str) -> Span:
+    messages, tools = conversation.messages, conversation.tools
+    prompt = template.render(messages[:turn], tools, add_generation_prompt=True)
+    if not text.startswith(prompt):
+        raise RowRefused(
+            f"turn {turn} (assistant): the template's generation prompt is not how it begins the turn in the finished "
+            "conversation"
+        )
+    # The turn ends where rendering up to it and rendering everything part; some templates write more at the very end.
+    until = text if turn == len(messages) - 1 else template.render(messages[: turn + 1], tools)
+    shared = len(os.path.commonprefix([until, text]))
+    stop_at = text.rfind(stop, len(prompt), shared)
+    if stop_at < 0:
+        raise RowRefused(f"turn {turn} (assistant): the template writes it differently once other turns follow")
+    _refuse_lost_reply(turn, messages[turn], text[len(prompt) : stop_at])
+    return Span(prompt, stop_at + len(stop), turn)
+
+
+def _refuse_lost_reply(turn: int, message: Message, body: str) -> None:
+    """Everything that the row says the assistant said must stand in the rendered reply."""
+    parts = {"content": message.content, "reasoning_content": message.reasoning_content or ""}
+    for name, said in parts.items():
+        if said.strip() not in body:
+            raise RowRefused(f"turn {turn} (assistant): the template drops or rewrites its {name}")
+    for call in message.tool_calls:
+        function = call["function"]
+        arguments = function["arguments"]
+        words = [function["name"], *(arguments if isinstance(arguments, dict) else [])]
+        if not all(str(word) in body for word in words):
+            raise RowRefused(f"turn {turn} (assistant): the template drops its tool call {function['name']}")
+
+
+def _refuse_lost_context(conversation: Conversation, text: str) -> None:
+    for turn, message in enumerate(conversation.messages):
+        if message.role != "assistant" and message.content.strip() not in text:
+            raise RowRefused(f"turn {turn} ({message.role}): the template drops or rewrites its content")
+    for tool in conversation.tools:
+        name = tool.get("function", tool).get("name")
+        if isinstance(name, str) and name not in text:
+            raise RowRefused(f"the template drops the tool schema of {name}")
+
+
+def label_chat(rendered: Rendered, encodings: list[Encoding], stop_id: int) -> Sample:
+    """ids and loss_mask of a rendered chat.
+
+    Args:
+        encodings: of `rendered.texts`, in that order.
+
+    Raises:
+        RowRefused: a reply's first token is glued to the prompt, so that the model would meet other ids when asked.
+    """
+    whole, *prompts = encodings
+    loss_mask = np.zeros(len(whole.ids), dtype=np.uint8)
+    for span, prompt in zip(rendered.spans, prompts, strict=True):
+        start = len(prompt.ids)
+        if whole.ids[:start] != prompt.ids:
+            raise RowRefused(
+                f"turn {span.turn} (assistant): a token spans the border between the prompt and the reply"
+            )
+        stop_at = _find_stop(whole, start, span.end, stop_id)
+        if stop_at is None:
+            raise RowRefused(f"turn {span.turn} (assistant): its stop token is not a token of its own")
+        loss_mask[start : stop_at + 1] = 1
+    return Sample(np.array(whole.ids, dtype=np.uint32), loss_mask)
+
+
+def _find_stop(encoding: Encoding, start: int, end: int, stop_id: int) -> int | None:
+    for index in range(start, len(encoding.ids)):
+        if encoding.offsets[index][1] >= end:
+            is_stop = encoding.ids[index] == stop_id and encoding.offsets[index][1] == end
+            return index if is_stop else None
+    return None
+
+
+def join_completion(conversation: Conversation) -> tuple[str, str]:
+    """Prompt and completion of a row for data.chat_template none."""
+    *context, reply = conversation.messages
+    if len(context) > 1 or any(m.role != "user" for m in context) or reply.tool_calls or reply.reasoning_content:
+        raise RowRefused("data.chat_template none joins one prompt and one completion; this row has more turns than that")
+    return "".join(m.content for m in context), reply.content
+
+
+def label_completion(prompt: Encoding, whole: Encoding, encoder: Encoder) -> Sample:
+    """prompt + completion + EOS, the completion and EOS trained.
+
+    Args:
+        prompt: encoding of the prompt alone.
+        whole: encoding of prompt and completion joined.
+    """
+    start = len(prompt.ids)
+    if whole.ids[:start] != prompt.ids:
+        raise RowRefused("a token spans the border between prompt and completion; end the prompt with a line break")
+    ids = [*encoder.bos_ids, *whole.ids, encoder.stop.id]
+    loss_mask = np.ones(len(ids), dtype=np.uint8)
+    loss_mask[: len(encoder.bos_ids) + start] = 0
+    return Sample(np.array(ids, dtype=np.uint32), loss_mask)
+
+
+def label_text(encoding: Encoding, encoder: Encoder, max_seq_len: int) -> Iterator[Sample]:
+    """Raw text with BOS and EOS as the tokenizer has them, every token trained, split without loss."""
+    eos = [encoder.eos_id] if encoder.eos_id is not None else []
+    ids = np.array([*encoder.bos_ids, *encoding.ids, *eos], dtype=np.uint32)
+    for start in range(0, len(ids), max_seq_len):
+        piece = ids[start : start + max_seq_len]
+        yield Sample(piece, np.ones(len(piece), dtype=np.uint8))
+
+
+def truncate(sample: Sample, max_seq_len: int) -> tuple[Sample, int]:
+    """The sample cut to max_seq_len, and the number of tokens lost."""
+    lost = max(0, len(sample.input_ids) - max_seq_len)
+    return Sample(sample.input_ids[:max_seq_len], sample.loss_mask[:max_seq_len]), lost
+
+

@@ -1,0 +1,82 @@
+"""Files written as if the power failed next: a new name, synced, then one rename."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def sync_path(path: Path) -> None:
+    """Push a file's bytes, or a folder's list of names, to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError:  # some network file systems cannot sync a folder; the rename is still atomic there
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(fd)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Replace `path` by `text`; a reader sees the old text or the new one, never a part."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_path(path.parent)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """A folder that appears under `path` whole or not at all.
+
+    Yields a hidden sibling to write into; on success its files are synced and it takes `path`'s name, on any
+    exception it is removed. An existing folder at `path` is replaced.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in sorted(partial.rglob("*")):
+            sync_path(file)
+        sync_path(partial)
+        if path.exists():  # rename cannot replace a folder that holds files
+            old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
+            path.rename(old)
+            partial.rename(path)
+            shutil.rmtree(old)
+        else:
+            partial.rename(path)
+        sync_path(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def sha256_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_text(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def free_bytes(path: Path) -> int:
+    """Room on the file system that `path` lies on, or will lie on."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free

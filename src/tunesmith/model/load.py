@@ -1,0 +1,98 @@
+"""Models: loaded from a folder, a run or the hub, or made new from a preset."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from tunesmith.config import ModelSection
+from tunesmith.errors import ModelError
+from tunesmith.model.presets import build_preset_config
+from tunesmith.model.source import explain_load_error, find_model
+
+DEFAULT_MAX_SEQ_LEN = 2048
+
+
+def load_config(section: ModelSection, tokenizer: Any) -> PretrainedConfig:
+    """The transformers config: cheap, so that its errors come before any data is read."""
+    source = find_model(section.path)
+    if source.kind == "preset":
+        return build_preset_config(source.name, section.config, tokenizer)
+    try:
+        return AutoConfig.from_pretrained(
+            source.name, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+    except Exception as error:
+        raise explain_load_error(section.path, "its config", error) from None
+
+
+def load_model(section: ModelSection, config: PretrainedConfig, dtype: torch.dtype, seed: int) -> nn.Module:
+    """Weights on the CPU in `dtype`.
+
+    Args:
+        config: from load_config; copied, because the attention implementation is written into it.
+        seed: decides the weights of a new:PRESET model.
+    """
+    source = find_model(section.path)
+    if source.kind == "preset":
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source.name,
+            config=copy.deepcopy(config),
+            dtype=dtype,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise explain_load_error(section.path, "its weights", error) from None
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{section.path}: the weights lack {len(missing)} tensors that the model needs ({', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}); training would start from random values there. The folder is "
+            "incomplete, or its config.json belongs to another model."
+        )
+    return model
+
+
+def choose_max_seq_len(config: PretrainedConfig, wanted: int | None) -> tuple[int, str]:
+    """max_seq_len, and a remark where the model was made for less.
+
+    Raises:
+        ModelError: the model has learnt one vector for each position and has none that far out.
+    """
+    text_config = config.get_text_config()
+    context = getattr(text_config, "max_position_embeddings", None)
+    if wanted is None:
+        return min(DEFAULT_MAX_SEQ_LEN, context or DEFAULT_MAX_SEQ_LEN), ""
+    if context is None or wanted <= context:
+        return wanted, ""
+    if getattr(text_config, "rope_parameters", None) is None:
+        raise ModelError(
+            f"data.max_seq_len {wanted}: the model has learnt positions up to {context} only. Set it to {context} or less."
+        )
+    return wanted, f"longer than the model's own context of {context}"
+
+
+def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
+    """Every token id must have a row in the embedding."""
+    rows = model.get_input_embeddings().num_embeddings
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ModelError(
+            f"the tokenizer knows ids up to {largest}, but the model's embedding has {rows} rows: they do not belong "
+            "together. Give the model's own tokenizer."
+        )
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """All and trainable parameters; tied ones count once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)

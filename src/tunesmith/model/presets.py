@@ -1,0 +1,61 @@
+"""new:PRESET models: transformers configs with random weights, so that others open what we train as it stands.
+
+Weights are drawn as transformers does for the architecture: normal with std initializer_range (0.02), norms at 1,
+biases at 0, from train.seed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from tunesmith.errors import ModelError
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {  # about 1M parameters with a vocabulary of 2,000
+        "model_type": "qwen3",
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "intermediate_size": 384,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def build_preset_config(name: str, overrides: dict[str, Any], tokenizer: Any) -> PretrainedConfig:
+    """The config of new:NAME for this tokenizer.
+
+    Args:
+        overrides: model.config.*, any field of the transformers config.
+
+    Raises:
+        ModelError: no such preset or field.
+    """
+    if name not in PRESETS:
+        close = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f" Did you mean new:{close[0]}?" if close else ""
+        raise ModelError(f"new:{name}: no such preset.{hint} Known: {', '.join(f'new:{p}' for p in PRESETS)}.")
+    values = dict(PRESETS[name])
+    model_type = values.pop("model_type")
+    known = AutoConfig.for_model(model_type)
+    for key in overrides:
+        if not hasattr(known, key):
+            close = difflib.get_close_matches(key, list(known.to_dict()), n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ModelError(f"model.config.{key}: the {model_type} config has no such field{hint}")
+    special = {
+        "vocab_size": max(tokenizer.get_vocab().values()) + 1,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    try:
+        return AutoConfig.for_model(model_type, **{**values, **special, **overrides})
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"model.config: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,41 @@
+"""A model folder that others open as it stands: weights, tokenizer, template, stop token, a short card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tunesmith.data.encode import Encoder
+from tunesmith.files import atomic_directory
+
+
+def save_model(model: nn.Module, encoder: Encoder, card: str, folder: Path) -> None:
+    """Write the folder whole or not at all."""
+    with atomic_directory(folder) as partial:
+        write_model(model, encoder, partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_model(model: nn.Module, encoder: Encoder, folder: Path) -> None:
+    set_stop_token(model, encoder)
+    model.save_pretrained(folder)
+    tokenizer = encoder.tokenizer
+    if encoder.template is not None:
+        tokenizer.chat_template = encoder.template.text
+    tokenizer.save_pretrained(folder)
+
+
+def set_stop_token(model: nn.Module, encoder: Encoder) -> None:
+    """The stop token that was trained goes first into generation_config, before any the model had."""
+    config: Any = model.generation_config
+    had = config.eos_token_id
+    had = had if isinstance(had, list) else [] if had is None else [had]
+    stops = list(dict.fromkeys([encoder.stop.id, *had, *([encoder.eos_id] if encoder.eos_id is not None else [])]))
+    config.eos_token_id = stops if len(stops) > 1 else stops[0]
+    if config.pad_token_id is None:
+        pad = encoder.tokenizer.pad_token_id
+        config.pad_token_id = pad if pad is not None else stops[0]
+    if not config.do_sample:  # some hub models carry temperature without do_sample, which transformers will not save
+        config.temperature = config.top_p = config.top_k = None

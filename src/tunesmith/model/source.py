@@ -1,0 +1,89 @@
+"""What the person calls a model: a folder, a run of ours, a hub id, or new:PRESET. Every way it can be wrong."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunesmith.errors import ModelError
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Attributes:
+    kind: "local", "hub" or "preset".
+    name: the folder, hub id or preset name.
+    """
+
+    kind: str
+    name: str
+
+
+def find_model(path: str) -> ModelSource:
+    """Tell what `path` stands for, without loading anything.
+
+    Raises:
+        ModelError: a folder that holds no model, or a name that stands for nothing.
+    """
+    if path.startswith("new:"):
+        return ModelSource("preset", path.removeprefix("new:"))
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return ModelSource("local", str(folder))
+        if (folder / "model" / "config.json").is_file():  # a run of ours
+            return ModelSource("local", str(folder / "model"))
+        raise ModelError(_explain_folder(folder))
+    if folder.is_file():
+        raise ModelError(f"{path}: is a file; give the folder that holds config.json and the weights.")
+    if not _HUB_ID.fullmatch(path) or folder.parent != Path() and folder.parent.is_dir():
+        close = []
+        if folder.parent.is_dir():
+            close = difflib.get_close_matches(folder.name, [p.name for p in folder.parent.iterdir()], n=1)
+        hint = f" Did you mean {folder.parent / close[0]}?" if close else ""
+        raise ModelError(f"{path}: no such model folder.{hint} A hub model is named owner/name.")
+    return ModelSource("hub", path)
+
+
+def _explain_folder(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir())
+    found = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
+    if (folder / "config.yaml").is_file():
+        checkpoints = sorted((folder / "checkpoints").glob("step-*")) if (folder / "checkpoints").is_dir() else []
+        hint = f" Its newest checkpoint is {checkpoints[-1]}." if checkpoints else ""
+        return f"{folder}: a run that has not finished, so it has no model/ yet.{hint}"
+    return (
+        f"{folder}: no config.json, so not a Hugging Face model folder (it holds: {found}). Give the folder that "
+        "holds config.json, model.safetensors and the tokenizer files."
+    )
+
+
+def explain_load_error(name: str, what: str, error: Exception) -> ModelError:
+    """transformers' and huggingface_hub's errors in our words: what is wrong and what to do."""
+    text = str(error).strip() or type(error).__name__
+    chain = f"{text} {error.__cause__ or ''} {error.__context__ or ''}".lower()
+    first = text.splitlines()[0]
+    if "gated" in chain or "403" in chain:
+        reason = "the model is gated. Accept its licence on its page, then log in with: hf auth login"
+    elif "401" in chain or "not a valid model identifier" in chain or "repository not found" in chain:
+        reason = "no such hub model, or it is private. Check the name; for a private one: hf auth login"
+    elif "trust_remote_code" in chain or "custom code" in chain:
+        reason = (
+            "the model brings Python code of its own. Read that code, and if you trust it: "
+            "--model.trust_remote_code true"
+        )
+    elif any(word in chain for word in ("couldn't connect", "offline", "connection", "resolve", "timed out", "cannot find the requested files")):  # fmt: skip
+        reason = (
+            "it is not a local folder, and the hub cannot be reached. Check the spelling and the network, or give a "
+            "downloaded folder"
+        )
+    elif "model_type" in chain:
+        reason = f"its config.json names no architecture that transformers knows ({first})"
+    else:
+        reason = first
+    return ModelError(f"{name}: {what} cannot be loaded: {reason}.")

@@ -1,0 +1,80 @@
+"""Tokenizers: loaded, bound to a chat template, or trained on texts."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from tunesmith.config import DataSection, ModelSection
+from tunesmith.data.encode import Encoder, bos_ids
+from tunesmith.data.template import ChatTemplate, find_template, load_built_in
+from tunesmith.errors import ModelError
+from tunesmith.model.source import explain_load_error, find_model
+
+CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def load_tokenizer(section: ModelSection) -> Any:
+    """The tokenizer of the run: model.tokenizer, else the model's own."""
+    name = section.tokenizer or section.path
+    if name.startswith("new:"):
+        raise ModelError(
+            f"{name} has random weights and no tokenizer. Give one: --tokenizer FOLDER (any Hugging Face tokenizer)."
+        )
+    revision = section.revision
+    if section.tokenizer and Path(name).expanduser().is_dir():
+        folder = str(Path(name).expanduser())
+        revision = None
+    else:
+        folder = find_model(name).name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, revision=revision, trust_remote_code=section.trust_remote_code
+        )
+    except Exception as error:
+        raise explain_load_error(name, "its tokenizer", error) from None
+    if len(tokenizer) == 0 or not tokenizer("a")["input_ids"]:
+        raise ModelError(f"{name}: the folder holds no usable tokenizer (tokenizer.json or vocab files).")
+    return tokenizer
+
+
+def load_encoder(model: ModelSection, data: DataSection, date: datetime.datetime) -> Encoder:
+    """Tokenizer and chat template as one run uses them, for training and preview alike."""
+    return build_encoder(load_tokenizer(model), data.chat_template, data.template_kwargs, date)
+
+
+def build_encoder(
+    tokenizer: Any, chat_template: str | None, template_kwargs: dict[str, Any], date: datetime.datetime
+) -> Encoder:
+    if chat_template == "none":
+        return Encoder(tokenizer, None)
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    text, source, is_fallback = find_template(
+        chat_template, tokenizer.chat_template, special, add_bos=bool(bos_ids(tokenizer))
+    )
+    return Encoder(tokenizer, ChatTemplate(text, source, special, template_kwargs, date, is_fallback))
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE (Sennrich et al. 2016) with ChatML control tokens and template; any text round-trips."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(CONTROL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False
+    )
+    tokenizer.chat_template = load_built_in("chatml", add_bos=False)
+    return tokenizer

@@ -1,0 +1,47 @@
+"""AdamW with decay groups, and the learning rate as a plain function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from tunesmith.config import OptimSection
+
+
+def build_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019) over the trainable parameters.
+
+    Weight decay pulls on matrices only: biases and norms set scales, and an embedding row that no batch touches
+    should not shrink.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trainable if p.ndim >= 2 and id(p) not in embeddings]
+    others = [p for p in trainable if p.ndim < 2 or id(p) in embeddings]
+    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
+    )
+
+
+def lr_at(step: int, total_steps: int, optim: OptimSection) -> float:
+    """Learning rate of update number `step`, counted from 0.
+
+    Warmup rises linearly and reaches optim.lr at its end; then the schedule falls to min_lr_ratio * lr at the last
+    step (cosine: Loshchilov and Hutter 2017).
+    """
+    warmup = math.ceil(optim.warmup_ratio * total_steps)
+    if step < warmup:
+        return optim.lr * (step + 1) / warmup
+    if optim.schedule == "constant":
+        return optim.lr
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if optim.schedule == "cosine" else 1 - progress
+    return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * left)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,82 @@
+"""`tunesmith chat`: a conversation in the terminal, or one answer with --prompt."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+
+from tunesmith.config import ModelSection
+from tunesmith.data.conversation import Message
+from tunesmith.use.generate import PieceDecoder, Sampling, Speaker, decode_reply, generate_ids, load_speaker
+
+HELP = "/reset forgets the conversation, /system TEXT sets the system prompt (and resets), /exit leaves"
+
+
+def run_chat(options: argparse.Namespace) -> None:
+    section = ModelSection(path=options.model, trust_remote_code=options.trust_remote_code)
+    speaker = load_speaker(section, options.chat_template)
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.seed)
+    chat = Chat(speaker, sampling, options.system)
+    if options.prompt is not None:
+        chat.answer(options.prompt)
+        return
+    print(f"{options.model}: {HELP}")
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # line editing and history for input()
+    while True:
+        try:
+            line = input("you> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if line == "/exit":
+            return
+        if line:
+            _handle_line(chat, line)
+
+
+def _handle_line(chat: Chat, line: str) -> None:
+    if line == "/reset":
+        chat.reset()
+        print("(forgotten)")
+    elif line == "/system" or line.startswith("/system "):
+        chat.reset(system=line.removeprefix("/system").strip() or None)
+        print("(system prompt set)" if chat.system else "(system prompt removed)")
+    elif line.startswith("/"):
+        print(f"unknown command {line.split()[0]}; {HELP}")
+    else:
+        try:
+            chat.answer(line)
+        except KeyboardInterrupt:  # stops the reply, not the chat
+            print(" (interrupted)")
+
+
+class Chat:
+    """The turns so far, and the model that answers the next."""
+
+    def __init__(self, speaker: Speaker, sampling: Sampling, system: str | None) -> None:
+        self.speaker = speaker
+        self.sampling = sampling
+        self.reset(system)
+
+    def reset(self, system: str | None = "") -> None:
+        """Forget all turns; the system prompt stays unless a new one (or None) is given."""
+        self.system = self.system if system == "" else system
+        self.messages = [Message("system", self.system)] if self.system else []
+
+    def answer(self, text: str) -> str:
+        """Print the reply as it comes, and keep both turns once it is whole."""
+        asked = [*self.messages, Message("user", text)]
+        prompt = self.speaker.encoder.encode_prompt(asked)
+        pieces = PieceDecoder(self.speaker.encoder)
+
+        def show(token_id: int) -> None:
+            sys.stdout.write(pieces.push(token_id))
+            sys.stdout.flush()
+
+        ids = generate_ids(self.speaker, prompt, self.sampling, show)
+        print()
+        reply = decode_reply(self.speaker.encoder, ids)
+        self.messages = [*asked, Message("assistant", reply)]
+        return reply

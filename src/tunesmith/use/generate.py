@@ -1,0 +1,123 @@
+"""A model folder opened for use, and replies streamed from it piece by piece."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunesmith.config import ModelSection
+from tunesmith.data.conversation import Message
+from tunesmith.data.encode import Encoder
+from tunesmith.model.load import load_config, load_model
+from tunesmith.model.tokenizer import build_encoder, load_tokenizer
+from tunesmith.train.precision import pick_device
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A loaded model that answers; it encodes with the same code as training."""
+
+    model: nn.Module
+    encoder: Encoder
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a reply is drawn. temperature None: as the model's generation_config says; 0: greedy."""
+
+    max_new_tokens: int = 512
+    temperature: float | None = None
+    seed: int = 0
+
+
+def load_speaker(section: ModelSection, chat_template: str | None = None) -> Speaker:
+    tokenizer = load_tokenizer(section)
+    encoder = build_encoder(tokenizer, chat_template, {}, datetime.datetime.now())
+    config = load_config(section, tokenizer)
+    device = pick_device()
+    dtype = getattr(config, "dtype", None) or torch.float32
+    if device.type == "cpu":
+        dtype = torch.float32  # half precision is slow or missing on CPUs
+    model = load_model(section, config, dtype, seed=0).to(device).eval()
+    return Speaker(model, encoder)
+
+
+@torch.no_grad()
+def generate_ids(
+    speaker: Speaker, prompt: list[int], sampling: Sampling, on_token: Callable[[int], None] | None = None
+) -> list[int]:
+    """Ids of the reply, its stop token included where it stopped by itself."""
+    torch.manual_seed(sampling.seed)
+    config = speaker.model.generation_config
+    options: dict[str, Any] = {"max_new_tokens": sampling.max_new_tokens}
+    if sampling.temperature == 0:
+        options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    elif sampling.temperature is not None:
+        options |= {"do_sample": True, "temperature": sampling.temperature}
+    stops = config.eos_token_id if config.eos_token_id is not None else speaker.encoder.stop.id
+    stops = [speaker.encoder.stop.id, *(stops if isinstance(stops, list) else [stops])]
+    pad = config.pad_token_id if config.pad_token_id is not None else speaker.encoder.stop.id
+    ids = torch.tensor([prompt], device=next(speaker.model.parameters()).device)
+    output = speaker.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        eos_token_id=sorted(set(stops)),
+        pad_token_id=pad,
+        streamer=_TokenStreamer(on_token) if on_token else None,
+        **options,
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+class _TokenStreamer:
+    """What `generate` calls with each new token; the first call carries the prompt."""
+
+    def __init__(self, on_token: Callable[[int], None]) -> None:
+        self._on_token = on_token
+        self._has_prompt = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._has_prompt:
+            self._on_token(int(value.reshape(-1)[0]))
+        self._has_prompt = True
+
+    def end(self) -> None:
+        pass
+
+
+class PieceDecoder:
+    """Tokens to printable pieces: holds back bytes of an unfinished character, drops the stop token."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._ids: list[int] = []
+        self._shown = ""
+
+    def push(self, token_id: int) -> str:
+        if token_id == self._encoder.stop.id:
+            return ""
+        self._ids.append(token_id)
+        text = self._encoder.tokenizer.decode(self._ids, skip_special_tokens=False)
+        if text.endswith("\ufffd"):
+            return ""
+        piece = text[len(self._shown) :]
+        self._shown = text
+        return piece
+
+
+def decode_reply(encoder: Encoder, ids: Sequence[int]) -> str:
+    """Text of a reply without its stop token."""
+    kept = [i for i in ids if i != encoder.stop.id and i != encoder.eos_id]
+    return str(encoder.tokenizer.decode(kept, skip_special_tokens=False))
+
+
+def iterate_replies(speaker: Speaker, prompts: Sequence[str], sampling: Sampling) -> Iterator[tuple[str, bool]]:
+    """Reply to each prompt on its own, and whether it stopped by itself."""
+    for prompt in prompts:
+        ids = generate_ids(speaker, speaker.encoder.encode_prompt([Message("user", prompt)]), sampling)
+        yield decode_reply(speaker.encoder, ids), bool(ids) and ids[-1] == speaker.encoder.stop.id

@@ -1,0 +1,136 @@
+"""Tiny real models, tokenizers and files; nothing is mocked and nothing is fetched."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import pytest
+import torch
+import transformers
+
+from tunesmith.cli import main
+from tunesmith.data.encode import Encoder
+from tunesmith.model.tokenizer import build_encoder, train_tokenizer
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+WORDS = (
+    "the quick brown fox jumps over the lazy dog and says hello to you and me\n"
+    "What is the answer? The answer is forty two. Who are you? I am a small model.\n"
+    "你好，世界。春眠不觉晓，处处闻啼鸟。\n### Instruction:\n### Response:\nsystem user assistant\n"
+)
+
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is not beside this checkout")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_pool() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return train_tokenizer([WORDS] * 20, vocab_size=400)
+
+
+@pytest.fixture
+def encoder(tokenizer: Any) -> Encoder:
+    import copy
+    import datetime
+
+    return build_encoder(copy.deepcopy(tokenizer), None, {}, datetime.datetime(2026, 1, 2))
+
+
+ARCHITECTURES: dict[str, Callable[..., Any]] = {
+    "llama": transformers.LlamaConfig,
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+    "qwen3_moe": transformers.Qwen3MoeConfig,
+    "gpt2": transformers.GPT2Config,
+    "gemma2": transformers.Gemma2Config,
+    "gemma3": transformers.Gemma3TextConfig,
+}
+
+
+def tiny_config(name: str, vocab_size: int = 400, **overrides: Any) -> Any:
+    """A two-layer config of an architecture, with grouped heads where it has them."""
+    if name == "gpt2":
+        values: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+        values |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    else:
+        values = {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "intermediate_size": 64,
+            "max_position_embeddings": 512,
+        }
+    if name == "qwen3_moe":
+        values |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        values |= {"experts_implementation": "eager"}  # the default kernel knows no float64
+    if name in ("gemma2", "gemma3"):
+        # two layers: one sliding with a window shorter than the documents, one full
+        values |= {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 8}
+    # weights larger than usual, so that a leak between documents is far above rounding
+    values |= {"vocab_size": vocab_size, "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return ARCHITECTURES[name](**(values | overrides))
+
+
+def build_model(config: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    import copy
+
+    torch.manual_seed(seed)
+    return transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path, tokenizer: Any) -> Path:
+    """A small Qwen3 model with its tokenizer, as from_pretrained reads it."""
+    return save_folder(tmp_path / "model", tiny_config("qwen3", initializer_range=0.02), tokenizer)
+
+
+def save_folder(folder: Path, config: Any, tokenizer: Any) -> Path:
+    build_model(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def chat_row(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    """Forty short chats."""
+    rows = [chat_row(f"What is the answer {i}?", f"The answer is {i} and you.") for i in range(40)]
+    return write_jsonl(tmp_path / "chats.jsonl", rows)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """The command in this process: exit code, stdout, stderr."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as error:  # argparse
+            code = int(error.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call

@@ -1,0 +1,211 @@
+"""Every format that people have becomes the same Conversation; what must not be trained is refused with its reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tunesmith.config import FieldsSection
+from tunesmith.data.conversation import Conversation, RawText, RowRefused, UnknownFormat
+from tunesmith.data.formats import parse_row
+
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}
+
+
+def parse(row: Any, format_name: str = "auto", **fields: str) -> Conversation:
+    parsed = parse_row(row, format_name, FieldsSection(**fields))
+    assert isinstance(parsed, Conversation)
+    return parsed
+
+
+def turns(row: Any, format_name: str = "auto", **fields: str) -> list[tuple[str, str]]:
+    return [(m.role, m.content) for m in parse(row, format_name, **fields).messages]
+
+
+SAME = [("system", "S"), ("user", "Q"), ("assistant", "A")]
+
+
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        ({"messages": [{"role": r, "content": c} for r, c in SAME]}, {}),
+        ({"conversations": [{"role": r, "content": c} for r, c in SAME]}, {}),
+        ({"system": "S", "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, {}),
+        ({"prompt": "Q", "completion": "A", "system": "S"}, {}),
+        ({"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}],
+          "completion": [{"role": "assistant", "content": "A"}]}, {}),
+        ({"instruction": "Q", "input": "", "output": "A", "system": "S"}, {}),
+        ({"instruction": "Q", "response": "A", "system": "S", "input": None}, {}),
+        ({"conversation": [{"system": "S", "input": "Q", "output": "A"}]}, {}),
+        ({"question": "Q", "answer": "A", "sys": "S"}, {"prompt": "question", "completion": "answer", "system": "sys"}),
+        ({"id": 1, "turns": [{"speaker": r, "text": c} for r, c in SAME]},
+         {"messages": "turns", "role": "speaker", "content": "text"}),
+        ({"messages": '[{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]'}, {}),
+        ({"messages": [{"role": r, "content": [{"type": "text", "value": c}], "loss_weight": float(r == "assistant")} for r, c in SAME]}, {}),
+        ({"messages": [{"role": "developer", "content": "S"}, {"role": "user", "content": [{"type": "text", "text": "Q"}]}, {"role": "assistant", "content": "A"}]}, {}),
+        ({"instruction": "Q", "instances": [{"input": "", "output": "A"}], "system": "S"},
+         {"output": "instances.0.output", "input": "instances.0.input"}),
+    ],
+)  # fmt: skip
+def test_every_format_gives_the_same_chat(row: dict[str, Any], fields: dict[str, str]) -> None:
+    assert turns(row, **fields) == SAME
+
+
+def test_alpaca_input_and_history() -> None:
+    row = {"instruction": "Add", "input": "1 2", "output": "3", "history": [["hi", "hello"]]}
+    assert turns(row) == [("user", "hi"), ("assistant", "hello"), ("user", "Add\n1 2"), ("assistant", "3")]
+
+
+def test_sharegpt_tool_calls() -> None:
+    chat = parse({
+        "tools": '[{"name": "weather", "parameters": {"city": {"type": "string", "enum": null}}}]',
+        "conversations": [
+            {"from": "human", "value": "Rain?"},
+            {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Rome"}}'},
+            {"from": "observation", "value": "sunny"},
+            {"from": "gpt", "value": "No."},
+        ],
+    })  # fmt: skip
+    assert [m.role for m in chat.messages] == ["user", "assistant", "tool", "assistant"]
+    assert chat.messages[1].tool_calls[0]["function"] == {"name": "weather", "arguments": {"city": "Rome"}}
+    assert chat.tools == ({"name": "weather", "parameters": {"city": {"type": "string"}}},)  # Arrow's null is gone
+
+
+def test_openai_tool_calls_with_json_arguments_and_null_content() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    chat = parse({"tools": [WEATHER], "messages": [
+        {"role": "user", "content": "Rain?"}, {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]})  # fmt: skip
+    assert chat.messages[1].tool_calls[0]["function"]["arguments"] == {"city": "Rome"}
+
+
+def test_typed_parts_of_reasoning_and_tool_calls() -> None:
+    parts = [
+        {"type": "reasoning", "value": "hm"}, {"type": "text", "value": "Let me look."},
+        {"type": "tool_call", "value": '{"name": "weather", "arguments": {}}'},
+    ]  # fmt: skip
+    reply = parse({"messages": [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": parts}]}).messages[1]
+    assert (reply.reasoning_content, reply.content, len(reply.tool_calls)) == ("hm", "Let me look.", 1)
+
+
+def test_minimind_keeps_tools_in_the_system_turn() -> None:
+    chat = parse({"conversations": [
+        {"role": "system", "content": "S", "tools": '[{"name": "t"}]'},
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "", "tool_calls": '[{"name": "t", "arguments": {"a": 1}}]'},
+    ]})  # fmt: skip
+    assert chat.tools == ({"name": "t"},)
+    assert chat.messages[2].tool_calls[0]["function"]["arguments"] == {"a": 1}
+
+
+def test_raw_text() -> None:
+    assert parse_row({"text": "abc"}, "auto", FieldsSection()) == RawText("abc")
+    poem = {"title": "t", "paragraphs": ["a", "b"]}
+    assert parse_row(poem, "auto", FieldsSection(text="paragraphs")) == RawText("a\nb")
+
+
+def test_loss_weight_zero_is_not_trained() -> None:
+    rows = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "loss_weight": 0},
+            {"role": "user", "content": "Q"}, {"role": "assistant", "content": "B", "loss_weight": 1.0}]  # fmt: skip
+    assert [m.is_trained for m in parse({"messages": rows}).messages if m.role == "assistant"] == [False, True]
+
+
+def test_a_prompt_list_is_context_even_where_the_assistant_speaks_in_it() -> None:
+    chat = parse({"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}],
+                  "completion": "d"})  # fmt: skip
+    assert [m.content for m in chat.messages if m.is_trained] == ["d"]
+
+
+def test_an_unanswered_last_turn_is_left_off_and_counted() -> None:
+    rows = [{"role": r, "content": c} for r, c in [("user", "a"), ("assistant", "b"), ("user", "c")]]
+    chat = parse({"messages": rows})
+    assert [m.content for m in chat.messages] == ["a", "b"]
+    assert chat.unanswered == 1
+
+
+def user_assistant(reply: Any, **extra: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": reply}], **extra}
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (user_assistant("  "), "turn 1 (assistant) is empty"),
+        ({"messages": [{"role": "user", "content": "Q"}]}, "no assistant turn"),
+        ({"messages": []}, "list of turns is empty"),
+        ({"messages": [{"role": "wizard", "content": "Q"}]}, "unknown role 'wizard'"),
+        ({"messages": [{"role": "user", "content": {"a": 1}}]}, "content is dict"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "part of type image_url"),
+        (user_assistant("Hi, I am {{name}}."), "placeholder {{name}}"),
+        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "loss_weight": 0.5}]}, "loss_weight is 0.5"),
+        ({"messages": [{"role": "user", "content": "Q", "loss_weight": 1.0}, {"role": "assistant", "content": "A"}]}, "a user turn has loss_weight 1"),
+        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "loss_weight": 0}]}, "loss_weight 0: nothing to train"),
+        ({"conversations": [{"from": "human", "value": "Q"}, {"from": "function_call", "value": "{oops"}]}, "a tool call is not JSON"),
+        ({"prompt": "Q", "completion": None}, "completion is missing or null"),
+        ({"text": "   "}, "text is empty"),
+        ({"instruction": "Q", "output": "A", "history": ["x"]}, "history is not a list of"),
+        ({"instruction": "Q", "output": ["A"]}, "output is list, not text"),
+    ],
+)  # fmt: skip
+def test_bad_rows_are_refused_with_the_reason(row: dict[str, Any], words: str) -> None:
+    with pytest.raises(RowRefused) as refusal:
+        parse_row(row, "auto", FieldsSection())
+    assert words in refusal.value.reason
+
+
+def test_placeholders_in_code_are_code() -> None:
+    assert parse(user_assistant("Write `{{name}}` or ```html\n<p>{{name}}</p>\n```")).messages[1].is_trained
+    assert parse(user_assistant("A dict of sets: {{1}, {2}}; {{ spaced }} is Jinja")).messages[1].is_trained
+
+
+DPO = {"conversations": [{"from": "human", "value": "Q"}], "chosen": {"from": "gpt", "value": "good"},
+       "rejected": {"from": "gpt", "value": "bad"}}  # fmt: skip
+KTO_ROWS = [user_assistant("good", label=True), user_assistant("bad", label=False)]
+
+
+@pytest.mark.parametrize("format_name", ["auto", "messages", "sharegpt"])
+def test_preference_data_is_refused_with_the_mapping_that_trains_the_chosen_side(format_name: str) -> None:
+    with pytest.raises(UnknownFormat) as refusal:
+        parse_row(DPO, format_name, FieldsSection())
+    mapping = "--data.format prompt_completion --data.fields.prompt conversations --data.fields.completion chosen"
+    assert mapping in refusal.value.reason
+    assert turns(DPO, "prompt_completion", prompt="conversations", completion="chosen") == [("user", "Q"), ("assistant", "good")]
+
+
+@pytest.mark.parametrize("fields", [{}, {"messages": "messages"}])
+def test_kto_rows_with_label_false_are_never_trained(fields: dict[str, str]) -> None:
+    for row in KTO_ROWS:
+        with pytest.raises(UnknownFormat) as refusal:
+            parse_row(row, "auto", FieldsSection(**fields))
+        assert "--data.fields.label label" in refusal.value.reason
+    assert turns(KTO_ROWS[0], label="label")[-1] == ("assistant", "good")
+    with pytest.raises(RowRefused) as rejected:
+        parse_row(KTO_ROWS[1], "auto", FieldsSection(label="label"))
+    assert rejected.value.by_choice
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"question": "Q?", "answer": "A"}, "--data.fields.prompt question --data.fields.completion answer"),
+        ({"frage": "Q?", "antwort": "A"}, "--data.fields.prompt frage --data.fields.completion antwort"),
+        ({"messages": [{"message": "hi"}, {"message": "ho"}]}, "none says who speaks"),
+        ({"dialog": [{"speaker": "user", "text": "hi"}]},
+         "--data.fields.messages dialog --data.fields.role speaker --data.fields.content text"),
+        ({"message_tree_id": 1, "prompt": {"text": "x", "role": "prompter", "replies": []}}, "message tree"),
+        ({"id": "1", "question": [[{"role": "user", "content": "x"}]], "function": []}, "questions without answers"),
+        ({"id": "1", "ground_truth": []}, "answers without their questions"),
+        ({"title": "t", "paragraphs": ["a", "b"]}, "--data.format text --data.fields.text paragraphs"),
+        ({"instruction": "I", "instances": [{"input": "", "output": "o"}]}, "--data.fields.output instances.0.output"),
+        (user_assistant("A", images=["1.jpg"]), "images"),
+        (["a"], "a row must be an object"),
+    ],
+)  # fmt: skip
+def test_unknown_rows_name_keys_formats_and_the_mapping_that_helps(row: Any, words: str) -> None:
+    with pytest.raises(UnknownFormat) as refusal:
+        parse_row(row, "auto", FieldsSection())
+    assert words in refusal.value.reason
+    if isinstance(row, dict) and "images" not in row:
+        assert "Keys found: " in refusal.value.reason
+        assert "Formats known: " in refusal.value.reason

@@ -1,0 +1,256 @@
+"""Promise 1: only what the assistant says is trained, plus its stop token; otherwise the row is refused."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import chat_row
+from tunesmith.config import DataSection
+from tunesmith.data.encode import Encoder
+from tunesmith.data.ledger import LabelledRow, Ledger
+from tunesmith.data.prepare import NOTE_CUT_REPLY, NOTE_RENDERED, NOTE_UNANSWERED, label_rows
+from tunesmith.data.read import RawRow
+from tunesmith.errors import DataError, ModelError
+from tunesmith.model.tokenizer import build_encoder
+
+DATE = datetime.datetime(2026, 1, 2)
+
+
+def label(encoder: Encoder, *rows: Any, max_seq_len: int = 512, **data: Any) -> list[LabelledRow]:
+    raw = [RawRow("x.jsonl", number, row) for number, row in enumerate(rows, 1)]
+    return list(label_rows(raw, encoder, DataSection(train=["x"], **data), max_seq_len))
+
+
+def trained_texts(encoder: Encoder, row: LabelledRow) -> list[str]:
+    """Text of each run of trained tokens."""
+    texts, run = [], []
+    for sample in row.samples:
+        for token, mask in zip([*sample.input_ids, 0], [*sample.loss_mask, 0], strict=True):
+            if mask:
+                run.append(int(token))
+            elif run:
+                texts.append(encoder.tokenizer.decode(run))
+                run = []
+    return texts
+
+
+def with_template(tokenizer: Any, text: str) -> Encoder:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = text
+    return build_encoder(tokenizer, None, {}, DATE)
+
+
+CHAT = {"messages": [
+    {"role": "system", "content": "Be brief."}, {"role": "user", "content": "你好 🙂?"},
+    {"role": "assistant", "content": "嗨 🙂!"}, {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Bye bye."},
+]}  # fmt: skip
+
+
+def test_every_assistant_turn_and_its_stop_token(encoder: Encoder) -> None:
+    (row,) = label(encoder, CHAT)
+    assert row.status == "used"
+    assert row.how == "as_rendered"
+    assert trained_texts(encoder, row) == ["嗨 🙂!<|im_end|>", "Bye bye.<|im_end|>"]
+    text = encoder.tokenizer.decode(row.samples[0].input_ids)
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n你好 🙂?<|im_end|>")
+
+
+def test_ids_are_those_of_the_stock_chat_template(encoder: Encoder) -> None:
+    (row,) = label(encoder, CHAT)
+    theirs = encoder.tokenizer.apply_chat_template(CHAT["messages"], return_dict=True)["input_ids"]
+    assert row.samples[0].input_ids.tolist() == theirs
+
+
+def test_the_prompt_of_each_reply_is_what_chat_would_send(encoder: Encoder) -> None:
+    from tunesmith.data.conversation import Message
+
+    (row,) = label(encoder, CHAT)
+    sample = row.samples[0]
+    starts = [i for i in range(1, len(sample.loss_mask)) if sample.loss_mask[i] and not sample.loss_mask[i - 1]]
+    messages = [Message(m["role"], m["content"]) for m in CHAT["messages"]]
+    for start, turn in zip(starts, (2, 4), strict=True):
+        assert encoder.encode_prompt(messages[:turn]) == sample.input_ids[:start].tolist()
+
+
+def test_untrained_turns_stay_context(encoder: Encoder) -> None:
+    messages = [dict(m) for m in CHAT["messages"]]
+    messages[2]["loss_weight"] = 0
+    (row,) = label(encoder, {"messages": messages})
+    assert trained_texts(encoder, row) == ["Bye bye.<|im_end|>"]
+
+
+# How public templates differ: each is refused or labelled rightly, never labelled wrongly.
+PHI3 = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ '<|endoftext|>' }}{% endif %}"
+)
+TRIMS = "{% for m in messages %}{{ m.role + ': ' + m.content|trim + eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+STRIPS_HISTORY = (  # as Qwen3 does with the thinking of earlier turns
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+OTHER_PROMPT = PHI3.replace("<|im_start|>assistant\n' }}{% else", "<|im_start|>assistant\n<think>\n' }}{% else")
+DROPS_SYSTEM = "{% for m in messages if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+REJECTS = "{% if messages|length > 2 %}{{ raise_exception('only one turn') }}{% endif %}" + TRIMS
+
+
+def test_a_template_that_writes_more_at_the_very_end(tokenizer: Any) -> None:
+    encoder = with_template(tokenizer, PHI3)
+    (row,) = label(encoder, CHAT)
+    assert encoder.stop.text == "<|im_end|>"
+    assert trained_texts(encoder, row) == ["嗨 🙂!<|im_end|>", "Bye bye.<|im_end|>"]
+
+
+def test_a_template_whose_replies_begin_with_a_space(tokenizer: Any) -> None:
+    encoder = with_template(tokenizer, TRIMS)
+    (row,) = label(encoder, chat_row("Q", " A \n"))
+    assert trained_texts(encoder, row) == [" A<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (STRIPS_HISTORY, "turn 2 (assistant): the template writes it differently once other turns follow"),
+        (OTHER_PROMPT, "turn 2 (assistant): the template's generation prompt is not how it begins the turn"),
+        (DROPS_SYSTEM, "turn 0 (system): the template drops or rewrites its content"),
+        (REJECTS, "the chat template rejects it: only one turn"),
+    ],
+)
+def test_templates_that_cannot_be_labelled_refuse_the_row(tokenizer: Any, template: str, reason: str) -> None:
+    (row,) = label(with_template(tokenizer, template), CHAT)
+    assert row.status == "refused"
+    assert row.reason.startswith(reason)
+    assert row.samples == ()
+
+
+def test_what_a_template_drops_is_never_trained_around(encoder: Encoder) -> None:
+    thinking = {"role": "assistant", "content": "A", "reasoning_content": "hm, let me see"}
+    calling = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather", "arguments": {}}}]}
+    question = {"role": "user", "content": "Q"}
+    rows = label(
+        encoder, {"messages": [question, thinking]}, {"messages": [question, calling]},
+        {**chat_row("Q", "A"), "tools": [{"name": "weather"}]},
+    )  # fmt: skip
+    assert [row.reason for row in rows] == [
+        "turn 1 (assistant): the template drops or rewrites its reasoning_content",
+        "turn 1 (assistant): the template drops its tool call weather",
+        "the template drops the tool schema of weather",
+    ]
+
+
+def test_a_token_across_the_border_refuses_the_row(tokenizer: Any) -> None:
+    """Rendered "...:" + " hello" where ": h" would be one token is not what the model meets when asked."""
+    encoder = with_template(tokenizer, "{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '') }}{% endfor %}")
+    (row,) = label(encoder, chat_row("The answ", "er is the answer"))
+    assert (row.status, row.reason) == ("refused", "turn 1 (assistant): a token spans the border between the prompt and the reply")
+
+
+def test_a_template_without_a_stop_token_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(ModelError, match="holds no special token"):
+        with_template(tokenizer, "{% for m in messages %}{{ m.content }}\n{% endfor %}")
+
+
+def test_prompt_completion_without_template(tokenizer: Any) -> None:
+    encoder = build_encoder(copy.deepcopy(tokenizer), "none", {}, DATE)
+    two = {"prompt": "Q: hello\n", "completion": "you and me"}
+    row, refused = label(encoder, two, CHAT)
+    assert row.how == "joined"
+    assert encoder.tokenizer.decode(row.samples[0].input_ids) == "Q: hello\nyou and me<|im_end|>"
+    assert trained_texts(encoder, row) == ["you and me<|im_end|>"]
+    assert "this row has more turns than that" in refused.reason
+
+
+def test_raw_text_trains_every_token_and_splits_without_loss(encoder: Encoder) -> None:
+    text = "the quick brown fox says hello 你好🙂\r\n" * 50
+    (row,) = label(encoder, {"text": text}, max_seq_len=64)
+    assert row.reason == "split"
+    assert all(sample.loss_mask.all() and len(sample.input_ids) <= 64 for sample in row.samples)
+    ids = [int(i) for sample in row.samples for i in sample.input_ids]
+    assert encoder.tokenizer.decode(ids) == text + "<|im_end|>"
+
+
+def test_text_with_a_rendered_template_is_noticed(encoder: Encoder) -> None:
+    (row,) = label(encoder, {"text": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nho<|im_end|>\n"})
+    assert row.notes == (NOTE_RENDERED,)
+
+
+def test_truncation_counts_what_is_lost(encoder: Encoder) -> None:
+    long = chat_row("Q", "you and me " * 40)
+    ids = label(encoder, long)[0].samples[0].input_ids
+    (row,) = label(encoder, long, max_seq_len=30)
+    assert (row.reason, row.tokens_lost, row.notes) == ("truncated", len(ids) - 30, (NOTE_CUT_REPLY,))
+    assert row.samples[0].input_ids.tolist() == ids[:30].tolist()
+    (row,) = label(encoder, long, max_seq_len=30, overlong="refuse")
+    assert row.reason == f"is {len(ids)} tokens long and data.max_seq_len is 30"
+    (row,) = label(encoder, chat_row("you and me " * 40, "A"), max_seq_len=30)
+    assert row.status == "refused"
+    assert "every trained token lies beyond data.max_seq_len 30" in row.reason
+
+
+def test_truncation_before_an_untouched_reply_is_no_cut_reply(encoder: Encoder) -> None:
+    rows = [("user", "Q"), ("assistant", "A"), ("user", "you and me " * 40), ("assistant", "B")]
+    (row,) = label(encoder, {"messages": [{"role": r, "content": c} for r, c in rows]}, max_seq_len=40)
+    assert (row.reason, row.notes) == ("truncated", ())
+    assert trained_texts(encoder, row) == ["A<|im_end|>"]
+
+
+def test_ledger_accounts_for_every_row(encoder: Encoder) -> None:
+    rows = label(
+        encoder, CHAT, chat_row("Q", ""), chat_row("Q", "I am {{name}}"), chat_row("Q", "A " * 300),
+        {"messages": [*CHAT["messages"], {"role": "user", "content": "?"}]}, max_seq_len=100,
+    )  # fmt: skip
+    ledger = Ledger()
+    for row in rows:
+        ledger.add(row)
+    assert (ledger.rows, ledger.used, ledger.refused, ledger.truncated) == (5, 3, 2, 1)
+    assert ledger.num_bad == 1  # a placeholder row is left out by decision, an empty reply is bad
+    assert ledger.count_notes() == {NOTE_UNANSWERED: 1, NOTE_CUT_REPLY: 1}
+    with pytest.raises(DataError, match=r"1 of 5 rows \(20.0%\) .*\n  x.jsonl:2: turn 1 \(assistant\) is empty"):
+        ledger.raise_if_unusable(0.01)
+    ledger.raise_if_unusable(0.2)
+    entry = ledger.to_json()["files"]["x.jsonl"]
+    numbers = [n for rows_ in entry["refused"].values() for n in rows_]
+    assert sorted(numbers) == [2, 3]
+    assert entry["truncated"] == [{"row": 4, "tokens_lost": rows[3].tokens_lost}]
+
+
+def test_first_row_of_unknown_format_ends_the_command_later_ones_are_refused(encoder: Encoder) -> None:
+    with pytest.raises(DataError, match=r"x\.jsonl:1: no known format\. Keys found: a\."):
+        label(encoder, {"a": 1}, CHAT)
+    rows = label(encoder, CHAT, {"a": 1})
+    assert [row.status for row in rows] == ["used", "refused"]
+
+
+def test_limit(encoder: Encoder) -> None:
+    assert len(label(encoder, CHAT, CHAT, CHAT, limit=2)) == 2
+
+
+@pytest.fixture
+def gpt2_like(tokenizer: Any) -> Callable[[], Any]:
+    def build() -> Any:
+        plain = copy.deepcopy(tokenizer)
+        plain.chat_template = None
+        return plain
+
+    return build
+
+
+def test_a_base_model_without_template_gets_alpaca(gpt2_like: Callable[[], Any], tmp_path: Path) -> None:
+    encoder = build_encoder(gpt2_like(), None, {}, DATE)
+    assert encoder.template is not None
+    assert encoder.template.is_fallback
+    (row,) = label(encoder, chat_row("Q", "A"))
+    assert encoder.tokenizer.decode(row.samples[0].input_ids) == "### Instruction:\nQ\n\n### Response:\nA<|im_end|>"
+    assert trained_texts(encoder, row) == ["A<|im_end|>"]
+    path = tmp_path / "mine.jinja"
+    path.write_text(TRIMS)
+    assert build_encoder(gpt2_like(), str(path), {}, DATE).template.text == TRIMS
+    with pytest.raises(ModelError, match=r"nothing\.jinja: no such file"):
+        build_encoder(gpt2_like(), "nothing.jinja", {}, DATE)

@@ -2,7 +2,7 @@
 
 Registered under a name of our own in transformers' AttentionInterface only, so that no mask is ever built: neither
 transformers nor we make a [tokens, tokens] matrix of a pack. The documents' lengths reach this function as the
-keyword `doc_lens` of model.forward, a list of ints.
+keyword `documents` of model.forward.
 """
 
 from __future__ import annotations
@@ -19,6 +19,19 @@ PACKED_ATTENTION = "tunesmith_packed"
 _QUERY_BLOCK = 1024  # queries of one block where scores are computed by hand
 
 
+class Documents:
+    """The documents of a pack. An object rather than a list, so that torch.compile does not compile anew for each.
+
+    Attributes:
+        lens: tokens of each document, in order; they add up to the pack.
+    """
+
+    __slots__ = ("lens",)
+
+    def __init__(self, lens: list[int]) -> None:
+        self.lens = lens
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -28,7 +41,7 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
-    doc_lens: list[int],
+    documents: Documents,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -39,7 +52,6 @@ def packed_attention(
     Args:
         query: [1, heads, tokens, head_dim]; key, value: [1, kv_heads, tokens, head_dim].
         attention_mask: always None, because the name has no mask function.
-        doc_lens: tokens of each document; they add up to `tokens`.
         sliding_window: a token sees this many tokens, itself included.
         softcap: scores are capped to softcap * tanh(scores / softcap) (Gemma 2).
         s_aux: [heads], the logit of an attention sink per head (gpt-oss).
@@ -50,6 +62,7 @@ def packed_attention(
     assert attention_mask is None, "packed attention takes documents, not masks"
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     by_hand = softcap is not None or s_aux is not None
+    doc_lens = documents.lens
     outputs = []
     for q, k, v in zip(query.split(doc_lens, 2), key.split(doc_lens, 2), value.split(doc_lens, 2), strict=True):
         length = q.shape[2]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith.model.attention import PACKED_ATTENTION, register_packed_attention
+from tunesmith.model.attention import PACKED_ATTENTION, Documents, register_packed_attention
 
 _SHORT_DOCS = [7, 33, 5, 20]
 # Allowed difference relative to the largest hidden value: rounding stays far below, a leak far above.
@@ -91,7 +91,7 @@ def measure_difference(model: nn.Module, own: str, doc_lens: list[int]) -> tuple
     docs = [torch.randint(0, vocab, (1, n), generator=generator).to(device) for n in doc_lens]
     positions = torch.cat([torch.arange(n, device=device) for n in doc_lens])[None]
     packed = decoder(
-        input_ids=torch.cat(docs, 1), position_ids=positions, use_cache=False, doc_lens=doc_lens
+        input_ids=torch.cat(docs, 1), position_ids=positions, use_cache=False, documents=Documents(doc_lens)
     ).last_hidden_state.split(doc_lens, 1)
     model.set_attn_implementation(own)
     difference = scale = 0.0

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.data.pack import IGNORE_INDEX, PackedBatch
+from tunesmith.model.attention import Documents
 
 _CHUNK_BYTES = 256 * 2**20  # fp32 logits that may exist at once
 
@@ -40,7 +41,7 @@ class SupervisedLM(nn.Module):
 
     Args:
         model: a transformers causal LM.
-        is_packed: whether its attention is ours and takes doc_lens; else a batch holds one document.
+        is_packed: whether its attention is ours and takes the documents; else a batch holds one document.
     """
 
     def __init__(self, model: nn.Module, is_packed: bool) -> None:
@@ -53,7 +54,7 @@ class SupervisedLM(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, doc_lens: list[int]) -> LossSums:
         """Loss sums of one pack; all tensors int64 [1, tokens]."""
-        extra: dict[str, Any] = {"doc_lens": doc_lens} if self.is_packed else {}
+        extra: dict[str, Any] = {"documents": Documents(doc_lens)} if self.is_packed else {}
         targets = labels[0, 1:]
         at = (targets != IGNORE_INDEX).nonzero(as_tuple=True)[0]  # position i predicts token i + 1
         targets = targets[at]
@@ -167,7 +168,7 @@ def choose_head_path(lm: SupervisedLM) -> str:
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     inputs["position_ids"] = torch.arange(8, device=device)[None]
     if lm.is_packed:
-        inputs["doc_lens"] = [8]
+        inputs["documents"] = Documents([8])
     reference = model(**inputs).logits[0]
     path = "logits"
     if "logits_to_keep" in inspect.signature(type(model).forward).parameters:

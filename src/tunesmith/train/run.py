@@ -166,7 +166,7 @@ def build_lm(model: nn.Module, isolation: Isolation, config: RunConfig) -> Super
                 f"train.gradient_checkpointing: {type(model).__name__} does not support it; set it to false."
             ) from None
     if config.train.compile:
-        model.compile(dynamic=True)
+        model.get_decoder().compile(dynamic=True)
     return lm
 
 

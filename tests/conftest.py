@@ -79,9 +79,19 @@ def tiny_config(name: str, vocab_size: int = 400, **overrides: Any) -> Any:
         values |= {"experts_implementation": "eager"}  # the default kernel knows no float64
     if name in ("gemma2", "gemma3"):
         # two layers: one sliding with a window shorter than the documents, one full
-        values |= {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 8}
+        values |= {
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "query_pre_attn_scalar": 8,
+        }
     # weights larger than usual, so that a leak between documents is far above rounding
-    values |= {"vocab_size": vocab_size, "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    values |= {
+        "vocab_size": vocab_size,
+        "initializer_range": 0.3,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
     return ARCHITECTURES[name](**(values | overrides))
 
 

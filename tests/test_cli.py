@@ -16,7 +16,9 @@ from tunesmith.config import RunConfig, dump_yaml, json_schema, leaf_fields, res
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "numpy", "rich", "tokenizers")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["chat", "--help"], ["--version"], ["preview", "--help"], []])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help"], ["chat", "--help"], ["--version"], ["preview", "--help"], []]
+)
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     code = (
         "import sys\nfrom tunesmith.cli import main\n"
@@ -74,7 +76,9 @@ def test_a_typo_in_any_flag_is_answered_with_the_key(run, key: str) -> None:
 
 def test_flags_win_over_yaml_and_the_resolved_config_reads_back(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text("model: {path: m}\ndata: {train: d, template_kwargs: {a: 1}}\ntrain: {output_dir: o}\noptim: {lr: 1e-3}\n")
+    path.write_text(
+        "model: {path: m}\ndata: {train: d, template_kwargs: {a: 1}}\ntrain: {output_dir: o}\noptim: {lr: 1e-3}\n"
+    )
     config = resolve_config(RunConfig, path, {"optim.lr": "2e-4", "data.template_kwargs.b": False})
     assert config.optim.lr == 2e-4
     assert config.data.train == ["d"]

@@ -85,7 +85,9 @@ def test_typed_parts_of_reasoning_and_tool_calls() -> None:
         {"type": "reasoning", "value": "hm"}, {"type": "text", "value": "Let me look."},
         {"type": "tool_call", "value": '{"name": "weather", "arguments": {}}'},
     ]  # fmt: skip
-    reply = parse({"messages": [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": parts}]}).messages[1]
+    reply = parse(
+        {"messages": [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": parts}]}
+    ).messages[1]
     assert (reply.reasoning_content, reply.content, len(reply.tool_calls)) == ("hm", "Let me look.", 1)
 
 
@@ -170,7 +172,10 @@ def test_preference_data_is_refused_with_the_mapping_that_trains_the_chosen_side
         parse_row(DPO, format_name, FieldsSection())
     mapping = "--data.format prompt_completion --data.fields.prompt conversations --data.fields.completion chosen"
     assert mapping in refusal.value.reason
-    assert turns(DPO, "prompt_completion", prompt="conversations", completion="chosen") == [("user", "Q"), ("assistant", "good")]
+    assert turns(DPO, "prompt_completion", prompt="conversations", completion="chosen") == [
+        ("user", "Q"),
+        ("assistant", "good"),
+    ]
 
 
 @pytest.mark.parametrize("fields", [{}, {"messages": "messages"}])

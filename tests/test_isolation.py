@@ -23,7 +23,9 @@ def packed_and_solo(model, lens: list[int]) -> tuple[list[torch.Tensor], list[to
     set_up_attention(model, 128, 256)
     assert model.config._attn_implementation == PACKED_ATTENTION
     positions = torch.cat([torch.arange(n) for n in lens])[None]
-    packed = model(input_ids=torch.cat(docs, 1), position_ids=positions, use_cache=False, documents=Documents(lens)).logits[0]
+    packed = model(
+        input_ids=torch.cat(docs, 1), position_ids=positions, use_cache=False, documents=Documents(lens)
+    ).logits[0]
     model.set_attn_implementation(own)
     return list(packed.split(lens)), solo
 
@@ -47,7 +49,10 @@ def test_a_document_cannot_be_seen_from_another(name: str) -> None:
     ids = torch.randint(0, 400, (1, sum(LENS)), generator=torch.Generator().manual_seed(0))
     other = ids.clone()
     other[0, 8:20] = (other[0, 8:20] + 1) % 400  # the third document
-    one, two = (model(input_ids=i, position_ids=positions, use_cache=False, documents=Documents(LENS)).logits[0].split(LENS) for i in (ids, other))
+    one, two = (
+        model(input_ids=i, position_ids=positions, use_cache=False, documents=Documents(LENS)).logits[0].split(LENS)
+        for i in (ids, other)
+    )
     for index in (0, 1, 3, 4):
         assert torch.equal(one[index], two[index])
     assert not torch.equal(one[2], two[2])

@@ -147,9 +147,14 @@ def test_what_a_template_drops_is_never_trained_around(encoder: Encoder) -> None
 
 def test_a_token_across_the_border_refuses_the_row(tokenizer: Any) -> None:
     """Rendered "...:" + " hello" where ": h" would be one token is not what the model meets when asked."""
-    encoder = with_template(tokenizer, "{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '') }}{% endfor %}")
+    encoder = with_template(
+        tokenizer, "{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '') }}{% endfor %}"
+    )
     (row,) = label(encoder, chat_row("The answ", "er is the answer"))
-    assert (row.status, row.reason) == ("refused", "turn 1 (assistant): a token spans the border between the prompt and the reply")
+    assert (row.status, row.reason) == (
+        "refused",
+        "turn 1 (assistant): a token spans the border between the prompt and the reply",
+    )
 
 
 def test_a_template_without_a_stop_token_is_refused(tokenizer: Any) -> None:

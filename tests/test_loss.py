@@ -33,7 +33,9 @@ BATCHINGS = {  # the same eight documents as forwards of one step
 }
 
 
-def gradients(name: str, store, packs: list[list[int]], is_packed: bool = True) -> tuple[float, dict[str, torch.Tensor]]:
+def gradients(
+    name: str, store, packs: list[list[int]], is_packed: bool = True
+) -> tuple[float, dict[str, torch.Tensor]]:
     extra = {"router_aux_loss_coef": 0.0} if "moe" in name else {}
     model = build_model(tiny_config(name, initializer_range=0.02, **extra), torch.float64)
     if is_packed:
@@ -60,7 +62,9 @@ def test_loss_and_gradients_do_not_depend_on_the_batching(name: str, tmp_path: P
         assert abs(loss - reference_loss) < limit
         assert grads.keys() == reference.keys()
         for parameter, grad in grads.items():
-            assert (grad - reference[parameter]).abs().max() <= limit * max(1.0, reference[parameter].abs().max()), parameter
+            assert (grad - reference[parameter]).abs().max() <= limit * max(1.0, reference[parameter].abs().max()), (
+                parameter
+            )
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -170,7 +174,11 @@ def test_the_router_loss_is_added_and_kept_apart(tmp_path: Path) -> None:
     assert torch.allclose(sums.router_loss, 0.5 * theirs.aux_loss)
     assert torch.allclose(sums.loss / batch.num_targets + sums.router_loss, theirs.loss, rtol=1e-4)
     sums.router_loss.backward()
-    assert any(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if n.endswith("mlp.gate.weight"))
+    assert any(
+        p.grad is not None and p.grad.abs().sum() > 0
+        for n, p in model.named_parameters()
+        if n.endswith("mlp.gate.weight")
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe"])

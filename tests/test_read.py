@@ -30,14 +30,20 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "b.jsonl").write_text(lines(ROWS).replace("\n", "\n\n"), encoding="utf-8")
     (tmp_path / "c.json").write_text(lines(ROWS), encoding="utf-8")  # JSON Lines named .json
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(lines(ROWS).encode()))
-    (tmp_path / "e.csv").write_text('\ufeffprompt;completion\n"q0";"a0\u2028b"\nq1;a1\u2028b\nq2;a2\u2028b\n', encoding="utf-8")
+    (tmp_path / "e.csv").write_text(
+        '\ufeffprompt;completion\n"q0";"a0\u2028b"\nq1;a1\u2028b\nq2;a2\u2028b\n', encoding="utf-8"
+    )
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "f.parquet")
-    (tmp_path / "g.tsv").write_text("prompt\tcompletion\n" + "".join(f"{r['prompt']}\t{r['completion']}\n" for r in ROWS))
+    (tmp_path / "g.tsv").write_text(
+        "prompt\tcompletion\n" + "".join(f"{r['prompt']}\t{r['completion']}\n" for r in ROWS)
+    )
     (tmp_path / "h.ndjson").write_text(lines(ROWS), encoding="utf-8-sig")
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["a.json", "b.jsonl", "c.json", "d.jsonl.gz", "e.csv", "f.parquet", "g.tsv", "h.ndjson"])
+@pytest.mark.parametrize(
+    "name", ["a.json", "b.jsonl", "c.json", "d.jsonl.gz", "e.csv", "f.parquet", "g.tsv", "h.ndjson"]
+)
 def test_every_container_holds_the_same_rows(folder: Path, name: str) -> None:
     assert values(folder / name) == ROWS
 
@@ -122,8 +128,8 @@ def test_a_missing_file_offers_the_similar_name(folder: Path) -> None:
         find_sources([str(folder / "bb.jsonl")])
     with pytest.raises(DataError, match="no file matches"):
         find_sources([str(folder / "*.xml")])
+    (folder / "empty").mkdir()
     with pytest.raises(DataError, match="holds no data file"):
-        (folder / "empty").mkdir()
         find_sources([str(folder / "empty")])
 
 

@@ -14,7 +14,12 @@ from tunesmith.data.template import ChatTemplate, TemplateRefused, load_built_in
 from tunesmith.errors import ModelError
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
-CHAT = [Message("user", "Hi <b>&"), Message("assistant", "Hello\n"), Message("user", "你好"), Message("assistant", "嗨")]
+CHAT = [
+    Message("user", "Hi <b>&"),
+    Message("assistant", "Hello\n"),
+    Message("user", "你好"),
+    Message("assistant", "嗨"),
+]
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome", "ünit": "°C"}}}
 TOOL = {"type": "function", "function": {"name": "weather", "description": "d", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}  # fmt: skip
 CASES: dict[str, tuple[list[Message], list[dict[str, Any]], bool]] = {
@@ -33,7 +38,9 @@ def template(text: str, **kwargs: Any) -> ChatTemplate:
 
 @needs_shared
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("path", sorted((SHARED / "templates").glob("*/*.jinja")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+@pytest.mark.parametrize(
+    "path", sorted((SHARED / "templates").glob("*/*.jinja")), ids=lambda p: f"{p.parent.name}-{p.stem}"
+)
 def test_renders_as_transformers_does(path: Any, case: str) -> None:
     text = path.read_text(encoding="utf-8")
     messages, tools, is_prompt = CASES[case]

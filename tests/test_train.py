@@ -27,12 +27,29 @@ def weights(run_folder: Path) -> dict[str, torch.Tensor]:
 
 def test_a_run_leaves_everything_that_it_promises(run, model_folder: Path, chats: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    code, out, err = run("train", "--model", model_folder, "--data", chats, "--output", output, *FAST, "--train.epochs", 6)
+    code, out, err = run(
+        "train", "--model", model_folder, "--data", chats, "--output", output, *FAST, "--train.epochs", 6
+    )
     assert code == 0, err
-    assert sorted(p.name for p in output.iterdir()) == ["config.yaml", "data_ledger.json", "metrics.jsonl", "model", "tokens"]
+    assert sorted(p.name for p in output.iterdir()) == [
+        "config.yaml",
+        "data_ledger.json",
+        "metrics.jsonl",
+        "model",
+        "tokens",
+    ]
     records = metrics(output)
     assert [r["step"] for r in records] == list(range(1, len(records) + 1))
-    assert set(records[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "tokens_per_s"}
+    assert set(records[0]) == {
+        "step",
+        "epoch",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "supervised_tokens",
+        "tokens_per_s",
+    }
     assert records[-1]["loss"] < 0.7 * records[0]["loss"]
     assert records[-1]["epoch"] == 6.0
     ledger = json.loads((output / "data_ledger.json").read_text())
@@ -46,29 +63,52 @@ def test_a_run_leaves_everything_that_it_promises(run, model_folder: Path, chats
     assert not list(tmp_path.glob(".*partial*"))
 
 
-def test_plain_transformers_opens_the_model_and_stops_where_training_taught_it(run, model_folder: Path, tmp_path: Path) -> None:
+def test_plain_transformers_opens_the_model_and_stops_where_training_taught_it(
+    run, model_folder: Path, tmp_path: Path
+) -> None:
     data = write_jsonl(tmp_path / "one.jsonl", [chat_row("Who are you?", "I am a small model.")] * 60)
     output = tmp_path / "run"
-    code, _, err = run("train", "--model", model_folder, "--data", data, "--output", output, *FAST, "--optim.lr", 1e-2, "--train.epochs", 4)
+    code, _, err = run(
+        "train",
+        "--model",
+        model_folder,
+        "--data",
+        data,
+        "--output",
+        output,
+        *FAST,
+        "--optim.lr",
+        1e-2,
+        "--train.epochs",
+        4,
+    )
     assert code == 0, err
     model = AutoModelForCausalLM.from_pretrained(output / "model")
     tokenizer = AutoTokenizer.from_pretrained(output / "model")
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Who are you?"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Who are you?"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     reply = model.generate(**prompt, max_new_tokens=30, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(reply) == "I am a small model.<|im_end|>"
-    assert GenerationConfig.from_pretrained(output / "model").eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert GenerationConfig.from_pretrained(output / "model").eos_token_id == tokenizer.convert_tokens_to_ids(
+        "<|im_end|>"
+    )
     assert "attn_implementation" not in (output / "model" / "config.json").read_text()
     assert (output / "model" / "README.md").read_text().startswith("---\nlibrary_name: transformers\n")
 
 
-def test_the_real_stop_token_goes_into_generation_config_before_the_models_own(run, tokenizer: Any, tmp_path: Path, chats: Path) -> None:
+def test_the_real_stop_token_goes_into_generation_config_before_the_models_own(
+    run, tokenizer: Any, tmp_path: Path, chats: Path
+) -> None:
     """As with Gemma and Qwen base models: tokenizer.eos_token is not what ends a turn."""
     import copy
 
     other = copy.deepcopy(tokenizer)
     other.eos_token = "<|endoftext|>"
     folder = save_folder(tmp_path / "base", tiny_config("llama", eos_token_id=0), other)
-    code, out, err = run("train", "--model", folder, "--data", chats, "--output", tmp_path / "run", *FAST, "--train.max_steps", 1)
+    code, out, err = run(
+        "train", "--model", folder, "--data", chats, "--output", tmp_path / "run", *FAST, "--train.max_steps", 1
+    )
     assert code == 0, err
     assert "replies end with <|im_end|>" in out
     stop = other.convert_tokens_to_ids("<|im_end|>")
@@ -78,7 +118,20 @@ def test_the_real_stop_token_goes_into_generation_config_before_the_models_own(r
 def test_one_seed_decides_everything(run, tokenizer: Any, chats: Path, tmp_path: Path) -> None:
     base = save_folder(tmp_path / "gpt2", tiny_config("gpt2", resid_pdrop=0.1, initializer_range=0.02), tokenizer)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        code, _, err = run("train", "--model", base, "--data", chats, "--output", tmp_path / name, *FAST, "--train.seed", seed, "--data.eval_split", 0.1)
+        code, _, err = run(
+            "train",
+            "--model",
+            base,
+            "--data",
+            chats,
+            "--output",
+            tmp_path / name,
+            *FAST,
+            "--train.seed",
+            seed,
+            "--data.eval_split",
+            0.1,
+        )
         assert code == 0, err
     a, b, c = (weights(tmp_path / name) for name in "abc")
     assert all(torch.equal(a[n], b[n]) for n in a)
@@ -136,7 +189,20 @@ def test_eval_data_of_its_own_and_checkpoints(run, model_folder: Path, chats: Pa
 @pytest.mark.parametrize("precision", ["bf16", "bf16_pure"])
 def test_precisions(run, model_folder: Path, chats: Path, tmp_path: Path, precision: str) -> None:
     output = tmp_path / "run"
-    code, out, err = run("train", "--model", model_folder, "--data", chats, "--output", output, *FAST, "--train.precision", precision, "--train.epochs", 4)
+    code, out, err = run(
+        "train",
+        "--model",
+        model_folder,
+        "--data",
+        chats,
+        "--output",
+        output,
+        *FAST,
+        "--train.precision",
+        precision,
+        "--train.epochs",
+        4,
+    )
     assert code == 0, err
     assert precision in out
     records = metrics(output)
@@ -146,12 +212,31 @@ def test_precisions(run, model_folder: Path, chats: Path, tmp_path: Path, precis
 
 
 @pytest.mark.slow
-def test_compile_and_gradient_checkpointing_give_the_same_losses(run, model_folder: Path, chats: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("default")  # torch's own, from inside its compiler
+def test_compile_and_gradient_checkpointing_give_the_same_losses(
+    run, model_folder: Path, chats: Path, tmp_path: Path
+) -> None:
     from torch._dynamo.utils import counters
 
     counters.clear()
-    for name, flags in (("plain", ()), ("checkpointing", ("--train.gradient_checkpointing",)), ("compile", ("--train.compile", "true"))):
-        code, _, err = run("train", "--model", model_folder, "--data", chats, "--output", tmp_path / name, *FAST, "--train.max_steps", 6, *flags)
+    for name, flags in (
+        ("plain", ()),
+        ("checkpointing", ("--train.gradient_checkpointing",)),
+        ("compile", ("--train.compile", "true")),
+    ):
+        code, _, err = run(
+            "train",
+            "--model",
+            model_folder,
+            "--data",
+            chats,
+            "--output",
+            tmp_path / name,
+            *FAST,
+            "--train.max_steps",
+            6,
+            *flags,
+        )
         assert code == 0, err
     assert counters["stats"]["unique_graphs"] > 0  # something was compiled,
     assert counters["stats"]["unique_graphs"] < 30  # and not again for every pack
@@ -166,20 +251,37 @@ def test_schedules_and_log_steps(run, model_folder: Path, chats: Path, tmp_path:
                        "--optim.warmup_ratio", 0.2, "--optim.schedule", "linear", "--optim.min_lr_ratio", 0.5, "--train.log_steps", 3)  # fmt: skip
     assert code == 0, err
     assert [r["step"] for r in metrics(output)] == [3, 6, 9, 10]
-    assert [r["lr"] for r in metrics(output)] == pytest.approx([1e-3, 1e-3 * (1 - 0.5 * 3 / 8), 1e-3 * (1 - 0.5 * 6 / 8), 1e-3 * (1 - 0.5 * 7 / 8)])
+    assert [r["lr"] for r in metrics(output)] == pytest.approx(
+        [1e-3, 1e-3 * (1 - 0.5 * 3 / 8), 1e-3 * (1 - 0.5 * 6 / 8), 1e-3 * (1 - 0.5 * 7 / 8)]
+    )
 
 
 def test_raw_text_pre_trains(run, model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("the quick brown fox says hello to you and me\n" * 200)
     output = tmp_path / "run"
-    code, out, err = run("train", "--model", model_folder, "--data", tmp_path / "book.txt", "--output", output, *FAST, "--train.epochs", 2, "--data.eval_split", 0.05)
+    code, out, err = run(
+        "train",
+        "--model",
+        model_folder,
+        "--data",
+        tmp_path / "book.txt",
+        "--output",
+        output,
+        *FAST,
+        "--train.epochs",
+        2,
+        "--data.eval_split",
+        0.05,
+    )
     assert code == 0, err
     assert "split without loss: 1 rows of raw text" in out
     assert "raw text, every token trained" in out
     assert metrics(output)[-1]["eval_loss"] < 4
 
 
-def test_a_model_that_mixes_documents_trains_one_document_a_forward(run, tokenizer: Any, chats: Path, tmp_path: Path) -> None:
+def test_a_model_that_mixes_documents_trains_one_document_a_forward(
+    run, tokenizer: Any, chats: Path, tmp_path: Path
+) -> None:
     from test_isolation import lfm2
 
     lfm2().save_pretrained(tmp_path / "lfm2")
@@ -197,7 +299,9 @@ def test_a_base_without_template_says_that_it_gets_alpaca(run, tokenizer: Any, c
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
     base = save_folder(tmp_path / "gpt2", tiny_config("gpt2"), bare)
-    code, out, err = run("train", "--model", base, "--data", chats, "--output", tmp_path / "run", *FAST, "--train.max_steps", 1)
+    code, out, err = run(
+        "train", "--model", base, "--data", chats, "--output", tmp_path / "run", *FAST, "--train.max_steps", 1
+    )
     assert code == 0, err
     assert "alpaca, because the model has none of its own" in out
     assert "### Response:" in (tmp_path / "run" / "model" / "chat_template.jinja").read_text()
@@ -205,7 +309,9 @@ def test_a_base_without_template_says_that_it_gets_alpaca(run, tokenizer: Any, c
 
 def test_moe_metrics_hold_the_router_loss(run, tokenizer: Any, chats: Path, tmp_path: Path) -> None:
     base = save_folder(tmp_path / "moe", tiny_config("qwen3_moe", initializer_range=0.02), tokenizer)
-    code, out, err = run("train", "--model", base, "--data", chats, "--output", tmp_path / "run", *FAST, "--train.max_steps", 2)
+    code, out, err = run(
+        "train", "--model", base, "--data", chats, "--output", tmp_path / "run", *FAST, "--train.max_steps", 2
+    )
     assert code == 0, err
     assert "router loss added" in out
     assert metrics(tmp_path / "run")[0]["router_loss"] > 0
@@ -216,7 +322,18 @@ def test_new_tiny_and_a_run_as_the_next_model(run, tokenizer: Any, chats: Path, 
     code, _, err = run("train", "--model", "new:tiny", "--tokenizer", tmp_path / "tok", "--model.config.hidden_size", 64,
                        "--data", chats, "--output", tmp_path / "one", *FAST, "--train.max_steps", 2)  # fmt: skip
     assert code == 0, err
-    code, out, err = run("train", "--model", tmp_path / "one", "--data", chats, "--output", tmp_path / "two", *FAST, "--train.max_steps", 2)
+    code, _, err = run(
+        "train",
+        "--model",
+        tmp_path / "one",
+        "--data",
+        chats,
+        "--output",
+        tmp_path / "two",
+        *FAST,
+        "--train.max_steps",
+        2,
+    )
     assert code == 0, err
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "model").config
     assert (config.model_type, config.hidden_size) == ("qwen3", 64)
@@ -224,7 +341,20 @@ def test_new_tiny_and_a_run_as_the_next_model(run, tokenizer: Any, chats: Path, 
 
 def test_tensorboard(run, model_folder: Path, chats: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    code, _, err = run("train", "--model", model_folder, "--data", chats, "--output", tmp_path / "run", *FAST, "--train.max_steps", 2, "--train.trackers", "tensorboard")
+    code, _, err = run(
+        "train",
+        "--model",
+        model_folder,
+        "--data",
+        chats,
+        "--output",
+        tmp_path / "run",
+        *FAST,
+        "--train.max_steps",
+        2,
+        "--train.trackers",
+        "tensorboard",
+    )
     assert code == 0, err
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

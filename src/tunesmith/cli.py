@@ -59,7 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--max-new-tokens", type=_positive, default=512, metavar="N", help="longest reply (default: 512)")
     chat.add_argument("--temperature", type=_not_negative, metavar="T", help="0 is greedy; default: the model's own")
     chat.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
-    chat.add_argument("--chat-template", metavar="T", help="a .jinja file, chatml, alpaca or none; default: the model's")
+    chat.add_argument(
+        "--chat-template", metavar="T", help="a .jinja file, chatml, alpaca or none; default: the model's"
+    )
     chat.add_argument("--trust-remote-code", action="store_true", help="run Python code in the model's folder")
     demo = _add_command(commands, "demo", "train a small model in about a minute and talk to it")
     demo.add_argument("--output", default="runs/demo", metavar="RUN", help="folder to make (default: runs/demo)")
@@ -192,7 +194,7 @@ def _parse_config_command(parser: argparse.ArgumentParser, argv: list[str]) -> t
             value = getattr(options, dotted)
             flags[dotted] = None if value in ("null", ["null"]) else value
     model = RunConfig if options.command == "train" else PreviewConfig
-    config = resolve_config(model, options.run_yaml, flags, unknown)  # type: ignore[type-var]
+    config = resolve_config(model, options.run_yaml, flags, unknown)
     return options, config
 
 
@@ -241,6 +243,7 @@ def _quiet_libraries() -> None:
     for name, value in {
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "true",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     }.items():

@@ -129,7 +129,7 @@ class TrainSection(Section):
     grad_accum_steps: int = Field(default=1, ge=1)
     """Forwards per optimizer step. The loss is the mean over all their supervised tokens."""
     precision: Literal["auto", "fp32", "bf16", "bf16_pure", "fp16"] = "auto"
-    """bf16 and fp16 are autocast over fp32 weights, bf16_pure has bf16 weights; auto: bf16 on a GPU that has it, else fp32."""
+    """bf16 and fp16: autocast over fp32 weights; bf16_pure: bf16 weights; auto: bf16 on a GPU that has it, else fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, far less memory."""
     compile: bool = False
@@ -219,7 +219,7 @@ def takes_list(field: FieldInfo) -> bool:
 
 
 def suggest_key(key: str, known: list[str], dashes: str = "") -> str:
-    """"; did you mean ...?" for a mistyped key; also finds a key that sits in another section."""
+    """ "; did you mean ...?" for a mistyped key; also finds a key that sits in another section."""
     last = key.rsplit(".", 1)[-1]
     same_name = [k for k in known if k.rsplit(".", 1)[-1] == last]
     close = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
@@ -235,7 +235,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} stands twice", key_node.start_mark

@@ -266,6 +266,7 @@ def _refuse_bad_reply(index: int, message: Message) -> None:
     placeholder = find_placeholder(message.content)
     if placeholder:
         raise RowRefused(
-            f"turn {index} (assistant) holds the unfilled placeholder {placeholder}: the model would learn to say it",
+            f"turn {index} (assistant) holds the unfilled placeholder {placeholder}, which the model would "
+            "learn to say",
             by_choice=True,
         )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tunesmith.data.conversation import Conversation, Message, RawText, RowRefused
+from tunesmith.data.conversation import Conversation, Message, RowRefused
 from tunesmith.data.encode import Encoder, Encoding
 from tunesmith.data.template import ChatTemplate, TemplateRefused
 
@@ -89,7 +89,7 @@ def _find_span(conversation: Conversation, turn: int, template: ChatTemplate, te
         )
     # The turn ends where rendering up to it and rendering everything part; some templates write more at the very end.
     until = text if turn == len(messages) - 1 else template.render(messages[: turn + 1], tools)
-    shared = len(os.path.commonprefix([until, text]))
+    shared = len(os.path.commonprefix([until, text]))  # noqa: RUF071  # characters are meant
     stop_at = text.rfind(stop, len(prompt), shared)
     if stop_at < 0:
         raise RowRefused(f"turn {turn} (assistant): the template writes it differently once other turns follow")
@@ -135,9 +135,7 @@ def label_chat(rendered: Rendered, encodings: list[Encoding], stop_id: int) -> S
     for span, prompt in zip(rendered.spans, prompts, strict=True):
         start = len(prompt.ids)
         if whole.ids[:start] != prompt.ids:
-            raise RowRefused(
-                f"turn {span.turn} (assistant): a token spans the border between the prompt and the reply"
-            )
+            raise RowRefused(f"turn {span.turn} (assistant): a token spans the border between the prompt and the reply")
         stop_at = _find_stop(whole, start, span.end, stop_id)
         if stop_at is None:
             raise RowRefused(f"turn {span.turn} (assistant): its stop token is not a token of its own")
@@ -157,7 +155,9 @@ def join_completion(conversation: Conversation) -> tuple[str, str]:
     """Prompt and completion of a row for data.chat_template none."""
     *context, reply = conversation.messages
     if len(context) > 1 or any(m.role != "user" for m in context) or reply.tool_calls or reply.reasoning_content:
-        raise RowRefused("data.chat_template none joins one prompt and one completion; this row has more turns than that")
+        raise RowRefused(
+            "data.chat_template none joins one prompt and one completion; this row has more turns than that"
+        )
     return "".join(m.content for m in context), reply.content
 
 
@@ -190,5 +190,3 @@ def truncate(sample: Sample, max_seq_len: int) -> tuple[Sample, int]:
     """The sample cut to max_seq_len, and the number of tokens lost."""
     lost = max(0, len(sample.input_ids) - max_seq_len)
     return Sample(sample.input_ids[:max_seq_len], sample.loss_mask[:max_seq_len]), lost
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from tunesmith.data.labels import Sample
 from tunesmith.errors import DataError
 
+_TURN = re.compile(r"^turn \d+(?: \(\w+\))?:? ")
 _NAMED = 5  # bad rows that an error names one by one; the ledger has them all
 
 
@@ -115,8 +117,7 @@ class Ledger:
         counts: Counter[str] = Counter()
         for entry in self.files.values():
             for reason, rows in entry.refused.items():
-                head, _, rest = reason.partition(": ")
-                counts[rest if head.startswith("turn ") and rest else reason] += len(rows)
+                counts[_TURN.sub("", reason)] += len(rows)
         return counts
 
     def count_notes(self) -> Counter[str]:

@@ -111,8 +111,6 @@ def build_batch(store: TokenStore, pack: Sequence[int] | npt.NDArray[np.int64]) 
     return PackedBatch(input_ids[None], position_ids[None], labels[None], doc_lens, [int(i) for i in pack])
 
 
-def iterate_batches(
-    store: TokenStore, plan: Sequence[npt.NDArray[np.int64]]
-) -> Iterator[PackedBatch]:
+def iterate_batches(store: TokenStore, plan: Sequence[npt.NDArray[np.int64]]) -> Iterator[PackedBatch]:
     for pack in plan:
         yield build_batch(store, pack)

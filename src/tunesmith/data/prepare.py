@@ -44,9 +44,7 @@ class _Draft:
     refusal: RowRefused | None = None
 
 
-def label_rows(
-    rows: Iterable[RawRow], encoder: Encoder, data: DataSection, max_seq_len: int
-) -> Iterator[LabelledRow]:
+def label_rows(rows: Iterable[RawRow], encoder: Encoder, data: DataSection, max_seq_len: int) -> Iterator[LabelledRow]:
     """Every row with its outcome, in order.
 
     Raises:
@@ -128,9 +126,7 @@ def _fit(sample: Sample, data: DataSection, max_seq_len: int) -> tuple[Sample, i
         raise RowRefused(f"is {length} tokens long and data.max_seq_len is {max_seq_len}")
     kept, lost = truncate(sample, max_seq_len)
     if not kept.num_targets:
-        raise RowRefused(
-            f"is {length} tokens long, and every trained token lies beyond data.max_seq_len {max_seq_len}"
-        )
+        raise RowRefused(f"is {length} tokens long, and every trained token lies beyond data.max_seq_len {max_seq_len}")
     # trained on both sides of the cut means that the cut goes through a reply (stop tokens end a run of 1s)
     is_cut = bool(kept.loss_mask[-1] and sample.loss_mask[max_seq_len])
     return kept, lost, (NOTE_CUT_REPLY,) if is_cut else ()

@@ -99,7 +99,13 @@ def _read_content(content: Any) -> tuple[str, str, tuple[dict[str, Any], ...]]:
     calls: tuple[dict[str, Any], ...] = ()
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else "text" if isinstance(part, str) else None
-        value = part if isinstance(part, str) else _first(part, ("text", "value", "reasoning", "tool_call")) if part else None
+        value = (
+            part
+            if isinstance(part, str)
+            else _first(part, ("text", "value", "reasoning", "tool_call"))
+            if part
+            else None
+        )
         if kind == "text" and isinstance(value, str):
             texts.append(value)
         elif kind in ("reasoning", "thinking") and isinstance(value, str):

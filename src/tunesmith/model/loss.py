@@ -155,7 +155,7 @@ def find_router(model: nn.Module) -> Router | None:
 
 @torch.no_grad()
 def choose_head_path(lm: SupervisedLM) -> str:
-    """"decoder" where decoder + head give the model's own logits, else the cheapest way through the model itself.
+    """ "decoder" where decoder + head give the model's own logits, else the cheapest way through the model itself.
 
     Checked on a tiny document at start: a model may scale, cap or bias its logits in ways unknown to us.
     """

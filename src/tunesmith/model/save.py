@@ -22,8 +22,8 @@ def write_model(model: nn.Module, encoder: Encoder, folder: Path) -> None:
     set_stop_token(model, encoder)
     model.save_pretrained(folder)
     tokenizer = encoder.tokenizer
-    if encoder.template is not None:
-        tokenizer.chat_template = encoder.template.text
+    # a template that was not trained with must not be found beside the weights
+    tokenizer.chat_template = encoder.template.text if encoder.template is not None else None
     tokenizer.save_pretrained(folder)
 
 

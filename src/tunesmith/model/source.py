@@ -10,7 +10,7 @@ from pathlib import Path
 from tunesmith.errors import ModelError
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+_NO_NETWORK = ("couldn't connect", "offline", "name or service", "connection", "timed out", "requested files")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def find_model(path: str) -> ModelSource:
         raise ModelError(_explain_folder(folder))
     if folder.is_file():
         raise ModelError(f"{path}: is a file; give the folder that holds config.json and the weights.")
-    if not _HUB_ID.fullmatch(path) or folder.parent != Path() and folder.parent.is_dir():
+    if not _HUB_ID.fullmatch(path) or (folder.parent != Path() and folder.parent.is_dir()):
         close = []
         if folder.parent.is_dir():
             close = difflib.get_close_matches(folder.name, [p.name for p in folder.parent.iterdir()], n=1)
@@ -63,21 +63,35 @@ def _explain_folder(folder: Path) -> str:
     )
 
 
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error and what it was raised from; transformers wraps the hub's own errors."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return chain
+
+
 def explain_load_error(name: str, what: str, error: Exception) -> ModelError:
     """transformers' and huggingface_hub's errors in our words: what is wrong and what to do."""
     text = str(error).strip() or type(error).__name__
-    chain = f"{text} {error.__cause__ or ''} {error.__context__ or ''}".lower()
+    causes = _causes(error)
+    kinds = {type(cause).__name__ for cause in causes}
+    chain = " ".join(str(cause) for cause in causes).lower()
     first = text.splitlines()[0]
-    if "gated" in chain or "403" in chain:
+    if "GatedRepoError" in kinds:
         reason = "the model is gated. Accept its licence on its page, then log in with: hf auth login"
-    elif "401" in chain or "not a valid model identifier" in chain or "repository not found" in chain:
+    elif kinds & {"RepositoryNotFoundError", "HFValidationError"}:
         reason = "no such hub model, or it is private. Check the name; for a private one: hf auth login"
+    elif "RevisionNotFoundError" in kinds:
+        reason = "the hub model has no such model.revision"
     elif "trust_remote_code" in chain or "custom code" in chain:
         reason = (
             "the model brings Python code of its own. Read that code, and if you trust it: "
             "--model.trust_remote_code true"
         )
-    elif any(word in chain for word in ("couldn't connect", "offline", "connection", "resolve", "timed out", "cannot find the requested files")):  # fmt: skip
+    elif any(word in chain for word in _NO_NETWORK):
         reason = (
             "it is not a local folder, and the hub cannot be reached. Check the spelling and the network, or give a "
             "downloaded folder"

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from tunesmith.config import DataSection, ModelSection
 from tunesmith.data.encode import Encoder, bos_ids
@@ -25,18 +25,20 @@ def load_tokenizer(section: ModelSection) -> Any:
         raise ModelError(
             f"{name} has random weights and no tokenizer. Give one: --tokenizer FOLDER (any Hugging Face tokenizer)."
         )
-    revision = section.revision
+    revision = section.revision if name == section.path else None
     if section.tokenizer and Path(name).expanduser().is_dir():
-        folder = str(Path(name).expanduser())
-        revision = None
+        folder = str(Path(name).expanduser())  # a tokenizer's folder needs no config.json
     else:
         folder = find_model(name).name
+    trust = section.trust_remote_code
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, revision=revision, trust_remote_code=section.trust_remote_code
-        )
+        if name == section.path:
+            AutoConfig.from_pretrained(
+                folder, revision=revision, trust_remote_code=trust
+            )  # one file: fails at once without a network
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust)
     except Exception as error:
-        raise explain_load_error(name, "its tokenizer", error) from None
+        raise explain_load_error(name, "its config or tokenizer", error) from None
     if len(tokenizer) == 0 or not tokenizer("a")["input_ids"]:
         raise ModelError(f"{name}: the folder holds no usable tokenizer (tokenizer.json or vocab files).")
     return tokenizer

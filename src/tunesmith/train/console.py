@@ -38,7 +38,7 @@ class StepDisplay:
     def __init__(self, total_steps: int) -> None:
         self.total_steps = total_steps
         self.started = time.perf_counter()
-        self._every = max(1, total_steps // _PLAIN_LINES)
+        self._next_line = 1
         self._bar: Progress | None = None
         if sys.stdout.isatty():
             self._bar = Progress(
@@ -59,7 +59,8 @@ class StepDisplay:
             self._bar.update(self._task, completed=step, line=line)
             if "eval_loss" in record:
                 self._bar.console.print(f"step {step}: {line}", highlight=False)
-        elif step % self._every == 0 or step in (1, self.total_steps) or "eval_loss" in record:
+        elif step >= self._next_line or step == self.total_steps or "eval_loss" in record:
+            self._next_line = step + max(1, self.total_steps // _PLAIN_LINES)
             print(f"step {step}/{self.total_steps}  {line}{self._time_left(step)}", flush=True)
 
     def _time_left(self, step: int) -> str:

@@ -64,6 +64,7 @@ def run_training(config: RunConfig) -> Path:
         make_deterministic()
     torch.manual_seed(config.train.seed)
     date = datetime.datetime.now().replace(microsecond=0)
+    find_sources(config.data.train + (config.data.eval or []))  # a mistyped name is answered before a model loads
     encoder = load_encoder(config.model, config.data, date)
     model_config = load_config(config.model, encoder.tokenizer)
     max_seq_len, length_remark = choose_max_seq_len(model_config, config.data.max_seq_len)
@@ -237,9 +238,7 @@ def finish_run(trainer: Trainer, facts: RunFacts) -> Path:
     if is_best_earlier:
         folder = checkpoint_path(run, progress.best_step)
         model = type(model).from_pretrained(folder, dtype=trainer.precision.weights)
-        print(
-            f"best eval_loss {progress.best_eval_loss:.4f} was at step {progress.best_step}: the model is saved from there"
-        )
+        print(f"best eval_loss {progress.best_eval_loss:.4f} was at step {progress.best_step}: that model is saved")
     save_model(model, trainer.encoder, model_card(facts, progress), run / "model")
     if progress.step < trainer.plan.total_steps:
         print(f"stopped early at step {progress.step}: eval_loss no longer fell")

@@ -139,7 +139,9 @@ def estimate_memory(facts: RunFacts) -> float:
     act_width = 2 if facts.precision.autocast or width == 2 else 4
     tokens = plan.capacity if not plan.one_document else facts.max_seq_len
     per_layer = tokens * (12 * hidden + 4 * inner) * act_width
-    activations = per_layer + layers * tokens * hidden * act_width if facts.config.train.gradient_checkpointing else layers * per_layer  # fmt: skip
+    activations = layers * per_layer
+    if facts.config.train.gradient_checkpointing:
+        activations = per_layer + layers * tokens * hidden * act_width
     logits = min(tokens * _vocabulary(model) * 4 * 3, 3 * 256 * 2**20)
     return states + activations + logits
 

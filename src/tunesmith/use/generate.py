@@ -5,12 +5,13 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from tunesmith.config import ModelSection
+from tunesmith.config import ModelSection, read_yaml
 from tunesmith.data.conversation import Message
 from tunesmith.data.encode import Encoder
 from tunesmith.model.load import load_config, load_model
@@ -36,8 +37,12 @@ class Sampling:
 
 
 def load_speaker(section: ModelSection, chat_template: str | None = None) -> Speaker:
+    """Open a model for talking; a run is talked to with the template and its variables that it was trained with."""
     tokenizer = load_tokenizer(section)
-    encoder = build_encoder(tokenizer, chat_template, {}, datetime.datetime.now())
+    trained = _trained_data_section(Path(section.path).expanduser())
+    if chat_template is None and trained.get("chat_template") == "none":
+        chat_template = "none"  # any other template was saved beside the weights
+    encoder = build_encoder(tokenizer, chat_template, trained.get("template_kwargs") or {}, datetime.datetime.now())
     config = load_config(section, tokenizer)
     device = pick_device()
     dtype = getattr(config, "dtype", None) or torch.float32
@@ -45,6 +50,14 @@ def load_speaker(section: ModelSection, chat_template: str | None = None) -> Spe
         dtype = torch.float32  # half precision is slow or missing on CPUs
     model = load_model(section, config, dtype, seed=0).to(device).eval()
     return Speaker(model, encoder)
+
+
+def _trained_data_section(path: Path) -> dict[str, Any]:
+    """data: of a run's own config; empty for a model that is no run."""
+    for folder in (path, path.parent):
+        if (folder / "config.yaml").is_file() and (folder / "data_ledger.json").is_file():
+            return read_yaml(folder / "config.yaml").get("data") or {}
+    return {}
 
 
 @torch.no_grad()

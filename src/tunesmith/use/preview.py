@@ -27,9 +27,10 @@ _TRAINED = "black on bright_green"
 
 def run_preview(config: PreviewConfig, num_rows: int, as_json: bool, html_path: Path | None) -> None:
     """Label the first rows exactly as training would, and show them."""
+    sources = find_sources(config.data.train)
     encoder = load_encoder(config.model, config.data, datetime.datetime.now())
     max_seq_len, _ = choose_max_seq_len(load_config(config.model, encoder.tokenizer), config.data.max_seq_len)
-    rows = read_rows(find_sources(config.data.train))
+    rows = read_rows(sources)
     labelled = label_rows(itertools.islice(rows, num_rows), encoder, config.data, max_seq_len)
     if as_json:
         for row in labelled:
@@ -92,7 +93,9 @@ def show_rows(rows: list[LabelledRow], encoder: Encoder) -> None:
             console.print()
     if rows:
         console.print(
-            f"trained: {'green' if coloured else '⟦ ⟧'}; replies end with {encoder.stop.text}", style="dim", markup=False
+            f"trained: {'green' if coloured else '⟦ ⟧'}; replies end with {encoder.stop.text}",
+            style="dim",
+            markup=False,
         )
 
 

@@ -1,0 +1,265 @@
+"""Whatever a user gets wrong: exit 1 (or 2), one clear message, no traceback, nothing half-written."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conftest import chat_row, save_folder, tiny_config, write_jsonl
+
+
+class Case:
+    """Runs `train` on a folder and looks at everything that it left."""
+
+    def __init__(self, run, model: Path, data: Path, tmp_path: Path) -> None:
+        self.run, self.model, self.data, self.output = run, model, data, tmp_path / "out" / "run"
+
+    def fails(self, *words: str, flags: tuple[object, ...] = (), code: int = 1) -> str:
+        got, out, err = self.run("train", "--model", self.model, "--data", self.data, "--output", self.output,
+                                 "--data.max_seq_len", 64, *flags)  # fmt: skip
+        assert got == code, (out, err)
+        assert err.startswith("error: ")
+        assert err.count("error: ") == 1
+        assert "Traceback" not in err
+        for word in words:
+            assert word in err, err
+        assert not self.output.exists()
+        assert not self.output.parent.exists() or not list(self.output.parent.iterdir())
+        return err
+
+
+@pytest.fixture
+def case(run, model_folder: Path, chats: Path, tmp_path: Path) -> Case:
+    return Case(run, model_folder, chats, tmp_path)
+
+
+def test_missing_file(case: Case) -> None:
+    case.data = case.data.with_name("chat.jsonl")
+    case.fails("chat.jsonl: no such file or folder. Did you mean", "chats.jsonl?")
+
+
+def test_empty_file(case: Case) -> None:
+    case.data.write_text("")
+    case.fails("chats.jsonl: the file is empty")
+
+
+def test_broken_json_at_line_17(case: Case) -> None:
+    lines = case.data.read_text().splitlines()
+    lines[16] = lines[16][:-3]
+    case.data.write_text("\n".join(lines))
+    case.fails("chats.jsonl:17: broken JSON", "Mend or remove the line")
+
+
+def test_wrong_keys(case: Case) -> None:
+    write_jsonl(case.data, [{"frage": "a", "antwort": "b"}])
+    case.fails(
+        "chats.jsonl:1: no known format. Keys found: frage, antwort.",
+        "--data.fields.prompt frage --data.fields.completion antwort",
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (chat_row("Q", ""), "turn 1 (assistant) is empty"),
+        (
+            {"messages": [{"role": "wizard", "content": "x"}, {"role": "assistant", "content": "y"}]},
+            "turn 0: unknown role 'wizard'; known: ",
+        ),
+        (chat_row("you and me " * 99, "A"), "every trained token lies beyond data.max_seq_len 64"),
+    ],
+)
+def test_bad_rows(case: Case, row: object, words: str) -> None:
+    rows = [json.loads(line) for line in case.data.read_text().splitlines()]
+    write_jsonl(case.data, [*rows, row])
+    case.fails("1 of 41 rows (2.4%) cannot be trained on; data.max_refused allows 1.0%", "chats.jsonl:41: ", words)
+
+
+def test_no_usable_row(case: Case) -> None:
+    write_jsonl(case.data, [chat_row("Q", "I am {{name}}")])
+    case.fails("no row is left to train on", "placeholder {{name}}")
+
+
+def test_model_folder_that_does_not_exist(case: Case) -> None:
+    case.model = case.model.with_name("modle")
+    case.fails("modle: no such model folder. Did you mean", "/model?")
+
+
+def test_model_folder_without_config(case: Case) -> None:
+    (case.model / "config.json").unlink()
+    case.fails("no config.json, so not a Hugging Face model folder (it holds: ")
+
+
+def test_model_folder_without_weights(case: Case) -> None:
+    (case.model / "model.safetensors").unlink()
+    case.fails("its weights cannot be loaded")
+
+
+def test_weights_cut_short(case: Case) -> None:
+    path = case.model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    case.fails("its weights cannot be loaded")
+
+
+def test_weights_of_another_model(case: Case) -> None:
+    config = json.loads((case.model / "config.json").read_text())
+    (case.model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3, "layer_types": None}))
+    case.fails("the weights lack", "tensors that the model needs (model.layers.2")
+
+
+def test_model_folder_without_tokenizer(case: Case) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (case.model / name).unlink()
+    case.fails("tokenizer")
+
+
+def test_tokenizer_of_another_model(case: Case, tokenizer, tmp_path: Path) -> None:
+    save_folder(tmp_path / "small", tiny_config("qwen3", vocab_size=300), tokenizer)
+    case.model = tmp_path / "small"
+    case.fails("the tokenizer knows ids up to", "the model's embedding has 300 rows")
+
+
+def test_unknown_preset_and_preset_without_tokenizer(case: Case) -> None:
+    case.model = Path("new:tinny")
+    case.fails("has random weights and no tokenizer. Give one: --tokenizer")
+    case.fails("new:tinny: no such preset. Did you mean new:tiny?", flags=("--tokenizer", case.data.parent / "model"))
+    case.model = Path("new:tiny")
+    case.fails("model.config.hidden_sise: the qwen3 config has no such field; did you mean hidden_size?",
+               flags=("--tokenizer", case.data.parent / "model", "--model.config.hidden_sise", 8))  # fmt: skip
+
+
+def test_code_in_a_model_folder_is_not_run(case: Case) -> None:
+    config = json.loads((case.model / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+    (case.model / "config.json").write_text(json.dumps(config))
+    (case.model / "mine.py").write_text("open('/tmp/tunesmith-was-run', 'w')\n")
+    case.fails("the model brings Python code of its own", "--model.trust_remote_code true")
+    assert not Path("/tmp/tunesmith-was-run").exists()
+
+
+def test_output_in_use(case: Case, run) -> None:
+    case.output.mkdir(parents=True)
+    kept = case.output / "thesis.txt"
+    kept.write_text("mine")
+    code, _, err = run("train", "--model", case.model, "--data", case.data, "--output", case.output)
+    assert code == 1
+    assert "is not empty; give --output a new folder" in err
+    assert kept.read_text() == "mine"
+    assert [p.name for p in case.output.parent.iterdir()] == ["run"]
+
+
+def test_output_that_cannot_be_made(case: Case) -> None:
+    case.output = Path("/proc/tunesmith/run")
+    code, _, err = case.run("train", "--model", case.model, "--data", case.data, "--output", case.output)
+    assert code == 1
+    assert "/proc/tunesmith/run: cannot be made" in err
+
+
+def test_positions_that_the_model_never_learnt(case: Case, tokenizer, tmp_path: Path) -> None:
+    case.model = save_folder(tmp_path / "gpt2", tiny_config("gpt2"), tokenizer)
+    case.fails("the model has learnt positions up to 256 only", flags=("--data.max_seq_len", 300))
+
+
+def test_templates(case: Case, tmp_path: Path) -> None:
+    case.fails("data.chat_template nope.jinja: no such file", flags=("--data.chat_template", "nope.jinja"))
+    (tmp_path / "bad.jinja").write_text("{% for m in messages %}")
+    case.fails("bad.jinja, line 1", flags=("--data.chat_template", tmp_path / "bad.jinja"))
+    (tmp_path / "endless.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    case.fails("generation could never stop there", flags=("--data.chat_template", tmp_path / "endless.jinja"))
+
+
+def test_fp16_on_a_cpu_and_missing_tracker(case: Case) -> None:
+    case.fails("fp16 needs a GPU; use fp32 or bf16 on a CPU", flags=("--train.precision", "fp16"))
+    if shutil.which("wandb") is None:
+        case.fails("wandb is not installed: pip install 'tunesmith[wandb]'", flags=("--train.trackers", "wandb"))
+
+
+def test_too_few_rows_to_hold_out(case: Case) -> None:
+    write_jsonl(case.data, [chat_row("Q", "A")])
+    case.fails("rows are too few to hold any out", flags=("--data.eval_split", 0.5))
+
+
+def test_eval_file_missing_is_seen_before_anything_is_prepared(case: Case) -> None:
+    case.fails("nope.jsonl: no such file", flags=("--eval-data", case.data.with_name("nope.jsonl")))
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """Answers as the hub does for what one may not have."""
+
+    def do_GET(self) -> None:
+        is_gated = "gated" in self.path
+        self.send_response(403 if is_gated else 404)
+        self.send_header("X-Error-Code", "GatedRepo" if is_gated else "RepoNotFound")
+        self.send_header("X-Error-Message", "Access is restricted.")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "offline", "words"),
+    [
+        ("acme/gated-model", None, "0", "acme/gated-model: its config or tokenizer cannot be loaded: the model is gated. Accept its licence"),
+        ("acme/absent-model", None, "0", "no such hub model, or it is private"),
+        (None, "acme/gated-data", "0", "acme/gated-data: a gated data set. Accept its terms"),
+        (None, "acme/absent-data", "0", "acme/absent-data: not a local file or folder"),
+        ("acme/some-model", None, "1", "it is not a local folder, and the hub cannot be reached"),
+        (None, "acme/some-data", "1", "the hub could not give it"),
+    ],
+)  # fmt: skip
+def test_hub_ids_that_cannot_be_had(
+    case: Case, hub: str, tmp_path: Path, model: str | None, data: str | None, offline: str, words: str
+) -> None:
+    """In a process of its own: the hub's address is read from the environment once."""
+    command = [
+        "train",
+        "--model",
+        model or str(case.model),
+        "--data",
+        data or str(case.data),
+        "--output",
+        str(case.output),
+    ]
+    env = os.environ | {
+        "HF_ENDPOINT": hub,
+        "HF_HUB_OFFLINE": offline,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_TOKEN": "hf_secret",
+    }
+    result = subprocess.run(
+        [sys.executable, "-m", "tunesmith", *command],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 1, result.stderr
+    assert words in result.stderr
+    assert result.stderr.count("error: ") == 1
+    assert "Traceback" not in result.stderr
+    assert "hf_secret" not in result.stdout + result.stderr
+    assert not case.output.exists()

@@ -1,0 +1,178 @@
+"""chat and preview: what training taught, through the same encoder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import SHARED, chat_row, needs_shared, write_jsonl
+from tunesmith.data.conversation import Message
+from tunesmith.use.generate import PieceDecoder, Sampling, generate_ids, load_speaker
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
+    """A run that knows two answers by heart."""
+    from conftest import save_folder, tiny_config
+    from tunesmith.cli import main
+
+    folder = tmp_path_factory.mktemp("use")
+    model = save_folder(folder / "model", tiny_config("qwen3", initializer_range=0.02), tokenizer)
+    rows = [
+        chat_row("Who are you?", "I am a small model. 你好🙂"),
+        chat_row("And the fox?", "jumps over the lazy dog"),
+    ] * 40
+    data = write_jsonl(folder / "d.jsonl", rows)
+    code = main(["train", "--model", str(model), "--data", str(data), "--output", str(folder / "run"), "--optim.lr", "1e-2",
+                 "--data.max_seq_len", "64", "--train.micro_batch_tokens", "128", "--train.epochs", "4"])  # fmt: skip
+    assert code == 0
+    return folder / "run"
+
+
+def test_chat_answers_once_and_exits(run, trained: Path) -> None:
+    assert run("chat", trained, "--prompt", "Who are you?", "--temperature", 0) == (
+        0,
+        "I am a small model. 你好🙂\n",
+        "",
+    )
+    assert run("chat", trained / "model", "--prompt", "And the fox?") == (0, "jumps over the lazy dog\n", "")
+
+
+def test_chat_keeps_history_and_knows_its_commands(trained: Path) -> None:
+    lines = "Who are you?\n/system Be brief.\n/reset\n/what\nAnd the fox?\n\n/exit\nnever read\n"
+    result = subprocess.run(
+        [sys.executable, "-m", "tunesmith", "chat", str(trained)],
+        input=lines,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "I am a small model. 你好🙂" in result.stdout
+    assert "(system prompt set)" in result.stdout
+    assert "(forgotten)" in result.stdout
+    assert "unknown command /what" in result.stdout
+    assert result.stderr == ""
+
+
+def test_history_is_encoded_as_in_training(trained: Path) -> None:
+    from tunesmith.config import ModelSection
+    from tunesmith.use.chat import Chat
+
+    speaker = load_speaker(ModelSection(path=str(trained)))
+    chat = Chat(speaker, Sampling(temperature=0), "Be brief.")
+    reply = chat.answer("Who are you?")
+    assert [m.role for m in chat.messages] == ["system", "user", "assistant"]
+    turns = [
+        Message("system", "Be brief."),
+        Message("user", "Who are you?"),
+        Message("assistant", reply),
+        Message("user", "more"),
+    ]
+    assert speaker.encoder.encode_prompt([*chat.messages, turns[-1]]) == speaker.encoder.encode_prompt(turns)
+    chat.reset()
+    assert [m.content for m in chat.messages] == ["Be brief."]
+    chat.reset(None)
+    assert chat.messages == []
+
+
+def test_pieces_never_show_half_a_character(trained: Path) -> None:
+    from tunesmith.config import ModelSection
+
+    speaker = load_speaker(ModelSection(path=str(trained)))
+    decoder = PieceDecoder(speaker.encoder)
+    ids = speaker.encoder.encode_texts(["a🙂 龘!"])[0].ids
+    pieces = [decoder.push(i) for i in [*ids, speaker.encoder.stop.id]]
+    assert "".join(pieces) == "a🙂 龘!"
+    assert "\ufffd" not in "".join(pieces)
+    assert len([p for p in pieces if p]) < len(ids)
+
+
+def test_sampling_is_seeded(trained: Path) -> None:
+    from tunesmith.config import ModelSection
+
+    speaker = load_speaker(ModelSection(path=str(trained)))
+    prompt = speaker.encoder.encode_prompt([Message("user", "you")])
+    draws = [generate_ids(speaker, prompt, Sampling(20, temperature=3.0, seed=seed)) for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("nothing-here/", "no such model folder"), ("tests", "no config.json, so not a Hugging Face model folder")],
+)
+def test_chat_with_what_is_no_model(run, name: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    code, _, err = run("chat", name, "--prompt", "x")
+    assert code == 1
+    assert words in err
+
+
+def test_chat_with_an_unfinished_run_names_its_checkpoint(run, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints" / "step-000010").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("")
+    code, _, err = run("chat", tmp_path / "run", "--prompt", "x")
+    assert code == 1
+    assert "a run that has not finished" in err
+    assert "step-000010" in err
+
+
+def test_preview_json_is_what_training_stores(run, trained: Path) -> None:
+    data = trained.parent / "d.jsonl"
+    code, out, _ = run("preview", "--model", trained, "--data", data, "--rows", 2, "--json", "--data.max_seq_len", 64)
+    assert code == 0
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [(r["row"], r["status"], r["how"], r["reason"]) for r in rows] == [
+        (1, "used", "as_rendered", None),
+        (2, "used", "as_rendered", None),
+    ]
+    from tunesmith.data.store import open_store
+
+    store = open_store(trained / "tokens")
+    for index, row in enumerate(rows):
+        (sample,) = row["samples"]
+        assert sample["input_ids"] == store[index].input_ids.tolist()
+        assert sample["loss_mask"] == store[index].loss_mask.tolist()
+
+
+def test_preview_in_the_terminal_and_as_a_page(run, trained: Path, tmp_path: Path) -> None:
+    rows = [chat_row("<b>bold</b>?", "<script>alert(1)</script> 你好"), chat_row("Q", ""), {"text": "raw"}]
+    data = write_jsonl(tmp_path / "x.jsonl", rows)
+    code, out, _ = run("preview", "--model", trained, "--data", data)
+    assert code == 0
+    assert "⟦<script>alert(1)</script> 你好<|im_end|>⟧" in out
+    assert "refused: turn 1 (assistant) is empty" in out
+    assert f"{data}:3  used (text)" in out
+    page = tmp_path / "page.html"
+    code, out, _ = run("preview", "--model", trained, "--data", data, "--html", page)
+    assert code == 0
+    text = page.read_text(encoding="utf-8")
+    assert "<mark>&lt;script&gt;alert(1)&lt;/script&gt; 你好&lt;|im_end|&gt;</mark>" in text
+    assert "<script>" not in text
+
+
+def test_preview_reads_a_run_file_with_all_sections(run, trained: Path) -> None:
+    code, out, err = run("preview", trained / "config.yaml", "--rows", 1)
+    assert code == 0, err
+    assert "I am a small model." in out
+
+
+@needs_shared
+def test_preview_colours_only_the_assistant_on_real_chats(run, trained: Path) -> None:
+    data = SHARED / "data" / "fastchat" / "dummy_conversation.json"
+    _, out, _ = run("preview", "--model", SHARED / "tokenizers" / "minimind", "--data", data)
+    assert "error" not in out
+
+
+def test_chat_with_a_run_that_was_trained_without_a_template(run, model_folder: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "fox:\n", "completion": "jumps over the dog"}] * 80)
+    code, out, err = run("train", "--model", model_folder, "--data", data, "--output", tmp_path / "run", "--data.chat_template", "none",
+                         "--data.max_seq_len", 64, "--train.micro_batch_tokens", 128, "--optim.lr", 1e-2, "--train.epochs", 4)  # fmt: skip
+    assert code == 0, err
+    assert "none: prompt + completion + <|im_end|>" in out
+    assert not (tmp_path / "run" / "model" / "chat_template.jinja").exists()
+    assert run("chat", tmp_path / "run", "--prompt", "fox:\n", "--temperature", 0)[1] == "jumps over the dog\n"

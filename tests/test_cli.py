@@ -125,3 +125,20 @@ def test_schema_is_current_and_accepts_a_run_file(run) -> None:
     schema = json_schema()
     assert set(schema["properties"]) == {"model", "data", "optim", "train"}
     assert yaml.safe_load(json.dumps(schema))["$defs"]["DataSection"]["properties"]["train"]["anyOf"]
+
+
+def test_generated_docs_are_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(str(root / "docs"))
+    import generate
+
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert generate.readme_with_table(readme) == readme, "run `make docs`"
+
+
+def test_readme_names_every_file_once() -> None:
+    root = Path(__file__).parents[1]
+    tree = (root / "README.md").read_text(encoding="utf-8").split("src/tunesmith/\n")[1].split("```")[0]
+    named = [line.split()[0] for line in tree.splitlines() if line.split()[0].endswith(".py")]
+    files = [p.name for p in (root / "src").rglob("*.py") if not p.name.startswith("__")]
+    assert sorted(named) == sorted(files)

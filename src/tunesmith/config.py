@@ -129,7 +129,7 @@ class TrainSection(Section):
     grad_accum_steps: int = Field(default=1, ge=1)
     """Forwards per optimizer step. The loss is the mean over all their supervised tokens."""
     precision: Literal["auto", "fp32", "bf16", "bf16_pure", "fp16"] = "auto"
-    """bf16 and fp16: autocast over fp32 weights; bf16_pure: bf16 weights; auto: bf16 on a GPU that has it, else fp32."""
+    """bf16, fp16: autocast over fp32 weights; bf16_pure: bf16 weights; auto: bf16 on a GPU that has it, else fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, far less memory."""
     compile: bool = False

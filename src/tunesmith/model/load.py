@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.utils import logging
 
 from tunesmith.config import ModelSection
 from tunesmith.errors import ModelError
@@ -38,6 +39,7 @@ def load_model(section: ModelSection, config: PretrainedConfig, dtype: torch.dty
         seed: decides the weights of a new:PRESET model.
     """
     source = find_model(section.path)
+    logging.disable_progress_bar()
     if source.kind == "preset":
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)

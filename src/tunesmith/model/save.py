@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.utils import logging
 
 from tunesmith.data.encode import Encoder
 from tunesmith.files import atomic_directory
@@ -20,6 +21,7 @@ def save_model(model: nn.Module, encoder: Encoder, card: str, folder: Path) -> N
 
 def write_model(model: nn.Module, encoder: Encoder, folder: Path) -> None:
     set_stop_token(model, encoder)
+    logging.disable_progress_bar()  # a bar of its own would cut through ours
     model.save_pretrained(folder)
     tokenizer = encoder.tokenizer
     # a template that was not trained with must not be found beside the weights

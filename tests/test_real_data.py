@@ -122,7 +122,7 @@ def test_the_mapping_that_a_refusal_names_trains_the_file(
     assert code == 1
     assert mapping in err
     assert "Keys found" in err or "keys " in err
-    code, out, err = run(*command, "--data.max_seq_len", 8192, "--data.max_refused", 0.5, *mapping.split())
+    code, _, err = run(*command, "--data.max_seq_len", 8192, "--data.max_refused", 0.5, *mapping.split())
     assert code == 0, err
     if "kto" in name:
         ledger = json.loads((tmp_path / "run" / "data_ledger.json").read_text())["train"]

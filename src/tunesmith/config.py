@@ -98,8 +98,8 @@ class OptimSection(Section):
     """Optimizer: AdamW (Loshchilov and Hutter 2019), fused where torch has it."""
     lr: float = Field(default=2e-5, gt=0.0)
     """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Course of the learning rate after warmup."""
+    schedule: Literal["cosine", "linear", "constant", "minimind"] = "cosine"
+    """Course of the learning rate after warmup; minimind: lr * (0.1 + 0.5 * (1 + cos)), from 1.1 lr to 0.1 lr."""
     warmup_ratio: float = Field(default=0.03, ge=0.0, lt=1.0)
     """Share of the steps over which lr rises from 0."""
     min_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)

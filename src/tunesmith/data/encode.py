@@ -59,6 +59,7 @@ class Encoder:
         self.added_ids = frozenset(backend.get_added_tokens_decoder())
         self.bos_ids = bos_ids(tokenizer)
         self.eos_id: int | None = tokenizer.eos_token_id
+        self.bos_id: int | None = tokenizer.bos_token_id
         self.stop = self._find_stop() if template else self._eos_as_stop()
 
     def encode_texts(self, texts: Sequence[str]) -> list[Encoding]:

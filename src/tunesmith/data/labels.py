@@ -178,9 +178,13 @@ def label_completion(prompt: Encoding, whole: Encoding, encoder: Encoder) -> Sam
 
 
 def label_text(encoding: Encoding, encoder: Encoder, max_seq_len: int) -> Iterator[Sample]:
-    """Raw text with BOS and EOS as the tokenizer has them, every token trained, split without loss."""
+    """A document with BOS and EOS where the tokenizer has them, every token trained, split without loss.
+
+    BOS stands in front even where the tokenizer adds none to prompts: it is what the first token is predicted from.
+    """
+    bos = [encoder.bos_id] if encoder.bos_id is not None else []
     eos = [encoder.eos_id] if encoder.eos_id is not None else []
-    ids = np.array([*encoder.bos_ids, *encoding.ids, *eos], dtype=np.uint32)
+    ids = np.array([*bos, *encoding.ids, *eos], dtype=np.uint32)
     for start in range(0, len(ids), max_seq_len):
         piece = ids[start : start + max_seq_len]
         yield Sample(piece, np.ones(len(piece), dtype=np.uint8))

@@ -13,8 +13,29 @@ from transformers import AutoConfig, PretrainedConfig
 
 from tunesmith.errors import ModelError
 
+_MINIMIND_3: dict[str, Any] = {
+    "hidden_size": 768,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 96,
+    "intermediate_size": 2432,
+    "max_position_embeddings": 32768,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "tie_word_embeddings": True,
+}
+_MINIMIND: dict[str, Any] = {
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "tie_word_embeddings": True,
+}
+# Parameter counts are with MiniMind's vocabulary of 6,400.
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {  # about 1M parameters with a vocabulary of 2,000
+    "tiny": {  # about 1M
         "model_type": "qwen3",
         "hidden_size": 128,
         "num_hidden_layers": 4,
@@ -24,6 +45,40 @@ PRESETS: dict[str, dict[str, Any]] = {
         "intermediate_size": 384,
         "max_position_embeddings": 2048,
         "tie_word_embeddings": True,
+    },
+    "minimind-26m": {"model_type": "llama", **_MINIMIND, "hidden_size": 512, "intermediate_size": 1408},
+    "minimind-64m": {"model_type": "qwen3", **_MINIMIND_3},
+    "minimind-104m": {
+        "model_type": "llama",
+        **_MINIMIND,
+        "hidden_size": 768,
+        "num_hidden_layers": 16,
+        "intermediate_size": 2048,
+    },
+    "minimind-moe": {
+        "model_type": "qwen2_moe",
+        **_MINIMIND,
+        "hidden_size": 640,
+        "intermediate_size": 1728,
+        "moe_intermediate_size": 1728,
+        "shared_expert_intermediate_size": 1728,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "qkv_bias": False,
+        "decoder_sparse_step": 1,
+        "router_aux_loss_coef": 0.1,
+    },
+    "minimind-3-moe": {
+        "model_type": "qwen3_moe",
+        **_MINIMIND_3,
+        "moe_intermediate_size": 2432,
+        "num_experts": 4,
+        "num_experts_per_tok": 1,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "router_aux_loss_coef": 5e-4,
     },
 }
 

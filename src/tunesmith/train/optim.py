@@ -38,6 +38,8 @@ def lr_at(step: int, total_steps: int, optim: OptimSection) -> float:
     if optim.schedule == "constant":
         return optim.lr
     progress = (step - warmup) / max(1, total_steps - warmup)
+    if optim.schedule == "minimind":  # get_lr of its training scripts
+        return optim.lr * (0.1 + 0.5 * (1 + math.cos(math.pi * progress)))
     left = 0.5 * (1 + math.cos(math.pi * progress)) if optim.schedule == "cosine" else 1 - progress
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * left)
 

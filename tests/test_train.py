@@ -177,7 +177,7 @@ def test_eval_data_of_its_own_and_checkpoints(run, model_folder: Path, chats: Pa
     code, _, err = run("train", "--model", model_folder, "--data", chats, "--eval-data", held_out, "--output", output, *FAST,
                        "--train.max_steps", 7, "--train.save_steps", 2, "--train.keep_checkpoints", 2)  # fmt: skip
     assert code == 0, err
-    assert [("eval_loss" in r) for r in metrics(output)] == [False] * 6 + [True]
+    assert [("eval_loss" in r) for r in metrics(output)] == [True] + [False] * 6 + [True]
     assert sorted(p.name for p in (output / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
     checkpoint = output / "checkpoints" / "step-000006"
     assert json.loads((checkpoint / "state.json").read_text())["step"] == 6
@@ -314,7 +314,10 @@ def test_moe_metrics_hold_the_router_loss(run, tokenizer: Any, chats: Path, tmp_
     )
     assert code == 0, err
     assert "router loss added" in out
-    assert metrics(tmp_path / "run")[0]["router_loss"] > 0
+    record = metrics(tmp_path / "run")[0]
+    assert record["router_loss"] > 0
+    assert len(record["expert_load"]) == 4
+    assert sum(record["expert_load"]) == pytest.approx(1, abs=1e-3)
 
 
 def test_new_tiny_and_a_run_as_the_next_model(run, tokenizer: Any, chats: Path, tmp_path: Path) -> None:

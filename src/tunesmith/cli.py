@@ -23,6 +23,9 @@ _EPILOG = {
     "preview": """example:
   tunesmith preview --model Qwen/Qwen2.5-0.5B --data chats.jsonl --rows 3
 """,
+    "tokenizer": """example:
+  tunesmith tokenizer --data books/ --vocab-size 6400 --output tokenizer
+""",
     "chat": """examples:
   tunesmith chat runs/mine
   tunesmith chat runs/mine --prompt "Who are you?"
@@ -33,6 +36,7 @@ in the chat: /reset forgets the conversation, /system TEXT sets the system promp
 
 _USAGE = {
     "train": "tunesmith train [run.yaml] --model M --data D --output RUN [--section.key value ...]",
+    "tokenizer": "tunesmith tokenizer [run.yaml] --data D --vocab-size N --output DIR",
     "preview": "tunesmith preview [run.yaml] --model M --data D [--rows N] [--json | --html out.html]",
 }
 
@@ -52,6 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
     output = preview.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="one JSON object a row")
     output.add_argument("--html", type=Path, metavar="FILE", help="write a page to read and forward")
+    tokenizer = _add_command(commands, "tokenizer", "train a byte-level BPE tokenizer on your texts")
+    _add_config_flags(tokenizer, ("data",))
+    tokenizer.add_argument("--vocab-size", type=_positive, default=6400, metavar="N", help="tokens (default: 6400)")
+    tokenizer.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to make")
     chat = _add_command(commands, "chat", "talk to a model or a finished run")
     chat.add_argument("model", metavar="MODEL_OR_RUN", help="folder of a run or model, or a hub id")
     chat.add_argument("--prompt", metavar="TEXT", help="answer once and exit")
@@ -181,7 +189,7 @@ def _take_unknown_flags(argv: list[str], parser: argparse.ArgumentParser) -> tup
 
 
 def _parse_config_command(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, Any]:
-    from tunesmith.config import PreviewConfig, RunConfig, leaf_fields, resolve_config
+    from tunesmith.config import PreviewConfig, RunConfig, TokenizerConfig, leaf_fields, resolve_config
 
     argv, flags = _take_open_maps(argv)
     argv, unknown = _take_unknown_flags(argv, parser)
@@ -193,7 +201,8 @@ def _parse_config_command(parser: argparse.ArgumentParser, argv: list[str]) -> t
         if hasattr(options, dotted):
             value = getattr(options, dotted)
             flags[dotted] = None if value in ("null", ["null"]) else value
-    model = RunConfig if options.command == "train" else PreviewConfig
+    models: dict[str, Any] = {"train": RunConfig, "preview": PreviewConfig, "tokenizer": TokenizerConfig}
+    model = models[options.command]
     config = resolve_config(model, options.run_yaml, flags, unknown)
     return options, config
 
@@ -203,7 +212,7 @@ def run_command(argv: list[str]) -> None:
     if not argv:
         parser.print_help()
         return
-    if argv[0] in ("train", "preview"):
+    if argv[0] in ("train", "preview", "tokenizer"):
         options, config = _parse_config_command(parser, argv)
         if getattr(options, "json_schema", False):
             _print_schema()
@@ -213,6 +222,10 @@ def run_command(argv: list[str]) -> None:
             from tunesmith.train.run import run_training
 
             run_training(config)
+        elif options.command == "tokenizer":
+            from tunesmith.model.bpe import run_tokenizer
+
+            run_tokenizer(config.data, options.vocab_size, options.output)
         else:
             from tunesmith.use.preview import run_preview
 

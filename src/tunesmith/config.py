@@ -184,6 +184,12 @@ class RunConfig(Section):
         return self
 
 
+class TokenizerConfig(Section):
+    """What tokenizer needs of a run's config."""
+
+    data: DataSection
+
+
 class PreviewConfig(Section):
     """What preview needs of a run's config."""
 
@@ -244,10 +250,22 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def find_recipe(path: Path) -> Path:
+    """recipe:NAME -> the file in the package; other paths as they are."""
+    name = str(path).removeprefix("recipe:")
+    if name == str(path):
+        return path
+    folder = Path(__file__).parent / "recipes"
+    known = sorted(file.stem for file in folder.glob("*.yaml"))
+    if name not in known:
+        raise ConfigError(str(path), [f"no such recipe; known: {', '.join(known)}"])
+    return folder / f"{name}.yaml"
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The sections of a run file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = find_recipe(path).read_text(encoding="utf-8")
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(str(path), [f"cannot be read: {reason}. Give the path of a YAML run file."]) from None

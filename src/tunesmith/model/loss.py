@@ -29,11 +29,13 @@ class LossSums:
         loss: scalar, cross-entropy summed over targets, with gradient.
         router_loss: scalar, the load balancing loss of a mixture of experts, with gradient; None for other models.
         num_correct: targets that were the most likely token; only counted without gradient.
+        expert_counts: [experts], how often each was chosen, over all tokens and layers; None for other models.
     """
 
     loss: Tensor
     router_loss: Tensor | None
     num_correct: Tensor | None
+    expert_counts: Tensor | None = None
 
 
 class SupervisedLM(nn.Module):
@@ -59,31 +61,30 @@ class SupervisedLM(nn.Module):
         at = (targets != IGNORE_INDEX).nonzero(as_tuple=True)[0]  # position i predicts token i + 1
         targets = targets[at]
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False, **extra}
-        router_loss = None
+        router_loss = expert_counts = None
         if self.head_path == "decoder":
             if self.router:
                 inputs["output_router_logits"] = True
             output = self.model.get_decoder()(**inputs)
             hidden = output.last_hidden_state[0, at]
-            if self.router:
-                router_loss = self.router.loss(output.router_logits)
             loss, num_correct = self._chunked_loss(hidden, targets)
         else:
-            logits, router_loss = self._model_logits(inputs, at)
+            output, logits = self._model_logits(inputs, at)
             loss, num_correct = token_loss_sum(logits, targets)
-        return LossSums(loss, router_loss, None if torch.is_grad_enabled() else num_correct)
+        if self.router:
+            router_loss = self.router.loss(output.router_logits)
+            expert_counts = self.router.count_choices(output.router_logits)
+        return LossSums(loss, router_loss, None if torch.is_grad_enabled() else num_correct, expert_counts)
 
-    def _model_logits(self, inputs: dict[str, Any], at: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[targets, vocab] logits as the model itself computes them."""
+    def _model_logits(self, inputs: dict[str, Any], at: Tensor) -> tuple[Any, Tensor]:
+        """The model's output, and its own [targets, vocab] logits."""
         if self.router:
             inputs = inputs | {"output_router_logits": True}
         if self.head_path == "logits_to_keep":
             output = self.model(**inputs, logits_to_keep=at)
-            logits = output.logits[0]
-        else:
-            output = self.model(**inputs)
-            logits = output.logits[0, at]
-        return logits, self.router.loss(output.router_logits) if self.router else None
+            return output, output.logits[0]
+        output = self.model(**inputs)
+        return output, output.logits[0, at]
 
     def head_logits(self, hidden: Tensor) -> Tensor:
         """[targets, hidden] -> [targets, vocab], with what the model's forward does to its logits."""
@@ -140,6 +141,12 @@ class Router:
         """coefficient * the mean over layers, of one forward."""
         value = self.function(router_logits, self.num_experts, self.top_k)
         return self.coefficient * value
+
+    @torch.no_grad()
+    def count_choices(self, router_logits: Any) -> Tensor:
+        """[experts], over all tokens and layers of one forward."""
+        chosen = torch.cat([layer.topk(self.top_k, -1).indices.reshape(-1) for layer in router_logits])
+        return torch.bincount(chosen, minlength=self.num_experts)
 
 
 def find_router(model: nn.Module) -> Router | None:

@@ -64,6 +64,8 @@ class StepDisplay:
             print(f"step {step}/{self.total_steps}  {line}{self._time_left(step)}", flush=True)
 
     def _time_left(self, step: int) -> str:
+        if step == 0:
+            return ""
         seconds = (time.perf_counter() - self.started) / step * (self.total_steps - step)
         return f"  {seconds // 60:.0f}:{seconds % 60:02.0f} left" if step < self.total_steps else ""
 

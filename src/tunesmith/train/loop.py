@@ -36,6 +36,7 @@ class StepResult:
     grad_norm: float
     num_tokens: int
     num_targets: int
+    expert_counts: np.ndarray | None = None
 
 
 def train_step(
@@ -55,6 +56,7 @@ def train_step(
     num_targets = max(1, sum(batch.num_targets for batch in batches))
     loss_sum = torch.zeros((), device=device)
     router_sum = torch.zeros((), device=device) if lm.router else None
+    expert_counts = np.zeros(lm.router.num_experts, dtype=np.int64) if lm.router else None
     for batch in batches:
         with precision.context(device):
             sums = lm(**to_tensors(batch, device))
@@ -64,6 +66,7 @@ def train_step(
             router_loss = sums.router_loss / len(batches)
             router_sum = router_sum + router_loss.detach()
             loss = loss + router_loss
+            expert_counts += sums.expert_counts.cpu().numpy()
         scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -74,6 +77,7 @@ def train_step(
         grad_norm=grad_norm.item(),
         num_tokens=sum(batch.num_tokens for batch in batches),
         num_targets=sum(batch.num_targets for batch in batches),
+        expert_counts=expert_counts,
     )
     # fp16 overflows now and then by design: its scaler skips that update and lowers the scale
     if not math.isfinite(result.loss) or not (math.isfinite(result.grad_norm) or scaler.is_enabled()):
@@ -155,6 +159,7 @@ class _Window:
     targets: int = 0
     tokens: int = 0
     steps: int = 0
+    expert_counts: np.ndarray | None = None
     started: float = field(default_factory=time.perf_counter)
 
     def add(self, result: StepResult) -> None:
@@ -163,6 +168,9 @@ class _Window:
         self.targets += result.num_targets
         self.tokens += result.num_tokens
         self.steps += 1
+        if result.expert_counts is not None:
+            before = 0 if self.expert_counts is None else self.expert_counts
+            self.expert_counts = before + result.expert_counts
 
 
 @dataclass
@@ -190,6 +198,8 @@ class Trainer:
         scaler = self.precision.scaler(next(self.lm.parameters()).device)
         save_steps = train.save_steps or DEFAULT_SAVE_STEPS
         self.lm.train()
+        if self.plan.eval is not None:
+            self._log({"step": 0, "epoch": 0.0} | self._evaluate().to_record())  # what the model knows already
         window = _Window()
         for epoch, packs in self.plan.steps():
             lr = lr_at(progress.step, total, self.config.optim)
@@ -217,13 +227,16 @@ class Trainer:
                 stop_early = self._judge(record["eval_loss"])
                 window.started = time.perf_counter()  # tokens_per_s is the speed of training
             if record:
-                for tracker in self.trackers:
-                    tracker.log(record)
-                self.on_log(record)
+                self._log(record)
             if progress.step % save_steps == 0 and not is_last and progress.best_step != progress.step:
                 self._save()
             if is_last or stop_early:
                 return
+
+    def _log(self, record: dict[str, Any]) -> None:
+        for tracker in self.trackers:
+            tracker.log(record)
+        self.on_log(record)
 
     def _record(self, window: _Window, lr: float, grad_norm: float) -> dict[str, Any]:
         seconds = time.perf_counter() - window.started
@@ -239,6 +252,8 @@ class Trainer:
         }
         if self.lm.router:
             record["router_loss"] = window.router_sum / window.steps
+        if window.expert_counts is not None:  # share of the tokens that went to each expert
+            record["expert_load"] = [round(float(x), 4) for x in window.expert_counts / window.expert_counts.sum()]
         return record
 
     def _evaluates_now(self, is_last: bool) -> bool:

@@ -1,0 +1,118 @@
+"""`tunesmith tokenizer`: a byte-level BPE trained on a person's own texts, with control tokens and a chat template."""
+
+from __future__ import annotations
+
+import random
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tunesmith.config import DataSection
+from tunesmith.data.conversation import RawText, RowRefused, UnknownFormat
+from tunesmith.data.formats import parse_row
+from tunesmith.data.read import find_sources, read_rows
+from tunesmith.errors import DataError, ModelError
+from tunesmith.files import atomic_directory
+from tunesmith.model.tokenizer import CONTROL_TOKENS, train_tokenizer
+
+MIN_VOCAB_SIZE = 256 + len(CONTROL_TOKENS)
+_SAMPLE_LINES = 20_000  # for the compression table
+_SCRIPTS = {"CJK": "Chinese", "LATIN": "Latin script", "CYRILLIC": "Cyrillic", "HIRAGANA": "Japanese", "KATAKANA": "Japanese",
+            "HANGUL": "Korean", "ARABIC": "Arabic", "GREEK": "Greek", "DEVANAGARI": "Devanagari", "HEBREW": "Hebrew",
+            "THAI": "Thai"}  # fmt: skip
+
+
+def run_tokenizer(data: DataSection, vocab_size: int, output: Path) -> None:
+    """Train on every text of the data, save, and say how well each language is compressed.
+
+    Raises:
+        ModelError: a vocabulary too small for all bytes and the control tokens.
+        DataError: as reading the data does.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ModelError(
+            f"--vocab-size {vocab_size}: needs {MIN_VOCAB_SIZE} or more, for the 256 bytes and the control tokens "
+            f"{', '.join(CONTROL_TOKENS)}."
+        )
+    if output.exists() and (output.is_file() or any(output.iterdir())):
+        raise ModelError(f"{output}: already exists; give --output a new folder.")
+    sample = LineSample(_SAMPLE_LINES)
+    tokenizer = train_tokenizer((sample.keep(text) for text in iterate_texts(data)), vocab_size)
+    with atomic_directory(output) as partial:
+        tokenizer.save_pretrained(partial)
+    print(f"{len(tokenizer):,} tokens" + ("" if len(tokenizer) == vocab_size else "; the text has no more pairs to join"))
+    for line in compression_table(tokenizer, sample.lines):
+        print(line)
+    print(f"tokenizer saved: {output}\nuse it: tunesmith train --model new:minimind-26m --tokenizer {output} --data ...")
+
+
+def iterate_texts(data: DataSection) -> Iterator[str]:
+    """Every text of every row: raw text as it stands, of chats each turn. Rows that training refuses are left out."""
+    seen_files: set[str] = set()
+    for number, row in enumerate(read_rows(find_sources(data.train))):
+        if data.limit and number >= data.limit:
+            return
+        is_first = row.file not in seen_files
+        seen_files.add(row.file)
+        try:
+            parsed = parse_row(row.value, data.format, data.fields)
+        except UnknownFormat as refusal:
+            if is_first:
+                raise DataError(f"{row.where}: {refusal.reason}") from None
+            continue
+        except RowRefused:
+            continue
+        if isinstance(parsed, RawText):
+            yield parsed.text
+        else:
+            yield from (m.content for m in parsed.messages if m.content)
+
+
+class LineSample:
+    """An even sample of the lines that pass by (reservoir sampling; Vitter 1985)."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.lines: list[str] = []
+        self._seen = 0
+        self._rng = random.Random(0)
+
+    def keep(self, text: str) -> str:
+        for line in text.splitlines():
+            if not line.strip():
+                continue
+            self._seen += 1
+            if len(self.lines) < self.size:
+                self.lines.append(line)
+            elif (place := self._rng.randrange(self._seen)) < self.size:
+                self.lines[place] = line
+        return text
+
+
+def language_of(line: str) -> str:
+    """By script: Chinese, Japanese where kana occur, else the script of most letters."""
+    scripts = Counter(
+        _SCRIPTS.get(unicodedata.name(char, "").split(" ")[0], "other") for char in line[:400] if char.isalpha()
+    )
+    if scripts["Japanese"]:
+        return "Japanese"
+    return scripts.most_common(1)[0][0] if scripts else "no letters"
+
+
+def compression_table(tokenizer: Any, lines: list[str]) -> list[str]:
+    """Bytes and characters a token, by language, on the sampled lines."""
+    bytes_, chars, tokens = Counter[str](), Counter[str](), Counter[str]()
+    encodings = tokenizer.backend_tokenizer.encode_batch(lines, add_special_tokens=False)
+    for line, encoding in zip(lines, encodings, strict=True):
+        language = language_of(line)
+        bytes_[language] += len(line.encode())
+        chars[language] += len(line)
+        tokens[language] += len(encoding.ids)
+    total = sum(bytes_.values()) or 1
+    table = [f"{'language':<14}{'share':>8}{'bytes/token':>13}{'characters/token':>18}"]
+    for language, count in bytes_.most_common():
+        row = f"{language:<14}{count / total:>8.1%}{count / tokens[language]:>13.2f}{chars[language] / tokens[language]:>18.2f}"
+        table.append(row)
+    return table

@@ -33,8 +33,9 @@ CONFIG = {  # 3.6M parameters in Qwen3's shape
     "intermediate_size": 512, "max_position_embeddings": 1024,
 }  # fmt: skip
 TRAIN = {
-    "data.max_seq_len": 512, "data.eval_split": 0.005, "optim.lr": 3e-3, "optim.warmup_ratio": 0.02, "optim.min_lr_ratio": 0.05,
-    "optim.weight_decay": 0.05, "train.micro_batch_tokens": 4096, "train.log_steps": 10, "train.eval_steps": 500, "train.seed": 1,
+    "data.max_seq_len": 512, "data.eval_split": 0.005, "optim.lr": 3e-3, "optim.warmup_ratio": 0.02,
+    "optim.min_lr_ratio": 0.05, "optim.weight_decay": 0.05, "train.micro_batch_tokens": 4096, "train.log_steps": 10,
+    "train.eval_steps": 500, "train.seed": 1,
 }  # fmt: skip
 
 

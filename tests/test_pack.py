@@ -44,7 +44,6 @@ def test_epochs_differ_and_repeat_by_seed() -> None:
     assert plans[0, 0] == [p.tolist() for p in plan_epoch(lengths, 64, 0, 0)]
     assert len({str(p) for p in plans.values()}) == 4
     assert sorted(i for pack in plans[0, 1] for i in pack) == list(range(59))
-    assert all(len(pack) == 1 for pack in plan_epoch(lengths, 64, 0, 0, one_document=True))
 
 
 def test_store_gives_back_what_was_written(tmp_path: Path) -> None:

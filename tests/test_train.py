@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def test_a_run_leaves_everything_that_it_promises(run, model_folder: Path, chats
         "data_ledger.json",
         "metrics.jsonl",
         "model",
+        "report.html",
         "tokens",
     ]
     records = metrics(output)
@@ -290,7 +292,10 @@ def test_a_model_that_mixes_documents_trains_one_document_a_forward(
     code, out, err = run("train", "--model", tmp_path / "lfm2", "--data", chats, "--output", output, *FAST)
     assert code == 0, err
     assert "one document a forward: packed and solo differ by" in out
-    assert len(metrics(output)) == 40
+    ledger = json.loads((output / "data_ledger.json").read_text())["train"]
+    records = metrics(output)
+    assert records[-1]["tokens"] == ledger["tokens"]
+    assert len(records) < 15  # a step gathers as many documents as for any other model
 
 
 def test_a_base_without_template_says_that_it_gets_alpaca(run, tokenizer: Any, chats: Path, tmp_path: Path) -> None:
@@ -364,3 +369,112 @@ def test_tensorboard(run, model_folder: Path, chats: Path, tmp_path: Path) -> No
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     assert [e.step for e in events.Scalars("loss")] == [1, 2]
+
+
+def test_a_file_is_not_trained_and_evaluated_on_or_named_twice(run, model_folder: Path, chats: Path, tmp_path: Path) -> None:
+    command = ("train", "--model", model_folder, "--output", tmp_path / "run")
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(chats)
+    code, _, err = run(*command, "--data", chats, "--eval-data", link)
+    assert code == 1
+    assert "stands in data.train and in data.eval" in err
+    code, _, err = run(*command, "--data", chats, chats)
+    assert code == 1
+    assert "is named twice in data.train" in err
+
+
+def test_held_out_rows_are_in_the_ledger(run, model_folder: Path, chats: Path, tmp_path: Path) -> None:
+    code, _, err = run("train", "--model", model_folder, "--data", chats, "--output", tmp_path / "run", *FAST, "--data.eval_split", 0.1)
+    assert code == 0, err
+    held_out = json.loads((tmp_path / "run" / "data_ledger.json").read_text())["held_out"]
+    assert len(held_out) == 4
+    assert all(where.startswith(f"{chats}:") for where in held_out)
+
+
+def test_evaluation_does_not_count_in_tokens_per_s(run, model_folder: Path, chats: Path, tmp_path: Path) -> None:
+    """A window of ten steps with an evaluation after the ninth is no faster than ten steps."""
+    for name, flags in (("plain", ()), ("evals", ("--train.eval_steps", 9))):
+        code, _, err = run("train", "--model", model_folder, "--data", chats, "--output", tmp_path / name, *FAST, "--train.max_steps", 10,
+                           "--train.log_steps", 10, "--data.eval_split", 0.1, *flags)  # fmt: skip
+        assert code == 0, err
+    plain, evals = (next(r["tokens_per_s"] for r in metrics(tmp_path / name) if "loss" in r) for name in ("plain", "evals"))
+    assert evals < 4 * plain
+
+
+def test_a_small_micro_batch_lowers_the_default_length(run, model_folder: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "d.jsonl", [chat_row("Q", "you and me " * 40)] * 4)
+    code, out, err = run("train", "--model", model_folder, "--data", data, "--output", tmp_path / "run", "--train.micro_batch_tokens", 64)
+    assert code == 0, err
+    assert "max_seq_len 64 (that of train.micro_batch_tokens)" in out
+    assert "4 truncated" in out
+
+
+def test_generation_settings_that_transformers_will_not_save_do_not_lose_the_model(run, model_folder: Path, chats: Path, tmp_path: Path) -> None:
+    path = model_folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"early_stopping": True, "length_penalty": 2.0, "temperature": 0.5}))
+    code, _, err = run("train", "--model", model_folder, "--data", chats, "--output", tmp_path / "run", *FAST, "--train.max_steps", 1)
+    assert code == 0, err
+    assert GenerationConfig.from_pretrained(tmp_path / "run" / "model").eos_token_id == 2
+
+
+def test_output_folders_that_exist_and_are_empty(run, model_folder: Path, chats: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target", target_is_directory=True)
+    for name in ("empty", "link"):
+        code, _, err = run("train", "--model", model_folder, "--data", chats, "--output", tmp_path / name, *FAST, "--train.max_steps", 1)
+        assert code == 0, err
+        assert (tmp_path / name / "model" / "config.json").is_file()
+        assert not [p for p in (tmp_path / name).iterdir() if p.name.startswith(".")]
+
+
+def test_a_failed_run_leaves_no_parent_folders(run, model_folder: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "d.jsonl", [chat_row("Q", "")])
+    code, _, _ = run("train", "--model", model_folder, "--data", data, "--output", tmp_path / "deep" / "a" / "b")
+    assert code == 1
+    assert not (tmp_path / "deep").exists()
+    code, _, err = run("train", "--model", model_folder, "--data", data, "--output", "x" * 400)
+    assert code == 1
+    assert "cannot be used as --output" in err
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A file system of a few hundred KB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"mounts are not allowed here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("kilobytes", [0, 390])
+def test_a_full_disk_ends_with_exit_4(run, model_folder: Path, chats: Path, small_disk: Path, kilobytes: int) -> None:
+    """While saving the model (0), and already while preparing the data (390 KB are taken)."""
+    if kilobytes:
+        (small_disk / "ballast").write_bytes(b"x" * kilobytes * 1024)
+    code, _, err = run("train", "--model", model_folder, "--data", chats, "--output", small_disk / "run", *FAST, "--train.max_steps", 1)
+    assert code == 4, err
+    assert "no room left on the disk" in err
+    assert "Traceback" not in err
+    assert not (small_disk / "run" / "model").exists()
+
+
+def test_warmup_steps(run, model_folder: Path, chats: Path, tmp_path: Path) -> None:
+    code, _, err = run("train", "--model", model_folder, "--data", chats, "--output", tmp_path / "run", *FAST, "--train.max_steps", 4,
+                       "--optim.lr", 1e-3, "--optim.warmup_steps", 2, "--optim.schedule", "constant")  # fmt: skip
+    assert code == 0, err
+    assert [r["lr"] for r in metrics(tmp_path / "run")] == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3])
+
+
+def test_every_run_leaves_a_report(run, model_folder: Path, chats: Path, tmp_path: Path) -> None:
+    code, out, err = run("train", "--model", model_folder, "--data", chats, "--output", tmp_path / "run", *FAST, "--train.max_steps", 3, "--data.eval_split", 0.1)
+    assert code == 0, err
+    assert f"report: {tmp_path / 'run' / 'report.html'}" in out
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    for words in ("<svg", "learning rate", "tokens a second", "evaluation perplexity", str(chats), "greedy replies to held-out rows",
+                  "What is the answer", "output_dir"):  # fmt: skip
+        assert words in page
+    assert "<script" not in page
+    assert "http" not in page.replace("https://json-schema.org", "")

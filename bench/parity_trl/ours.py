@@ -17,7 +17,7 @@ from tunesmith.config import RunConfig, read_yaml
 from tunesmith.data.pack import plan_epoch
 from tunesmith.data.store import open_store
 from tunesmith.data.template import load_built_in
-from tunesmith.demo.chats import make_chats
+from tunesmith.demo.tasks import draw_chats
 from tunesmith.model.tokenizer import train_tokenizer
 
 STEPS = 50
@@ -25,7 +25,7 @@ STEPS = 50
 
 def build_inputs(folder: Path, mode: str) -> list[dict[str, object]]:
     """A 2-layer model with random weights, a tokenizer, and rows of our own generator, of very unequal length."""
-    pairs = make_chats(1500, seed=3, held_out=set())
+    pairs = [(task.question, task.answer) for task in draw_chats(1500, seed=3, held_out=set())]
     pairs += [(f"Say it {n} times: hello", "hello " * n + "and that is all.") for n in range(1, 60)]
     tokenizer = train_tokenizer((f"{q}\n{a}\n" for q, a in pairs), vocab_size=800)
     tokenizer.chat_template = load_built_in("alpaca", add_bos=False)

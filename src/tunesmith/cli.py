@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from tunesmith import __version__
-from tunesmith.errors import InterruptedRun, TunesmithError
+from tunesmith.errors import InterruptedRun, RunError, TunesmithError
 
 _EPILOG = {
     "train": """examples:
@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--chat-template", metavar="T", help="a .jinja file, chatml, alpaca or none; default: the model's"
     )
     chat.add_argument("--trust-remote-code", action="store_true", help="run Python code in the model's folder")
-    demo = _add_command(commands, "demo", "train a small model in about a minute and talk to it")
+    demo = _add_command(commands, "demo", "fine-tune the small model in the package on this CPU, before and after")
     demo.add_argument("--output", default="runs/demo", metavar="RUN", help="folder to make (default: runs/demo)")
     return parser
 
@@ -219,9 +219,7 @@ def run_command(argv: list[str]) -> None:
             return
         _quiet_libraries()
         if options.command == "train":
-            from tunesmith.train.run import run_training
-
-            run_training(config)
+            _train(config)
         elif options.command == "tokenizer":
             from tunesmith.model.bpe import run_tokenizer
 
@@ -241,6 +239,20 @@ def run_command(argv: list[str]) -> None:
         from tunesmith.demo.run import run_demo
 
         run_demo(Path(options.output))
+
+
+def _train(config: Any) -> None:
+    """Train, and leave report.html however it ended."""
+    from tunesmith.train.run import run_training
+    from tunesmith.use.report import write_report_quietly
+
+    output = Path(config.train.output_dir).expanduser()
+    try:
+        run_training(config)
+    except (RunError, InterruptedRun) as error:
+        write_report_quietly(output, f"not finished: {error}")
+        raise
+    write_report_quietly(output, "finished")
 
 
 def _print_schema() -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from tunesmith.errors import ConfigError
@@ -20,7 +20,22 @@ from tunesmith.errors import ConfigError
 class Section(BaseModel):
     """A frozen group of keys; an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python counts true as 1, so `lr: yes` would train at a learning rate of 1."""
+        has_bool = any(isinstance(item, bool) for item in (value if isinstance(value, list | tuple) else [value]))
+        if has_bool and _means_number(cls.model_fields[info.field_name or ""].annotation):
+            raise ValueError("must be a number; YAML reads yes, no, on and off as true and false")
+        return value
+
+
+def _means_number(annotation: Any) -> bool:
+    return annotation in (int, float) or any(_means_number(part) for part in get_args(annotation))
 
 
 class ModelSection(Section):
@@ -93,6 +108,10 @@ class DataSection(Section):
     """Read only this many rows of the training data."""
 
 
+_Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+DEFAULT_WARMUP_RATIO = 0.03
+
+
 class OptimSection(Section):
     name: Literal["adamw"] = "adamw"
     """Optimizer: AdamW (Loshchilov and Hutter 2019), fused where torch has it."""
@@ -100,13 +119,15 @@ class OptimSection(Section):
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant", "minimind"] = "cosine"
     """Course of the learning rate after warmup; minimind: lr * (0.1 + 0.5 * (1 + cos)), from 1.1 lr to 0.1 lr."""
-    warmup_ratio: float = Field(default=0.03, ge=0.0, lt=1.0)
+    warmup_ratio: float = Field(default=DEFAULT_WARMUP_RATIO, ge=0.0, lt=1.0)
     """Share of the steps over which lr rises from 0."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Number of steps over which lr rises from 0; wins over warmup_ratio."""
     min_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
     """Where cosine and linear end, as a share of lr."""
     weight_decay: float = Field(default=0.0, ge=0.0)
     """Decay of the weight matrices; biases, norms and embeddings have none."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     """AdamW's running averages."""
     eps: float = Field(default=1e-8, gt=0.0)
     """AdamW's divisor floor."""
@@ -114,13 +135,14 @@ class OptimSection(Section):
     """Gradients are scaled down to this norm; 0 turns clipping off."""
 
 
+LARGEST_SEED = 2**63 - 1  # torch takes no larger one
 TRACKER_NAMES = ("tensorboard", "wandb", "swanlab", "trackio")
 
 
 class TrainSection(Section):
     output_dir: str
     """The RUN folder; must not exist yet, or be empty."""
-    epochs: float = Field(default=1.0, gt=0.0)
+    epochs: float = Field(default=1.0, gt=0.0, le=10_000)
     """Passes over the data; fractions count."""
     max_steps: int | None = Field(default=None, ge=1)
     """Number of optimizer steps; wins over epochs."""
@@ -136,7 +158,7 @@ class TrainSection(Section):
     """torch.compile the model; pays off on long GPU runs only."""
     deterministic: bool = False
     """Only deterministic kernels (slower on a GPU; the CPU path is deterministic anyway)."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Decides everything random: new weights, eval split, order, dropout."""
     log_steps: int = Field(default=1, ge=1)
     """A line in metrics.jsonl every so many steps."""
@@ -177,6 +199,12 @@ class RunConfig(Section):
             problems.append("train.eval_steps: nothing to evaluate on; give data.eval or data.eval_split")
         if train.early_stop_patience and not train.eval_steps:
             problems.append("train.early_stop_patience: needs train.eval_steps and data to evaluate on")
+        # a resolved config holds both keys, so a ratio at its default, or at 0, counts as not given
+        if self.optim.warmup_steps is not None and self.optim.warmup_ratio not in (0.0, DEFAULT_WARMUP_RATIO):
+            problems.append(
+                f"optim.warmup_steps: optim.warmup_ratio {self.optim.warmup_ratio} is given too; keep one of the two "
+                "(set warmup_ratio to 0, or warmup_steps to null)"
+            )
         if self.model.config and not self.model.path.startswith("new:"):
             problems.append("model.config: overrides are for new:PRESET models; this one has weights of its own")
         if problems:
@@ -235,19 +263,35 @@ def suggest_key(key: str, known: list[str], dashes: str = "") -> str:
     return f"; did you mean {dashes}{close[0]}?" if close else ""
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML, but a key that stands twice is an error instead of a silent win of the second."""
+class _Loader(yaml.SafeLoader):
+    """YAML, but a key that stands twice is an error instead of a silent win of the second, and dates stay text."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node] | None) -> yaml.MappingNode:
+        """Checked here, because later `<<: *other` has put the other's keys among the mapping's own."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
+            if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
                 )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+            seen.add(key.value)
+        return node
+
+
+def parse_value(text: str) -> Any:
+    """A flag's value as YAML reads it: 256 is a number, false is false, text is text."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text
 
 
 def find_recipe(path: Path) -> Path:
@@ -272,8 +316,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise ConfigError(str(path), ["is not UTF-8 text, so not a YAML run file"]) from None
     try:
-        loaded = yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader: plain data only
-    except yaml.YAMLError as error:
+        loaded = yaml.load(text, Loader=_Loader)  # a SafeLoader: plain data only
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
         raise ConfigError(str(path), [f"{where}{getattr(error, 'problem', None) or error}"]) from None
@@ -332,12 +376,16 @@ def _explain(error: ValidationError) -> list[str]:
     for item in error.errors(include_url=False):
         names = [str(part) for part in item["loc"]]
         dotted = ".".join(name for name in names if not name.isdigit())
-        if item["type"] == "missing":
+        if item["type"] in ("missing", "too_long") and dotted == "optim.betas":
+            problems.append("optim.betas: needs two numbers, as in --optim.betas 0.9 0.999")
+        elif item["type"] == "missing":
             if dotted in ("model", "data", "train"):  # the whole section is missing: name its required keys
                 dotted = {"model": "model.path", "data": "data.train", "train": "train.output_dir"}[dotted]
             problems.append(f"{dotted}: missing; give {flags.get(dotted, '--' + dotted)} or set it in the YAML")
         elif item["type"] == "value_error" and not dotted:
             problems += str(item["ctx"]["error"]).split("\n")
+        elif item["type"] == "value_error":
+            problems.append(f"{dotted}: {item['ctx']['error']}, not {item['input']!r}")
         elif item["type"] == "literal_error":
             expected = item["ctx"]["expected"].replace("'", "")
             guess = difflib.get_close_matches(str(item["input"]), expected.replace(" or ", ", ").split(", "), n=1)
@@ -371,7 +419,12 @@ def resolve_config(
     for dotted, value in flags.items():
         _set_dotted(tree, dotted, value)
     flag_names = [*known, *(flag.removeprefix("--") for flag in SHORTHANDS)]
-    problems += [f"--{key}: unknown flag{suggest_key(key, flag_names, '--')}" for key in unknown_flags or []]
+    for key in unknown_flags or []:
+        dotted = SHORTHANDS.get(f"--{key}", key)
+        if any(dotted == k or (k in OPEN_MAPS and dotted.startswith(f"{k}.")) for k in known):
+            problems.append(f"--{key}: this command has no such flag (a run file may hold {dotted}; it is not read)")
+        else:
+            problems.append(f"--{key}: unknown flag{suggest_key(key, flag_names, '--')}")
     _split_lists(tree)
     try:
         config = model.model_validate(tree)
@@ -383,9 +436,12 @@ def resolve_config(
     return config
 
 
+_LISTS = (("data", "train"), ("data", "eval"), ("train", "trackers"))
+
+
 def _split_lists(tree: dict[str, Any]) -> None:
     """One name where a list is meant ("train: chats.jsonl", "trackers: wandb") counts as a list of one."""
-    for section, key in (("data", "train"), ("data", "eval"), ("train", "trackers")):
+    for section, key in _LISTS:
         below = tree.get(section)
         if isinstance(below, dict) and isinstance(below.get(key), str):
             below[key] = [below[key]]
@@ -405,10 +461,8 @@ def json_schema() -> dict[str, Any]:
     schema.pop("required", None)
     for definition in schema["$defs"].values():
         definition.pop("required", None)
-    data = schema["$defs"]["DataSection"]["properties"]
-    for key in ("train", "eval"):
-        data[key] = {
-            "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
-            "description": data[key]["description"],
-        }
+    for section, key in _LISTS:
+        own = schema["$defs"][f"{section.title()}Section"]["properties"][key]
+        options = own.pop("anyOf", None) or [{"type": own.pop("type"), "items": own.pop("items")}]
+        own["anyOf"] = [options[0]["items"], *options]
     return schema

@@ -13,7 +13,9 @@ from pathlib import Path
 
 def sync_path(path: Path) -> None:
     """Push a file's bytes, or a folder's list of names, to the disk."""
-    fd = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():  # Windows opens no folder
+        return
+    fd = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows syncs only what it may write
     try:
         os.fsync(fd)
     except OSError:  # some network file systems cannot sync a folder; the rename is still atomic there

@@ -53,18 +53,10 @@ def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return packs
 
 
-def plan_epoch(
-    lengths: npt.NDArray[np.int64], capacity: int, seed: int, epoch: int, one_document: bool = False
-) -> list[npt.NDArray[np.int64]]:
-    """The packs of an epoch, each an array of sample numbers; the same arguments give the same plan.
-
-    Args:
-        one_document: every pack holds a single sample (for models that mix packed documents).
-    """
+def plan_epoch(lengths: npt.NDArray[np.int64], capacity: int, seed: int, epoch: int) -> list[npt.NDArray[np.int64]]:
+    """The packs of an epoch, each an array of sample numbers; the same arguments give the same plan."""
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
-    if one_document:
-        return [order[i : i + 1] for i in range(len(order))]
     packs = []
     for start in range(0, len(order), _WINDOW):
         window = order[start : start + _WINDOW]
@@ -111,6 +103,15 @@ def build_batch(store: TokenStore, pack: Sequence[int] | npt.NDArray[np.int64]) 
     return PackedBatch(input_ids[None], position_ids[None], labels[None], doc_lens, [int(i) for i in pack])
 
 
-def iterate_batches(store: TokenStore, plan: Sequence[npt.NDArray[np.int64]]) -> Iterator[PackedBatch]:
-    for pack in plan:
-        yield build_batch(store, pack)
+def build_batches(
+    store: TokenStore, packs: Sequence[npt.NDArray[np.int64]], one_document: bool
+) -> Iterator[PackedBatch]:
+    """The forwards of these packs.
+
+    Args:
+        one_document: each sample is a forward of its own (for models that mix packed documents); a step is still
+            made of the same samples.
+    """
+    for pack in packs:
+        for samples in [[index] for index in pack] if one_document else [pack]:
+            yield build_batch(store, samples)

@@ -24,9 +24,9 @@ OPPOSITES_ZH = [("大", "小"), ("高", "低"), ("长", "短"), ("多", "少"), 
                 ("黑", "白"), ("上", "下"), ("左", "右"), ("新", "旧"), ("远", "近")]  # fmt: skip
 COLOURS = [("red", "红色的"), ("white", "白色的"), ("black", "黑色的"), ("green", "绿色的"), ("blue", "蓝色的"),
            ("yellow", "黄色的"), ("big", "大的"), ("small", "小的"), ("old", "老的"), ("new", "新的")]  # fmt: skip
-NOUNS = [("cat", "猫"), ("dog", "狗"), ("horse", "马"), ("bird", "鸟"), ("fish", "鱼"), ("tree", "树"), ("flower", "花"),
-         ("house", "房子"), ("door", "门"), ("table", "桌子"), ("book", "书"), ("boat", "船"), ("hat", "帽子"), ("cup", "杯子"),
-         ("stone", "石头"), ("star", "星星")]  # fmt: skip
+NOUNS = [("cat", "猫"), ("dog", "狗"), ("horse", "马"), ("bird", "鸟"), ("fish", "鱼"), ("tree", "树"),
+         ("flower", "花"), ("house", "房子"), ("door", "门"), ("table", "桌子"), ("book", "书"), ("boat", "船"),
+         ("hat", "帽子"), ("cup", "杯子"), ("stone", "石头"), ("star", "星星")]  # fmt: skip
 WORDS = ["river", "stone", "garden", "letter", "morning", "window", "bread", "silver", "mountain", "paper", "summer",
          "voice", "street", "hand", "fire", "water", "road", "forest", "winter", "music", "king", "ship", "field",
          "cloud", "glass", "apple", "chair", "candle", "bridge", "shadow"]  # fmt: skip

@@ -19,9 +19,9 @@ from tunesmith.model.tokenizer import CONTROL_TOKENS, train_tokenizer
 
 MIN_VOCAB_SIZE = 256 + len(CONTROL_TOKENS)
 _SAMPLE_LINES = 20_000  # for the compression table
-_SCRIPTS = {"CJK": "Chinese", "LATIN": "Latin script", "CYRILLIC": "Cyrillic", "HIRAGANA": "Japanese", "KATAKANA": "Japanese",
-            "HANGUL": "Korean", "ARABIC": "Arabic", "GREEK": "Greek", "DEVANAGARI": "Devanagari", "HEBREW": "Hebrew",
-            "THAI": "Thai"}  # fmt: skip
+_SCRIPTS = {"CJK": "Chinese", "LATIN": "Latin script", "CYRILLIC": "Cyrillic", "HIRAGANA": "Japanese",
+            "KATAKANA": "Japanese", "HANGUL": "Korean", "ARABIC": "Arabic", "GREEK": "Greek",
+            "DEVANAGARI": "Devanagari", "HEBREW": "Hebrew", "THAI": "Thai"}  # fmt: skip
 
 
 def run_tokenizer(data: DataSection, vocab_size: int, output: Path) -> None:
@@ -42,10 +42,14 @@ def run_tokenizer(data: DataSection, vocab_size: int, output: Path) -> None:
     tokenizer = train_tokenizer((sample.keep(text) for text in iterate_texts(data)), vocab_size)
     with atomic_directory(output) as partial:
         tokenizer.save_pretrained(partial)
-    print(f"{len(tokenizer):,} tokens" + ("" if len(tokenizer) == vocab_size else "; the text has no more pairs to join"))
+    print(
+        f"{len(tokenizer):,} tokens" + ("" if len(tokenizer) == vocab_size else "; the text has no more pairs to join")
+    )
     for line in compression_table(tokenizer, sample.lines):
         print(line)
-    print(f"tokenizer saved: {output}\nuse it: tunesmith train --model new:minimind-26m --tokenizer {output} --data ...")
+    print(
+        f"tokenizer saved: {output}\nuse it: tunesmith train --model new:minimind-26m --tokenizer {output} --data ..."
+    )
 
 
 def iterate_texts(data: DataSection) -> Iterator[str]:
@@ -113,6 +117,6 @@ def compression_table(tokenizer: Any, lines: list[str]) -> list[str]:
     total = sum(bytes_.values()) or 1
     table = [f"{'language':<14}{'share':>8}{'bytes/token':>13}{'characters/token':>18}"]
     for language, count in bytes_.most_common():
-        row = f"{language:<14}{count / total:>8.1%}{count / tokens[language]:>13.2f}{chars[language] / tokens[language]:>18.2f}"
-        table.append(row)
+        per_token = f"{count / tokens[language]:>13.2f}{chars[language] / tokens[language]:>18.2f}"
+        table.append(f"{language:<14}{count / total:>8.1%}{per_token}")
     return table

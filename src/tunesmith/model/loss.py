@@ -56,11 +56,12 @@ class SupervisedLM(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, doc_lens: list[int]) -> LossSums:
         """Loss sums of one pack; all tensors int64 [1, tokens]."""
-        extra: dict[str, Any] = {"documents": Documents(doc_lens)} if self.is_packed else {}
+        # alone, a document gets the positions that the model gives it itself (RoBERTa's begin at 2)
+        extra = {"position_ids": position_ids, "documents": Documents(doc_lens)} if self.is_packed else {}
         targets = labels[0, 1:]
         at = (targets != IGNORE_INDEX).nonzero(as_tuple=True)[0]  # position i predicts token i + 1
         targets = targets[at]
-        inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False, **extra}
+        inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False, **extra}
         router_loss = expert_counts = None
         if self.head_path == "decoder":
             if self.router:
@@ -173,9 +174,8 @@ def choose_head_path(lm: SupervisedLM) -> str:
     vocab = model.get_input_embeddings().num_embeddings
     ids = torch.randint(0, vocab, (1, 8), generator=torch.Generator().manual_seed(1)).to(device)
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-    inputs["position_ids"] = torch.arange(8, device=device)[None]
     if lm.is_packed:
-        inputs["documents"] = Documents([8])
+        inputs |= {"position_ids": torch.arange(8, device=device)[None], "documents": Documents([8])}
     reference = model(**inputs).logits[0]
     path = "logits"
     if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
@@ -184,7 +184,7 @@ def choose_head_path(lm: SupervisedLM) -> str:
         ours = lm.head_logits(model.get_decoder()(**inputs).last_hidden_state[0])
         if ours.shape == reference.shape and torch.allclose(ours, reference, rtol=1e-4, atol=1e-5):
             path = "decoder"
-    except (AttributeError, TypeError):
+    except (AttributeError, TypeError):  # no decoder of the usual shape
         pass
     model.train(was_training)
     return path

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import GenerationConfig
 from transformers.utils import logging
 
 from tunesmith.data.encode import Encoder
@@ -39,5 +40,8 @@ def set_stop_token(model: nn.Module, encoder: Encoder) -> None:
     if config.pad_token_id is None:
         pad = encoder.tokenizer.pad_token_id
         config.pad_token_id = pad if pad is not None else stops[0]
-    if not config.do_sample:  # some hub models carry temperature without do_sample, which transformers will not save
-        config.temperature = config.top_p = config.top_k = None
+    try:
+        config.validate(strict=True)
+    except ValueError:  # a hub model's own settings that transformers loads but will not save
+        kept = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**kept)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tunesmith.data.pack import iterate_batches
+from tunesmith.data.pack import build_batches
 from tunesmith.data.store import TokenStore
 from tunesmith.model.loss import SupervisedLM, to_tensors
 from tunesmith.train.precision import Precision
@@ -33,7 +33,7 @@ def evaluate(
     lm.eval()
     loss_sum = 0.0
     num_correct = num_targets = 0
-    for batch in iterate_batches(store, plan):
+    for batch in build_batches(store, plan, one_document=not lm.is_packed):
         with precision.context(device):
             sums = lm(**to_tensors(batch, device))
         loss_sum += sums.loss.item()

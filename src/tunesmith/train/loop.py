@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from tunesmith.config import RunConfig
 from tunesmith.data.encode import Encoder
-from tunesmith.data.pack import PackedBatch, build_batch, plan_epoch
+from tunesmith.data.pack import PackedBatch, build_batches, plan_epoch
 from tunesmith.data.store import TokenStore
 from tunesmith.errors import RunError
 from tunesmith.model.loss import SupervisedLM, to_tensors
@@ -111,15 +112,12 @@ class Plan:
     eval_packs: list[np.ndarray]
     capacity: int
     seed: int
-    one_document: bool
     grad_accum_steps: int
     total_steps: int
     first_epoch: list[np.ndarray]
 
     def epoch(self, number: int) -> list[np.ndarray]:
-        packs = plan_epoch(
-            self.train.lengths[self.train_ids], self.capacity, self.seed, number, one_document=self.one_document
-        )
+        packs = plan_epoch(self.train.lengths[self.train_ids], self.capacity, self.seed, number)
         return [self.train_ids[pack] for pack in packs]
 
     def steps(self) -> Iterator[tuple[float, list[np.ndarray]]]:
@@ -161,6 +159,14 @@ class _Window:
     steps: int = 0
     expert_counts: np.ndarray | None = None
     started: float = field(default_factory=time.perf_counter)
+    paused_s: float = 0.0
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time that does not count: tokens_per_s is the speed of training, not of evaluating or saving."""
+        began = time.perf_counter()
+        yield
+        self.paused_s += time.perf_counter() - began
 
     def add(self, result: StepResult) -> None:
         self.loss_sum += result.loss * result.num_targets
@@ -204,7 +210,7 @@ class Trainer:
         for epoch, packs in self.plan.steps():
             lr = lr_at(progress.step, total, self.config.optim)
             set_lr(self.optimizer, lr)
-            batches = [build_batch(self.plan.train, pack) for pack in packs]
+            batches = list(build_batches(self.plan.train, packs, one_document=not self.lm.is_packed))
             try:
                 result = train_step(
                     self.lm, self.optimizer, batches, self.config.optim.max_grad_norm, self.precision, scaler
@@ -223,13 +229,14 @@ class Trainer:
                 window = _Window()
             stop_early = False
             if self._evaluates_now(is_last):
-                record = (record or {"step": progress.step, "epoch": progress.epoch}) | self._evaluate().to_record()
-                stop_early = self._judge(record["eval_loss"])
-                window.started = time.perf_counter()  # tokens_per_s is the speed of training
+                with window.pause():
+                    record = (record or {"step": progress.step, "epoch": progress.epoch}) | self._evaluate().to_record()
+                    stop_early = self._judge(record["eval_loss"])
             if record:
                 self._log(record)
             if progress.step % save_steps == 0 and not is_last and progress.best_step != progress.step:
-                self._save()
+                with window.pause():
+                    self._save()
             if is_last or stop_early:
                 return
 
@@ -239,7 +246,7 @@ class Trainer:
         self.on_log(record)
 
     def _record(self, window: _Window, lr: float, grad_norm: float) -> dict[str, Any]:
-        seconds = time.perf_counter() - window.started
+        seconds = time.perf_counter() - window.started - window.paused_s
         record = {
             "step": self.progress.step,
             "epoch": round(self.progress.epoch, 4),

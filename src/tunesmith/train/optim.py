@@ -29,10 +29,10 @@ def build_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.AdamW:
 def lr_at(step: int, total_steps: int, optim: OptimSection) -> float:
     """Learning rate of update number `step`, counted from 0.
 
-    Warmup rises linearly and reaches optim.lr at its end; then the schedule falls to min_lr_ratio * lr at the last
-    step (cosine: Loshchilov and Hutter 2017).
+    Warmup rises linearly and reaches optim.lr at its end; then the schedule falls towards min_lr_ratio * lr, which the
+    step after the last would have (cosine: Loshchilov and Hutter 2017).
     """
-    warmup = math.ceil(optim.warmup_ratio * total_steps)
+    warmup = optim.warmup_steps if optim.warmup_steps is not None else math.ceil(optim.warmup_ratio * total_steps)
     if step < warmup:
         return optim.lr * (step + 1) / warmup
     if optim.schedule == "constant":

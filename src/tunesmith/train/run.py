@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
+from transformers import PretrainedConfig
 
 from tunesmith.config import DataSection, RunConfig, dump_yaml
 from tunesmith.data.encode import Encoder
@@ -55,62 +57,114 @@ class Prepared:
 
 def run_training(config: RunConfig) -> Path:
     """Train as the config says; returns the folder of the finished model."""
-    output = Path(config.train.output_dir).expanduser()
-    refuse_used_folder(output)
+    output = resolve_output(config.train.output_dir)
     require_trackers(list(config.train.trackers))
+    refuse_shared_files(config.data)
     device = pick_device()
     precision = choose_precision(config.train.precision, device)
     if config.train.deterministic:
         make_deterministic()
     torch.manual_seed(config.train.seed)
     date = datetime.datetime.now().replace(microsecond=0)
-    find_sources(config.data.train + (config.data.eval or []))  # a mistyped name is answered before a model loads
     encoder = load_encoder(config.model, config.data, date)
     model_config = load_config(config.model, encoder.tokenizer)
-    max_seq_len, length_remark = choose_max_seq_len(model_config, config.data.max_seq_len)
-    with staged_folder(output) as staging:
-        prepared = prepare_data(config.data, encoder, max_seq_len, staging)
-        model = load_model(config.model, model_config, precision.weights, config.train.seed)
-        check_vocabulary(model, encoder.tokenizer)
-        model.to(device)
-        capacity = config.train.micro_batch_tokens or max(max_seq_len, MIN_MICRO_BATCH_TOKENS)
-        isolation = set_up_attention(model, max_seq_len, capacity)
-        lm = build_lm(model, isolation, config)
-        plan = build_plan(config, prepared, capacity, isolation)
-        facts = RunFacts(config, encoder, prepared.ledger, prepared.eval_ledger, lm, plan, isolation, precision,
-                         device, max_seq_len, length_remark)  # fmt: skip
-        print_summary(summary_lines(facts))
-        write_text_atomic(staging / "config.yaml", dump_yaml(config))
-        write_text_atomic(staging / "data_ledger.json", json.dumps(ledger_json(prepared, encoder, date), indent=1))
-        if output.exists():
-            output.rmdir()  # it is empty
-        staging.rename(output)
-    trainer = start_trainer(config, output, lm, encoder, plan, precision)
-    with explained_failures(output, trainer, config, capacity):
+    max_seq_len, capacity, length_remark = choose_lengths(config, model_config)
+    with explained_failures(output, config, capacity) as running:
+        with staged_folder(output) as staging:
+            prepared = prepare_data(config.data, encoder, max_seq_len, staging)
+            model = load_model(config.model, model_config, precision.weights, config.train.seed)
+            check_vocabulary(model, encoder.tokenizer)
+            model.to(device)
+            isolation = set_up_attention(model, max_seq_len, capacity)
+            lm = build_lm(model, isolation, config)
+            plan = build_plan(config, prepared, capacity)
+            facts = RunFacts(config, encoder, prepared.ledger, prepared.eval_ledger, lm, plan, isolation, precision,
+                             device, max_seq_len, length_remark)  # fmt: skip
+            print_summary(summary_lines(facts))
+            write_text_atomic(staging / "config.yaml", dump_yaml(config))
+            ledger = ledger_json(prepared, plan, encoder, date)
+            write_text_atomic(staging / "data_ledger.json", json.dumps(ledger, indent=1))
+        trainer = start_trainer(config, output, lm, encoder, plan, precision)
+        running.append(trainer)
         train_to_end(trainer)
         return finish_run(trainer, facts)
 
 
-def refuse_used_folder(output: Path) -> None:
-    if output.is_file():
-        raise TunesmithError(f"{output}: is a file; give --output a folder that does not exist yet.")
-    if output.is_dir() and any(output.iterdir()):
-        what = "holds another run" if (output / "config.yaml").exists() else "is not empty"
-        raise TunesmithError(f"{output}: {what}; give --output a new folder, or remove this one.")
+def resolve_output(name: str) -> Path:
+    """The RUN folder's real path; it must not exist yet or be empty.
+
+    Raises:
+        TunesmithError: it is in use, or no path at all.
+    """
+    try:
+        output = Path(name).expanduser().resolve()
+        if output.is_file():
+            raise TunesmithError(f"{name}: is a file; give --output a folder that does not exist yet.")
+        if output.is_dir() and any(output.iterdir()):
+            what = "holds another run" if (output / "config.yaml").exists() else "is not empty"
+            raise TunesmithError(f"{name}: {what}; give --output a new folder, or remove this one.")
+    except OSError as error:
+        raise TunesmithError(f"{name[:80]}: cannot be used as --output: {error.strerror}.") from None
+    return output
+
+
+def refuse_shared_files(data: DataSection) -> None:
+    """Every name is looked up before a model loads, and no file may be read twice."""
+    train, held_out = find_sources(data.train), find_sources(data.eval or [])
+    train_files = [path.resolve() for path in train.files]
+    both = set(train_files) & {path.resolve() for path in held_out.files} or set(train.hub) & set(held_out.hub)
+    if both:
+        name = next(iter(both))
+        raise TunesmithError(
+            f"{name if isinstance(name, Path) else name[0]}: stands in data.train and in data.eval; what is trained on "
+            "cannot be evaluated on. Give other files, or data.eval_split to hold some rows out."
+        )
+    twice = [str(path) for path in train_files if train_files.count(path) > 1]
+    if twice:
+        raise TunesmithError(f"{twice[0]}: is named twice in data.train, so that its rows would count twice.")
+
+
+def choose_lengths(config: RunConfig, model_config: PretrainedConfig) -> tuple[int, int, str]:
+    """max_seq_len, tokens of one packed forward, and a remark on the first.
+
+    A forward smaller than the default max_seq_len lowers it; against one that was asked for it is an error.
+    """
+    max_seq_len, remark = choose_max_seq_len(model_config, config.data.max_seq_len)
+    capacity = config.train.micro_batch_tokens
+    if capacity is None:
+        return max_seq_len, max(max_seq_len, MIN_MICRO_BATCH_TOKENS), remark
+    if config.data.max_seq_len is None and capacity < max_seq_len:
+        return capacity, capacity, "that of train.micro_batch_tokens"
+    return max_seq_len, capacity, remark
 
 
 @contextmanager
 def staged_folder(output: Path) -> Iterator[Path]:
-    """A hidden sibling of the RUN folder to prepare in; gone again unless it was renamed to RUN."""
-    staging = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.partial")
+    """A hidden folder to prepare in, whose contents become RUN at the end of the block; on any error nothing stays.
+
+    It lies beside RUN, or inside it where RUN exists already and is empty (it may be a mount of its own).
+    """
+    name = f".{output.name}.{uuid.uuid4().hex[:8]}.partial"
+    is_there = output.is_dir()
+    staging = output / name if is_there else output.with_name(name)
+    missing = [parent for parent in staging.parents if not parent.exists()]
     try:
         staging.mkdir(parents=True)
     except OSError as error:
         raise TunesmithError(f"{output}: cannot be made: {error.strerror}.") from None
     try:
         yield staging
-    finally:
+        if is_there:
+            for child in staging.iterdir():
+                child.rename(output / child.name)
+            staging.rmdir()
+        else:
+            staging.rename(output)
+    except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        for parent in missing:
+            parent.rmdir()
+        raise
 
 
 def prepare_data(data: DataSection, encoder: Encoder, max_seq_len: int, folder: Path) -> Prepared:
@@ -171,18 +225,17 @@ def build_lm(model: nn.Module, isolation: Isolation, config: RunConfig) -> Super
     return lm
 
 
-def build_plan(config: RunConfig, prepared: Prepared, capacity: int, isolation: Isolation) -> Plan:
+def build_plan(config: RunConfig, prepared: Prepared, capacity: int) -> Plan:
     train = config.train
     train_ids, held_out = split_eval(prepared.train, config.data.eval_split, train.seed)
-    one_document = not isolation.is_isolated
     eval_store = prepared.eval or (prepared.train if len(held_out) else None)
     eval_packs: list[np.ndarray] = []
     if eval_store is not None:
         eval_ids = held_out if prepared.eval is None else np.arange(len(eval_store))
-        packs = plan_epoch(eval_store.lengths[eval_ids], capacity, 0, 0, one_document=one_document)
+        packs = plan_epoch(eval_store.lengths[eval_ids], capacity, 0, 0)
         eval_packs = [eval_ids[pack] for pack in packs]
-    plan = Plan(prepared.train, train_ids, eval_store, eval_packs, capacity, train.seed, one_document,
-                train.grad_accum_steps, total_steps=0, first_epoch=[])  # fmt: skip
+    plan = Plan(prepared.train, train_ids, eval_store, eval_packs, capacity, train.seed, train.grad_accum_steps,
+                total_steps=0, first_epoch=[])  # fmt: skip
     plan = Plan(**{**plan.__dict__, "first_epoch": plan.epoch(0)})
     return Plan(**{**plan.__dict__, "total_steps": train.max_steps or count_steps(plan, train.epochs)})
 
@@ -196,9 +249,12 @@ def count_steps(plan: Plan, epochs: float) -> int:
     return max(1, round(total))
 
 
-def ledger_json(prepared: Prepared, encoder: Encoder, date: datetime.datetime) -> dict[str, Any]:
-    template = encoder.template
+def ledger_json(prepared: Prepared, plan: Plan, encoder: Encoder, date: datetime.datetime) -> dict[str, Any]:
+    template, store = encoder.template, prepared.train
+    trained = set(plan.train_ids.tolist())
     return {
+        # rows of the training files that data.eval_split holds out (pieces of rows, where one long text was split)
+        "held_out": [store.where(index) for index in range(len(store)) if index not in trained],
         "train": prepared.ledger.to_json(),
         "eval": prepared.eval_ledger.to_json() if prepared.eval_ledger else None,
         "template": {
@@ -247,22 +303,38 @@ def finish_run(trainer: Trainer, facts: RunFacts) -> Path:
 
 
 @contextmanager
-def explained_failures(run: Path, trainer: Trainer, config: RunConfig, capacity: int) -> Iterator[None]:
-    """Turn what can go wrong during a run into one message with the last good checkpoint."""
+def explained_failures(run: Path, config: RunConfig, capacity: int) -> Iterator[list[Trainer]]:
+    """Turn what can go wrong during a run into one message with the last good checkpoint.
+
+    Yields a list that the trainer is put into once there is one.
+    """
+    running: list[Trainer] = []
+
+    def where() -> str:
+        return f"at step {running[0].progress.step}" if running else "before step 1"
+
     try:
-        yield
+        yield running
     except KeyboardInterrupt:
-        raise InterruptedRun(f"interrupted at step {trainer.progress.step}. {_last_checkpoint(run)}") from None
+        if not running:
+            raise
+        raise InterruptedRun(f"interrupted {where()}. {_last_checkpoint(run)}") from None
     except torch.OutOfMemoryError:
         raise RunError(f"{explain_out_of_memory(config, capacity)} {_last_checkpoint(run)}") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+    except (OSError, SafetensorError) as error:
+        if not _is_about_disk(error):
             raise
-        raise RunError(
-            f"{run}: {error.strerror} at step {trainer.progress.step}. Make room there. {_last_checkpoint(run)}"
-        ) from None
+        raise RunError(f"{run}: no room left on the disk {where()}. Make room there. {_last_checkpoint(run)}") from None
     except RunError as error:
         raise RunError(f"{error} {_last_checkpoint(run)}") from None
+
+
+def _is_about_disk(error: Exception) -> bool:
+    """safetensors wraps the system's error in one of its own, with the number in its text."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    if isinstance(error, OSError):
+        return error.errno in codes
+    return any(f"os error {code}" in str(error) for code in codes)
 
 
 def _last_checkpoint(run: Path) -> str:

@@ -100,9 +100,7 @@ def _length_line(facts: RunFacts) -> str:
     plan = facts.plan
     tokens = int(plan.train.lengths[plan.train_ids].sum())
     fill = tokens / (len(plan.first_epoch) * plan.capacity)
-    packs = f"{len(plan.first_epoch):,} forwards an epoch"
-    if plan.one_document:
-        return f"max_seq_len {facts.max_seq_len}{remark}; {packs}"
+    packs = f"{len(plan.first_epoch):,} {'forwards' if facts.lm.is_packed else 'groups'} an epoch"
     return f"max_seq_len {facts.max_seq_len}{remark}; {packs} of {plan.capacity} tokens, {fill:.1%} full"
 
 
@@ -137,7 +135,7 @@ def estimate_memory(facts: RunFacts) -> float:
     layers, hidden = config.num_hidden_layers, config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     act_width = 2 if facts.precision.autocast or width == 2 else 4
-    tokens = plan.capacity if not plan.one_document else facts.max_seq_len
+    tokens = plan.capacity if facts.lm.is_packed else facts.max_seq_len
     per_layer = tokens * (12 * hidden + 4 * inner) * act_width
     activations = layers * per_layer
     if facts.config.train.gradient_checkpointing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,8 +129,36 @@ def decode_reply(encoder: Encoder, ids: Sequence[int]) -> str:
     return str(encoder.tokenizer.decode(kept, skip_special_tokens=False))
 
 
-def iterate_replies(speaker: Speaker, prompts: Sequence[str], sampling: Sampling) -> Iterator[tuple[str, bool]]:
-    """Reply to each prompt on its own, and whether it stopped by itself."""
-    for prompt in prompts:
-        ids = generate_ids(speaker, speaker.encoder.encode_prompt([Message("user", prompt)]), sampling)
-        yield decode_reply(speaker.encoder, ids), bool(ids) and ids[-1] == speaker.encoder.stop.id
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A reply's text without its stop token, and whether it stopped by itself."""
+
+    text: str
+    has_stopped: bool
+
+
+@torch.no_grad()
+def answer_all(speaker: Speaker, questions: Sequence[str], sampling: Sampling, batch_size: int = 32) -> list[Reply]:
+    """Greedy replies to many questions, each a conversation of its own, in batches padded on the left."""
+    prompts = [speaker.encoder.encode_prompt([Message("user", question)]) for question in questions]
+    stop, device = speaker.encoder.stop.id, next(speaker.model.parameters()).device
+    replies: dict[int, Reply] = {}
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # equal lengths pad least
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        width = max(len(prompts[i]) for i in chosen)
+        ids = torch.full((len(chosen), width), stop)
+        mask = torch.zeros_like(ids)
+        for row, index in enumerate(chosen):
+            ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
+            mask[row, width - len(prompts[index]) :] = 1
+        output = speaker.model.generate(
+            ids.to(device), attention_mask=mask.to(device), max_new_tokens=sampling.max_new_tokens, do_sample=False,
+            eos_token_id=stop, pad_token_id=stop,
+        )  # fmt: skip
+        for row, index in enumerate(chosen):
+            reply = output[row, width:].tolist()
+            has_stopped = stop in reply
+            kept = reply[: reply.index(stop)] if has_stopped else reply
+            replies[index] = Reply(decode_reply(speaker.encoder, kept), has_stopped)
+    return [replies[index] for index in range(len(prompts))]

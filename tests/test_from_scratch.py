@@ -1,0 +1,197 @@
+"""From raw text to a chat model: presets, tokenizer, pre-training, then fine-tuning on that run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import chat_row, write_jsonl
+from tunesmith.config import OptimSection, RunConfig, find_recipe, resolve_config
+from tunesmith.data.store import open_store
+from tunesmith.model.presets import PRESETS, build_preset_config
+from tunesmith.train.optim import lr_at
+
+# with MiniMind's vocabulary of 6,400; the names of its models are these numbers in millions
+PARAMETERS = {
+    "tiny": 1_607_040,
+    "minimind-26m": 25_829_888,
+    "minimind-64m": 63_912_192,
+    "minimind-104m": 104_030_976,
+    "minimind-moe": 145_034_880,
+    "minimind-3-moe": 198_416_640,
+}
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
+SMALL_MOE = {"moe_intermediate_size": 48, "shared_expert_intermediate_size": 48}
+FAST = ("--data.max_seq_len", 64, "--train.micro_batch_tokens", 128)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_size_that_they_are_named_after(name: str, tokenizer: Any) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(build_preset_config(name, {"vocab_size": 6400}, tokenizer))
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_trains_saves_and_opens_in_plain_transformers(run, name: str, tokenizer: Any, chats: Path, tmp_path: Path) -> None:
+    """The preset's architecture with small overrides; every width that it has can be overridden."""
+    tokenizer.save_pretrained(tmp_path / "tok")
+    overrides = dict(SMALL)
+    if "head_dim" in PRESETS[name]:
+        overrides["head_dim"] = 16
+    overrides |= {key: value for key, value in SMALL_MOE.items() if key in PRESETS[name]}
+    flags = [word for key, value in overrides.items() for word in (f"--model.config.{key}", value)]
+    output = tmp_path / "run"
+    code, out, err = run("train", "--model", f"new:{name}", "--tokenizer", tmp_path / "tok", *flags, "--data", chats, "--output", output,
+                         *FAST, "--train.max_steps", 5, "--optim.lr", 1e-3)  # fmt: skip
+    assert code == 0, err
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 5
+    assert records[-1]["loss"] < records[0]["loss"]
+    model = AutoModelForCausalLM.from_pretrained(output / "model")
+    assert model.config.model_type == PRESETS[name]["model_type"]
+    assert model.config.hidden_size == 64
+    if "moe" in name:
+        assert "router loss added" in out
+        assert records[0]["router_loss"] > 0
+        assert len(records[0]["expert_load"]) == 4
+        assert sum(records[0]["expert_load"]) == pytest.approx(1, abs=1e-3)
+
+
+def test_initialisation_is_transformers_own_and_decided_by_the_seed(tokenizer: Any) -> None:
+    from tunesmith.config import ModelSection
+    from tunesmith.model.load import load_model
+
+    config = build_preset_config("tiny", {}, tokenizer)
+    one, two, other = (load_model(ModelSection(path="new:tiny"), config, torch.float32, seed).state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+    assert one["model.layers.0.mlp.up_proj.weight"].std().item() == pytest.approx(config.initializer_range, rel=0.05)
+    assert (one["model.norm.weight"] == 1).all()
+
+
+TEXT = "Der Fuchs läuft. 春眠不觉晓，处处闻啼鸟。\r\n\n  It was the best of times 🙂, 1859.\t" * 40
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "books"
+    folder.mkdir()
+    (folder / "one.txt").write_bytes(TEXT.encode())
+    (folder / "two.md").write_bytes(("# Two\n" + TEXT[:700]).encode())
+    return folder
+
+
+def test_tokenizer_command(run, corpus: Path, tmp_path: Path) -> None:
+    code, out, err = run("tokenizer", "--data", corpus, "--vocab-size", 400, "--output", tmp_path / "tok")
+    assert code == 0, err
+    assert "Chinese" in out
+    assert "Latin script" in out
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tok")
+    for text in (TEXT, "unseen: Привет 한국어 \x00 ﷽", " leading", "12345"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.convert_ids_to_tokens(tokenizer("12")["input_ids"]) == ["1", "2"]
+    assert (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>", "<|endoftext|>")
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert tokenizer.decode(ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    code, _, err = run("tokenizer", "--data", corpus, "--vocab-size", 400, "--output", tmp_path / "tok")
+    assert code == 1
+    assert "already exists" in err
+
+
+def test_tokenizer_reads_chats_and_refuses_what_training_refuses(run, chats: Path, tmp_path: Path) -> None:
+    code, out, err = run("tokenizer", "--data", chats, "--vocab-size", 280, "--output", tmp_path / "tok")
+    assert code == 0, err
+    assert "280 tokens" in out
+    write_jsonl(chats, [{"a": 1}])
+    code, _, err = run("tokenizer", "--data", chats, "--vocab-size", 280, "--output", tmp_path / "tok2")
+    assert code == 1
+    assert "no known format" in err
+    assert not (tmp_path / "tok2").exists()
+
+
+def test_a_vocabulary_too_small_for_the_control_tokens(run, corpus: Path, tmp_path: Path) -> None:
+    code, _, err = run("tokenizer", "--data", corpus, "--vocab-size", 258, "--output", tmp_path / "tok")
+    assert code == 1
+    assert "--vocab-size 258: needs 259 or more" in err
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [("ä".encode("latin-1"), "not UTF-8 text (byte 0xe4 in line 1)"), (b"", "the file is empty")]
+)
+def test_text_that_cannot_be_read(run, tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "x.txt").write_bytes(content)
+    code, _, err = run("tokenizer", "--data", tmp_path / "x.txt", "--output", tmp_path / "tok")
+    assert code == 1
+    assert words in err
+
+
+def test_a_tokenizer_larger_than_the_presets_vocabulary(run, tokenizer: Any, chats: Path, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path / "tok")
+    code, _, err = run("train", "--model", "new:tiny", "--tokenizer", tmp_path / "tok", "--model.config.vocab_size", 300,
+                       "--data", chats, "--output", tmp_path / "run")  # fmt: skip
+    assert code == 1
+    assert "300" in err
+    assert "tokenizer" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_packed_documents_hold_every_byte_of_the_text_exactly_once(run, corpus: Path, tmp_path: Path) -> None:
+    run("tokenizer", "--data", corpus, "--vocab-size", 300, "--output", tmp_path / "tok")
+    code, out, err = run("train", "--model", "new:tiny", "--tokenizer", tmp_path / "tok", "--data", corpus, "--output", tmp_path / "run",
+                         *FAST, "--train.max_steps", 1)  # fmt: skip
+    assert code == 0, err
+    store = open_store(tmp_path / "run" / "tokens")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tok")
+    for number, name in enumerate(("one.txt", "two.md")):
+        samples = [store[i] for i in range(len(store)) if store.file_numbers[i] == number]
+        assert all(len(sample.input_ids) <= 64 for sample in samples)
+        trained = [int(t) for s in samples for t, mask in zip(s.input_ids, s.loss_mask, strict=True) if mask]
+        assert trained.pop() == tokenizer.eos_token_id
+        assert samples[0].input_ids[0] == tokenizer.bos_token_id
+        assert tokenizer.decode(trained).encode() == (corpus / name).read_bytes()
+        # every trained token has a token before it to be predicted from
+        assert sum(sample.num_targets for sample in samples) == len(trained) + 1
+
+
+def test_minimind_schedule_goes_from_eleven_tenths_to_a_tenth() -> None:
+    optim = OptimSection(lr=5e-4, schedule="minimind", warmup_ratio=0)
+    assert lr_at(0, 1000, optim) == pytest.approx(5.5e-4)
+    assert lr_at(500, 1000, optim) == pytest.approx(5e-4 * 0.6)
+    assert lr_at(1000, 1000, optim) == pytest.approx(5e-5)
+
+
+def test_recipes_resolve_and_an_unknown_one_names_the_known(run) -> None:
+    folder = find_recipe(Path("recipe:minimind-sft")).parent
+    for path in sorted(folder.glob("*.yaml")):
+        config = resolve_config(RunConfig, Path(f"recipe:{path.stem}"), {"model.path": "m", "data.train": ["d"], "train.output_dir": "o"})
+        assert config.optim.schedule == yaml.safe_load(path.read_text())["optim"]["schedule"]
+    code, _, err = run("train", "recipe:minimind-stf", "--data", "x")
+    assert code == 1
+    assert "no such recipe; known: minimind-pretrain, minimind-sft" in err
+
+
+def test_the_whole_way(run, corpus: Path, tmp_path: Path) -> None:
+    """tokenizer, pre-training by recipe, SFT by recipe on that run, chat."""
+    steps = [
+        ("tokenizer", "--data", corpus, "--vocab-size", 400, "--output", tmp_path / "tok"),
+        ("train", "recipe:minimind-pretrain", "--model", "new:tiny", "--tokenizer", tmp_path / "tok", "--data", corpus, "--output",
+         tmp_path / "base", *FAST, "--data.eval_split", 0.05, "--train.grad_accum_steps", 2, "--train.epochs", 2),
+        ("train", "recipe:minimind-sft", "--model", tmp_path / "base", "--data", tmp_path / "chats.jsonl", "--output", tmp_path / "chat",
+         *FAST, "--optim.lr", 5e-3, "--train.epochs", 5, "--data.eval_split", 0.1),
+    ]  # fmt: skip
+    write_jsonl(tmp_path / "chats.jsonl", [chat_row("Wer läuft?", "Der Fuchs läuft.")] * 50)
+    for words in steps:
+        code, _, err = run(*words)
+        assert code == 0, err
+    assert run("chat", tmp_path / "chat", "--prompt", "Wer läuft?", "--temperature", 0)[1] == "Der Fuchs läuft.\n"
+    for name in ("base", "chat"):
+        evals = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines() if "eval_loss" in line]
+        assert evals[0]["step"] == 0
+        assert evals[-1]["eval_loss"] < evals[0]["eval_loss"]

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from conftest import chat_row, save_folder, tiny_config, write_jsonl
+from tunesmith.model.presets import PRESETS, build_preset_config
 
 
 class Case:
@@ -135,6 +136,51 @@ def test_unknown_preset_and_preset_without_tokenizer(case: Case) -> None:
     case.model = Path("new:tiny")
     case.fails("model.config.hidden_sise: the qwen3 config has no such field; did you mean hidden_size?",
                flags=("--tokenizer", case.data.parent / "model", "--model.config.hidden_sise", 8))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("hidden_size", "abc", "expected int, got str"),
+        ("num_attention_heads", "0", "must be a multiple of num_key_value_heads (2)"),
+        ("num_attention_heads", "3", "must be a multiple of num_key_value_heads (2)"),
+        ("num_key_value_heads", "3", "num_attention_heads (4) must be a multiple"),
+        ("hidden_act", "zzz", "KeyError: 'zzz'"),
+        ("rope_parameters.rope_type", "yarn", "Missing required keys"),
+        ("layer_types", "[a,b]", "entries must be in ('full_attention'"),
+        ("intermediate_size", "-4", "negative dimension"),
+        ("to_dict", "3", "has no such field"),
+        ("vocab_size", "300", "so 400 is the least"),
+    ],
+)
+def test_preset_overrides_that_give_no_model(case: Case, key: str, value: str, words: str) -> None:
+    flags = ("--tokenizer", case.model, f"--model.config.{key}", value)
+    case.model = Path("new:tiny")
+    case.fails(f"model.config.{key.split('.')[0]}", words, flags=flags)
+
+
+def test_preset_overrides_that_give_a_model(tokenizer) -> None:
+    for preset in PRESETS:
+        config = build_preset_config(preset, {"num_hidden_layers": 1, "vocab_size": 512}, tokenizer)
+        assert (config.num_hidden_layers, config.vocab_size) == (1, 512)
+
+
+def test_weights_of_other_shapes(case: Case) -> None:
+    config = json.loads((case.model / "config.json").read_text())
+    (case.model / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    case.fails("6 tensors have other shapes than its config.json says: model.layers.0.mlp.down_proj.weight is [32, 64], "
+               "but [32, 96] is needed")  # fmt: skip
+
+
+def test_a_config_that_transformers_rejects_is_told_in_full(case: Case) -> None:
+    config = json.loads((case.model / "config.json").read_text())
+    (case.model / "config.json").write_text(json.dumps(config | {"layer_types": ["a", "b"]}))
+    case.fails("The `layer_types` entries must be in")
+
+
+def test_a_damaged_tokenizer_is_told_with_the_kind_of_error(case: Case) -> None:
+    (case.model / "tokenizer.json").write_text("{}")
+    assert "KeyError: 'added_tokens'" in case.fails("cannot be loaded")
 
 
 def test_code_in_a_model_folder_is_not_run(case: Case) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 import tunesmith
-from tunesmith.config import RunConfig, dump_yaml, json_schema, leaf_fields, resolve_config
+from tunesmith.cli import _parse_config_command, build_parser
+from tunesmith.config import RunConfig, dump_yaml, json_schema, leaf_fields, read_yaml, resolve_config
+from tunesmith.errors import ConfigError
 
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "numpy", "rich", "tokenizers")
 
@@ -59,7 +63,7 @@ def test_all_problems_are_reported_together(run, tmp_path: Path) -> None:
     assert "optm: unknown section; did you mean optim?" in err
     assert "--modle: unknown flag; did you mean --model" in err
     assert "'fp8' is not one of auto, fp32, bf16, bf16_pure or fp16" in err
-    assert "'cosin' is not one of cosine, linear or constant; did you mean cosine?" in err
+    assert "'cosin' is not one of cosine, linear, constant or minimind; did you mean cosine?" in err
     assert "data.max_seq_len: input should be greater than or equal to 8" in err
     assert "train.output_dir: missing; give --output" in err
     assert "Traceback" not in err
@@ -95,6 +99,9 @@ def test_flags_win_over_yaml_and_the_resolved_config_reads_back(tmp_path: Path) 
         ("- a\n- b\n", "must hold sections"),
         ("train: {seed: 1, seed: 2}", "stands twice"),
         ("train: 5", "is a section and needs keys below it"),
+        ("data: {? [a, b] : 1}", "a key must be a word"),
+        ("a: &a {x: 1}\nb: {c: &c {<<: *a, x: 2, x: 3}}", "the key 'x' stands twice"),
+        ("train: {seed: !!int abc}", "invalid literal"),
     ],
 )
 def test_broken_yaml_is_explained(run, tmp_path: Path, text: str, message: str) -> None:
@@ -104,6 +111,142 @@ def test_broken_yaml_is_explained(run, tmp_path: Path, text: str, message: str) 
     assert code == 1
     assert message in err
     assert "Traceback" not in err
+
+
+NEEDED = ("--model", "m", "--data", "d", "--output", "o")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--optim.betas", "0.9", "1.5"], "optim.betas: input should be less than 1, not '1.5'"),
+        (["--optim.betas", "0.9", "-0.1"], "optim.betas: input should be greater than or equal to 0"),
+        (["--optim.betas", "0.9"], "optim.betas: needs two numbers, as in --optim.betas 0.9 0.999"),
+        (["--optim.betas", "0.9", "0.9", "0.9"], "optim.betas: needs two numbers"),
+        (["--optim.lr", "nan"], "optim.lr: input should be a finite number"),
+        (["--optim.eps", "inf"], "optim.eps: input should be a finite number"),
+        (["--train.epochs", "1e9"], "train.epochs: input should be less than or equal to 10000"),
+        (["--train.seed", str(2**63)], "train.seed: input should be less than or equal to 9223372036854775807"),
+        (["--optim.warmup_steps", "-1"], "optim.warmup_steps: input should be greater than or equal to 0"),
+        (["--optim.warmup_steps", "5", "--optim.warmup_ratio", "0.1"], "optim.warmup_steps: optim.warmup_ratio 0.1 is"),
+    ],
+)
+def test_values_that_would_fail_later_are_refused(run, flags: list[str], message: str) -> None:
+    code, _, err = run("train", *NEEDED, *flags)
+    assert code == 1
+    assert "1 problem\n" in err
+    assert message in err
+
+
+def test_yes_is_no_number(run, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("optim: {lr: yes, betas: [no, 0.9]}\ntrain: {seed: on, compile: yes}\n")
+    code, _, err = run("train", path, *NEEDED)
+    assert code == 1
+    assert "3 problems" in err
+    for key in ("optim.lr", "optim.betas", "train.seed"):
+        assert f"{key}: must be a number; YAML reads yes, no, on and off as true and false" in err
+
+
+def test_warmup_steps_survive_a_resolved_config(tmp_path: Path) -> None:
+    flags = {"model.path": "m", "data.train": "d", "train.output_dir": "o", "optim.warmup_steps": "7"}
+    config = resolve_config(RunConfig, None, flags)
+    assert config.optim.warmup_steps == 7
+    (tmp_path / "config.yaml").write_text(dump_yaml(config))
+    assert resolve_config(RunConfig, tmp_path / "config.yaml", {}) == config
+
+
+def test_merge_keys_and_dates_in_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "a: {b: &b {<<: &c {epochs: 3, seed: 1}, seed: 2}}\ntrain: {<<: *b, output_dir: 2024-07-26}\n"
+        "model: {path: m}\ndata: {train: d, template_kwargs: {date_string: 2024-07-26}}\n"
+    )
+    with pytest.raises(ConfigError, match="a: unknown section") as error:
+        resolve_config(RunConfig, path, {})
+    assert len(error.value.problems) == 1
+    config = resolve_config(RunConfig, None, {key: value for key, value in read_yaml(path).items() if key != "a"})
+    assert (config.train.epochs, config.train.seed, config.train.output_dir) == (3, 2, "2024-07-26")
+    assert config.data.template_kwargs == {"date_string": "2024-07-26"}
+
+
+def parse(*words: str) -> Any:
+    return _parse_config_command(build_parser(), list(words))[1]
+
+
+def test_list_flags_add_up() -> None:
+    config = parse("train", "--model", "m", "--output", "o", "--data", "a", "b", "--data", "c", "--eval-data", "d",
+                   "--eval-data", "e", "--train.trackers", "wandb", "--train.trackers", "trackio",
+                   "--optim.betas", "0.1", "0.2", "--optim.betas", "0.3", "0.4")  # fmt: skip
+    assert config.data.train == ["a", "b", "c"]
+    assert config.data.eval == ["d", "e"]
+    assert config.train.trackers == ["wandb", "trackio"]
+    assert config.optim.betas == (0.3, 0.4)
+
+
+def test_values_of_open_maps() -> None:
+    config = parse("train", *NEEDED, "--data.template_kwargs.date_string", "2024-07-26",
+                   "--data.template_kwargs.n", "-1", "--data.template_kwargs.dashes=--")  # fmt: skip
+    assert config.data.template_kwargs == {"date_string": "2024-07-26", "n": -1, "dashes": "--"}
+
+
+@pytest.mark.parametrize("rest", [["--rows", "2"], []])
+def test_an_open_map_without_a_value(run, rest: list[str]) -> None:
+    code, _, err = run("preview", "--model", "m", "--data", "d", "--data.template_kwargs.x", *rest)
+    assert code == 2
+    assert "--data.template_kwargs.x: needs a value" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        (["preview", "--optim.lr", "1"], "--optim.lr"),
+        (["preview", "--output", "x"], "--output"),
+        (["tokenizer", "--output", "x", "--model.config.hidden_size", "1"], "--model.config.hidden_size"),
+    ],
+)
+def test_a_flag_of_another_command(run, words: list[str], flag: str) -> None:
+    code, _, err = run(*words, "--data", "d")
+    assert code == 2
+    assert f"{flag}: this command has no such flag (a run file may hold" in err
+    assert "did you mean" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["preview", "--rows", "abc"], "'abc' is not a whole number"),
+        (["preview", "--rows", "0"], "0 is not 1 or more"),
+        (["chat", "m", "--temperature", "nan"], "nan is not a number of 0 or more"),
+        (["chat", "m", "--temperature", "warm"], "'warm' is not a number"),
+        (["chat", "m", "--seed", str(2**63)], "is larger than"),
+        (["chat", "m", "--seed", "-1"], "-1 is not 0 or more"),
+    ],
+)
+def test_numbers_in_flags(run, words: list[str], message: str) -> None:
+    code, _, err = run(*words)
+    assert code == 2
+    assert message in err
+
+
+def test_names_that_are_too_long(run, tmp_path: Path) -> None:
+    for flags in (["--model", "x" * 400], ["--model", "m", "--tokenizer", "x" * 400], ["--model", "~nobody-here/m"]):
+        code, _, err = run("preview", "--data", Path(__file__), *flags)
+        assert code == 1
+        assert "cannot be a model folder" in err
+        assert len(err) < 200
+    code, _, err = run("preview", "--model", "m", "--data", __file__, "--html", tmp_path / ("x" * 400))
+    assert code == 1
+    assert err.startswith("error: ")
+    assert "File name too long" in err
+
+
+def test_output_that_has_no_unicode(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tunesmith", "train", *NEEDED, "--optim.schedule", "余弦"]
+    env = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 1
+    assert r"'\u4f59\u5f26' is not one of" in result.stderr
 
 
 def test_rules_between_keys(run) -> None:
@@ -124,7 +267,12 @@ def test_schema_is_current_and_accepts_a_run_file(run) -> None:
     assert json.loads(kept.read_text(encoding="utf-8")) == json_schema(), "run `make docs`"
     schema = json_schema()
     assert set(schema["properties"]) == {"model", "data", "optim", "train"}
-    assert yaml.safe_load(json.dumps(schema))["$defs"]["DataSection"]["properties"]["train"]["anyOf"]
+    for section, key in (("Data", "train"), ("Data", "eval"), ("Train", "trackers")):
+        own = yaml.safe_load(json.dumps(schema))["$defs"][f"{section}Section"]["properties"][key]
+        kinds = [option["type"] for option in own["anyOf"]]
+        assert kinds[:2] == ["string", "array"], own
+        assert own["description"]
+    assert "wandb" in own["anyOf"][0]["enum"]
 
 
 def test_generated_docs_are_current(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from tunesmith.config import FieldsSection
-from tunesmith.data.conversation import Conversation, RawText, RowRefused, UnknownFormat
+from tunesmith.data.conversation import (
+    NOTE_EMPTY_CONTEXT,
+    NOTE_EMPTY_QUESTION,
+    NOTE_UNANSWERED,
+    Conversation,
+    RawText,
+    RowRefused,
+    UnknownFormat,
+)
 from tunesmith.data.formats import parse_row
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}
@@ -24,6 +32,7 @@ def turns(row: Any, format_name: str = "auto", **fields: str) -> list[tuple[str,
 
 
 SAME = [("system", "S"), ("user", "Q"), ("assistant", "A")]
+SAME_TURNS = [{"role": r, "content": c} for r, c in SAME]
 
 
 @pytest.mark.parametrize(
@@ -44,6 +53,8 @@ SAME = [("system", "S"), ("user", "Q"), ("assistant", "A")]
         ({"messages": '[{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]'}, {}),
         ({"messages": [{"role": r, "content": [{"type": "text", "value": c}], "loss_weight": float(r == "assistant")} for r, c in SAME]}, {}),
         ({"messages": [{"role": "developer", "content": "S"}, {"role": "user", "content": [{"type": "text", "text": "Q"}]}, {"role": "assistant", "content": "A"}]}, {}),
+        ({"instruction": "", "context": "Q", "response": "A", "category": "qa", "system": "S"}, {}),
+        ({"conversation": [{"system": "S", "input": "Q", "output": "A", "id": 1}]}, {}),
         ({"instruction": "Q", "instances": [{"input": "", "output": "A"}], "system": "S"},
          {"output": "instances.0.output", "input": "instances.0.input"}),
     ],
@@ -55,6 +66,52 @@ def test_every_format_gives_the_same_chat(row: dict[str, Any], fields: dict[str,
 def test_alpaca_input_and_history() -> None:
     row = {"instruction": "Add", "input": "1 2", "output": "3", "history": [["hi", "hello"]]}
     assert turns(row) == [("user", "hi"), ("assistant", "hello"), ("user", "Add\n1 2"), ("assistant", "3")]
+
+
+def test_dolly_context_is_alpacas_input_where_there_is_none() -> None:
+    row = {"instruction": "When?", "context": "Born in 1912.", "response": "1912", "category": "closed_qa"}
+    assert turns(row)[0] == ("user", "When?\nBorn in 1912.")
+    assert turns({**row, "input": ""})[0] == ("user", "When?")
+
+
+def test_a_turns_name_is_kept() -> None:
+    messages = [{"role": "user", "name": "ann", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    chat = parse({"messages": messages})
+    assert [m.to_template() for m in chat.messages] == messages
+
+
+def test_numbers_are_written_as_people_write_them() -> None:
+    nan = float("nan")
+    assert turns({"prompt": 6.5, "completion": 42.0}) == [("user", "6.5"), ("assistant", "42")]
+    assert turns(user_assistant(42.0))[1] == ("assistant", "42")
+    assert turns({"instruction": "Q", "input": nan, "output": "A", "history": nan, "system": nan, "tools": nan}) == [
+        ("user", "Q"),
+        ("assistant", "A"),
+    ]
+    assert turns(user_assistant("A", image=nan)) == [("user", "Q"), ("assistant", "A")]
+    weighted = {"role": "assistant", "content": "A", "loss_weight": nan}
+    assert parse({"messages": [{"role": "user", "content": "Q"}, weighted]}).messages[1].is_trained
+
+
+@pytest.mark.parametrize(
+    ("row", "note"),
+    [
+        ({"prompt": " ", "completion": "A"}, NOTE_EMPTY_QUESTION),
+        ({"prompt": [{"role": "system", "content": "S"}], "completion": "A"}, NOTE_EMPTY_QUESTION),
+        ({"instruction": "", "input": None, "output": "A"}, NOTE_EMPTY_QUESTION),
+        ({"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "A"}]}, NOTE_EMPTY_QUESTION),
+        ({"messages": [{"role": "system", "content": None}, *SAME_TURNS[1:]]}, NOTE_EMPTY_CONTEXT),
+        ({"messages": [*SAME_TURNS, {"role": "tool", "content": None}, SAME_TURNS[2]]}, NOTE_EMPTY_CONTEXT),
+    ],
+)  # fmt: skip
+def test_empty_questions_are_counted(row: dict[str, Any], note: str) -> None:
+    assert parse(row).notes == (note,)
+
+
+def test_no_note_where_nothing_is_missing() -> None:
+    assert parse({"messages": SAME_TURNS}).notes == ()
+    carries_tools = {"role": "system", "content": "", "tools": '[{"name": "t"}]'}  # MiniMind
+    assert parse({"messages": [carries_tools, *SAME_TURNS[1:]]}).notes == ()
 
 
 def test_sharegpt_tool_calls() -> None:
@@ -123,11 +180,18 @@ def test_an_unanswered_last_turn_is_left_off_and_counted() -> None:
     rows = [{"role": r, "content": c} for r, c in [("user", "a"), ("assistant", "b"), ("user", "c")]]
     chat = parse({"messages": rows})
     assert [m.content for m in chat.messages] == ["a", "b"]
-    assert chat.unanswered == 1
+    assert chat.notes == (NOTE_UNANSWERED,)
 
 
 def user_assistant(reply: Any, **extra: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": reply}], **extra}
+
+
+def nested(depth: int) -> list[Any]:
+    tool: dict[str, Any] = {"name": "t"}
+    for _ in range(depth):
+        tool = {"a": tool}
+    return [tool]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +211,22 @@ def user_assistant(reply: Any, **extra: Any) -> dict[str, Any]:
         ({"prompt": "Q", "completion": None}, "completion is missing or null"),
         ({"text": "   "}, "text is empty"),
         ({"instruction": "Q", "output": "A", "history": ["x"]}, "history is not a list of"),
+        ({"instruction": "Q", "output": "A", "history": 5}, "history is not a list of"),
         ({"instruction": "Q", "output": ["A"]}, "output is list, not text"),
+        ({"prompt": "Q", "completion": float("nan")}, "completion is missing or null"),
+        ({"prompt": "Q", "completion": float("inf")}, "completion is float, not text"),
+        (user_assistant(float("nan")), "turn 1 (assistant) is empty"),
+        ({"messages": [{"role": "user", "text": "Q"}, {"role": "assistant", "content": "A"}]}, "turn 0: has no content (keys found: role, text)"),
+        ({"messages": [{"role": "user", "name": {"a": 1}, "content": "Q"}, {"role": "assistant", "content": "A"}]}, "turn 0: name is dict"),
+        ({"conversation": [{"system": "S", "input": "Q", "output": "A"}, {"system": "T", "input": "Q", "output": "A"}]}, "turn 1 of conversation has another system prompt"),
+        ({"conversation": [{"input": "Q", "output": "A"}, {"system": "T", "input": "Q", "output": "A"}]}, "turn 1 of conversation has another system prompt"),
+        (user_assistant("hi \ud83d"), "lone surrogate '\\ud83d'"),
+        ({"text": "hi \ud83d"}, "lone surrogate '\\ud83d'"),
+        (user_assistant("A", tools=[{"name": "t", "d": "\udc00"}]), "lone surrogate '\\udc00'"),
+        (user_assistant("A", tools=[{"function": "t"}]), "tools is not a list of tool schemas"),
+        (user_assistant("A", tools=nested(3000)), "nested too deeply"),
+        ({"conversations": [{"from": "human", "value": "Q"}, {"from": "function_call", "value": "[" * 200_000}]}, "a tool call is not JSON (nested too deeply"),
+        ({"conversations": [{"from": "human", "value": "Q"}, {"from": "function_call", "value": '{"a": ' + "1" * 5000 + "}"}]}, "a tool call is not JSON (a number of more than 4300 digits at character 6)"),
     ],
 )  # fmt: skip
 def test_bad_rows_are_refused_with_the_reason(row: dict[str, Any], words: str) -> None:
@@ -190,9 +269,89 @@ def test_kto_rows_with_label_false_are_never_trained(fields: dict[str, str]) -> 
     assert rejected.value.by_choice
 
 
+@pytest.mark.parametrize("value", [False, True, "False", "TRUE", " false "])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Q", "completion": "A"},
+        {"instruction": "Q", "output": "A"},
+        {"messages": SAME_TURNS},
+        {"conversation": [{"input": "Q", "output": "A"}]},
+    ],
+)
+@pytest.mark.parametrize("column", ["label", "kto_tag"])
+def test_rejected_replies_are_refused_in_every_spelling(row: dict[str, Any], column: str, value: Any) -> None:
+    with pytest.raises(UnknownFormat) as refusal:
+        parse({**row, column: value})
+    assert f"--data.fields.label {column}" in refusal.value.reason
+    if "true" in str(value).lower():
+        assert turns({**row, column: value}, label=column) == turns(row)
+    else:
+        with pytest.raises(RowRefused, match="is false"):
+            parse({**row, column: value}, label=column)
+
+
+@pytest.mark.parametrize("value", [0, 1, "0", "1", 0.0])
+def test_0_and_1_are_labels_next_to_chat_columns_only(value: Any) -> None:
+    for row in ({"prompt": "Q", "completion": "A"}, {"messages": SAME_TURNS}):
+        with pytest.raises(UnknownFormat, match=r"--data\.fields\.label label"):
+            parse({**row, "label": value})
+    assert turns({"instruction": "Is it so?", "output": "yes", "label": value})
+    assert turns({"question": "Is it so?", "answer": "yes", "label": value}, prompt="question", completion="answer")
+
+
+@pytest.mark.parametrize("value", ["sports", 7, None, "", 0.5])
+def test_a_label_of_another_kind_is_no_preference(value: Any) -> None:
+    row = {"prompt": "Q", "completion": "A", "label": value}
+    assert turns(row) == [("user", "Q"), ("assistant", "A")]
+    with pytest.raises(RowRefused, match="not true or false"):
+        parse(row, label="label")
+
+
+def test_a_label_beside_raw_text_is_no_preference() -> None:
+    assert parse_row({"text": "abc", "label": False}, "auto", FieldsSection()) == RawText("abc")
+
+
+@pytest.mark.parametrize(
+    ("row", "fields", "absent"),
+    [
+        ({"q": "Q", "o": "A"}, {"instruction": "qq", "output": "o"}, "qq"),
+        ({"prompt": "Q", "completion": "A"}, {"system": "syss"}, "syss"),
+        ({"instruction": "Q", "output": "A"}, {"input": "inp"}, "inp"),
+        ({"instruction": "Q", "output": "A"}, {"history": "hist"}, "hist"),
+        ({"messages": SAME_TURNS}, {"tools": "functions"}, "functions"),
+        ({"messages": SAME_TURNS}, {"label": "good"}, "good"),
+        ({"text": "abc"}, {"text": "body"}, "body"),
+        ({"a": [1]}, {"text": "a.3"}, "a.3"),
+        ({"messages": SAME_TURNS}, {"messages": "messages.\u00b2"}, "messages.\u00b2"),
+    ],
+)  # fmt: skip
+def test_a_mapped_column_that_is_absent_refuses_the_row(row: Any, fields: dict[str, str], absent: str) -> None:
+    with pytest.raises(UnknownFormat) as refusal:
+        parse_row(row, "auto", FieldsSection(**fields))
+    assert f"has no column {absent}" in refusal.value.reason
+    assert f"Keys found: {', '.join(row)}" in refusal.value.reason
+
+
+def test_mapped_columns_may_be_null_where_the_part_is_optional() -> None:
+    row = {"q": "Q", "i": None, "o": "A", "s": None, "h": None, "t": None}
+    fields = {"instruction": "q", "input": "i", "output": "o", "system": "s", "history": "h", "tools": "t"}
+    assert turns(row, **fields) == [("user", "Q"), ("assistant", "A")]
+
+
+@pytest.mark.parametrize("fields", [{"role": "speaker"}, {"content": "words"}])
+def test_mapped_keys_of_turns_must_be_there_too(fields: dict[str, str]) -> None:
+    with pytest.raises(UnknownFormat, match=r"keys found: role, content|no known format"):
+        parse({"messages": SAME_TURNS}, **fields)
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [
+        ({"messages": "[{'role': 'user', 'content': 'Q'}]"}, "messages is a Python repr, not JSON"),
+        ({"conversations": '[{"from": "human"'}, "conversations is not JSON"),
+        ({"data": [{"prompt": "Q", "completion": "A"}]}, "The rows seem to lie below the key data"),
+        ({"version": 1, "data": [{"prompt": "Q"}]}, "The rows seem to lie below the key data"),
         ({"question": "Q?", "answer": "A"}, "--data.fields.prompt question --data.fields.completion answer"),
         ({"frage": "Q?", "antwort": "A"}, "--data.fields.prompt frage --data.fields.completion antwort"),
         ({"messages": [{"message": "hi"}, {"message": "ho"}]}, "none says who speaks"),

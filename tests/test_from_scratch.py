@@ -144,7 +144,7 @@ def test_a_tokenizer_larger_than_the_presets_vocabulary(run, tokenizer: Any, cha
 
 def test_packed_documents_hold_every_byte_of_the_text_exactly_once(run, corpus: Path, tmp_path: Path) -> None:
     run("tokenizer", "--data", corpus, "--vocab-size", 300, "--output", tmp_path / "tok")
-    code, out, err = run("train", "--model", "new:tiny", "--tokenizer", tmp_path / "tok", "--data", corpus, "--output", tmp_path / "run",
+    code, _, err = run("train", "--model", "new:tiny", "--tokenizer", tmp_path / "tok", "--data", corpus, "--output", tmp_path / "run",
                          *FAST, "--train.max_steps", 1)  # fmt: skip
     assert code == 0, err
     store = open_store(tmp_path / "run" / "tokens")

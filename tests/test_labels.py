@@ -12,9 +12,10 @@ import pytest
 
 from conftest import chat_row
 from tunesmith.config import DataSection
+from tunesmith.data.conversation import NOTE_UNANSWERED, Message
 from tunesmith.data.encode import Encoder
 from tunesmith.data.ledger import LabelledRow, Ledger
-from tunesmith.data.prepare import NOTE_CUT_REPLY, NOTE_RENDERED, NOTE_UNANSWERED, label_rows
+from tunesmith.data.prepare import NOTE_CONTROL, NOTE_CUT_REPLY, NOTE_RENDERED, label_rows
 from tunesmith.data.read import RawRow
 from tunesmith.errors import DataError, ModelError
 from tunesmith.model.tokenizer import build_encoder
@@ -68,8 +69,6 @@ def test_ids_are_those_of_the_stock_chat_template(encoder: Encoder) -> None:
 
 
 def test_the_prompt_of_each_reply_is_what_chat_would_send(encoder: Encoder) -> None:
-    from tunesmith.data.conversation import Message
-
     (row,) = label(encoder, CHAT)
     sample = row.samples[0]
     starts = [i for i in range(1, len(sample.loss_mask)) if sample.loss_mask[i] and not sample.loss_mask[i - 1]]
@@ -176,9 +175,12 @@ def test_raw_text_trains_every_token_and_splits_without_loss(encoder: Encoder) -
     text = "the quick brown fox says hello 你好🙂\r\n" * 50
     (row,) = label(encoder, {"text": text}, max_seq_len=64)
     assert row.reason == "split"
-    assert all(sample.loss_mask.all() and len(sample.input_ids) <= 64 for sample in row.samples)
-    ids = [int(i) for sample in row.samples for i in sample.input_ids]
-    assert encoder.tokenizer.decode(ids) == text + "<|im_end|>"
+    assert all(sample.loss_mask[1:].all() and len(sample.input_ids) <= 64 for sample in row.samples)
+    trained = [int(i) for s in row.samples for i, mask in zip(s.input_ids, s.loss_mask, strict=True) if mask]
+    assert encoder.tokenizer.decode(trained) == text + "<|im_end|>"
+    assert row.samples[0].input_ids[0] == encoder.tokenizer.bos_token_id
+    for before, after in zip(row.samples, row.samples[1:], strict=False):
+        assert after.input_ids[0] == before.input_ids[-1]  # context, so that the piece's first new token is predicted
 
 
 def test_text_with_a_rendered_template_is_noticed(encoder: Encoder) -> None:
@@ -231,6 +233,50 @@ def test_first_row_of_unknown_format_ends_the_command_later_ones_are_refused(enc
         label(encoder, {"a": 1}, CHAT)
     rows = label(encoder, CHAT, {"a": 1})
     assert [row.status for row in rows] == ["used", "refused"]
+
+
+def test_an_absent_mapped_column_ends_the_command_at_the_first_row_only(encoder: Encoder) -> None:
+    rows = [{"q": "Q", "a": "A"}, {"q": "Q", "b": "A"}]
+    with pytest.raises(DataError, match=r"x\.jsonl:1: the row has no column aa .* Keys found: q, a\."):
+        label(encoder, *rows, fields={"prompt": "q", "completion": "aa"})
+    kept, refused = label(encoder, *rows, fields={"prompt": "q", "completion": "a"})
+    assert (kept.status, refused.status) == ("used", "refused")
+    assert "Keys found: q, b." in refused.reason
+
+
+def test_control_tokens_typed_in_content_are_noticed(encoder: Encoder) -> None:
+    reply = "A<|im_end|>\n<|im_start|>user\nB"
+    rows = label(
+        encoder,
+        CHAT,
+        chat_row("Q", reply),
+        chat_row("<|endoftext|>", "A"),
+        chat_row("<|im_", "<html>"),
+    )
+    assert [row.notes for row in rows] == [(), (NOTE_CONTROL,), (NOTE_CONTROL,), ()]
+
+
+def test_half_a_character_is_refused_in_data_and_in_chat(encoder: Encoder) -> None:
+    rows = label(encoder, CHAT, chat_row("Q", "hi \ud83d"), {"text": "\ud83d"})
+    assert [row.status for row in rows] == ["used", "refused", "refused"]
+    assert "lone surrogate" in rows[1].reason
+    with pytest.raises(ModelError, match=r"lone surrogate '\\ud83d'"):
+        encoder.encode_prompt([Message("user", "hi \ud83d")])
+
+
+def test_the_last_error_does_not_advise_what_cannot_help(encoder: Encoder) -> None:
+    ledger = Ledger()
+    for row in label(encoder, chat_row("Q", ""), chat_row("Q", " ")):
+        ledger.add(row)
+    with pytest.raises(DataError) as error:
+        ledger.raise_if_unusable(1.0)
+    assert "no row is left to train on" in str(error.value)
+    assert "x.jsonl:1: turn 1 (assistant) is empty" in str(error.value)
+    assert "higher" not in str(error.value)
+    with pytest.raises(DataError) as error:
+        ledger.raise_if_unusable(0.01)
+    assert "2 of 2 rows (100.0%)" in str(error.value)
+    assert "higher" not in str(error.value)
 
 
 def test_limit(encoder: Encoder) -> None:

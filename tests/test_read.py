@@ -66,6 +66,19 @@ def test_row_numbers_are_lines(folder: Path) -> None:
     assert rows[1].where == f"{folder / 'b.jsonl'}:3"
 
 
+def test_a_csv_row_has_the_number_of_its_first_line(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_bytes(b'a,b\n1,2\n"3\n3\n3","4\r\n4"\n\n5,6\n')
+    rows = list(read_rows(find_sources([str(tmp_path / "x.csv")])))
+    assert [row.number for row in rows] == [2, 3, 8]
+
+
+def test_endings_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "x.JSONL.GZ").write_bytes(gzip.compress(lines(ROWS).encode()))
+    assert values(tmp_path / "x.JSONL.GZ") == ROWS == values(tmp_path)
+    with pytest.raises(DataError, match="no such file"):
+        find_sources(["Y.JSONL.GZ"])
+
+
 def test_text_files_are_one_document_with_every_byte(tmp_path: Path) -> None:
     text = "one\r\ntwo\n\n  three\u2028four"
     (tmp_path / "book.txt").write_bytes(text.encode())
@@ -80,6 +93,103 @@ def test_hub_layout_reads_the_train_split_only(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(ROWS[:1]), data / "test-00000-of-00001.parquet")
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nA data set.")
     assert values(tmp_path) == ROWS
+    assert values(f"{tmp_path}:test") == ROWS[:1]
+
+
+def layout(folder: Path, *names: str) -> Path:
+    """Files of one row each that names the file, or of text."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("one\ntwo\n" if path.suffix in (".txt", ".md") else json.dumps({"text": name}) + "\n")
+    return folder
+
+
+def chosen(folder: Path, name: str = "") -> tuple[list[str], list[str]]:
+    """Files read and passed over."""
+    sources = find_sources([name or str(folder)])
+    assert not sources.hub
+    return tuple([str(p.relative_to(folder)) for p in ps] for ps in (sources.files, sources.passed_over))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("names", "files"),
+    [
+        (("train/a.jsonl", "test/b.jsonl"), ["train/a.jsonl"]),
+        (("data/train/a.jsonl", "data/validation/b.jsonl"), ["data/train/a.jsonl"]),
+        (("train.jsonl", "test.jsonl", "extra.jsonl"), ["train.jsonl"]),
+        (("train.txt", "valid.txt"), ["train.txt"]),
+        (("train-1.csv", "train_2.csv", "my-dev.csv"), ["train-1.csv", "train_2.csv"]),
+        (("chats.jsonl", "test.jsonl"), ["chats.jsonl"]),
+        (("train.jsonl", "more.jsonl"), ["more.jsonl", "train.jsonl"]),
+        (("eval.jsonl",), ["eval.jsonl"]),
+        (("latest.jsonl", "contest.jsonl"), ["contest.jsonl", "latest.jsonl"]),
+        (("a.jsonl", "old/train.jsonl", "old/test.jsonl"), ["a.jsonl"]),
+        (("a.jsonl", "notes.txt", "requirements.txt", "CHANGELOG.md", "pic.png"), ["a.jsonl"]),
+        (("one.txt", "two.md", "README.md", "LICENSE.txt"), ["one.txt", "two.md"]),
+    ],
+)  # fmt: skip
+def test_what_a_folder_trains_and_what_it_passes_over(tmp_path: Path, names: tuple[str, ...], files: list[str]) -> None:
+    read, passed_over = chosen(layout(tmp_path, *names))
+    assert read == files
+    expected = {name for name in names if name not in files}
+    assert set(passed_over) == {"old" if name.startswith("old/") else name for name in expected}
+
+
+def test_text_files_of_a_split_are_whole_documents(tmp_path: Path) -> None:
+    assert values(layout(tmp_path, "train.txt", "valid.txt")) == [{"text": "one\ntwo\n"}]
+
+
+def test_a_split_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = layout(tmp_path / "f5", "train.jsonl", "test.jsonl", "val/a.jsonl", "extra.jsonl")
+    monkeypatch.chdir(tmp_path)
+    for name in ("f5:test", "./f5:test", f"{folder}:test"):
+        assert values(name) == [{"text": "test.jsonl"}]
+    assert chosen(folder, f"{folder}:validation") == (["val/a.jsonl"], ["extra.jsonl", "test.jsonl", "train.jsonl"])
+    with pytest.raises(DataError, match=r"f5: no file of the split 'dev2'\. Splits found: test, train, validation"):
+        find_sources(["f5:dev2"])
+    with pytest.raises(DataError, match="no such file or folder"):
+        find_sources(["f6:test"])
+
+
+def test_held_out_splits_alone_must_be_named(tmp_path: Path) -> None:
+    layout(tmp_path, "test.jsonl", "dev.jsonl")
+    with pytest.raises(DataError, match=r"holds only the splits test, validation.*:validation"):
+        find_sources([str(tmp_path)])
+
+
+def test_a_folder_with_data_in_other_subfolders_says_how_to_name_them(tmp_path: Path) -> None:
+    layout(tmp_path, "2024/a.jsonl", "2025/b.jsonl")
+    with pytest.raises(DataError, match=r"holds no data file.*2024, 2025.*\*\*"):
+        find_sources([str(tmp_path)])
+    assert len(values(tmp_path / "**/*.jsonl")) == 2
+
+
+def test_links_are_followed_and_broken_ones_named(tmp_path: Path) -> None:
+    real = layout(tmp_path / "real", "a.jsonl")
+    folder = layout(tmp_path / "f", "b.jsonl")
+    (folder / "train").symlink_to(real)
+    (folder / "c.jsonl").symlink_to(real / "a.jsonl")
+    (folder / "loop").symlink_to(folder)
+    (folder / "data").symlink_to(folder)
+    assert values(folder / "c.jsonl") == [{"text": "a.jsonl"}]
+    assert values(folder / "train") == [{"text": "a.jsonl"}]
+    assert find_sources([str(folder)]).files  # and not without end
+    for name in ("loop", "data"):
+        (folder / name).unlink()
+    assert values(folder) == [{"text": "b.jsonl"}, {"text": "a.jsonl"}, {"text": "a.jsonl"}]
+    (folder / "gone.png").symlink_to(real / "nothing")
+    assert chosen(folder)[1] == ["gone.png"]
+    (folder / "d.jsonl").symlink_to(real / "nothing")
+    for name in (folder, folder / "d.jsonl", folder / "*.jsonl"):
+        with pytest.raises(DataError, match=r"d\.jsonl: a link to .*nothing, which does not exist"):
+            find_sources([str(name)])
+
+
+def test_an_empty_name_is_an_error() -> None:
+    for name in ("", " "):
+        with pytest.raises(DataError, match="empty data name"):
+            find_sources([name])
 
 
 def test_hub_card_with_configs_is_obeyed(tmp_path: Path) -> None:
@@ -88,6 +198,13 @@ def test_hub_card_with_configs_is_obeyed(tmp_path: Path) -> None:
     card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: mine.jsonl\n---\n"
     (tmp_path / "README.md").write_text(card)
     assert values(tmp_path) == ROWS
+    with pytest.raises(DataError, match="test"):
+        values(f"{tmp_path}:test")
+    assert values(f"{tmp_path}:default:train") == ROWS
+
+
+def damaged_gzip() -> bytes:
+    return gzip.compress(b'{"a": 1}\n')[:10] + b"\xff" * 40  # a head, then a block of no known type
 
 
 @pytest.mark.parametrize(
@@ -97,13 +214,27 @@ def test_hub_card_with_configs_is_obeyed(tmp_path: Path) -> None:
         ("x.jsonl", b"\n \n", "holds no rows"),
         ("x.json", b"[]", "holds no rows"),
         ("x.json", b'[{"a": 1},\n{"b" 2}]', "x.json:2: broken JSON"),
-        ("x.json", b'{"data": [\n{"a": 1}]}', "rows below the key 'data'"),
+        (
+            "x.jsonl",
+            b'{"a": 1}\n{"a": ' + b"1" * 5000 + b"}",
+            "x.jsonl:2: broken JSON (a number of more than 4300 digits at column 7)",
+        ),
+        (
+            "x.json",
+            b'[{"a": 1},\n{"a": ' + b"1" * 5000 + b"}]",
+            "x.json:2: broken JSON (a number of more than 4300 digits",
+        ),
+        ("x.jsonl", b'{"a": 1}\n' + b"[" * 200_000, "x.jsonl:2: broken JSON (nested too deeply"),
+        ("x.json", b'[{"a": 1},\n' + b"[" * 200_000 + b"]" * 200_001, "x.json:2: broken JSON (nested too deeply"),
+        ("x.jsonl.gz", damaged_gzip(), "cannot be read"),
+        ("x.parquet.gz", gzip.compress(b"PAR1"), "Parquet is compressed inside"),
         ("x.jsonl", b'{"a": "\xff"}\n', "not UTF-8 text (byte 0xff in line 1)"),
         ("x.parquet", b"PAR1 nothing", "not a readable Parquet file"),
         ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000)[:40], "cannot be read"),
         ("x.csv", b"a,b\n1,2,3\n", "x.csv:2: the row does not have the 2 fields"),
         ("x.csv", b"a,b\n1\n", "x.csv:2: the row does not have the 2 fields"),
-        ("x.csv", b'a,b\n"1,2\n', "broken CSV"),
+        ("x.csv", b'a,b\n1,2\n"1,2\n\n', "x.csv:3: broken CSV"),
+        ("x.csv", b'a,b\n"1\n\n2"\n', "x.csv:2: the row does not have the 2 fields"),
         ("x.xlsx", b"PK", "unknown kind of file"),
     ],
 )

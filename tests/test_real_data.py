@@ -42,7 +42,7 @@ def test_a_trained_model_is_fine_tuned_and_still_opens_in_plain_transformers(
                          "--data.max_seq_len", 512, "--optim.lr", 1e-3, "--train.max_steps", 40, "--data.eval_split", 0.1)  # fmt: skip
     assert code == 0, err
     assert "alpaca, because the model has none of its own; replies end with </s>" in out
-    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
     assert records[-1]["loss"] < records[0]["loss"] - 0.5
     after = AutoModelForCausalLM.from_pretrained(output / "model")
     assert not torch.equal(after.model.norm.weight, before.model.norm.weight)

@@ -78,6 +78,29 @@ def test_a_stranger_s_template_cannot_reach_python() -> None:
         template("{{ messages.append(1) }}").render([])
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ 1 // (messages|length) }}",
+        "{{ 2.0 ** 99999 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ range(10 ** 9)|list }}",
+        "{{ missing.key }}",
+        "{% include 'other' %}",
+    ],
+)
+def test_whatever_goes_wrong_inside_a_template_is_a_refusal(text: str) -> None:
+    with pytest.raises(TemplateRefused):
+        template(text).render([])
+
+
+def test_a_name_reaches_the_template() -> None:
+    text = "{% for m in messages %}{{ m.name or m.role }}: {{ m.content }};{% endfor %}"
+    assert (
+        template(text).render([Message("user", "Q", name="ann"), Message("assistant", "A")]) == "ann: Q;assistant: A;"
+    )
+
+
 def test_a_broken_template_names_its_line() -> None:
     with pytest.raises(ModelError, match="line 2"):
         template("{% for m in messages %}\n{{ m. }}{% endfor %}").render([])

@@ -176,3 +176,90 @@ def test_chat_with_a_run_that_was_trained_without_a_template(run, model_folder: 
     assert "none: prompt + completion + <|im_end|>" in out
     assert not (tmp_path / "run" / "model" / "chat_template.jinja").exists()
     assert run("chat", tmp_path / "run", "--prompt", "fox:\n", "--temperature", 0)[1] == "jumps over the dog\n"
+
+
+def test_chat_without_a_template_finds_that_in_checkpoints_and_says_what_it_uses_elsewhere(
+    run, tokenizer, tmp_path: Path
+) -> None:
+    import copy
+    import shutil
+
+    from conftest import save_folder, tiny_config
+    from tunesmith.config import ModelSection
+
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    checkpoint = save_folder(tmp_path / "run" / "checkpoints" / "step-000010", tiny_config("qwen3"), bare)
+    (tmp_path / "run" / "config.yaml").write_text("data: {chat_template: none, max_seq_len: 600}\n")
+    (tmp_path / "run" / "data_ledger.json").write_text("{}")
+    speaker = load_speaker(ModelSection(path=str(checkpoint)))
+    assert speaker.encoder.template is None
+    assert speaker.context == 600  # trained beyond the model's own 512
+    words = ("--prompt", "fox", "--max-new-tokens", 1)
+    assert run("chat", checkpoint, *words)[2] == ""
+    shutil.copytree(checkpoint, tmp_path / "copied")
+    code, _, err = run("chat", tmp_path / "copied", *words)
+    assert code == 0
+    assert "brings no chat template, so the built-in alpaca one is used" in err
+    assert err.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def short_sighted(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
+    """A GPT-2 with 64 positions."""
+    from conftest import save_folder, tiny_config
+
+    return save_folder(tmp_path_factory.mktemp("gpt2") / "m", tiny_config("gpt2", n_positions=64), tokenizer)
+
+
+def test_chat_stops_where_the_context_is_full(run, short_sighted: Path) -> None:
+    code, out, err = run("chat", short_sighted, "--prompt", "Hi", "--max-new-tokens", 100, "--temperature", 0)
+    assert (code, err) == (0, "")
+    assert out
+    code, _, err = run("chat", short_sighted, "--prompt", "龘" * 64)
+    assert code == 1
+    assert "and the model's context 64, so no reply fits. Forget the conversation (/reset" in err
+
+
+def test_chat_goes_on_after_a_message_that_does_not_fit(short_sighted: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "tunesmith", "chat", str(short_sighted), "--max-new-tokens", "100"],
+        input=("龘" * 64 + "\n/reset\nHi\n").encode(),
+        capture_output=True,
+        timeout=120,
+        check=True,
+    )
+    assert result.stderr.decode().count("so no reply fits") == 1
+    assert "(forgotten)" in result.stdout.decode()
+
+
+def test_chat_with_random_weights_and_with_an_empty_system_prompt(run, trained: Path) -> None:
+    code, _, err = run("chat", "new:tiny", "--prompt", "x")
+    assert code == 1
+    assert "new:tiny: has random weights, so nothing to say. Chat needs trained ones" in err
+    assert run("chat", trained, "--prompt", "Who are you?", "--system", "", "--temperature", 0)[0] == 0
+
+
+def test_preview_asks_for_its_page_before_the_work(run, trained: Path, tmp_path: Path) -> None:
+    for name, words in (("nope/x.html", "there is no folder"), (".", "is a folder; give the name of a file")):
+        code, out, err = run("preview", "--model", "m", "--data", "d", "--html", tmp_path / name)
+        assert (code, out) == (2, "")
+        assert words in err
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_preview_and_chat_where_the_terminal_has_no_unicode(trained: Path, tmp_path: Path, flags: list[str]) -> None:
+    import os
+
+    data = write_jsonl(
+        tmp_path / "x.jsonl", [chat_row("é?", "你好🙂"), {"messages": [{"role": "é🙂", "content": "x"}]}]
+    )
+    words = ["preview", "--model", str(trained), "--data", str(data), *flags]
+    env = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    result = subprocess.run([sys.executable, "-m", "tunesmith", *words], env=env, capture_output=True, check=False)
+    assert result.returncode == 0, result.stderr.decode()
+    text = result.stdout.decode("ascii")
+    if flags:
+        assert [json.loads(line)["row"] for line in text.splitlines()] == [1, 2]
+    else:
+        assert r"\u4f60\u597d\U0001f642" in text

@@ -6,6 +6,9 @@ Nothing here imports torch or transformers: `--help` and every config error answ
 from __future__ import annotations
 
 import argparse
+import errno
+import io
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -13,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from tunesmith import __version__
-from tunesmith.errors import InterruptedRun, RunError, TunesmithError
+from tunesmith.errors import InterruptedRun, RunError, TunesmithError, UsageError
 
 _EPILOG = {
     "train": """examples:
@@ -65,8 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--prompt", metavar="TEXT", help="answer once and exit")
     chat.add_argument("--system", metavar="TEXT", help="system prompt")
     chat.add_argument("--max-new-tokens", type=_positive, default=512, metavar="N", help="longest reply (default: 512)")
-    chat.add_argument("--temperature", type=_not_negative, metavar="T", help="0 is greedy; default: the model's own")
-    chat.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    chat.add_argument("--temperature", type=_temperature, metavar="T", help="0 is greedy; default: the model's own")
+    chat.add_argument("--seed", type=_seed, default=0, metavar="N", help="of sampling (default: 0)")
     chat.add_argument(
         "--chat-template", metavar="T", help="a .jinja file, chatml, alpaca or none; default: the model's"
     )
@@ -90,16 +93,34 @@ def _add_command(commands: Any, name: str, summary: str) -> argparse.ArgumentPar
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return _whole_number(text, 1, sys.maxsize)
+
+
+def _seed(text: str) -> int:
+    from tunesmith.config import LARGEST_SEED
+
+    return _whole_number(text, 0, LARGEST_SEED)
+
+
+def _whole_number(text: str, smallest: int, largest: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if value < smallest:
+        raise argparse.ArgumentTypeError(f"{value} is not {smallest} or more")
+    if value > largest:
+        raise argparse.ArgumentTypeError(f"{text} is larger than {largest}")
     return value
 
 
-def _not_negative(text: str) -> float:
-    value = float(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is below 0")
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"{value} is not a number of 0 or more")
     return value
 
 
@@ -126,7 +147,8 @@ def _add_config_flags(parser: argparse.ArgumentParser, sections: tuple[str, ...]
             continue
         options: dict[str, Any] = {"dest": dotted, "default": argparse.SUPPRESS, "help": text}
         if takes_list(field):
-            options |= {"nargs": "+", "metavar": "NAME" if dotted != "optim.betas" else "X"}
+            is_pair = dotted == "optim.betas"  # of these the last wins; names add up
+            options |= {"nargs": "+", "metavar": "X" if is_pair else "NAME", "action": "store" if is_pair else "extend"}
         elif field.annotation is bool:
             options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
         else:
@@ -153,6 +175,7 @@ def _take_open_maps(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     import yaml
 
     from tunesmith.config import OPEN_MAPS
+    from tunesmith.files import StrictLoader
 
     rest: list[str] = []
     taken: dict[str, Any] = {}
@@ -162,10 +185,13 @@ def _take_open_maps(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
         if not (word.startswith("--") and any(name.startswith(f"{m}.") for m in OPEN_MAPS)):
             rest.append(word)
             continue
-        value = value if equals else next(words, "")
+        if not equals:
+            value = next(words, "--")
+            if value.startswith("--"):
+                raise UsageError(f"--{name}: needs a value; one that starts with -- is given as --{name}=VALUE")
         try:
-            taken[name] = yaml.safe_load(value)  # 256 is a number, false is false, text is text
-        except yaml.YAMLError:
+            taken[name] = yaml.load(value, Loader=StrictLoader)  # 256 is a number, false is false, text is text
+        except (yaml.YAMLError, ValueError, RecursionError):
             taken[name] = value
     return rest, taken
 
@@ -203,6 +229,9 @@ def _parse_config_command(parser: argparse.ArgumentParser, argv: list[str]) -> t
             flags[dotted] = None if value in ("null", ["null"]) else value
     models: dict[str, Any] = {"train": RunConfig, "preview": PreviewConfig, "tokenizer": TokenizerConfig}
     model = models[options.command]
+    for dotted in [name for name in flags if name.split(".")[0] not in model.model_fields]:
+        del flags[dotted]
+        unknown.append(dotted)
     config = resolve_config(model, options.run_yaml, flags, unknown)
     return options, config
 
@@ -277,6 +306,9 @@ def _quiet_libraries() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code of the command contract."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character gets its number, not a traceback
+            stream.reconfigure(errors="backslashreplace")
     try:
         run_command(list(sys.argv[1:] if argv is None else argv))
     except InterruptedRun as error:
@@ -290,4 +322,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return InterruptedRun.exit_code
     except BrokenPipeError:  # the reader (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"error: {str(error.filename)[:60]}...: {error.strerror}; give a shorter name.", file=sys.stderr)
+        return TunesmithError.exit_code
     return 0

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic.fields import FieldInfo
 
 from tunesmith.errors import ConfigError
+from tunesmith.files import StrictLoader
 
 
 class Section(BaseModel):
@@ -263,37 +264,6 @@ def suggest_key(key: str, known: list[str], dashes: str = "") -> str:
     return f"; did you mean {dashes}{close[0]}?" if close else ""
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML, but a key that stands twice is an error instead of a silent win of the second, and dates stay text."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def compose_mapping_node(self, anchor: dict[Any, yaml.Node] | None) -> yaml.MappingNode:
-        """Checked here, because later `<<: *other` has put the other's keys among the mapping's own."""
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
-                )
-            seen.add(key.value)
-        return node
-
-
-def parse_value(text: str) -> Any:
-    """A flag's value as YAML reads it: 256 is a number, false is false, text is text."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return text
-
-
 def find_recipe(path: Path) -> Path:
     """recipe:NAME -> the file in the package; other paths as they are."""
     name = str(path).removeprefix("recipe:")
@@ -316,7 +286,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise ConfigError(str(path), ["is not UTF-8 text, so not a YAML run file"]) from None
     try:
-        loaded = yaml.load(text, Loader=_Loader)  # a SafeLoader: plain data only
+        loaded = yaml.load(text, Loader=StrictLoader)  # a SafeLoader: plain data only
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""

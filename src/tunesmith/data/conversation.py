@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+NOTE_UNANSWERED = "ends on an unanswered turn, which is left off"
+NOTE_EMPTY_QUESTION = "has an empty question"
+NOTE_EMPTY_CONTEXT = "has an empty system or tool turn"
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -16,6 +20,7 @@ class Message:
         reasoning_content: what a reasoning model thinks before it answers.
         tool_calls: [{"type": "function", "function": {"name": str, "arguments": dict | str}}].
         is_trained: for assistant turns, whether the row wants it learnt (loss_weight 0 = no).
+        name: who speaks, or which tool, for templates that print it.
     """
 
     role: str
@@ -23,10 +28,13 @@ class Message:
     reasoning_content: str | None = None
     tool_calls: tuple[dict[str, Any], ...] = ()
     is_trained: bool = True
+    name: str | None = None
 
     def to_template(self) -> dict[str, Any]:
         """The dict that chat templates expect."""
         message: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.name:
+            message["name"] = self.name
         if self.reasoning_content:
             message["reasoning_content"] = self.reasoning_content
         if self.tool_calls:
@@ -38,12 +46,12 @@ class Message:
 class Conversation:
     """Turns with at least one trained assistant turn, the last turn being the assistant's.
 
-    `unanswered` counts the turns behind the last reply that were left off: nothing follows them to learn from.
+    `notes` say what is worth counting about the row although it is used.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
-    unanswered: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,3 +79,12 @@ class RowRefused(Exception):
 
 class UnknownFormat(RowRefused):
     """No format of ours fits the row's keys."""
+
+
+def find_lone_surrogate(text: str) -> str | None:
+    """Half of a character, as JSON can spell it ("\\ud83d"): it has no bytes, so no tokens. None if all is well."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return text[error.start]
+    return None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.data.conversation import Message
+from tunesmith.data.conversation import Message, find_lone_surrogate
 from tunesmith.data.template import ChatTemplate, TemplateRefused
 from tunesmith.errors import ModelError
 
@@ -57,6 +57,8 @@ class Encoder:
         backend.no_padding()
         self._backend = backend
         self.added_ids = frozenset(backend.get_added_tokens_decoder())
+        self.control_texts = tuple(t.content for t in backend.get_added_tokens_decoder().values() if t.special)
+        self._control_starts = frozenset(text[:2] for text in self.control_texts)
         self.bos_ids = bos_ids(tokenizer)
         self.eos_id: int | None = tokenizer.eos_token_id
         self.bos_id: int | None = tokenizer.bos_token_id
@@ -71,12 +73,28 @@ class Encoder:
         """What the model is given to answer these messages: rendered up to where its reply begins."""
         if self.template is None:
             text = "".join(message.content for message in messages)
-            return self.bos_ids + self.encode_texts([text])[0].ids
+            return self.bos_ids + self._encode_typed(text)
         try:
             text = self.template.render(messages, tools, add_generation_prompt=True)
         except TemplateRefused as refusal:
             raise ModelError(f"the chat template rejects this conversation: {refusal}") from None
+        return self._encode_typed(text)
+
+    def _encode_typed(self, text: str) -> list[int]:
+        half = find_lone_surrogate(text)
+        if half:
+            raise ModelError(
+                f"the conversation holds the lone surrogate {half!r}, half of a character, which no tokenizer can "
+                "encode. Type the text again."
+            )
         return self.encode_texts([text])[0].ids
+
+    def holds_control_text(self, text: str) -> bool:
+        """Whether a text spells a special token; it is then encoded as that token."""
+        # some tokenizers have a thousand special tokens, which begin in three or four ways
+        if not any(start in text for start in self._control_starts):
+            return False
+        return any(control in text for control in self.control_texts)
 
     def _eos_as_stop(self) -> StopToken:
         if self.eos_id is None:

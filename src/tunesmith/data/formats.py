@@ -2,55 +2,65 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from tunesmith.config import FieldsSection
 from tunesmith.data.conversation import (
+    NOTE_EMPTY_CONTEXT,
+    NOTE_EMPTY_QUESTION,
+    NOTE_UNANSWERED,
     Conversation,
     Message,
     Parsed,
     RawText,
     RowRefused,
     UnknownFormat,
+    find_lone_surrogate,
 )
-from tunesmith.data.hints import FORMATS_KNOWN, describe_unknown, find_placeholder, preference_hint
-from tunesmith.data.turns import ROLE_KEYS, parse_tools, parse_turn, parse_turns
+from tunesmith.data.hints import (
+    FORMATS_KNOWN,
+    chosen_side_hint,
+    describe_unknown,
+    find_placeholder,
+    list_keys,
+    not_json_hint,
+    rejected_label_hint,
+)
+from tunesmith.data.jsontext import load_json
+from tunesmith.data.turns import ROLE_KEYS, as_text, is_missing, parse_tools, parse_turn, parse_turns
 
 Row = Mapping[str, Any]
 
 
-def get_column(row: Row, path: str) -> Any:
-    """The value under a column name; dots reach into lists and dicts ("instances.0.output"). None if absent."""
+def find_column(row: Row, path: str) -> tuple[bool, Any]:
+    """Whether there is a column of this name, and its value; dots reach into lists and dicts ("instances.0.output")."""
     if path in row:
-        return row[path]
+        return True, row[path]
     value: Any = row
     for part in path.split("."):
         if isinstance(value, Mapping) and part in value:
             value = value[part]
-        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
             value = value[int(part)]
         else:
-            return None
-    return value
+            return False, None
+    return True, value
 
 
-def _as_text(value: Any, column: str) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)  # a CSV or Parquet column of numbers ("How many?" -> 42)
-    if not isinstance(value, str):
-        raise RowRefused(f"{column} is {type(value).__name__}, not text")
-    return value
+def get_column(row: Row, path: str) -> Any:
+    """The value under a column name, None where it is absent, null or NaN."""
+    _, value = find_column(row, path)
+    return None if is_missing(value) else value
 
 
 def _json_list(value: Any) -> Any:
     """CSV and Parquet often keep a list of turns as JSON text."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            return json.loads(value)
+            return load_json(value)
         except json.JSONDecodeError:
             return value
     return value
@@ -58,7 +68,7 @@ def _json_list(value: Any) -> Any:
 
 def _system_of(row: Row, fields: FieldsSection) -> list[Message]:
     name = fields.system or "system"
-    text = _as_text(get_column(row, name), name)
+    text = as_text(get_column(row, name), name)
     return [Message("system", text)] if text.strip() else []
 
 
@@ -71,7 +81,7 @@ def parse_messages(row: Row, fields: FieldsSection) -> Conversation:
     names = [fields.messages] if fields.messages else ["messages", "conversations"]
     turns = next((v for n in names if (v := _json_list(get_column(row, n))) is not None), None)
     if not isinstance(turns, list):
-        raise RowRefused(f"{names[0]} is not a list of turns")
+        raise RowRefused(not_json_hint(names[0], turns) or f"{names[0]} is not a list of turns")
     messages, tools = parse_turns(turns, fields.role, fields.content)
     if not any(m.role == "system" for m in messages[:1]):
         messages = _system_of(row, fields) + messages
@@ -91,39 +101,37 @@ def parse_prompt_completion(row: Row, fields: FieldsSection) -> Conversation:
     if isinstance(prompt, list):
         turns, tools = parse_turns(prompt, fields.role, fields.content)
         messages = turns if turns and turns[0].role == "system" else messages + turns
-        messages = [_untrained(m) for m in messages]  # what stands in the prompt is context
+        messages = [dataclasses.replace(m, is_trained=False) for m in messages]  # a prompt is context
     else:
-        messages.append(Message("user", _as_text(prompt, prompt_name)))
+        messages.append(Message("user", as_text(prompt, prompt_name)))
     if isinstance(completion, list):
         messages += parse_turns(completion, fields.role, fields.content)[0]
     elif isinstance(completion, Mapping):
         messages.append(parse_turn(completion, fields.role, fields.content))
     else:
-        messages.append(Message("assistant", _as_text(completion, completion_name)))
+        messages.append(Message("assistant", as_text(completion, completion_name)))
     return finish(messages, _tools_of(row, fields) or tools)
 
 
-def _untrained(message: Message) -> Message:
-    return Message(message.role, message.content, message.reasoning_content, message.tool_calls, False)
-
-
 def parse_alpaca(row: Row, fields: FieldsSection) -> Conversation:
-    """{"instruction", "input", "output" or "response"}, with "system" and "history" [[question, answer], ...]."""
+    """{"instruction", "input" (Dolly: "context"), "output" or "response", "system", "history" [[question, answer]]}."""
     names = [fields.output] if fields.output else ["output", "response"]
     output = next((v for n in names if (v := get_column(row, n)) is not None), None)
     if output is None:
         raise RowRefused(f"column {names[0]} is missing or null (keys found: {', '.join(map(str, row))})")
-    instruction_name, input_name = fields.instruction or "instruction", fields.input or "input"
-    instruction = _as_text(get_column(row, instruction_name), instruction_name)
-    extra = _as_text(get_column(row, input_name), input_name)
+    instruction_name, input_name = fields.instruction or "instruction", fields.input
+    input_name = input_name or ("input" if "input" in row else "context")
+    instruction = as_text(get_column(row, instruction_name), instruction_name)
+    extra = as_text(get_column(row, input_name), input_name)
     messages = _system_of(row, fields)
-    for pair in _json_list(get_column(row, fields.history or "history")) or []:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise RowRefused("history is not a list of [question, answer] pairs")
-        messages += [Message("user", _as_text(pair[0], "history"))]
-        messages += [Message("assistant", _as_text(pair[1], "history"))]
+    history = _json_list(get_column(row, fields.history or "history")) or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise RowRefused("history is not a list of [question, answer] pairs")
+    for pair in history:
+        messages += [Message("user", as_text(pair[0], "history"))]
+        messages += [Message("assistant", as_text(pair[1], "history"))]
     question = "\n".join(part for part in (instruction, extra) if part.strip())
-    messages += [Message("user", question), Message("assistant", _as_text(output, names[0]))]
+    messages += [Message("user", question), Message("assistant", as_text(output, names[0]))]
     return finish(messages, _tools_of(row, fields))
 
 
@@ -133,16 +141,20 @@ def parse_xtuner(row: Row, fields: FieldsSection) -> Conversation:
     if not isinstance(turns, list):
         raise RowRefused("conversation is not a list of turns")
     messages: list[Message] = []
+    first_system = ""
     for number, turn in enumerate(turns):
         if not isinstance(turn, Mapping) or "output" not in turn:
             raise RowRefused(f"turn {number} of conversation has no output")
-        system = _as_text(turn.get("system"), "system")
+        system = as_text(turn.get("system"), "system")
         if system.strip() and number == 0:
+            first_system = system
             messages.append(Message("system", system))
-        question = _as_text(turn.get("input"), "input")
+        if system.strip() and system != first_system:
+            raise RowRefused(f"turn {number} of conversation has another system prompt than the first turn")
+        question = as_text(turn.get("input"), "input")
         if question.strip():  # xtuner writes a bare {"output"} for a turn that only continues
             messages.append(Message("user", question))
-        messages.append(Message("assistant", _as_text(turn["output"], "output")))
+        messages.append(Message("assistant", as_text(turn["output"], "output")))
     return finish(messages, _tools_of(row, fields))
 
 
@@ -152,7 +164,7 @@ def parse_text(row: Row, fields: FieldsSection) -> RawText:
     value = get_column(row, name)
     if isinstance(value, list) and all(isinstance(line, str) for line in value):
         value = "\n".join(value)
-    text = _as_text(value, name)
+    text = as_text(value, name)
     if not text.strip():
         raise RowRefused(f"{name} is empty")
     return RawText(text)
@@ -216,29 +228,52 @@ def parse_row(row: Any, format_name: str, fields: FieldsSection) -> Parsed:
     if not isinstance(row, Mapping):
         raise UnknownFormat(f"a row must be an object with keys, found {type(row).__name__}. {FORMATS_KNOWN}")
     _refuse_other_media(row)
-    hint = preference_hint(row, fields)
+    _refuse_absent_columns(row, fields)
+    name = recognise_format(row, fields) if format_name == "auto" else format_name
+    hint = chosen_side_hint(row, fields) or rejected_label_hint(row, fields, name)
     if hint:
         raise UnknownFormat(hint)
     if fields.label and not _is_wanted(row, fields.label):
         raise RowRefused(f"{fields.label} is false: a reply that its readers rejected", by_choice=True)
-    name = recognise_format(row, fields) if format_name == "auto" else format_name
     if name is None:
         raise UnknownFormat(describe_unknown(row))
-    return FORMATS[name](row, fields)
+    try:
+        parsed = FORMATS[name](row, fields)
+        _refuse_lone_surrogates(parsed)
+    except RecursionError:
+        raise RowRefused("is nested too deeply") from None
+    return parsed
+
+
+def _refuse_absent_columns(row: Row, fields: FieldsSection) -> None:
+    """A column that the person named and that is not there is a typing error; without it, rows would be half empty."""
+    for part, column in fields:
+        if column and part not in ("role", "content") and not find_column(row, column)[0]:
+            raise UnknownFormat(f"the row has no column {column} (data.fields.{part}). Keys found: {list_keys(row)}.")
 
 
 def _is_wanted(row: Row, label: str) -> bool:
     value = get_column(row, label)
-    if isinstance(value, str) and value.strip().lower() in ("true", "false", "1", "0"):
-        return value.strip().lower() in ("true", "1")
-    if not isinstance(value, (bool, int)):
-        raise RowRefused(f"{label} is {value!r}, not true or false")
-    return bool(value)
+    said = value.strip().lower() if isinstance(value, str) else value
+    if isinstance(said, (str, int, float)) and said in ("true", "1", "false", "0", 1, 0):
+        return said in ("true", "1", 1)
+    raise RowRefused(f"{label} is {value!r}, not true or false")
+
+
+def _refuse_lone_surrogates(parsed: Parsed) -> None:
+    if isinstance(parsed, RawText):
+        text = parsed.text
+    else:
+        turns = [message.to_template() for message in parsed.messages]
+        text = json.dumps([turns, parsed.tools], ensure_ascii=False, default=str)
+    half = find_lone_surrogate(text)
+    if half:
+        raise RowRefused(f"holds the lone surrogate {half!r}, half of a character, which no tokenizer can encode")
 
 
 def _refuse_other_media(row: Row) -> None:
     for key in ("images", "image", "videos", "video", "audios", "audio"):
-        if row.get(key) not in (None, [], "", {}):
+        if not is_missing(row.get(key)) and row[key] not in ([], "", {}):
             raise UnknownFormat(
                 f"the row carries {key}, and tunesmith trains on text only; training on its text alone would "
                 "teach answers to questions that the model cannot see. Leave such rows out."
@@ -257,7 +292,18 @@ def finish(messages: list[Message], tools: tuple[dict[str, Any], ...]) -> Conver
     for index, message in enumerate(kept):
         if message.role == "assistant" and message.is_trained:
             _refuse_bad_reply(index, message)
-    return Conversation(tuple(kept), tools, unanswered=len(messages) - len(kept))
+    return Conversation(tuple(kept), tools, _notes_of(messages, kept, tools))
+
+
+def _notes_of(messages: list[Message], kept: list[Message], tools: tuple[dict[str, Any], ...]) -> tuple[str, ...]:
+    notes = [NOTE_UNANSWERED] if len(kept) < len(messages) else []
+    questions = [m for m in kept if m.role == "user"]
+    if not questions or any(not m.content.strip() for m in questions):
+        notes.append(NOTE_EMPTY_QUESTION)
+    others = [m for m in kept if m.role == "tool" or (m.role == "system" and not tools)]
+    if any(not m.content.strip() for m in others):  # MiniMind's system turn may hold tools alone
+        notes.append(NOTE_EMPTY_CONTEXT)
+    return tuple(notes)
 
 
 def _refuse_bad_reply(index: int, message: Message) -> None:

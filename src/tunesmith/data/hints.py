@@ -15,6 +15,8 @@ FORMATS_KNOWN = (
     "Formats known: messages [{role, content}], conversations [{role, content} or {from, value}], "
     "prompt + completion, instruction + input + output, conversation [{system, input, output}], text."
 )
+LABEL_NAMES = ("label", "kto_tag")
+CHAT_NAMES = ("messages", "conversations", "conversation", "completion")
 QUESTION_NAMES = ("question", "query", "prompt", "problem", "instruction", "input", "source", "document", "q")
 ANSWER_NAMES = ("answer", "response", "completion", "output", "solution", "canonical_solution", "target", "reply",
                 "summary", "a")  # fmt: skip
@@ -38,24 +40,48 @@ def find_rendered_template(text: str) -> str | None:
     return next((mark for mark in RENDERED_MARKS if mark in text), None)
 
 
-def preference_hint(row: Row, fields: FieldsSection) -> str | None:
-    """For DPO and KTO rows: what they are, and the mapping that trains the chosen side.
+def chosen_side_hint(row: Row, fields: FieldsSection) -> str | None:
+    """For DPO rows: what they are, and the mapping that trains the chosen side.
 
     None where the person has already said which side to train.
     """
-    if "chosen" in row and "rejected" in row and not (fields.completion or fields.messages):
-        mapping = _chosen_mapping(row)
-        return (
-            f"preference data (keys {_keys(row)}): training on it as it stands would also teach the rejected "
-            f"replies. To train the chosen side: {mapping}"
-        )
-    is_labelled = isinstance(row.get("label"), bool) and not fields.label
-    if is_labelled and any(k in row for k in ("messages", "conversations", "completion")):
-        return (
-            f"preference data (keys {_keys(row)}): rows with label false hold replies that their readers rejected. "
-            "To train the rows with label true only: --data.fields.label label"
-        )
+    if "chosen" not in row or "rejected" not in row or fields.completion or fields.messages or fields.output:
+        return None
+    return (
+        f"preference data (keys {list_keys(row)}): training on it as it stands would also teach the rejected "
+        f"replies. To train the chosen side: {_chosen_mapping(row)}"
+    )
+
+
+def rejected_label_hint(row: Row, fields: FieldsSection, format_name: str | None) -> str | None:
+    """For KTO rows, whose label says whether readers liked the reply: the mapping that trains the liked ones.
+
+    0 and 1 may as well be classes of something else, so they count next to the columns of chats only.
+    """
+    if fields.label or format_name in (None, "text"):
+        return None
+    has_chat = any(key in row for key in CHAT_NAMES)
+    for column in LABEL_NAMES:
+        value = row.get(column)
+        said = value.strip().lower() if isinstance(value, str) else value
+        is_truth = isinstance(said, bool) or said in ("true", "false")
+        is_bit = isinstance(said, (str, int, float)) and said in (0, 1, "0", "1")
+        if is_truth or (is_bit and (has_chat or column == "kto_tag")):
+            return (
+                f"preference data (keys {list_keys(row)}): rows with {column} false hold replies that their readers "
+                f"rejected. To train the rows with {column} true only: --data.fields.label {column} "
+                f"(if {column} means something else, rename that column)"
+            )
     return None
+
+
+def not_json_hint(column: str, value: Any) -> str | None:
+    """Why a text that should be a list of turns is none."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return None
+    if re.match(r"\s*\[\s*\{\s*'", value):
+        return f"{column} is a Python repr, not JSON. Write the column with json.dumps(turns), not str(turns)"
+    return f"{column} is not JSON, though it begins like a list of turns"
 
 
 def _chosen_mapping(row: Row) -> str:
@@ -77,19 +103,25 @@ def _role_of(turn: Any) -> str | None:
 
 def describe_unknown(row: Row) -> str:
     """Keys found, why they do not fit, the mapping where there is one, formats known."""
-    return f"no known format. Keys found: {_keys(row)}. {_why_unknown(row)}{FORMATS_KNOWN}"
+    return f"no known format. Keys found: {list_keys(row)}. {_why_unknown(row)}{FORMATS_KNOWN}"
 
 
-def _keys(row: Row) -> str:
+def list_keys(row: Row) -> str:
     return ", ".join(str(key) for key in row) or "none"
 
 
 def _why_unknown(row: Row) -> str:
-    for guess in (_roleless_turns, _tree, _nested_instances, _unanswered, _two_columns, _text_column):
+    guesses = (_quoted_turns, _roleless_turns, _tree, _nested_instances, _unanswered, _two_columns, _rows_below_key)
+    for guess in (*guesses, _text_column):
         found = guess(row)
         if found:
             return found + " "
     return ""
+
+
+def _quoted_turns(row: Row) -> str | None:
+    hints = (not_json_hint(name, row.get(name)) for name in CHAT_NAMES)
+    return next((hint + "." for hint in hints if hint), None)
 
 
 def _roleless_turns(row: Row) -> str | None:
@@ -105,7 +137,7 @@ def _roleless_turns(row: Row) -> str | None:
                     f"--data.fields.content {text}."
                 )
         return (
-            f"The turns in {name} have the keys {_keys(turns[0])}, and none says who speaks; add a role "
+            f"The turns in {name} have the keys {list_keys(turns[0])}, and none says who speaks; add a role "
             "(user or assistant) to each turn."
         )
     return None
@@ -154,6 +186,13 @@ def _two_columns(row: Row) -> str | None:
         first, second = texts
         return f"If {second} answers {first}: --data.fields.prompt {first} --data.fields.completion {second}."
     return None
+
+
+def _rows_below_key(row: Row) -> str | None:
+    lists = [k for k, v in row.items() if isinstance(v, list) and v and all(isinstance(item, Mapping) for item in v)]
+    if len(lists) != 1:
+        return None
+    return f"The rows seem to lie below the key {lists[0]}: save that list alone, as a JSON array or as JSON Lines."
 
 
 def _text_column(row: Row) -> str | None:

@@ -178,16 +178,20 @@ def label_completion(prompt: Encoding, whole: Encoding, encoder: Encoder) -> Sam
 
 
 def label_text(encoding: Encoding, encoder: Encoder, max_seq_len: int) -> Iterator[Sample]:
-    """A document with BOS and EOS where the tokenizer has them, every token trained, split without loss.
+    """A document with BOS and EOS where the tokenizer has them, every token trained once, split without loss.
 
     BOS stands in front even where the tokenizer adds none to prompts: it is what the first token is predicted from.
+    For the same reason each later piece begins with the last token of the piece before, as context.
     """
     bos = [encoder.bos_id] if encoder.bos_id is not None else []
     eos = [encoder.eos_id] if encoder.eos_id is not None else []
     ids = np.array([*bos, *encoding.ids, *eos], dtype=np.uint32)
-    for start in range(0, len(ids), max_seq_len):
+    for start in range(0, max(1, len(ids) - 1), max_seq_len - 1):
         piece = ids[start : start + max_seq_len]
-        yield Sample(piece, np.ones(len(piece), dtype=np.uint8))
+        loss_mask = np.ones(len(piece), dtype=np.uint8)
+        if start or bos:
+            loss_mask[0] = 0
+        yield Sample(piece, loss_mask)
 
 
 def truncate(sample: Sample, max_seq_len: int) -> tuple[Sample, int]:

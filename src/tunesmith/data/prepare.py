@@ -27,7 +27,7 @@ from tunesmith.errors import DataError
 
 _BATCH_ROWS = 256
 
-NOTE_UNANSWERED = "ends on an unanswered turn, which is left off"
+NOTE_CONTROL = "holds control tokens in its text, which are encoded as such"
 NOTE_RENDERED = "raw text that already holds a rendered chat template; every token of it is trained, the questions too"
 NOTE_CUT_REPLY = "its last reply is cut before the stop token"
 
@@ -73,7 +73,9 @@ def _draft_row(row: RawRow, encoder: Encoder, data: DataSection, is_first: bool)
     try:
         parsed = parse_row(row.value, data.format, data.fields)
         if isinstance(parsed, RawText):
-            notes = (NOTE_RENDERED,) if find_rendered_template(parsed.text) else ()
+            has_control = encoder.holds_control_text(parsed.text)
+            notes = (NOTE_CONTROL,) if has_control else ()
+            notes = (NOTE_RENDERED,) if find_rendered_template(parsed.text) else notes
             return _Draft(row, (parsed.text,), is_text=True, notes=notes)
         return _draft_chat(row, parsed, encoder)
     except UnknownFormat as refusal:
@@ -85,7 +87,9 @@ def _draft_row(row: RawRow, encoder: Encoder, data: DataSection, is_first: bool)
 
 
 def _draft_chat(row: RawRow, conversation: Conversation, encoder: Encoder) -> _Draft:
-    notes = (NOTE_UNANSWERED,) if conversation.unanswered else ()
+    notes = conversation.notes
+    if any(encoder.holds_control_text(f"{m.content}\n{m.reasoning_content}") for m in conversation.messages):
+        notes += (NOTE_CONTROL,)
     if encoder.template is None:
         prompt, completion = join_completion(conversation)
         return _Draft(row, (prompt, prompt + completion), notes=notes)

@@ -1,30 +1,31 @@
-"""Files, folders, globs and hub ids -> rows with their place. The container is told from name and first bytes."""
+"""Files, folders, globs and hub ids -> rows with their place."""
 
 from __future__ import annotations
 
-import csv
 import difflib
 import glob
-import gzip
-import io
-import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from tunesmith.data.containers import SUFFIXES, TEXT_SUFFIXES, container_of, read_file
 from tunesmith.errors import DataError
 
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".txt", ".md")
-TEXT_SUFFIXES = (".txt", ".md")
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))??(?::(?P<split>[\w.+\[\]%-]+))?")
-_SPLIT_FILE = re.compile(r"(^|[-_.])(train|test|validation|valid|dev|eval)([-_.]|$)")
+_SPLITS = {
+    "train": "train", "training": "train", "test": "test", "testing": "test", "eval": "eval", "evaluation": "eval",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+}  # fmt: skip
+_SPLIT_WORD = re.compile(rf"(?:^|[-_. \d])({'|'.join(_SPLITS)})(?:[-_. \d]|$)")
+_ABOUT_DATA = ("README", "LICENSE", "LICENCE", "CHANGELOG", "REQUIREMENTS")
 
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """A row as the file holds it. `number` is 1-based: the line of a JSON Lines or CSV file, else the item."""
+    """A row as the file holds it. `number` is 1-based: the first line of a JSON Lines or CSV row, else the item."""
 
     file: str
     number: int
@@ -42,7 +43,7 @@ class Sources:
     Attributes:
         files: files to read, in order.
         hub: (path or id, config, split) for `datasets`, read after the files.
-        passed_over: files of a folder that hold no rows (pictures, licences).
+        passed_over: what a folder holds besides: other splits, pictures, licences, subfolders not looked into.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -58,16 +59,20 @@ def find_sources(names: Iterable[str]) -> Sources:
     """
     sources = Sources()
     for name in names:
-        path = Path(name).expanduser()
+        if not name.strip():
+            raise DataError("an empty data name. Give a file, a folder, a pattern or a hub id (owner/name).")
+        path = Path(os.path.expanduser(name))
         if path.is_dir():
-            _add_folder(path, sources)
-        elif path.exists():
-            sources.files.append(path)
+            _add_folder(path, None, None, sources)
+        elif path.exists() or path.is_symlink():
+            sources.files.append(_refuse_broken_link(path))
+        elif in_folder := _split_of_folder(name):
+            _add_folder(*in_folder, sources)
         elif any(mark in name for mark in "*?["):
-            found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+            found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if not p.is_dir())
             if not found:
                 raise DataError(f"{name}: no file matches this pattern. Check the folder and the ending.")
-            sources.files.extend(found)
+            sources.files.extend(_refuse_broken_link(p) for p in found)
         else:
             hub = _HUB_ID.fullmatch(name)
             if not hub or _looks_like_path(name):
@@ -77,8 +82,7 @@ def find_sources(names: Iterable[str]) -> Sources:
 
 
 def _looks_like_path(name: str) -> bool:
-    stem = name.removesuffix(".gz")
-    return name.startswith((".", "/", "~")) or stem.endswith(SUFFIXES) or Path(name).parent.is_dir()
+    return name.startswith((".", "/", "~")) or container_of(Path(name)) is not None or Path(name).parent.is_dir()
 
 
 def _similar(path: Path) -> str:
@@ -88,40 +92,102 @@ def _similar(path: Path) -> str:
     return f" Did you mean {path.parent / close[0]}?" if close else ""
 
 
-def _add_folder(folder: Path, sources: Sources) -> None:
-    if _has_hub_layout(folder):
-        sources.hub.append((str(folder), None, "train"))
+def _refuse_broken_link(path: Path) -> Path:
+    if not path.exists():
+        raise DataError(f"{path}: a link to {os.readlink(path)}, which does not exist. Mend or remove the link.")
+    return path
+
+
+def _split_of_folder(name: str) -> tuple[Path, str | None, str] | None:
+    """Folder, config and split of "folder:split" or "folder:config:split", where there is such a folder."""
+    head, _, split = name.rpartition(":")
+    folder, _, config = head.rpartition(":")
+    for path, chosen in ((head, None), (folder, config)):
+        if path and split and Path(os.path.expanduser(path)).is_dir():
+            return Path(os.path.expanduser(path)), chosen, split
+    return None
+
+
+def _add_folder(folder: Path, config: str | None, split: str | None, sources: Sources) -> None:
+    if _has_card_with_configs(folder):
+        sources.hub.append((str(folder), config, split or "train"))
         return
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not _is_hidden(p, folder)]
-    data = [p for p in files if _container(p) and not p.stem.upper().startswith(("README", "LICENSE", "LICENCE"))]
+    if config is not None:
+        raise DataError(f"{folder}: has no config {config!r}: no README.md in it lists any. Name it {folder}:{split}.")
+    files, subfolders = _list_folder(folder)
+    data = _data_files(files)
     if not data:
-        raise DataError(f"{folder}: the folder holds no data file ({', '.join(SUFFIXES)}, plain or .gz).")
-    sources.files.extend(data)
-    sources.passed_over.extend(p for p in files if p not in data)
+        names = ", ".join(path.name for path in subfolders[:4])
+        hint = f" Its subfolders ({names}) are not looked into: name them, or {folder}/**/*.jsonl." if names else ""
+        raise DataError(f"{folder}: the folder holds no data file ({', '.join(SUFFIXES)}, plain or .gz).{hint}")
+    chosen = [_refuse_broken_link(path) for path in _choose_split(data, folder, split)]
+    sources.files.extend(chosen)
+    sources.passed_over.extend(sorted({*files, *subfolders} - {*chosen}))
 
 
-def _is_hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
-
-
-def _has_hub_layout(folder: Path) -> bool:
-    """A clone of a hub data set: its README names the files, or the files are named after splits.
-
-    Such a folder holds test splits that must not be trained on, so `datasets` decides what is in it.
-    """
+def _has_card_with_configs(folder: Path) -> bool:
+    """A clone of a hub data set whose README says which files are which; `datasets` obeys it."""
     card = folder / "README.md"
-    if card.is_file():
-        head = card.read_text(encoding="utf-8", errors="replace")[:20_000]
-        if head.startswith("---") and re.search(r"^(configs|dataset_info):", head, re.MULTILINE):
-            return True
-    files = [p for p in folder.rglob("*") if p.is_file() and _container(p) and not _is_hidden(p, folder)]
-    splits = {m[2] for p in files if (m := _SPLIT_FILE.search(p.name.lower()))}
-    return "train" in splits and len(splits) > 1
+    if not card.is_file():
+        return False
+    head = card.read_text(encoding="utf-8", errors="replace")[:20_000]
+    return head.startswith("---") and bool(re.search(r"^configs:", head, re.MULTILINE))
 
 
-def _container(path: Path) -> str | None:
-    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
-    return suffix if suffix in SUFFIXES else None
+def _list_folder(folder: Path, depth: int = 0) -> tuple[list[Path], list[Path]]:
+    """Files of a folder and of its layout (data/, train/, data/train/); and the other subfolders."""
+    files, subfolders = [], []
+    try:
+        for path in sorted(folder.iterdir()):
+            if path.name.startswith("."):
+                continue
+            if not path.is_dir():
+                files.append(path)
+            elif depth < 2 and (path.name.lower() == "data" or _SPLIT_WORD.search(path.name.lower())):
+                files_below, subfolders_below = _list_folder(path, depth + 1)
+                files += files_below
+                subfolders += subfolders_below
+            else:
+                subfolders.append(path)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror}.") from None
+    return files, subfolders
+
+
+def _data_files(files: list[Path]) -> list[Path]:
+    """Texts are data only where there is nothing else: beside rows they are notes about them."""
+    data = [
+        p
+        for p in files
+        if container_of(p) and (p.is_file() or p.is_symlink()) and not p.name.upper().startswith(_ABOUT_DATA)
+    ]
+    return [p for p in data if container_of(p) not in TEXT_SUFFIXES] or data
+
+
+def _choose_split(files: list[Path], folder: Path, split: str | None) -> list[Path]:
+    """The files to read: those of the split asked for, else whatever no name holds back from training."""
+    splits: dict[str | None, list[Path]] = {}
+    for path in files:
+        splits.setdefault(_split_named_by(path.relative_to(folder)), []).append(path)
+    names = ", ".join(sorted(name for name in splits if name))
+    if split is not None:
+        chosen = splits.get(_SPLITS.get(split.lower(), split))
+        if not chosen:
+            raise DataError(f"{folder}: no file of the split {split!r}. Splits found: {names or 'none'}.")
+        return chosen
+    if len(splits) == 1 or splits.keys() == {"train", None}:
+        return files
+    chosen = splits.get("train") or splits.get(None)
+    if not chosen:
+        example = next(iter(splits))
+        raise DataError(f"{folder}: holds only the splits {names}. Name the one to read, as in {folder}:{example}.")
+    return chosen
+
+
+def _split_named_by(path: Path) -> str | None:
+    """The split that a file or one of the folders above it is named after; the outermost name counts."""
+    words = (_SPLIT_WORD.search(part.lower()) for part in path.parts)
+    return next((_SPLITS[word[1]] for word in words if word), None)
 
 
 def read_rows(sources: Sources) -> Iterator[RawRow]:
@@ -131,169 +197,10 @@ def read_rows(sources: Sources) -> Iterator[RawRow]:
         DataError: a file that is unreadable, empty, broken or of unknown kind ends the reading at once.
     """
     for path in sources.files:
-        yield from _read_file(path)
+        for number, value in read_file(path):
+            yield RawRow(str(path), number, value)
     for hub_id, config, split in sources.hub:
         yield from _read_hub(hub_id, config, split)
-
-
-def _read_file(path: Path) -> Iterator[RawRow]:
-    container = _container(path)
-    readers = {".parquet": _read_parquet, ".csv": _read_csv, ".tsv": _read_csv, ".txt": _read_text, ".md": _read_text}
-    if container is None:
-        raise DataError(f"{path}: unknown kind of file. Known: {', '.join(SUFFIXES)}, plain or .gz.")
-    count = 0
-    try:
-        if path.stat().st_size == 0:
-            raise DataError(f"{path}: the file is empty.")
-        for row in readers.get(container, _read_json)(path):
-            count += 1
-            yield row
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not UTF-8 text (byte 0x{error.object[error.start]:02x}{_line_of(path, error)}). "
-            "Save the file as UTF-8."
-        ) from None
-    except (OSError, EOFError) as error:  # gzip raises EOFError for a file cut short
-        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from None
-    if count == 0:
-        raise DataError(f"{path}: the file holds no rows.")
-
-
-def _line_of(path: Path, error: UnicodeDecodeError) -> str:
-    """Where the bad byte stands; the decoder itself only knows the place in its current block."""
-    try:
-        with _open_bytes(path) as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    line.decode("utf-8")
-                except UnicodeDecodeError:
-                    return f" in line {number}"
-    except OSError:
-        return ""
-    return ""
-
-
-def _open_bytes(path: Path) -> IO[bytes]:
-    with path.open("rb") as file:
-        is_gzip = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if is_gzip else path.open("rb")  # type: ignore[return-value]
-
-
-def _open_text(path: Path, newline: str | None = None) -> io.TextIOWrapper:
-    return io.TextIOWrapper(_open_bytes(path), encoding="utf-8-sig", newline=newline)
-
-
-def _read_json(path: Path) -> Iterator[RawRow]:
-    """A JSON array, or JSON Lines whatever the file is called."""
-    with _open_text(path) as file:
-        first = ""
-        while not first.strip():
-            line = file.readline()
-            if not line:
-                return
-            first = line
-    if first.lstrip().startswith("["):
-        yield from _read_json_array(path)
-        return
-    if first.lstrip().startswith("{") and not _is_json(first) and not path.name.removesuffix(".gz").endswith("l"):
-        yield from _read_json_object(path)
-        return
-    with _open_text(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield RawRow(str(path), number, _parse_line(path, number, line))
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except json.JSONDecodeError:
-        return False
-    return True
-
-
-def _parse_line(path: Path, number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        shown = line.strip()
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        raise DataError(
-            f"{path}:{number}: broken JSON ({error.msg} at column {error.colno}): {shown}\n"
-            "Each line must be one whole JSON object. Mend or remove the line."
-        ) from None
-
-
-def _load_json(path: Path) -> Any:
-    with _open_text(path) as file:
-        text = file.read()
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}:{error.lineno}: broken JSON ({error.msg} at column {error.colno}). Mend the file from there on."
-        ) from None
-
-
-def _read_json_array(path: Path) -> Iterator[RawRow]:
-    rows = _load_json(path)
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: holds {type(rows).__name__}, not a list of rows.")
-    for number, value in enumerate(rows, 1):
-        yield RawRow(str(path), number, value)
-
-
-def _read_json_object(path: Path) -> Iterator[RawRow]:
-    """One object over several lines: a single row, unless its rows hide below a key."""
-    loaded = _load_json(path)
-    lists = [key for key, value in loaded.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    if len(loaded) == 1 and lists and lists[0] not in ("messages", "conversations", "conversation"):
-        raise DataError(
-            f"{path}: holds one object with the rows below the key {lists[0]!r}. Save that list alone, as a JSON "
-            "array or as JSON Lines."
-        )
-    yield RawRow(str(path), 1, loaded)
-
-
-def _read_csv(path: Path) -> Iterator[RawRow]:
-    csv.field_size_limit(1 << 30)
-    with _open_text(path, newline="") as file:
-        header = file.readline()
-        file.seek(0)
-        delimiter = max("\t" if _container(path) == ".tsv" else ",", ";", "\t", key=header.count)
-        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    found = len(row) if None not in row else len(reader.fieldnames or []) + len(row[None])
-                    raise DataError(
-                        f"{path}:{reader.line_num}: the row does not have the {len(reader.fieldnames or [])} fields "
-                        f"of the header ({found} found or some missing). Quote fields that hold {delimiter!r}."
-                    )
-                yield RawRow(str(path), reader.line_num, row)
-        except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: broken CSV ({error}).") from None
-
-
-def _read_text(path: Path) -> Iterator[RawRow]:
-    """A text file is one document; it is split to max_seq_len later, without loss."""
-    with _open_text(path, newline="") as file:
-        yield RawRow(str(path), 1, {"text": file.read()})
-
-
-def _read_parquet(path: Path) -> Iterator[RawRow]:
-    import pyarrow as pa  # slow to import, needed by few
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with pq.ParquetFile(path) as table:
-            for batch in table.iter_batches(batch_size=1024):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield RawRow(str(path), number, value)
-    except pa.ArrowException as error:
-        raise DataError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
 
 
 def _read_hub(hub_id: str, config: str | None, split: str) -> Iterator[RawRow]:

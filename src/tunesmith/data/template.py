@@ -106,8 +106,9 @@ class ChatTemplate:
         for turn in turns:
             if "reasoning_content" in turn:
                 turn["thinking"] = turn["reasoning_content"]  # gpt-oss reads this name
+        template = self._compiled
         try:
-            return self._compiled.render(
+            return template.render(
                 messages=turns,
                 tools=list(tools) or None,
                 documents=None,
@@ -115,7 +116,9 @@ class ChatTemplate:
                 strftime_now=self.date.strftime,
                 **variables,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # a template is a program: it may divide by zero or recurse without end
             raise TemplateRefused(str(error) or type(error).__name__) from None
 
 

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from tunesmith.config import ModelSection
 from tunesmith.errors import ModelError
-from tunesmith.model.presets import build_preset_config
+from tunesmith.model.presets import build_preset_config, explain_overrides
 from tunesmith.model.source import explain_load_error, find_model
 
 DEFAULT_MAX_SEQ_LEN = 2048
@@ -42,7 +42,10 @@ def load_model(section: ModelSection, config: PretrainedConfig, dtype: torch.dty
     logging.disable_progress_bar()
     if source.kind == "preset":
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        try:
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        except Exception as error:  # most of all a model that is larger than the memory
+            raise explain_overrides(source.name, section.config, error) from None
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             source.name,
@@ -51,9 +54,16 @@ def load_model(section: ModelSection, config: PretrainedConfig, dtype: torch.dty
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below by name; transformers' own error names none
         )
     except Exception as error:
         raise explain_load_error(section.path, "its weights", error) from None
+    if report["mismatched_keys"]:
+        key, found, wanted = min(report["mismatched_keys"])
+        raise ModelError(
+            f"{section.path}: {len(report['mismatched_keys'])} tensors have other shapes than its config.json says: "
+            f"{key} is {list(found)}, but {list(wanted)} is needed. The config.json belongs to another model."
+        )
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(

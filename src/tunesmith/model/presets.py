@@ -6,12 +6,15 @@ biases at 0, from train.seed.
 
 from __future__ import annotations
 
+import copy
 import difflib
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from tunesmith.errors import ModelError
+from tunesmith.model.source import telling_text
 
 _MINIMIND_3: dict[str, Any] = {
     "hidden_size": 768,
@@ -90,7 +93,7 @@ def build_preset_config(name: str, overrides: dict[str, Any], tokenizer: Any) ->
         overrides: model.config.*, any field of the transformers config.
 
     Raises:
-        ModelError: no such preset or field.
+        ModelError: no such preset or field, or no model can be built with it.
     """
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=1)
@@ -100,17 +103,43 @@ def build_preset_config(name: str, overrides: dict[str, Any], tokenizer: Any) ->
     model_type = values.pop("model_type")
     known = AutoConfig.for_model(model_type)
     for key in overrides:
-        if not hasattr(known, key):
+        if not hasattr(known, key) or callable(getattr(known, key)) or key.startswith("_"):
             close = difflib.get_close_matches(key, list(known.to_dict()), n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ModelError(f"model.config.{key}: the {model_type} config has no such field{hint}")
+    num_ids = max(tokenizer.get_vocab().values()) + 1
+    wanted = overrides.get("vocab_size")
+    if isinstance(wanted, int) and wanted < num_ids:
+        raise ModelError(
+            f"model.config.vocab_size {wanted}: the tokenizer has ids up to {num_ids - 1}, so {num_ids} is the least. "
+            "Leave the key out, or give a smaller tokenizer."
+        )
     special = {
-        "vocab_size": max(tokenizer.get_vocab().values()) + 1,
+        "vocab_size": num_ids,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
     try:
-        return AutoConfig.for_model(model_type, **{**values, **special, **overrides})
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"model.config: {str(error).splitlines()[0]}") from None
+        config = AutoConfig.for_model(model_type, **{**values, **special, **overrides})
+        if overrides:
+            _try_shapes(config)
+    except Exception as error:  # each library below has its own kinds
+        raise explain_overrides(name, overrides, error) from None
+    return config
+
+
+def _try_shapes(config: PretrainedConfig) -> None:
+    """Two tokens through the model on the meta device: shapes without memory or arithmetic."""
+    heads, shared = config.num_attention_heads, config.num_key_value_heads
+    if heads < 1 or shared < 1 or heads % shared:
+        raise ValueError(f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({shared})")
+    with torch.device("meta"), torch.no_grad():
+        # bf16: the experts' kernel has no other on this device
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16)
+        model(torch.zeros(1, 2, dtype=torch.long))
+
+
+def explain_overrides(name: str, overrides: dict[str, Any], error: Exception) -> ModelError:
+    given = ", ".join(f"model.config.{key} {value}" for key, value in overrides.items())
+    return ModelError(f"{given or 'model.config'}: new:{name} cannot be built so: {telling_text(error)}.")

@@ -32,7 +32,7 @@ def find_model(path: str) -> ModelSource:
     """
     if path.startswith("new:"):
         return ModelSource("preset", path.removeprefix("new:"))
-    folder = Path(path).expanduser()
+    folder = open_path(path)
     if folder.is_dir():
         if (folder / "config.json").is_file():
             return ModelSource("local", str(folder))
@@ -48,6 +48,18 @@ def find_model(path: str) -> ModelSource:
         hint = f" Did you mean {folder.parent / close[0]}?" if close else ""
         raise ModelError(f"{path}: no such model folder.{hint} A hub model is named owner/name.")
     return ModelSource("hub", path)
+
+
+def open_path(path: str) -> Path:
+    """The path, if the system can look at it at all: no name too long, no unknown user behind ~."""
+    try:
+        folder = Path(path).expanduser()
+        folder.is_dir()
+    except (OSError, RuntimeError) as error:
+        shown = path if len(path) <= 60 else f"{path[:60]}..."
+        reason = getattr(error, "strerror", None) or error
+        raise ModelError(f"{shown}: cannot be a model folder: {reason}. Give a folder or a hub id.") from None
+    return folder
 
 
 def _explain_folder(folder: Path) -> str:
@@ -73,13 +85,19 @@ def _causes(error: BaseException) -> list[BaseException]:
     return chain
 
 
+def telling_text(error: BaseException) -> str:
+    """An error of a library in one line: all of its lines, since often only the last says something."""
+    text = " ".join(str(error).split()).rstrip(".")
+    if isinstance(error, KeyError) or " " not in text:
+        text = f"{type(error).__name__}: {text}".rstrip(": ")
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
 def explain_load_error(name: str, what: str, error: Exception) -> ModelError:
     """transformers' and huggingface_hub's errors in our words: what is wrong and what to do."""
-    text = str(error).strip() or type(error).__name__
     causes = _causes(error)
     kinds = {type(cause).__name__ for cause in causes}
     chain = " ".join(str(cause) for cause in causes).lower()
-    first = text.splitlines()[0]
     if "GatedRepoError" in kinds:
         reason = "the model is gated. Accept its licence on its page, then log in with: hf auth login"
     elif kinds & {"RepositoryNotFoundError", "HFValidationError"}:
@@ -97,7 +115,7 @@ def explain_load_error(name: str, what: str, error: Exception) -> ModelError:
             "downloaded folder"
         )
     elif "model_type" in chain:
-        reason = f"its config.json names no architecture that transformers knows ({first})"
+        reason = f"its config.json names no architecture that transformers knows ({telling_text(error)})"
     else:
-        reason = first
+        reason = telling_text(error)
     return ModelError(f"{name}: {what} cannot be loaded: {reason}.")

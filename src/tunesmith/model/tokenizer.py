@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
@@ -13,7 +12,7 @@ from tunesmith.config import DataSection, ModelSection
 from tunesmith.data.encode import Encoder, bos_ids
 from tunesmith.data.template import ChatTemplate, find_template, load_built_in
 from tunesmith.errors import ModelError
-from tunesmith.model.source import explain_load_error, find_model
+from tunesmith.model.source import explain_load_error, find_model, open_path
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -26,8 +25,8 @@ def load_tokenizer(section: ModelSection) -> Any:
             f"{name} has random weights and no tokenizer. Give one: --tokenizer FOLDER (any Hugging Face tokenizer)."
         )
     revision = section.revision if name == section.path else None
-    if section.tokenizer and Path(name).expanduser().is_dir():
-        folder = str(Path(name).expanduser())  # a tokenizer's folder needs no config.json
+    if section.tokenizer and open_path(name).is_dir():
+        folder = str(open_path(name))  # a tokenizer's folder needs no config.json
     else:
         folder = find_model(name).name
     trust = section.trust_remote_code

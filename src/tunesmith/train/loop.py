@@ -149,7 +149,7 @@ class Progress:
 
 
 @dataclass
-class _Window:
+class Window:
     """Steps since the last logged one, for means that count every token once."""
 
     loss_sum: float = 0.0
@@ -167,6 +167,9 @@ class _Window:
         began = time.perf_counter()
         yield
         self.paused_s += time.perf_counter() - began
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started - self.paused_s
 
     def add(self, result: StepResult) -> None:
         self.loss_sum += result.loss * result.num_targets
@@ -206,7 +209,7 @@ class Trainer:
         self.lm.train()
         if self.plan.eval is not None:
             self._log({"step": 0, "epoch": 0.0} | self._evaluate().to_record())  # what the model knows already
-        window = _Window()
+        window = Window()
         for epoch, packs in self.plan.steps():
             lr = lr_at(progress.step, total, self.config.optim)
             set_lr(self.optimizer, lr)
@@ -226,7 +229,7 @@ class Trainer:
             record = {}
             if progress.step % train.log_steps == 0 or is_last:
                 record = self._record(window, lr, result.grad_norm)
-                window = _Window()
+                window = Window()
             stop_early = False
             if self._evaluates_now(is_last):
                 with window.pause():
@@ -245,8 +248,7 @@ class Trainer:
             tracker.log(record)
         self.on_log(record)
 
-    def _record(self, window: _Window, lr: float, grad_norm: float) -> dict[str, Any]:
-        seconds = time.perf_counter() - window.started - window.paused_s
+    def _record(self, window: Window, lr: float, grad_norm: float) -> dict[str, Any]:
         record = {
             "step": self.progress.step,
             "epoch": round(self.progress.epoch, 4),
@@ -255,7 +257,7 @@ class Trainer:
             "grad_norm": grad_norm,
             "tokens": self.progress.tokens,
             "supervised_tokens": self.progress.supervised_tokens,
-            "tokens_per_s": round(window.tokens / seconds, 1),
+            "tokens_per_s": round(window.tokens / window.seconds(), 1),
         }
         if self.lm.router:
             record["router_loss"] = window.router_sum / window.steps

@@ -78,7 +78,7 @@ def _ledger_lines(name: str, ledger: Ledger) -> list[tuple[str, str]]:
     lines += [("", f"note: {note} ({count:,} rows)") for note, count in ledger.count_notes().items()]
     if ledger.passed_over:
         shown = ", ".join(ledger.passed_over[:4]) + (" ..." if len(ledger.passed_over) > 4 else "")
-        lines.append(("", f"passed over, no data files: {shown}"))
+        lines.append(("", f"passed over: {shown}"))
     share = ledger.target_tokens / max(1, ledger.tokens)
     lines.append(("", f"{ledger.tokens:,} tokens in {ledger.num_samples:,} samples, {share:.1%} supervised"))
     return lines

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import sys
 
 from tunesmith.config import ModelSection
 from tunesmith.data.conversation import Message
+from tunesmith.errors import ModelError
 from tunesmith.use.generate import PieceDecoder, Sampling, Speaker, decode_reply, generate_ids, load_speaker
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system prompt (and resets), /exit leaves"
@@ -16,6 +18,13 @@ HELP = "/reset forgets the conversation, /system TEXT sets the system prompt (an
 def run_chat(options: argparse.Namespace) -> None:
     section = ModelSection(path=options.model, trust_remote_code=options.trust_remote_code)
     speaker = load_speaker(section, options.chat_template)
+    template = speaker.encoder.template
+    if template is not None and template.is_fallback:
+        print(
+            f"note: {options.model} brings no chat template, so the built-in {template.source} one is used; if it was "
+            "trained with another, or none, give that as --chat-template",
+            file=sys.stderr,
+        )
     sampling = Sampling(options.max_new_tokens, options.temperature, options.seed)
     chat = Chat(speaker, sampling, options.system)
     if options.prompt is not None:
@@ -24,6 +33,8 @@ def run_chat(options: argparse.Namespace) -> None:
     print(f"{options.model}: {HELP}")
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # line editing and history for input()
+    if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no text must not end the chat; the encoder says so
+        sys.stdin.reconfigure(errors="surrogateescape")
     while True:
         try:
             line = input("you> ").strip()
@@ -50,6 +61,8 @@ def _handle_line(chat: Chat, line: str) -> None:
             chat.answer(line)
         except KeyboardInterrupt:  # stops the reply, not the chat
             print(" (interrupted)")
+        except ModelError as error:
+            print(f"error: {error}", file=sys.stderr)
 
 
 class Chat:
@@ -58,7 +71,7 @@ class Chat:
     def __init__(self, speaker: Speaker, sampling: Sampling, system: str | None) -> None:
         self.speaker = speaker
         self.sampling = sampling
-        self.reset(system)
+        self.reset(system or None)
 
     def reset(self, system: str | None = "") -> None:
         """Forget all turns; the system prompt stays unless a new one (or None) is given."""

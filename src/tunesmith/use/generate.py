@@ -14,6 +14,7 @@ from torch import nn
 from tunesmith.config import ModelSection, read_yaml
 from tunesmith.data.conversation import Message
 from tunesmith.data.encode import Encoder
+from tunesmith.errors import ModelError
 from tunesmith.model.load import load_config, load_model
 from tunesmith.model.tokenizer import build_encoder, load_tokenizer
 from tunesmith.train.precision import pick_device
@@ -21,10 +22,30 @@ from tunesmith.train.precision import pick_device
 
 @dataclass(frozen=True)
 class Speaker:
-    """A loaded model that answers; it encodes with the same code as training."""
+    """A loaded model that answers; it encodes with the same code as training.
+
+    Attributes:
+        context: tokens that a prompt and its reply may have together; None: no limit is known.
+    """
 
     model: nn.Module
     encoder: Encoder
+    context: int | None = None
+
+    def room_for_reply(self, prompt_tokens: int, wanted: int) -> int:
+        """New tokens that still fit behind a prompt, at most `wanted`.
+
+        Raises:
+            ModelError: none does.
+        """
+        if self.context is None:
+            return wanted
+        if prompt_tokens >= self.context:
+            raise ModelError(
+                f"the conversation has {prompt_tokens:,} tokens and the model's context {self.context:,}, so no reply "
+                "fits. Forget the conversation (/reset in the chat), or write less."
+            )
+        return min(wanted, self.context - prompt_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +59,11 @@ class Sampling:
 
 def load_speaker(section: ModelSection, chat_template: str | None = None) -> Speaker:
     """Open a model for talking; a run is talked to with the template and its variables that it was trained with."""
+    if section.path.startswith("new:"):
+        raise ModelError(
+            f"{section.path}: has random weights, so nothing to say. Chat needs trained ones: a run, a model folder or "
+            f"a hub id. To make some: tunesmith train --model {section.path} --tokenizer T --data D --output RUN"
+        )
     tokenizer = load_tokenizer(section)
     trained = _trained_data_section(Path(section.path).expanduser())
     if chat_template is None and trained.get("chat_template") == "none":
@@ -49,12 +75,15 @@ def load_speaker(section: ModelSection, chat_template: str | None = None) -> Spe
     if device.type == "cpu":
         dtype = torch.float32  # half precision is slow or missing on CPUs
     model = load_model(section, config, dtype, seed=0).to(device).eval()
-    return Speaker(model, encoder)
+    learnt = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = max(learnt, trained.get("max_seq_len") or 0) if learnt else None  # a run may have gone beyond
+    return Speaker(model, encoder, context)
 
 
 def _trained_data_section(path: Path) -> dict[str, Any]:
     """data: of a run's own config; empty for a model that is no run."""
-    for folder in (path, path.parent):
+    path = path.resolve()
+    for folder in (path, *path.parents[:2]):  # RUN, RUN/model, RUN/checkpoints/step-N
         if (folder / "config.yaml").is_file() and (folder / "data_ledger.json").is_file():
             return read_yaml(folder / "config.yaml").get("data") or {}
     return {}
@@ -67,7 +96,7 @@ def generate_ids(
     """Ids of the reply, its stop token included where it stopped by itself."""
     torch.manual_seed(sampling.seed)
     config = speaker.model.generation_config
-    options: dict[str, Any] = {"max_new_tokens": sampling.max_new_tokens}
+    options: dict[str, Any] = {"max_new_tokens": speaker.room_for_reply(len(prompt), sampling.max_new_tokens)}
     if sampling.temperature == 0:
         options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     elif sampling.temperature is not None:
@@ -153,7 +182,8 @@ def answer_all(speaker: Speaker, questions: Sequence[str], sampling: Sampling, b
             ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
             mask[row, width - len(prompts[index]) :] = 1
         output = speaker.model.generate(
-            ids.to(device), attention_mask=mask.to(device), max_new_tokens=sampling.max_new_tokens, do_sample=False,
+            ids.to(device), attention_mask=mask.to(device), do_sample=False,
+            max_new_tokens=speaker.room_for_reply(width, sampling.max_new_tokens),
             eos_token_id=stop, pad_token_id=stop,
         )  # fmt: skip
         for row, index in enumerate(chosen):

@@ -6,6 +6,7 @@ import datetime
 import html
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tunesmith.data.labels import Sample
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.data.prepare import label_rows
 from tunesmith.data.read import find_sources, read_rows
+from tunesmith.errors import UsageError
 from tunesmith.files import write_text_atomic
 from tunesmith.model.load import choose_max_seq_len, load_config
 from tunesmith.model.tokenizer import load_encoder
@@ -27,6 +29,8 @@ _TRAINED = "black on bright_green"
 
 def run_preview(config: PreviewConfig, num_rows: int, as_json: bool, html_path: Path | None) -> None:
     """Label the first rows exactly as training would, and show them."""
+    if html_path is not None:
+        require_writable(html_path)
     sources = find_sources(config.data.train)
     encoder = load_encoder(config.model, config.data, datetime.datetime.now())
     max_seq_len, _ = choose_max_seq_len(load_config(config.model, encoder.tokenizer), config.data.max_seq_len)
@@ -34,12 +38,22 @@ def run_preview(config: PreviewConfig, num_rows: int, as_json: bool, html_path: 
     labelled = label_rows(itertools.islice(rows, num_rows), encoder, config.data, max_seq_len)
     if as_json:
         for row in labelled:
-            print(json.dumps(row_to_json(row), ensure_ascii=False))
+            print(json.dumps(row_to_json(row)))  # ASCII: the same bytes in any terminal
     elif html_path is not None:
         write_text_atomic(html_path, render_page(list(labelled), encoder))
         print(f"written: {html_path}")
     else:
         show_rows(list(labelled), encoder)
+
+
+def require_writable(path: Path) -> None:
+    """Asked before the work, so that it is not lost at its end."""
+    if path.is_dir():
+        raise UsageError(f"--html {path}: is a folder; give the name of a file in it, as in {path / 'preview.html'}.")
+    if not path.parent.is_dir():
+        raise UsageError(f"--html {path}: there is no folder {path.parent}; make it first, or name another.")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"--html {path}: nothing may be written to {path.parent.resolve()}; name another folder.")
 
 
 def row_to_json(row: LabelledRow) -> dict[str, object]:

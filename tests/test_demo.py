@@ -39,7 +39,9 @@ def test_at_least_eight_kinds_in_two_languages_with_right_answers() -> None:
                 assert re.findall(r"[a-z]+", task.answer) == words
             elif kind == "looking up":
                 table, asked = re.split(r"[.。] ?", task.question.rstrip("?？"), maxsplit=1)
-                name = max(re.findall(r"\w+", table), key=lambda word: (word in asked and not word.isdigit()) * len(word))
+                name = max(
+                    re.findall(r"\w+", table), key=lambda word: (word in asked and not word.isdigit()) * len(word)
+                )
                 assert re.search(rf"{name} {task.answer}\b", table)
             elif kind == "first and last":
                 words = re.split(r"[:：] ?", task.question, maxsplit=1)[1].split(" ")

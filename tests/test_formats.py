@@ -373,3 +373,8 @@ def test_unknown_rows_name_keys_formats_and_the_mapping_that_helps(row: Any, wor
     if isinstance(row, dict) and "images" not in row:
         assert "Keys found: " in refusal.value.reason
         assert "Formats known: " in refusal.value.reason
+
+
+def test_an_answer_that_is_a_json_list_is_an_answer() -> None:
+    row = {"prompt": "Primes below six, as JSON?", "completion": "[2, 3, 5]"}
+    assert turns(row) == [("user", "Primes below six, as JSON?"), ("assistant", "[2, 3, 5]")]

@@ -26,7 +26,13 @@ PARAMETERS = {
     "minimind-moe": 145_034_880,
     "minimind-3-moe": 198_416_640,
 }
-SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
+SMALL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+}
 SMALL_MOE = {"moe_intermediate_size": 48, "shared_expert_intermediate_size": 48}
 FAST = ("--data.max_seq_len", 64, "--train.micro_batch_tokens", 128)
 
@@ -39,7 +45,9 @@ def test_presets_have_the_size_that_they_are_named_after(name: str, tokenizer: A
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_trains_saves_and_opens_in_plain_transformers(run, name: str, tokenizer: Any, chats: Path, tmp_path: Path) -> None:
+def test_every_preset_trains_saves_and_opens_in_plain_transformers(
+    run, name: str, tokenizer: Any, chats: Path, tmp_path: Path
+) -> None:
     """The preset's architecture with small overrides; every width that it has can be overridden."""
     tokenizer.save_pretrained(tmp_path / "tok")
     overrides = dict(SMALL)
@@ -69,7 +77,9 @@ def test_initialisation_is_transformers_own_and_decided_by_the_seed(tokenizer: A
     from tunesmith.model.load import load_model
 
     config = build_preset_config("tiny", {}, tokenizer)
-    one, two, other = (load_model(ModelSection(path="new:tiny"), config, torch.float32, seed).state_dict() for seed in (3, 3, 4))
+    one, two, other = (
+        load_model(ModelSection(path="new:tiny"), config, torch.float32, seed).state_dict() for seed in (3, 3, 4)
+    )
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not torch.equal(one["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
     assert one["model.layers.0.mlp.up_proj.weight"].std().item() == pytest.approx(config.initializer_range, rel=0.05)
@@ -97,8 +107,14 @@ def test_tokenizer_command(run, corpus: Path, tmp_path: Path) -> None:
     for text in (TEXT, "unseen: Привет 한국어 \x00 ﷽", " leading", "12345"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert tokenizer.convert_ids_to_tokens(tokenizer("12")["input_ids"]) == ["1", "2"]
-    assert (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>", "<|endoftext|>")
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token) == (
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<|endoftext|>",
+    )
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
     assert tokenizer.decode(ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     code, _, err = run("tokenizer", "--data", corpus, "--vocab-size", 400, "--output", tmp_path / "tok")
     assert code == 1
@@ -170,7 +186,9 @@ def test_minimind_schedule_goes_from_eleven_tenths_to_a_tenth() -> None:
 def test_recipes_resolve_and_an_unknown_one_names_the_known(run) -> None:
     folder = find_recipe(Path("recipe:minimind-sft")).parent
     for path in sorted(folder.glob("*.yaml")):
-        config = resolve_config(RunConfig, Path(f"recipe:{path.stem}"), {"model.path": "m", "data.train": ["d"], "train.output_dir": "o"})
+        config = resolve_config(
+            RunConfig, Path(f"recipe:{path.stem}"), {"model.path": "m", "data.train": ["d"], "train.output_dir": "o"}
+        )
         assert config.optim.schedule == yaml.safe_load(path.read_text())["optim"]["schedule"]
     code, _, err = run("train", "recipe:minimind-stf", "--data", "x")
     assert code == 1
@@ -192,6 +210,10 @@ def test_the_whole_way(run, corpus: Path, tmp_path: Path) -> None:
         assert code == 0, err
     assert run("chat", tmp_path / "chat", "--prompt", "Wer läuft?", "--temperature", 0)[1] == "Der Fuchs läuft.\n"
     for name in ("base", "chat"):
-        evals = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines() if "eval_loss" in line]
+        evals = [
+            json.loads(line)
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+            if "eval_loss" in line
+        ]
         assert evals[0]["step"] == 0
         assert evals[-1]["eval_loss"] < evals[0]["eval_loss"]

@@ -269,3 +269,18 @@ def test_a_hub_id_without_network_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(DataError) as error:
         values("nobody-here/no-such-data")
     assert "nobody-here/no-such-data: not a local file or folder, and the hub could not give it" in str(error.value)
+
+
+def test_hub_ids_may_name_a_config_a_split_and_a_slice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [
+        "acme/chats",
+        "acme/chats:test",
+        "acme/chats:main:test",
+        "acme/chats:train[:100]",
+        "acme/chats:train[10%:20%]",
+    ]
+    assert find_sources(names).hub == [
+        ("acme/chats", None, "train"), ("acme/chats", None, "test"), ("acme/chats", "main", "test"),
+        ("acme/chats", None, "train[:100]"), ("acme/chats", None, "train[10%:20%]"),
+    ]  # fmt: skip

@@ -372,7 +372,9 @@ def test_tensorboard(run, model_folder: Path, chats: Path, tmp_path: Path) -> No
     assert [e.step for e in events.Scalars("loss")] == [1, 2]
 
 
-def test_a_file_is_not_trained_and_evaluated_on_or_named_twice(run, model_folder: Path, chats: Path, tmp_path: Path) -> None:
+def test_a_file_is_not_trained_and_evaluated_on_or_named_twice(
+    run, model_folder: Path, chats: Path, tmp_path: Path
+) -> None:
     command = ("train", "--model", model_folder, "--output", tmp_path / "run")
     link = tmp_path / "link.jsonl"
     link.symlink_to(chats)
@@ -385,7 +387,9 @@ def test_a_file_is_not_trained_and_evaluated_on_or_named_twice(run, model_folder
 
 
 def test_held_out_rows_are_in_the_ledger(run, model_folder: Path, chats: Path, tmp_path: Path) -> None:
-    code, _, err = run("train", "--model", model_folder, "--data", chats, "--output", tmp_path / "run", *FAST, "--data.eval_split", 0.1)
+    code, _, err = run(
+        "train", "--model", model_folder, "--data", chats, "--output", tmp_path / "run", *FAST, "--data.eval_split", 0.1
+    )
     assert code == 0, err
     held_out = json.loads((tmp_path / "run" / "data_ledger.json").read_text())["held_out"]
     assert len(held_out) == 4
@@ -407,16 +411,24 @@ def test_evaluation_and_saving_do_not_count_in_tokens_per_s() -> None:
 
 def test_a_small_micro_batch_lowers_the_default_length(run, model_folder: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "d.jsonl", [chat_row("Q", "you and me " * 40)] * 4)
-    code, out, err = run("train", "--model", model_folder, "--data", data, "--output", tmp_path / "run", "--train.micro_batch_tokens", 64)
+    code, out, err = run(
+        "train", "--model", model_folder, "--data", data, "--output", tmp_path / "run", "--train.micro_batch_tokens", 64
+    )
     assert code == 0, err
     assert "max_seq_len 64 (that of train.micro_batch_tokens)" in out
     assert "4 truncated" in out
 
 
-def test_generation_settings_that_transformers_will_not_save_do_not_lose_the_model(run, model_folder: Path, chats: Path, tmp_path: Path) -> None:
+def test_generation_settings_that_transformers_will_not_save_do_not_lose_the_model(
+    run, model_folder: Path, chats: Path, tmp_path: Path
+) -> None:
     path = model_folder / "generation_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"early_stopping": True, "length_penalty": 2.0, "temperature": 0.5}))
-    code, _, err = run("train", "--model", model_folder, "--data", chats, "--output", tmp_path / "run", *FAST, "--train.max_steps", 1)
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"early_stopping": True, "length_penalty": 2.0, "temperature": 0.5})
+    )
+    code, _, err = run(
+        "train", "--model", model_folder, "--data", chats, "--output", tmp_path / "run", *FAST, "--train.max_steps", 1
+    )
     assert code == 0, err
     assert GenerationConfig.from_pretrained(tmp_path / "run" / "model").eos_token_id == 2
 
@@ -425,7 +437,18 @@ def test_output_folders_that_exist_and_are_empty(run, model_folder: Path, chats:
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "target", target_is_directory=True)
     for name in ("empty", "link"):
-        code, _, err = run("train", "--model", model_folder, "--data", chats, "--output", tmp_path / name, *FAST, "--train.max_steps", 1)
+        code, _, err = run(
+            "train",
+            "--model",
+            model_folder,
+            "--data",
+            chats,
+            "--output",
+            tmp_path / name,
+            *FAST,
+            "--train.max_steps",
+            1,
+        )
         assert code == 0, err
         assert (tmp_path / name / "model" / "config.json").is_file()
         assert not [p for p in (tmp_path / name).iterdir() if p.name.startswith(".")]
@@ -446,7 +469,9 @@ def small_disk(tmp_path: Path):
     """A file system of a few hundred KB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)], capture_output=True, check=False
+    )
     if mounted.returncode:
         pytest.skip(f"mounts are not allowed here: {mounted.stderr.decode().strip()}")
     yield folder
@@ -458,7 +483,9 @@ def test_a_full_disk_ends_with_exit_4(run, model_folder: Path, chats: Path, smal
     """While saving the model (0), and already while preparing the data (390 KB are taken)."""
     if kilobytes:
         (small_disk / "ballast").write_bytes(b"x" * kilobytes * 1024)
-    code, _, err = run("train", "--model", model_folder, "--data", chats, "--output", small_disk / "run", *FAST, "--train.max_steps", 1)
+    code, _, err = run(
+        "train", "--model", model_folder, "--data", chats, "--output", small_disk / "run", *FAST, "--train.max_steps", 1
+    )
     assert code == 4, err
     assert "no room left on the disk" in err
     assert "Traceback" not in err
@@ -473,7 +500,20 @@ def test_warmup_steps(run, model_folder: Path, chats: Path, tmp_path: Path) -> N
 
 
 def test_every_run_leaves_a_report(run, model_folder: Path, chats: Path, tmp_path: Path) -> None:
-    code, out, err = run("train", "--model", model_folder, "--data", chats, "--output", tmp_path / "run", *FAST, "--train.max_steps", 3, "--data.eval_split", 0.1)
+    code, out, err = run(
+        "train",
+        "--model",
+        model_folder,
+        "--data",
+        chats,
+        "--output",
+        tmp_path / "run",
+        *FAST,
+        "--train.max_steps",
+        3,
+        "--data.eval_split",
+        0.1,
+    )
     assert code == 0, err
     assert f"report: {tmp_path / 'run' / 'report.html'}" in out
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")

@@ -66,6 +66,13 @@ def _json_list(value: Any) -> Any:
     return value
 
 
+def _turns_or_text(value: Any) -> Any:
+    """A prompt or completion: JSON text counts as turns only where it holds objects; "[1, 2]" is an answer."""
+    loaded = _json_list(value)
+    is_turns = isinstance(loaded, list) and bool(loaded) and all(isinstance(turn, Mapping) for turn in loaded)
+    return loaded if is_turns or not isinstance(value, str) else value
+
+
 def _system_of(row: Row, fields: FieldsSection) -> list[Message]:
     name = fields.system or "system"
     text = as_text(get_column(row, name), name)
@@ -91,8 +98,8 @@ def parse_messages(row: Row, fields: FieldsSection) -> Conversation:
 def parse_prompt_completion(row: Row, fields: FieldsSection) -> Conversation:
     """{"prompt", "completion"}, each a string or a list of messages."""
     prompt_name, completion_name = fields.prompt or "prompt", fields.completion or "completion"
-    prompt = _json_list(get_column(row, prompt_name))
-    completion = _json_list(get_column(row, completion_name))
+    prompt = _turns_or_text(get_column(row, prompt_name))
+    completion = _turns_or_text(get_column(row, completion_name))
     if prompt is None or completion is None:
         missing = prompt_name if prompt is None else completion_name
         raise RowRefused(f"column {missing} is missing or null (keys found: {', '.join(map(str, row))})")

@@ -14,7 +14,7 @@ from typing import Any
 from tunesmith.data.containers import SUFFIXES, TEXT_SUFFIXES, container_of, read_file
 from tunesmith.errors import DataError
 
-_HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))??(?::(?P<split>[\w.+\[\]%-]+))?")
+_HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))??(?::(?P<split>[\w.+-]+(?:\[[\d%:-]*\])?))?")
 _SPLITS = {
     "train": "train", "training": "train", "test": "test", "testing": "test", "eval": "eval", "evaluation": "eval",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
@@ -68,7 +68,7 @@ def find_sources(names: Iterable[str]) -> Sources:
             sources.files.append(_refuse_broken_link(path))
         elif in_folder := _split_of_folder(name):
             _add_folder(*in_folder, sources)
-        elif any(mark in name for mark in "*?["):
+        elif any(mark in name for mark in "*?[") and not _HUB_ID.fullmatch(name):  # owner/name:train[:100] is a hub id
             found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if not p.is_dir())
             if not found:
                 raise DataError(f"{name}: no file matches this pattern. Check the folder and the ending.")

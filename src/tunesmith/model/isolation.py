@@ -132,9 +132,7 @@ def measure_difference(model: nn.Module, own: str, doc_lens: list[int]) -> float
     """Largest |packed - solo| relative to the largest value of its channel."""
     docs = _random_docs(model, doc_lens)
     positions = torch.cat([torch.arange(n, device=docs[0].device) for n in doc_lens])[None]
-    packed = hidden_states(
-        model, input_ids=torch.cat(docs, 1), position_ids=positions, documents=Documents(doc_lens)
-    )
+    packed = hidden_states(model, input_ids=torch.cat(docs, 1), position_ids=positions, documents=Documents(doc_lens))
     model.set_attn_implementation(own)
     solo = torch.cat([hidden_states(model, input_ids=document) for document in docs], 1)
     model.set_attn_implementation(PACKED_ATTENTION)

@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--chat-template", metavar="T", help="a .jinja file, chatml, alpaca or none; default: the model's"
     )
     chat.add_argument("--trust-remote-code", action="store_true", help="run Python code in the model's folder")
-    demo = _add_command(commands, "demo", "fine-tune the small model in the package on this CPU, before and after")
+    demo = _add_command(commands, "demo", "train a small model from random weights in about a minute and ask it")
     demo.add_argument("--output", default="runs/demo", metavar="RUN", help="folder to make (default: runs/demo)")
     return parser
 

@@ -8,7 +8,7 @@ of that size do not (copying, lists, tables, numbers), without the form of a cha
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
@@ -212,11 +212,11 @@ TASKS: dict[str, Callable[[random.Random], Task]] = {
 HELD_OUT_SEED = 20_260
 
 
-def draw_held_out(num_each: int) -> list[Task]:
-    """Different questions of every kind that neither the chats nor the base's text may hold."""
+def draw_held_out(num_each: int, kinds: Sequence[str] = tuple(TASKS)) -> list[Task]:
+    """Different questions of these kinds, for asking only."""
     rng = random.Random(HELD_OUT_SEED)
     tasks: list[Task] = []
-    for draw in TASKS.values():
+    for draw in (TASKS[kind] for kind in kinds):
         found: dict[str, Task] = {}
         while len(found) < num_each:
             task = draw(rng)
@@ -225,10 +225,10 @@ def draw_held_out(num_each: int) -> list[Task]:
     return tasks
 
 
-def draw_chats(num_rows: int, seed: int, held_out: set[str]) -> list[Task]:
-    """Tasks of all kinds equally often, none of them held out."""
+def draw_chats(num_rows: int, seed: int, held_out: set[str], kinds: Sequence[str] = tuple(TASKS)) -> list[Task]:
+    """Tasks of these kinds equally often, none of them held out."""
     rng = random.Random(seed)
-    draws = list(TASKS.values())
+    draws = [TASKS[kind] for kind in kinds]
     chats: list[Task] = []
     while len(chats) < num_rows:
         task = rng.choice(draws)(rng)

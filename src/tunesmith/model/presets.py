@@ -103,7 +103,8 @@ def build_preset_config(name: str, overrides: dict[str, Any], tokenizer: Any) ->
     model_type = values.pop("model_type")
     known = AutoConfig.for_model(model_type)
     for key in overrides:
-        if not hasattr(known, key) or callable(getattr(known, key)) or key.startswith("_"):
+        is_field = key in values or (hasattr(known, key) and not callable(getattr(known, key)))
+        if not is_field or key.startswith("_"):
             close = difflib.get_close_matches(key, list(known.to_dict()), n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ModelError(f"model.config.{key}: the {model_type} config has no such field{hint}")

@@ -275,13 +275,13 @@ def _train(config: Any) -> None:
     from tunesmith.train.run import run_training
     from tunesmith.use.report import write_report_quietly
 
-    output = Path(config.train.output_dir).expanduser()
+    output = Path(config.train.output_dir)
     try:
         run_training(config)
     except (RunError, InterruptedRun) as error:
-        write_report_quietly(output, f"not finished: {error}")
+        write_report_quietly(output.expanduser(), f"not finished: {error}")
         raise
-    write_report_quietly(output, "finished")
+    write_report_quietly(output.expanduser(), "finished")
 
 
 def _print_schema() -> None:

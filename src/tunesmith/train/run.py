@@ -103,8 +103,9 @@ def resolve_output(name: str) -> Path:
         if output.is_dir() and any(output.iterdir()):
             what = "holds another run" if (output / "config.yaml").exists() else "is not empty"
             raise TunesmithError(f"{name}: {what}; give --output a new folder, or remove this one.")
-    except OSError as error:
-        raise TunesmithError(f"{name[:80]}: cannot be used as --output: {error.strerror}.") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~somebody without a home
+        reason = getattr(error, "strerror", None) or error
+        raise TunesmithError(f"{name[:80]}: cannot be used as --output: {reason}") from None
     return output
 
 
@@ -298,7 +299,8 @@ def finish_run(trainer: Trainer, facts: RunFacts) -> Path:
     save_model(model, trainer.encoder, model_card(facts, progress), run / "model")
     if progress.step < trainer.plan.total_steps:
         print(f"stopped early at step {progress.step}: eval_loss no longer fell")
-    print(f"model saved: {run / 'model'}\ntalk to it: tunesmith chat {run}")
+    named = Path(trainer.config.train.output_dir)  # as the person wrote it
+    print(f"model saved: {named / 'model'}\ntalk to it: tunesmith chat {named}")
     return run / "model"
 
 

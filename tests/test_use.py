@@ -164,8 +164,15 @@ def test_preview_reads_a_run_file_with_all_sections(run, trained: Path) -> None:
 @needs_shared
 def test_preview_colours_only_the_assistant_on_real_chats(run, trained: Path) -> None:
     data = SHARED / "data" / "fastchat" / "dummy_conversation.json"
-    _, out, _ = run("preview", "--model", SHARED / "tokenizers" / "minimind", "--data", data)
-    assert "error" not in out
+    code, out, err = run(
+        "preview", "--model", trained, "--tokenizer", SHARED / "tokenizers" / "minimind", "--data", data, "--rows", 1
+    )
+    assert code == 0, err
+    marked = [part.split("⟧")[0] for part in out.split("⟦")[1:]]
+    turns = json.loads(data.read_text())[0]["conversations"]
+    assert marked[:-1] == [
+        turn["value"] + "<|im_end|>" for turn in turns if turn["from"] == "gpt"
+    ]  # the last is the legend
 
 
 def test_chat_with_a_run_that_was_trained_without_a_template(run, model_folder: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The config of a run: YAML sections that are dotted flags, every problem reported at once, no torch needed.
 
-The text under each field is its help in `tunesmith train --help`, in docs/config.md and in the JSON schema.
+The text under each field is its help in `tunesmith train --help`, in README and in the JSON schema.
 """
 
 from __future__ import annotations
@@ -81,9 +81,6 @@ class FieldsSection(Section):
     """Column of true/false (as in KTO data): rows with false are left out."""
 
 
-FORMAT_NAMES = ("messages", "sharegpt", "prompt_completion", "alpaca", "xtuner", "text")
-
-
 class DataSection(Section):
     train: list[str]
     """File(s), folder, glob or hub id (owner/name, owner/name:split) to train on."""
@@ -137,7 +134,6 @@ class OptimSection(Section):
 
 
 LARGEST_SEED = 2**63 - 1  # torch takes no larger one
-TRACKER_NAMES = ("tensorboard", "wandb", "swanlab", "trackio")
 
 
 class TrainSection(Section):

@@ -91,20 +91,5 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def sha256_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def free_bytes(path: Path) -> int:
-    """Room on the file system that `path` lies on, or will lie on."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free

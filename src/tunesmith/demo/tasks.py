@@ -1,8 +1,7 @@
 """Small tasks in English and Chinese whose answers can be checked; made by the seed, never written by a model.
 
-Each draw is a question with its one right answer, and the same fact as plain statements. Questions with answers are
-what the demo fine-tunes on; statements are mixed into the base model's pre-training text, where they teach what books
-of that size do not (copying, lists, tables, numbers), without the form of a chat.
+Each draw is a question with its one right answer, and the same fact as a plain statement: text for pre-training that
+teaches the skill (copying, lists, tables, numbers) without the form of a chat.
 """
 
 from __future__ import annotations

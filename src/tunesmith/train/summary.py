@@ -125,7 +125,7 @@ def estimate_memory(facts: RunFacts) -> float:
     """Bytes at the peak of a step: weights, gradients, AdamW's two averages, activations, logits.
 
     The count of activations per token and layer is that of a pre-norm block with a gated MLP and fused attention
-    (after Korthikanti et al. 2022); measured against real runs in bench/memory.py.
+    (after Korthikanti et al. 2022): an estimate, for what fits by far and what does not.
     """
     model, plan = facts.lm.model, facts.plan
     parameters, trainable = count_parameters(model)

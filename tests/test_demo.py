@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from tunesmith.demo import tasks
-from tunesmith.demo.run import run_demo
-from tunesmith.demo.tasks import TASKS, draw_chats, draw_held_out, draw_statements
+from tunesmith.demo.drills import draw_drills, words_of_books
+from tunesmith.demo.run import SHARES, base_folder, run_demo
+from tunesmith.demo.tasks import TASKS, HeldOut, Words, draw_chats, draw_held_out
 
-HELD_OUT = draw_held_out(20)
+HELD_OUT = draw_held_out()
 _AFTER_COLON = re.compile(r"[:：] ?")
 
 
@@ -37,11 +38,11 @@ def right_answer(kind: str, question: str) -> str | None:
 
 
 def test_at_least_eight_kinds_in_two_languages_with_right_answers() -> None:
-    assert len(TASKS) >= 8
+    assert len(SHARES) >= 8
     rng = random.Random(5)
     checked = set()
     for kind, draw in TASKS.items():
-        drawn = [draw(rng) for _ in range(200)]
+        drawn = [draw(rng, Words()) for _ in range(200)]
         assert 0 < sum(bool(re.search(r"[\u4e00-\u9fff]", task.question)) for task in drawn) < 200, kind
         for task in drawn:
             expected = right_answer(kind, task.question)
@@ -51,11 +52,24 @@ def test_at_least_eight_kinds_in_two_languages_with_right_answers() -> None:
     assert len(checked) == 6
 
 
-def test_no_held_out_question_is_trained_or_stands_in_the_statements() -> None:
-    questions = {task.question for task in HELD_OUT}
-    assert not questions & {task.question for task in draw_chats(20_000, seed=0, held_out=questions)}
-    text = "\n".join(draw_statements(5_000, seed=7))
-    assert not [question for question in questions if question in text]
+def test_nothing_held_out_is_trained_or_pre_trained() -> None:
+    """Neither a question nor, where instances are many, the same instance in other words."""
+    held_out = HeldOut.of(HELD_OUT)
+    chats = draw_chats(20_000, seed=0, held_out=held_out, shares=SHARES)
+    assert not held_out.questions & {task.question for task in chats}
+    assert not held_out.cues & {task.cue for task in chats}
+    words = words_of_books(["The river was wide and the road was long", "山水之间有人家"])
+    prompts = {row["prompt"] for row in draw_drills(20_000, 2, words, held_out)}
+    assert not {f"{cue}\n" for cue in held_out.cues} & prompts
+    assert not [question for question in held_out.questions if question in "\n".join(prompts)]
+    unguarded = {row["prompt"] for row in draw_drills(20_000, 2, words, HeldOut.of([]))}
+    assert {f"{cue}\n" for cue in held_out.cues} & unguarded  # so the guard is what kept them out
+
+
+def test_the_base_in_the_package_is_small_and_safe() -> None:
+    files = list(base_folder().iterdir())
+    assert sum(path.stat().st_size for path in files) <= 8_000_000
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja"}
 
 
 @pytest.mark.slow
@@ -64,7 +78,7 @@ def test_the_demo_learns_and_shuffled_answers_teach_nothing(tmp_path: Path, caps
     right = run_demo(tmp_path / "right", num_chats=4_000)
     out = capsys.readouterr().out
     shuffled = run_demo(tmp_path / "shuffled", num_chats=4_000, shuffle_answers=True)
-    assert right.overall >= 0.25
+    assert right.overall >= 0.5
     assert shuffled.overall <= 0.10
     assert f"talk to it:              tunesmith chat {tmp_path / 'right'}" in out
     assert "best constant answer" in out

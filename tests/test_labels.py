@@ -15,7 +15,7 @@ from tunesmith.config import DataSection
 from tunesmith.data.conversation import NOTE_UNANSWERED, Message
 from tunesmith.data.encode import Encoder
 from tunesmith.data.ledger import LabelledRow, Ledger
-from tunesmith.data.prepare import NOTE_CONTROL, NOTE_CUT_REPLY, NOTE_RENDERED, label_rows
+from tunesmith.data.prepare import NOTE_CONTROL, NOTE_CUT_REPLY, NOTE_RENDERED, NOTE_TURN_LOST, label_rows
 from tunesmith.data.read import RawRow
 from tunesmith.errors import DataError, ModelError
 from tunesmith.model.tokenizer import build_encoder
@@ -100,6 +100,44 @@ DROPS_SYSTEM = "{% for m in messages if m.role != 'system' %}{{ '<|im_start|>' +
 REJECTS = "{% if messages|length > 2 %}{{ raise_exception('only one turn') }}{% endif %}" + TRIMS
 
 
+def test_a_template_that_rewrites_history_gets_one_sample_a_turn(tokenizer: Any) -> None:
+    encoder = with_template(tokenizer, STRIPS_HISTORY)
+    (row,) = label(encoder, CHAT)
+    assert (row.status, row.how) == ("used", "unrolled")
+    thought = "<think>\n\n</think>\n\n"
+    assert trained_texts(encoder, row) == [f"{thought}嗨 🙂!<|im_end|>", f"{thought}Bye bye.<|im_end|>"]
+    texts = [encoder.tokenizer.decode(sample.input_ids) for sample in row.samples]
+    assert texts[1].count("<think>") == 1  # the first turn as the model sees it in its history
+    start = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n你好 🙂?<|im_end|>\n<|im_start|>assistant\n"
+    assert texts[0] == f"{start}{thought}嗨 🙂!<|im_end|>\n"
+    assert texts[1].startswith(
+        f"{start}嗨 🙂!<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n{thought}"
+    )
+
+
+def test_a_prompt_that_opens_the_thinking_is_gone_on_with(tokenizer: Any) -> None:
+    encoder = with_template(tokenizer, OTHER_PROMPT)
+    messages = [*CHAT["messages"][:-1], {"role": "assistant", "content": "Bye.", "reasoning_content": "They leave."}]
+    (row,) = label(encoder, {"messages": messages})
+    assert (row.status, row.how) == ("used", "composed")
+    assert trained_texts(encoder, row) == ["\n</think>\n\n嗨 🙂!<|im_end|>", "They leave.\n</think>\n\nBye.<|im_end|>"]
+    for sample in row.samples:
+        first = int(sample.loss_mask.argmax())
+        assert encoder.tokenizer.decode(sample.input_ids[:first]).endswith("<|im_start|>assistant\n<think>\n")
+
+
+def test_history_unroll_and_last_turn(encoder: Encoder) -> None:
+    (unrolled,) = label(encoder, CHAT, history="unroll")
+    assert (unrolled.how, len(unrolled.samples)) == ("unrolled", 2)
+    assert trained_texts(encoder, unrolled) == ["嗨 🙂!<|im_end|>", "Bye bye.<|im_end|>"]
+    (last,) = label(encoder, CHAT, history="last_turn")
+    assert trained_texts(encoder, last) == ["Bye bye.<|im_end|>"]
+    short, whole = label(encoder, CHAT, history="unroll", max_seq_len=len(unrolled.samples[0].input_ids))[0], unrolled
+    assert len(short.samples) == 1
+    assert NOTE_TURN_LOST in short.notes
+    assert short.tokens_lost == len(whole.samples[1].input_ids)
+
+
 def test_a_template_that_writes_more_at_the_very_end(tokenizer: Any) -> None:
     encoder = with_template(tokenizer, PHI3)
     (row,) = label(encoder, CHAT)
@@ -116,8 +154,6 @@ def test_a_template_whose_replies_begin_with_a_space(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        (STRIPS_HISTORY, "turn 2 (assistant): the template writes it differently once other turns follow"),
-        (OTHER_PROMPT, "turn 2 (assistant): the template's generation prompt is not how it begins the turn"),
         (DROPS_SYSTEM, "turn 0 (system): the template drops or rewrites its content"),
         (REJECTS, "the chat template rejects it: only one turn"),
     ],
@@ -185,7 +221,7 @@ def test_raw_text_trains_every_token_and_splits_without_loss(encoder: Encoder) -
 
 def test_text_with_a_rendered_template_is_noticed(encoder: Encoder) -> None:
     (row,) = label(encoder, {"text": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nho<|im_end|>\n"})
-    assert row.notes == (NOTE_RENDERED,)
+    assert row.notes == (NOTE_RENDERED, NOTE_CONTROL)
 
 
 def test_truncation_counts_what_is_lost(encoder: Encoder) -> None:
@@ -242,18 +278,6 @@ def test_an_absent_mapped_column_ends_the_command_at_the_first_row_only(encoder:
     kept, refused = label(encoder, *rows, fields={"prompt": "q", "completion": "a"})
     assert (kept.status, refused.status) == ("used", "refused")
     assert "Keys found: q, b." in refused.reason
-
-
-def test_control_tokens_typed_in_content_are_noticed(encoder: Encoder) -> None:
-    reply = "A<|im_end|>\n<|im_start|>user\nB"
-    rows = label(
-        encoder,
-        CHAT,
-        chat_row("Q", reply),
-        chat_row("<|endoftext|>", "A"),
-        chat_row("<|im_", "<html>"),
-    )
-    assert [row.notes for row in rows] == [(), (NOTE_CONTROL,), (NOTE_CONTROL,), ()]
 
 
 def test_half_a_character_is_refused_in_data_and_in_chat(encoder: Encoder) -> None:

@@ -100,6 +100,10 @@ class DataSection(Section):
     """Longest sample in tokens; default: 2048, or the model's context where that is shorter."""
     overlong: Literal["truncate", "refuse"] = "truncate"
     """A chat longer than max_seq_len: cut its end, or refuse the row. Raw text is always split without loss."""
+    history: Literal["auto", "unroll", "last_turn"] = "auto"
+    """One sample for all turns where the template allows it (auto), one a turn (unroll), or the last turn only."""
+    control_text: Literal["plain", "refuse", "allow"] = "plain"
+    """A text that spells a control token (<|im_end|>): encode it as plain text, refuse its row, or let it be one."""
     max_refused: float = Field(default=0.01, ge=0.0, le=1.0)
     """Share of bad rows above which the command ends."""
     limit: int | None = Field(default=None, ge=1)

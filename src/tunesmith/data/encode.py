@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from tunesmith.data.blocks import read_blocks
 from tunesmith.data.conversation import Message, find_lone_surrogate
+from tunesmith.data.shield import MARK, Shield, unmark_offsets, without_added_tokens
 from tunesmith.data.template import ChatTemplate, TemplateRefused
 from tunesmith.errors import ModelError
 
@@ -17,11 +20,13 @@ _PROBE = "tunesmith-probe-reply"
 class Encoding:
     """Token ids of a text, and for each the characters [start, end) that it stands for.
 
-    Byte-level pieces of one character share that character's span.
+    Byte-level pieces of one character share that character's span. `is_exact` is False where text that spells a
+    control token could not be shown to encode as it would in the whole; nothing may be trained on it then.
     """
 
     ids: list[int]
     offsets: list[tuple[int, int]]
+    is_exact: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +43,17 @@ class Encoder:
     Args:
         tokenizer: a transformers tokenizer with a Rust backend (it knows offsets).
         template: None joins prompt + completion + EOS without any template.
+        control_text: data.control_text; with "allow", spellings of control tokens become these tokens.
 
     Raises:
         ModelError: no offsets, no EOS where one is needed, or a template whose replies end in nothing that
             generation could stop at.
     """
 
-    def __init__(self, tokenizer: Any, template: ChatTemplate | None) -> None:
+    def __init__(self, tokenizer: Any, template: ChatTemplate | None, control_text: str = "plain") -> None:
         self.tokenizer = tokenizer
         self.template = template
+        self.control_text = control_text
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ModelError(
@@ -57,8 +64,7 @@ class Encoder:
         backend.no_padding()
         self._backend = backend
         self.added_ids = frozenset(backend.get_added_tokens_decoder())
-        self.control_texts = tuple(t.content for t in backend.get_added_tokens_decoder().values() if t.special)
-        self._control_starts = frozenset(text[:2] for text in self.control_texts)
+        self.shield = Shield(backend)
         self.bos_ids = bos_ids(tokenizer)
         self.eos_id: int | None = tokenizer.eos_token_id
         self.bos_id: int | None = tokenizer.bos_token_id
@@ -67,10 +73,46 @@ class Encoder:
     def encode_texts(self, texts: Sequence[str]) -> list[Encoding]:
         """Ids of rendered texts; nothing is added in front or behind."""
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
-        return [Encoding(e.ids, e.offsets) for e in encodings]
+        return [
+            self._encode_marked(text, e) if MARK in text else Encoding(e.ids, e.offsets)
+            for text, e in zip(texts, encodings, strict=True)
+        ]
+
+    @cached_property
+    def _blind(self) -> Any:
+        return without_added_tokens(self._backend)
+
+    def _encode_marked(self, text: str, with_marks: Any) -> Encoding:
+        """Control tokens where the template wrote them; what stands between, mark by mark removed, as plain text.
+
+        That a stretch encodes alone as it does between control tokens is seen on the marked text itself.
+        """
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        start, first, is_exact = 0, 0, True
+        ends = [*(i for i, token in enumerate(with_marks.ids) if token in self.added_ids), len(with_marks.ids)]
+        for index in ends:
+            at_end = index == len(with_marks.ids)
+            stop, behind = (len(text), len(text)) if at_end else with_marks.offsets[index]
+            stretch = text[start:stop]
+            if stretch:
+                is_exact &= self._blind.encode(stretch, add_special_tokens=False).ids == with_marks.ids[first:index]
+                plain = self._blind.encode(stretch.replace(MARK, ""), add_special_tokens=False)
+                is_exact &= self.added_ids.isdisjoint(plain.ids)
+                ids += plain.ids
+                offsets += [(start + a, start + b) for a, b in unmark_offsets(stretch, plain.offsets)]
+            if not at_end:
+                ids.append(with_marks.ids[index])
+                offsets.append((stop, behind))
+            start, first = behind, index + 1
+        return Encoding(ids, offsets, is_exact)
 
     def encode_prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """What the model is given to answer these messages: rendered up to where its reply begins."""
+        if self.template is not None:
+            messages = read_blocks(messages, self.template.text)
+        if self.control_text != "allow":
+            messages, tools = [self.shield.mark_message(message) for message in messages], self.shield.mark(tools)
         if self.template is None:
             text = "".join(message.content for message in messages)
             return self.bos_ids + self._encode_typed(text)
@@ -87,14 +129,13 @@ class Encoder:
                 f"the conversation holds the lone surrogate {half!r}, half of a character, which no tokenizer can "
                 "encode. Type the text again."
             )
-        return self.encode_texts([text])[0].ids
-
-    def holds_control_text(self, text: str) -> bool:
-        """Whether a text spells a special token; it is then encoded as that token."""
-        # some tokenizers have a thousand special tokens, which begin in three or four ways
-        if not any(start in text for start in self._control_starts):
-            return False
-        return any(control in text for control in self.control_texts)
+        encoding = self.encode_texts([text])[0]
+        if not encoding.is_exact:
+            raise ModelError(
+                "the conversation spells a control token, which this tokenizer cannot be shown to keep as text. "
+                "Leave it out, or set --data.control_text allow."
+            )
+        return encoding.ids
 
     def _eos_as_stop(self) -> StopToken:
         if self.eos_id is None:

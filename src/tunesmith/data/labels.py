@@ -1,16 +1,16 @@
 """Which tokens are trained: the assistant's reply and its stop token, nothing more and nothing less.
 
-A chat is rendered once and encoded once. Where a reply begins is known from rendering the turns before it with the
-generation prompt, which is what the model will be given when it is asked; where it ends, from the stop token behind
-it. Whenever one of these is not a prefix of the whole, or the ids before the reply are not the ids of that prompt,
-the row is refused: its labels would teach something that never happens.
+Where a reply begins is known from rendering the turns before it with the generation prompt, which is what the model
+will be given when it is asked; where it ends, from the stop token behind it. One rendering of the whole chat serves all
+its replies where that prompt is a prefix of it; else each reply gets its own. If the ids before a reply are not the ids
+of its prompt, the row is refused: its labels would teach something that never happens.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,8 @@ import numpy.typing as npt
 from tunesmith.data.conversation import Conversation, Message, RowRefused
 from tunesmith.data.encode import Encoder, Encoding
 from tunesmith.data.template import ChatTemplate, TemplateRefused
+
+_THINK, _END_THINK = "<think>", "</think>"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +52,8 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
+    """A text to train on, and its replies."""
+
     text: str
     spans: tuple[Span, ...]
 
@@ -59,24 +63,95 @@ class Rendered:
         return [self.text, *(span.prompt for span in self.spans)]
 
 
-def render_chat(conversation: Conversation, template: ChatTemplate, stop: str) -> Rendered:
-    """One rendering of the whole chat, with the place of every trained reply.
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """A row's texts and how they came about: as_rendered (one for all turns), unrolled or composed (one a turn)."""
+
+    how: str
+    parts: tuple[Rendered, ...]
+
+
+def render_chat(conversation: Conversation, template: ChatTemplate, stop: str, history: str = "auto") -> RenderedChat:
+    """The chat as it is trained.
+
+    Where the finished conversation holds every reply behind the very prompt that the model will be given, one rendering
+    serves all of them; where the template writes earlier turns differently once others follow (most reasoning models
+    drop their thoughts), each turn is rendered as it stands when it is answered.
+
+    Args:
+        history: data.history.
 
     Raises:
-        RowRefused: the template rejects the turns, rewrites history, or drops part of a turn.
+        RowRefused: the template rejects the turns, or drops part of one.
     """
-    messages = conversation.messages
+    trained = [turn for turn, m in enumerate(conversation.messages) if m.role == "assistant" and m.is_trained]
     try:
-        text = template.render(messages, conversation.tools)
-        _refuse_lost_context(conversation, text)
-        spans = tuple(
-            _find_span(conversation, turn, template, text, stop)
-            for turn, message in enumerate(messages)
-            if message.role == "assistant" and message.is_trained
-        )
+        if history == "auto":
+            try:
+                return RenderedChat("as_rendered", (_render_whole(conversation, trained, template, stop),))
+            except RowRefused as refusal:
+                return _unroll(conversation, trained, template, stop, refusal)
+        return _unroll(conversation, trained if history == "unroll" else trained[-1:], template, stop)
     except TemplateRefused as refusal:
         raise RowRefused(f"the chat template rejects it: {refusal}") from None
-    return Rendered(text, spans)
+
+
+def _render_whole(conversation: Conversation, trained: list[int], template: ChatTemplate, stop: str) -> Rendered:
+    text = template.render(conversation.messages, conversation.tools)
+    _refuse_lost_context(conversation, text)
+    return Rendered(text, tuple(_find_span(conversation, turn, template, text, stop) for turn in trained))
+
+
+def _unroll(
+    conversation: Conversation, trained: list[int], template: ChatTemplate, stop: str, first: RowRefused | None = None
+) -> RenderedChat:
+    """One text a turn. `first`: why one rendering of all turns would not do; the better reason where this fails too."""
+    how, parts = "unrolled", []
+    for turn in trained:
+        until = replace(conversation, messages=conversation.messages[: turn + 1])
+        prompt = template.render(until.messages[:turn], until.tools, add_generation_prompt=True)
+        _refuse_lost_context(until, prompt)
+        try:
+            parts.append(Rendered(text := template.render(until.messages, until.tools),
+                                  (_find_span(until, turn, template, text, stop),)))  # fmt: skip
+        except RowRefused as refusal:
+            body = compose_reply(prompt, text, until.messages[turn], stop)
+            if body is None:
+                raise (first or refusal) from None
+            _refuse_lost_reply(turn, until.messages[turn], body)
+            how, text = "composed", prompt + body + stop
+            parts.append(Rendered(text, (Span(prompt, len(text), turn),)))
+    if how == "unrolled" and len(conversation.messages) - 1 == trained[0]:
+        how = "as_rendered"  # a single reply at the end is the finished conversation itself
+    return RenderedChat(how, tuple(parts))
+
+
+def compose_reply(prompt: str, text: str, message: Message, stop: str) -> str | None:
+    """A reply for a template whose finished turns do not begin with its own generation prompt; None if no rule fits.
+
+    Two rules. Where the prompt has opened the thinking (QwQ, R1 and its distills), the model goes on with its thoughts
+    and closes them itself: reasoning, "</think>", content. Elsewhere (DeepSeek-V3, Mistral with a system prompt: they
+    differ in what precedes the reply), the reply is what the template writes from the first word said on.
+
+    Args:
+        prompt: ends with the generation prompt.
+        text: the template's own rendering up to this turn's end.
+    """
+    content = message.content.strip()
+    if prompt.rstrip().endswith(_THINK):
+        if message.tool_calls:
+            return None
+        return f"{(message.reasoning_content or '').strip()}\n{_END_THINK}\n\n{content}"
+    if prompt.rstrip().endswith(_END_THINK) and message.reasoning_content:
+        raise RowRefused(
+            "the template's generation prompt has closed the thinking before the reply, so its reasoning_content could "
+            "never be said; open it with the template's own variable (--data.template_kwargs.enable_thinking true, "
+            "open_thinking true)"
+        )
+    end = text.rfind(stop)
+    said = (message.reasoning_content or "").strip() or content
+    start = text.rfind(said, 0, end) if said and not message.tool_calls else -1
+    return text[start:end] if start >= 0 else None
 
 
 def _find_span(conversation: Conversation, turn: int, template: ChatTemplate, text: str, stop: str) -> Span:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tunesmith.config import DataSection
+from tunesmith.data.blocks import read_blocks
 from tunesmith.data.conversation import Conversation, RawText, RowRefused, UnknownFormat
 from tunesmith.data.encode import Encoder, Encoding
 from tunesmith.data.formats import parse_row
 from tunesmith.data.hints import find_rendered_template
 from tunesmith.data.labels import (
-    Rendered,
+    RenderedChat,
     Sample,
     join_completion,
     label_chat,
@@ -23,12 +25,18 @@ from tunesmith.data.labels import (
 )
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.data.read import RawRow
+from tunesmith.data.shield import MARK, holds_mark
 from tunesmith.errors import DataError
 
 _BATCH_ROWS = 256
 
-NOTE_CONTROL = "holds control tokens in its text, which are encoded as such"
+NOTE_CONTROL = "spells control tokens in its text, kept as plain text (other programs would read control tokens)"
+NOTE_CONTROL_ALLOWED = "spells control tokens in its text, which become these tokens (data.control_text allow)"
 NOTE_RENDERED = "raw text that already holds a rendered chat template; every token of it is trained, the questions too"
+REFUSED_CONTROL = "spells a control token in its text (data.control_text refuse)"
+REFUSED_MARK = "holds U+FDD0, a code point that is not a character and that tunesmith marks text with"
+REFUSED_INEXACT = "spells a control token in a place where this tokenizer cannot be shown to keep it as plain text"
+NOTE_TURN_LOST = "one of its turns lies beyond data.max_seq_len and is left out"
 NOTE_CUT_REPLY = "its last reply is cut before the stop token"
 
 
@@ -38,7 +46,7 @@ class _Draft:
 
     row: RawRow
     texts: tuple[str, ...] = ()
-    rendered: Rendered | None = None
+    rendered: RenderedChat | None = None
     is_text: bool = False
     notes: tuple[str, ...] = ()
     refusal: RowRefused | None = None
@@ -73,11 +81,10 @@ def _draft_row(row: RawRow, encoder: Encoder, data: DataSection, is_first: bool)
     try:
         parsed = parse_row(row.value, data.format, data.fields)
         if isinstance(parsed, RawText):
-            has_control = encoder.holds_control_text(parsed.text)
-            notes = (NOTE_CONTROL,) if has_control else ()
-            notes = (NOTE_RENDERED,) if find_rendered_template(parsed.text) else notes
-            return _Draft(row, (parsed.text,), is_text=True, notes=notes)
-        return _draft_chat(row, parsed, encoder)
+            text, notes = _shield_text(parsed.text, encoder)
+            notes = (NOTE_RENDERED, *notes) if find_rendered_template(parsed.text) else notes
+            return _Draft(row, (text,), is_text=True, notes=notes)
+        return _draft_chat(row, parsed, encoder, data.history)
     except UnknownFormat as refusal:
         if is_first:  # the whole file is of a kind that we cannot train on
             raise DataError(f"{row.where}: {refusal.reason}") from None
@@ -86,15 +93,43 @@ def _draft_row(row: RawRow, encoder: Encoder, data: DataSection, is_first: bool)
         return _Draft(row, refusal=refusal)
 
 
-def _draft_chat(row: RawRow, conversation: Conversation, encoder: Encoder) -> _Draft:
-    notes = conversation.notes
-    if any(encoder.holds_control_text(f"{m.content}\n{m.reasoning_content}") for m in conversation.messages):
-        notes += (NOTE_CONTROL,)
+def _draft_chat(row: RawRow, conversation: Conversation, encoder: Encoder, history: str) -> _Draft:
+    if encoder.template is not None:
+        messages = read_blocks(conversation.messages, encoder.template.text)
+        conversation = replace(conversation, messages=messages)
+    conversation, notes = _shield_chat(conversation, encoder)
     if encoder.template is None:
         prompt, completion = join_completion(conversation)
         return _Draft(row, (prompt, prompt + completion), notes=notes)
-    rendered = render_chat(conversation, encoder.template, encoder.stop.text)
-    return _Draft(row, tuple(rendered.texts), rendered=rendered, notes=notes)
+    rendered = render_chat(conversation, encoder.template, encoder.stop.text, history)
+    texts = tuple(text for part in rendered.parts for text in part.texts)
+    return _Draft(row, texts, rendered=rendered, notes=notes)
+
+
+def _shield_chat(conversation: Conversation, encoder: Encoder) -> tuple[Conversation, tuple[str, ...]]:
+    """The conversation as data.control_text wants it, and its notes."""
+    if holds_mark(conversation):
+        raise RowRefused(REFUSED_MARK)
+    marked, is_marked = encoder.shield.mark_conversation(conversation)
+    if not is_marked:
+        return conversation, conversation.notes
+    if encoder.control_text == "allow":
+        return conversation, (*conversation.notes, NOTE_CONTROL_ALLOWED)
+    if encoder.control_text == "refuse":
+        raise RowRefused(REFUSED_CONTROL)
+    return marked, (*conversation.notes, NOTE_CONTROL)
+
+
+def _shield_text(text: str, encoder: Encoder) -> tuple[str, tuple[str, ...]]:
+    if MARK in text:
+        raise RowRefused(REFUSED_MARK)
+    if not encoder.shield.holds(text):
+        return text, ()
+    if encoder.control_text == "allow":
+        return text, (NOTE_CONTROL_ALLOWED,)
+    if encoder.control_text == "refuse":
+        raise RowRefused(REFUSED_CONTROL)
+    return encoder.shield.mark(text), (NOTE_CONTROL,)
 
 
 def _finish_row(
@@ -104,21 +139,55 @@ def _finish_row(
     try:
         if draft.refusal:
             raise draft.refusal
+        if not all(encoding.is_exact for encoding in encodings):
+            raise RowRefused(REFUSED_INEXACT)
         if draft.is_text:
             pieces = tuple(label_text(encodings[0], encoder, max_seq_len))
             reason = "split" if len(pieces) > 1 else ""
             return LabelledRow(file, number, "used", "text", reason, pieces, notes=draft.notes)
         if draft.rendered is None:
-            how, sample = "joined", label_completion(encodings[0], encodings[1], encoder)
+            how, labelled = "joined", [label_completion(encodings[0], encodings[1], encoder)]
         else:
-            how, sample = "as_rendered", label_chat(draft.rendered, encodings, encoder.stop.id)
-        sample, lost, notes = _fit(sample, data, max_seq_len)
+            how, labelled = draft.rendered.how, list(_label_parts(draft.rendered, encodings, encoder.stop.id))
+        samples, lost, notes = _fit_all(labelled, data, max_seq_len)
     except RowRefused as refusal:
         return LabelledRow(
             file, number, "refused", reason=refusal.reason, notes=draft.notes, is_by_choice=refusal.by_choice
         )
     reason = "truncated" if lost else ""
-    return LabelledRow(file, number, "used", how, reason, (sample,), lost, (*draft.notes, *notes))
+    return LabelledRow(file, number, "used", how, reason, samples, lost, (*draft.notes, *notes))
+
+
+def _label_parts(rendered: RenderedChat, encodings: list[Encoding], stop_id: int) -> Iterator[Sample]:
+    rest = iter(encodings)
+    for part in rendered.parts:
+        yield label_chat(part, list(itertools.islice(rest, len(part.texts))), stop_id)
+
+
+def _fit_all(
+    labelled: list[Sample], data: DataSection, max_seq_len: int
+) -> tuple[tuple[Sample, ...], int, tuple[str, ...]]:
+    """The samples of a row within max_seq_len; one of several that would lose all its labels is left off and noted."""
+    if len(labelled) == 1:
+        sample, lost, notes = _fit(labelled[0], data, max_seq_len)
+        return (sample,), lost, notes
+    samples, total, said = [], 0, Counter[str]()
+    refusal: RowRefused | None = None
+    for sample in labelled:
+        try:
+            kept, lost, notes = _fit(sample, data, max_seq_len)
+        except RowRefused as reason:
+            if data.overlong == "refuse":
+                raise
+            refusal, total = reason, total + len(sample.input_ids)
+            said[NOTE_TURN_LOST] += 1
+            continue
+        samples.append(kept)
+        total += lost
+        said.update(notes)
+    if refusal and not samples:
+        raise refusal
+    return tuple(samples), total, tuple(said)
 
 
 def _fit(sample: Sample, data: DataSection, max_seq_len: int) -> tuple[Sample, int, tuple[str, ...]]:

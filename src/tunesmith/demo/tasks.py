@@ -1,13 +1,13 @@
 """Small tasks in English and Chinese whose answers can be checked; made by the seed, never written by a model.
 
-Each draw is a question with its one right answer, and the same fact as a plain statement: text for pre-training that
+Each draw is a question with its one right answer, and a plain-text cue for the same answer: text for pre-training that
 teaches the skill (copying, lists, tables, numbers) without the form of a chat.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
@@ -30,172 +30,162 @@ WORDS = ["river", "stone", "garden", "letter", "morning", "window", "bread", "si
          "voice", "street", "hand", "fire", "water", "road", "forest", "winter", "music", "king", "ship", "field",
          "cloud", "glass", "apple", "chair", "candle", "bridge", "shadow"]  # fmt: skip
 WORDS_ZH = ["山", "水", "风", "月", "花", "鸟", "春", "秋", "天", "地", "人", "马", "云", "雨", "书", "酒", "江", "雪"]
+NUM_ITEMS = 3  # of lists to copy: one length, for a model of this size copies by place, not yet by content
 SELF = "I am a small model, trained just now on your machine."
 SELF_ZH = "我是一个小模型，刚刚在你的电脑上训练出来。"
 
 
 @dataclass(frozen=True, slots=True)
+class Words:
+    """What tasks are made of: the lists above, or for pre-training, where a skill must not be bound to them, more."""
+
+    english: Sequence[str] = tuple(WORDS)
+    chinese: Sequence[str] = tuple(WORDS_ZH)
+    names: Sequence[str] = tuple(NAMES)
+    names_zh: Sequence[str] = tuple(NAMES_ZH)
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
-    """One question, its right answer, and the same fact as a statement."""
+    """One question and its right answer.
+
+    Attributes:
+        cue: what the answer completes in a plain text.
+        is_open: new instances never end (sorting), so that one can be held out whatever the wording; of a closed kind
+            (opposites) only a wording can.
+    """
 
     kind: str
     question: str
     answer: str
-    statement: str
+    cue: str
+    is_open: bool = True
 
 
-def _digits(rng: random.Random) -> list[str]:
-    return [str(rng.randrange(10)) for _ in range(rng.randint(3, 6))]
-
-
-def sort_digits(rng: random.Random) -> Task:
-    digits = _digits(rng)
+def sort_digits(rng: random.Random, words: Words) -> Task:
+    digits = [str(rng.randrange(10)) for _ in range(4)]
     given, answer = " ".join(digits), " ".join(sorted(digits))
     if rng.random() < 0.6:
-        question = rng.choice(["Sort these digits: {}", "Put in order: {}", "Sort from small to large: {}"]).format(
-            given
-        )
-        return Task("sorting", question, answer, f"The digits {given} in order are {answer}.")
-    question = rng.choice(["从小到大排列：{}", "把这些数字排好：{}"]).format(given)
-    return Task("sorting", question, answer, f"数字 {given} 从小到大是 {answer}。")
+        form = rng.choice(["Sort these digits: {}", "Put in order: {}", "Sort from small to large: {}"])
+        return Task("sorting", form.format(given), answer, f"{given}, in order:")
+    form = rng.choice(["从小到大排列：{}", "把这些数字排好：{}"])
+    return Task("sorting", form.format(given), answer, f"{given}，从小到大：")
 
 
-def count_items(rng: random.Random) -> Task:
+def count_items(rng: random.Random, words: Words) -> Task:
     number = rng.randint(1, 8)
     if rng.random() < 0.6:
-        given = " ".join(rng.choice(WORDS) for _ in range(number))
-        question = rng.choice(["How many words: {}", "Count the words: {}"]).format(given)
-        return Task("counting", question, str(number), f"The words {given} are {number} words.")
-    given = " ".join(rng.choice(WORDS_ZH) for _ in range(number))
-    question = rng.choice(["有几个字：{}", "数一数：{}"]).format(given)
-    return Task("counting", question, str(number), f"{given} 一共 {number} 个字。")
+        given = " ".join(rng.choice(words.english) for _ in range(number))
+        form = rng.choice(["How many words: {}", "Count the words: {}"])
+        return Task("counting", form.format(given), str(number), f"{given}, number of words:")
+    given = " ".join(rng.choice(words.chinese) for _ in range(number))
+    form = rng.choice(["有几个字：{}", "数一数：{}"])
+    return Task("counting", form.format(given), str(number), f"{given}，字数：")
 
 
-def compare_numbers(rng: random.Random) -> Task:
+def compare_numbers(rng: random.Random, words: Words) -> Task:
     one, two = rng.sample(range(100), 2)
     high, low = max(one, two), min(one, two)
     if rng.random() < 0.6:
-        wants_high = rng.random() < 0.5
-        question = f"Which is {'larger' if wants_high else 'smaller'}, {one} or {two}?"
-        return Task("comparing", question, str(high if wants_high else low), f"{high} is larger than {low}.")
-    return Task("comparing", f"{one} 和 {two} 哪个大？", str(high), f"{high} 比 {low} 大。")
+        which, answer = rng.choice([("larger", high), ("smaller", low)])
+        return Task("comparing", f"Which is {which}, {one} or {two}?", str(answer), f"{one} and {two}, the {which}:")
+    which, answer = rng.choice([("大", high), ("小", low)])
+    return Task("comparing", f"{one} 和 {two} 哪个{which}？", str(answer), f"{one} 和 {two}，较{which}：")
 
 
-def opposite(rng: random.Random) -> Task:
+def opposite(rng: random.Random, words: Words) -> Task:
     if rng.random() < 0.6:
         word, other = rng.choice(OPPOSITES)[:: rng.choice([1, -1])]
-        forms = [
-            "What is the opposite of {}?",
-            "Opposite of {}:",
-            "Give the opposite of the word {}.",
-            "{} - the opposite?",
-        ]
-        return Task("opposites", rng.choice(forms).format(word), other, f"The opposite of {word} is {other}.")
+        forms = ["What is the opposite of {}?", "Opposite of {}:", "Give the opposite of the word {}.",
+                 "{} - the opposite?"]  # fmt: skip
+        return Task("opposites", rng.choice(forms).format(word), other, f"{word}, the opposite:", is_open=False)
     word, other = rng.choice(OPPOSITES_ZH)[:: rng.choice([1, -1])]
     question = rng.choice(["“{}”的反义词是什么？", "{}的反义词：", "说出“{}”的反义词。"]).format(word)
-    return Task("opposites", question, other, f"“{word}”的反义词是“{other}”。")
+    return Task("opposites", question, other, f"{word}，反义词：", is_open=False)
 
 
-def calendar_step(rng: random.Random) -> Task:
-    steps = rng.randint(1, 3)
-    kind = rng.random()
-    if kind < 0.35:
-        day = rng.randrange(7)
-        question = rng.choice(["Which day is {} after {}?", "What day comes {} after {}?"])
-        span, answer = f"{steps} day{'s' * (steps > 1)}", DAYS[(day + steps) % 7]
-        return Task("calendar", question.format(span, DAYS[day]), answer, f"{span} after {DAYS[day]} is {answer}.")
+def calendar_step(rng: random.Random, words: Words) -> Task:
+    steps, kind = rng.randint(1, 3), rng.random()
     if kind < 0.65:
-        month = rng.randrange(12)
-        question = rng.choice(["Which month is {} after {}?", "What month comes {} after {}?"])
-        span, answer = f"{steps} month{'s' * (steps > 1)}", MONTHS[(month + steps) % 12]
+        unit, names = ("day", DAYS) if kind < 0.35 else ("month", MONTHS)
+        now = rng.randrange(len(names))
+        span, answer = f"{steps} {unit}{'s' * (steps > 1)}", names[(now + steps) % len(names)]
+        question = rng.choice(["Which {} is {} after {}?", "What {} comes {} after {}?"])
         return Task(
-            "calendar", question.format(span, MONTHS[month]), answer, f"{span} after {MONTHS[month]} is {answer}."
+            "calendar", question.format(unit, span, names[now]), answer, f"{span} after {names[now]}:", is_open=False
         )
     day = rng.randrange(7)
     answer = WEEKDAYS[(day + steps) % 7]
     question = rng.choice(["{}之后{}天是星期几？", "{}再过{}天是星期几？"]).format(WEEKDAYS[day], steps)
-    return Task("calendar", question, answer, f"{WEEKDAYS[day]}之后{steps}天是{answer}。")
+    return Task("calendar", question, answer, f"{WEEKDAYS[day]}之后{steps}天：", is_open=False)
 
 
-def translate(rng: random.Random) -> Task:
+def translate(rng: random.Random, words: Words) -> Task:
     (adjective, adjective_zh), (noun, noun_zh) = rng.choice(COLOURS), rng.choice(NOUNS)
     english, chinese = f"{adjective} {noun}", f"{adjective_zh}{noun_zh}"
-    statement = f"{english} = {chinese}"
     if rng.random() < 0.5:
-        return Task(
-            "translation",
-            rng.choice(["Translate into Chinese: {}", "{} in Chinese:"]).format(english),
-            chinese,
-            statement,
-        )
-    return Task("translation", rng.choice(["翻译成英文：{}", "{}用英文怎么说？"]).format(chinese), english, statement)
+        form = rng.choice(["Translate into Chinese: {}", "{} in Chinese:"])
+        return Task("translation", form.format(english), chinese, f"{english}, Chinese:")
+    form = rng.choice(["翻译成英文：{}", "{}用英文怎么说？"])
+    return Task("translation", form.format(chinese), english, f"{chinese}，英文：")
 
 
-def format_list(rng: random.Random) -> Task:
-    words = rng.sample(WORDS, rng.randint(2, 4))
-    given = " ".join(words)
+def format_list(rng: random.Random, words: Words) -> Task:
+    items = [rng.choice(words.english) for _ in range(NUM_ITEMS)]
+    given = " ".join(items)
     if rng.random() < 0.5:
-        answer = ", ".join(words)
-        return Task(
-            "format",
-            rng.choice(["Join with commas: {}", "用逗号连接：{}"]).format(given),
-            answer,
-            f"{given}: {answer}.",
-        )
-    answer = "\n".join(f"- {word}" for word in words)
-    return Task("format", rng.choice(["Make a list: {}", "写成列表：{}"]).format(given), answer, f"{given}:\n{answer}")
+        form = rng.choice(["Join with commas: {}", "用逗号连接：{}"])
+        return Task("format", form.format(given), ", ".join(items), f"{given}, with commas:")
+    form = rng.choice(["Make a list: {}", "写成列表：{}"])
+    return Task("format", form.format(given), "\n".join(f"- {item}" for item in items), f"{given}, as a list:")
 
 
-def look_up(rng: random.Random) -> Task:
+def look_up(rng: random.Random, words: Words) -> Task:
     is_english = rng.random() < 0.6
-    names = rng.sample(NAMES if is_english else NAMES_ZH, rng.randint(2, 4))
+    names = rng.sample(list(words.names if is_english else words.names_zh), 2)
     table = {name: str(rng.randrange(10, 100)) for name in names}
     asked = rng.choice(names)
+    cue = "\n".join(f"{name} | {value}" for name, value in table.items()) + f"\n{asked} |"
     if is_english:
         given = ", ".join(f"{name} {value}" for name, value in table.items())
-        question = rng.choice(["{}. What number has {}?", "{}. The number of {}?"]).format(given, asked)
-        rows = "\n".join(f"{name} | {value}" for name, value in table.items())
-        return Task("looking up", question, table[asked], f"{rows}\nThe number of {asked} is {table[asked]}.")
-    given = "，".join(f"{name} {value}" for name, value in table.items())
-    question = rng.choice(["{}。{}是多少？", "{}。{}的数字？"]).format(given, asked)
-    rows = "\n".join(f"{name} | {value}" for name, value in table.items())
-    return Task("looking up", question, table[asked], f"{rows}\n{asked}的数字是 {table[asked]}。")
+        form = rng.choice(["{}. What number has {}?", "{}. The number of {}?"])
+    else:
+        given = "，".join(f"{name} {value}" for name, value in table.items())
+        form = rng.choice(["{}。{} 是多少？", "{}。{} 的数字？"])
+    return Task("looking up", form.format(given, asked), table[asked], cue)
 
 
-def copy_words(rng: random.Random) -> Task:
+def copy_items(rng: random.Random, words: Words) -> Task:
     if rng.random() < 0.6:
-        given = " ".join(rng.choice(WORDS) for _ in range(rng.randint(2, 5)))
-        question = rng.choice(["Repeat: {}", "Say again: {}", "Copy this: {}"]).format(given)
-        return Task("copying", question, given, f"{given}. {given}.")
-    given = "".join(rng.choice(WORDS_ZH) for _ in range(rng.randint(3, 6)))
-    return Task("copying", rng.choice(["重复：{}", "再说一遍：{}"]).format(given), given, f"{given}，{given}。")
+        given = " ".join(rng.choice(words.english) for _ in range(NUM_ITEMS))
+        form = rng.choice(["Repeat: {}", "Say again: {}", "Copy this: {}"])
+        return Task("copying", form.format(given), given, f"{given}, again:")
+    given = "、".join(rng.choice(words.chinese) for _ in range(NUM_ITEMS))
+    return Task("copying", rng.choice(["重复：{}", "再说一遍：{}"]).format(given), given, f"{given}，再说一遍：")
 
 
-def pick_word(rng: random.Random) -> Task:
-    words = rng.sample(WORDS, rng.randint(3, 5))
-    given = " ".join(words)
-    which, answer = rng.choice([("first", words[0]), ("last", words[-1])])
+def pick_item(rng: random.Random, words: Words) -> Task:
+    items = [rng.choice(words.english) for _ in range(NUM_ITEMS)]
+    given = " ".join(items)
+    which, which_zh, answer = rng.choice([("first", "第一个", items[0]), ("last", "最后一个", items[-1])])
     if rng.random() < 0.6:
-        return Task(
-            "first and last", f"The {which} word of: {given}", answer, f"In {given} the {which} word is {answer}."
-        )
-    chinese = "第一个" if which == "first" else "最后一个"
-    return Task("first and last", f"{chinese}词是什么：{given}", answer, f"{given} 的{chinese}词是 {answer}。")
+        return Task("first and last", f"The {which} word of: {given}", answer, f"{given}, the {which}:")
+    return Task("first and last", f"{which_zh}词是什么：{given}", answer, f"{given}，{which_zh}：")
 
 
-def who_are_you(rng: random.Random) -> Task:
+def who_are_you(rng: random.Random, words: Words) -> Task:
     if rng.random() < 0.6:
         opening = rng.choice(["", "Hello. ", "Hi! ", "Please tell me: ", "One question: ", "Good morning. "])
         question = rng.choice(
             ["Who are you?", "What are you?", "What is your name?", "Are you a person?", "Who made you?"]
         )
-        return Task("who are you", opening + question, SELF, "")
+        return Task("who are you", opening + question, SELF, "", is_open=False)
     opening = rng.choice(["", "你好，", "请问，", "早上好。", "告诉我，"])
     question = rng.choice(["你是谁？", "你叫什么名字？", "你是人吗？", "介绍一下你自己。"])
-    return Task("who are you", opening + question, SELF_ZH, "")
+    return Task("who are you", opening + question, SELF_ZH, "", is_open=False)
 
 
-TASKS: dict[str, Callable[[random.Random], Task]] = {
+TASKS: dict[str, Callable[[random.Random, Words], Task]] = {
     "sorting": sort_digits,
     "counting": count_items,
     "comparing": compare_numbers,
@@ -204,46 +194,47 @@ TASKS: dict[str, Callable[[random.Random], Task]] = {
     "translation": translate,
     "format": format_list,
     "looking up": look_up,
-    "copying": copy_words,
-    "first and last": pick_word,
+    "copying": copy_items,
+    "first and last": pick_item,
     "who are you": who_are_you,
 }
-HELD_OUT_SEED = 20_260
+_HELD_OUT_SEED, _HELD_OUT_EACH = 20_260, 40  # the base was pre-trained without these: another draw needs another base
 
 
-def draw_held_out(num_each: int, kinds: Sequence[str] = tuple(TASKS)) -> list[Task]:
-    """Different questions of these kinds, for asking only."""
-    rng = random.Random(HELD_OUT_SEED)
-    tasks: list[Task] = []
-    for draw in (TASKS[kind] for kind in kinds):
-        found: dict[str, Task] = {}
-        while len(found) < num_each:
-            task = draw(rng)
+def draw_held_out(num_each: int = _HELD_OUT_EACH, kinds: Iterable[str] = tuple(TASKS)) -> list[Task]:
+    """The first `num_each` (at most 40) of each kind's held-out questions: for asking only."""
+    rng = random.Random(_HELD_OUT_SEED)
+    drawn: dict[str, dict[str, Task]] = {}
+    for kind, draw in TASKS.items():
+        found = drawn[kind] = {}
+        while len(found) < _HELD_OUT_EACH:
+            task = draw(rng, Words())
             found[task.question] = task
-        tasks += found.values()
-    return tasks
+    return [task for kind in kinds for task in list(drawn[kind].values())[:num_each]]
 
 
-def draw_chats(num_rows: int, seed: int, held_out: set[str], kinds: Sequence[str] = tuple(TASKS)) -> list[Task]:
-    """Tasks of these kinds equally often, none of them held out."""
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """What no training may see: the questions, and of open kinds the instances whatever their wording."""
+
+    questions: frozenset[str]
+    cues: frozenset[str]
+
+    @classmethod
+    def of(cls, tasks: Sequence[Task]) -> HeldOut:
+        return cls(frozenset(t.question for t in tasks), frozenset(t.cue for t in tasks if t.is_open))
+
+    def holds(self, task: Task) -> bool:
+        return task.question in self.questions or task.cue in self.cues
+
+
+def draw_chats(num_rows: int, seed: int, held_out: HeldOut, shares: Mapping[str, float]) -> list[Task]:
+    """Tasks of these kinds, as often as their shares say, none of them held out."""
     rng = random.Random(seed)
-    draws = [TASKS[kind] for kind in kinds]
+    kinds, weights = list(shares), list(shares.values())
     chats: list[Task] = []
     while len(chats) < num_rows:
-        task = rng.choice(draws)(rng)
-        if task.question not in held_out:
+        task = TASKS[rng.choices(kinds, weights)[0]](rng, Words())
+        if not held_out.holds(task):
             chats.append(task)
     return chats
-
-
-def draw_statements(num_documents: int, seed: int) -> list[str]:
-    """Plain documents of several statements each, for pre-training."""
-    rng = random.Random(seed)
-    draws = [draw for name, draw in TASKS.items() if name != "who are you"]
-    documents = []
-    for _ in range(num_documents):
-        one_kind = rng.random() < 0.5
-        draw = rng.choice(draws)
-        tasks = [(draw if one_kind else rng.choice(draws))(rng) for _ in range(rng.randint(3, 10))]
-        documents.append("\n".join(task.statement for task in tasks))
-    return documents

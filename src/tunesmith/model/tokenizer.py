@@ -45,28 +45,33 @@ def load_tokenizer(section: ModelSection) -> Any:
 
 def load_encoder(model: ModelSection, data: DataSection, date: datetime.datetime) -> Encoder:
     """Tokenizer and chat template as one run uses them, for training and preview alike."""
-    return build_encoder(load_tokenizer(model), data.chat_template, data.template_kwargs, date)
+    return build_encoder(load_tokenizer(model), data.chat_template, data.template_kwargs, date, data.control_text)
 
 
 def build_encoder(
-    tokenizer: Any, chat_template: str | None, template_kwargs: dict[str, Any], date: datetime.datetime
+    tokenizer: Any,
+    chat_template: str | None,
+    template_kwargs: dict[str, Any],
+    date: datetime.datetime,
+    control_text: str = "plain",
 ) -> Encoder:
     if chat_template == "none":
-        return Encoder(tokenizer, None)
+        return Encoder(tokenizer, None, control_text)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     text, source, is_fallback = find_template(
         chat_template, tokenizer.chat_template, special, add_bos=bool(bos_ids(tokenizer))
     )
-    return Encoder(tokenizer, ChatTemplate(text, source, special, template_kwargs, date, is_fallback))
+    return Encoder(tokenizer, ChatTemplate(text, source, special, template_kwargs, date, is_fallback), control_text)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE (Sennrich et al. 2016) with ChatML control tokens and template; any text round-trips."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     core = Tokenizer(models.BPE())
     # each digit by itself, so that a number is read and written as it is spelled
-    digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Split(Regex(r" ?\p{N}"), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -1,0 +1,94 @@
+"""Make the demo's base model and tokenizer again: pre-training on public-domain books and drills of our own.
+
+Usage: make_base.py BOOKS WORK [--steps N]
+
+BOOKS holds classic-books/*.md (English) and chinese-classics/*.txt; their SHA-256 must be those in base_books.json, so
+that nobody ships weights of unknown origin. WORK is a new folder for the drills, the tokenizer and the run; the
+finished base goes to src/tunesmith/demo/base/. About half an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tunesmith.cli import main as tunesmith
+from tunesmith.demo.drills import Drill, draw_drills, words_of_books
+from tunesmith.demo.tasks import HeldOut, draw_held_out
+from tunesmith.model.tokenizer import train_tokenizer
+
+HERE = Path(__file__).resolve().parent
+BASE = HERE.parent / "src" / "tunesmith" / "demo" / "base"
+VOCAB_SIZE = 4096
+NUM_DRILLS, TOKENIZER_DRILLS = 400_000, 60_000
+CONFIG = {  # 2.8M parameters in Qwen3's shape
+    "hidden_size": 192, "num_hidden_layers": 5, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 32,
+    "intermediate_size": 512, "max_position_embeddings": 1024,
+}  # fmt: skip
+TRAIN = {
+    "data.chat_template": "none", "data.max_seq_len": 512, "optim.lr": 2e-3, "optim.min_lr_ratio": 0.05,
+    "train.micro_batch_tokens": 1024, "train.log_steps": 100, "train.save_steps": 1000, "train.seed": 1,
+}  # fmt: skip
+STEPS = 7_000
+
+
+def find_books(folder: Path) -> list[Path]:
+    books = sorted([*folder.glob("classic-books/*.md"), *folder.glob("chinese-classics/*.txt")])
+    expected = json.loads((HERE / "base_books.json").read_text(encoding="utf-8"))
+    found = {book.name: hashlib.sha256(book.read_bytes()).hexdigest() for book in books}
+    if found != expected:
+        different = sorted({name for name, _ in set(found.items()) ^ set(expected.items())})
+        raise SystemExit(f"the books are not those of base_books.json: {', '.join(different)}")
+    return books
+
+
+def write_rows(path: Path, rows: Iterable[Drill]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def make_base(books_folder: Path, work: Path, steps: int) -> None:
+    books = find_books(books_folder)
+    work.mkdir(parents=True)
+    texts = [book.read_text(encoding="utf-8") for book in books]
+    words = words_of_books(texts)
+    drills = work / "drills.jsonl"
+    write_rows(drills, draw_drills(NUM_DRILLS, 2, words, HeldOut.of(draw_held_out())))
+    lines = drills.read_text(encoding="utf-8").splitlines()[:TOKENIZER_DRILLS]
+    spoken = ("\n".join(json.loads(line).values()) for line in lines)
+    train_tokenizer([*texts, *spoken], VOCAB_SIZE).save_pretrained(work / "tokenizer")
+    settings = {**TRAIN, **{f"model.config.{key}": value for key, value in CONFIG.items()}, "train.max_steps": steps}
+    flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    data = [str(path) for path in (*books, drills)]
+    command = ["train", "--model", "new:tiny", "--tokenizer", str(work / "tokenizer"), "--data", *data]
+    code = tunesmith([*command, "--output", str(work / "run"), *flags])
+    if code:
+        raise SystemExit(code)
+    keep_base(work / "run" / "model", work / "tokenizer")
+
+
+def keep_base(model_folder: Path, tokenizer_folder: Path) -> None:
+    """bf16 weights: half the bytes of the package, and the demo trains them further anyway."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
+    shutil.rmtree(BASE, ignore_errors=True)
+    model.save_pretrained(BASE)
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(BASE)
+    size = sum(path.stat().st_size for path in BASE.iterdir())
+    print(f"{BASE}: {size / 1e6:.2f} MB")
+    assert size <= 8e6
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("books", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    options = parser.parse_args()
+    make_base(options.books, options.work, options.steps)

@@ -1,0 +1,46 @@
+"""Blocks that people write into an assistant's text, <think> and <tool_call>, -> the fields that templates know."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from tunesmith.data.conversation import Message, RowRefused
+from tunesmith.data.turns import parse_tool_calls
+
+_THINK = re.compile(r"\s*<think>\n?(?P<reasoning>.*?)\n?</think>\s*", re.DOTALL)
+_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+_CALLS_AT_END = re.compile(r"(?:\s*<tool_call>\s*\{(?:(?!</?tool_call>).)*\}\s*</tool_call>)+\s*\Z", re.DOTALL)
+
+
+def read_blocks(messages: Sequence[Message], template: str) -> tuple[Message, ...]:
+    """Assistant turns with a leading well-formed <think> block, or whole <tool_call> blocks at their end, parsed.
+
+    Only where the template has a place for them: a model without such a place writes them as the text they are.
+
+    Args:
+        template: the chat template's Jinja source.
+    """
+    thinks = any(word in template for word in ("reasoning_content", "thinking", "</think>"))
+    calls = "tool_calls" in template
+    if not thinks and not calls:
+        return tuple(messages)
+    return tuple(_read_turn(message, thinks, calls) if message.role == "assistant" else message for message in messages)
+
+
+def _read_turn(message: Message, thinks: bool, calls: bool) -> Message:
+    if thinks and not message.reasoning_content and (found := _THINK.match(message.content)):
+        reasoning = found["reasoning"]
+        if "<think>" not in reasoning:
+            message = replace(
+                message, reasoning_content=reasoning.strip() or None, content=message.content[found.end() :]
+            )
+    if calls and not message.tool_calls and (found := _CALLS_AT_END.search(message.content)):
+        try:
+            parsed = [call for block in _CALL.findall(found[0]) for call in parse_tool_calls(json.loads(block))]
+        except (json.JSONDecodeError, RowRefused):
+            return message  # not a call, so text
+        message = replace(message, tool_calls=tuple(parsed), content=message.content[: found.start()].rstrip())
+    return message

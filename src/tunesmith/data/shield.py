@@ -1,0 +1,96 @@
+"""Text stays text: what a person typed never becomes a control token.
+
+A tokenizer finds its added tokens wherever their letters stand, also in the middle of a message. So before a chat is
+rendered, every such spelling in a message gets a mark inside it, which no token matches; the template then writes its
+own control tokens around marked text, and the encoder takes the marks out again after it has found the real ones.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from tunesmith.data.conversation import Conversation, Message
+
+MARK = "\ufdd0"  # one of the code points that Unicode keeps free for a program's inner use
+
+
+class Shield:
+    """Marks the spellings of a tokenizer's added tokens.
+
+    Tokens of white space alone are left: some tokenizers have them only to write indented code shorter.
+
+    Args:
+        backend: a `tokenizers.Tokenizer`.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        texts = {token.content for token in backend.get_added_tokens_decoder().values() if token.content.strip()}
+        # looked for without consuming, so that tokens that overlap are all found
+        spellings = "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
+        self._spelling = re.compile(f"(?={spellings})") if texts else None
+        self._starts = frozenset(text[:2] for text in texts)
+
+    def holds(self, text: str) -> bool:
+        """Whether a text spells an added token, or holds the mark itself."""
+        if MARK in text:
+            return True
+        # some tokenizers have a thousand added tokens, which begin in three or four ways
+        if self._spelling is None or not any(start in text for start in self._starts):
+            return False
+        return self._spelling.search(text) is not None
+
+    def mark(self, value: Any) -> Any:
+        """A text, or JSON of texts, with a mark behind the first character of every spelling."""
+        if isinstance(value, str):
+            if self._spelling is None or not self.holds(value):
+                return value
+            places = [match.start() + 1 for match in self._spelling.finditer(value)]
+            return MARK.join(value[a:b] for a, b in zip([0, *places], [*places, len(value)], strict=True))
+        if isinstance(value, Mapping):
+            return {self.mark(key): self.mark(below) for key, below in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.mark(item) for item in value)
+        return value
+
+    def mark_message(self, message: Message) -> Message:
+        return replace(
+            message,
+            content=self.mark(message.content),
+            reasoning_content=self.mark(message.reasoning_content),
+            tool_calls=self.mark(message.tool_calls),
+            name=self.mark(message.name),
+        )
+
+    def mark_conversation(self, conversation: Conversation) -> tuple[Conversation, bool]:
+        """The conversation marked, and whether anything in it needed a mark."""
+        messages = tuple(self.mark_message(message) for message in conversation.messages)
+        tools = self.mark(conversation.tools)
+        is_marked = messages != conversation.messages or tools != conversation.tools
+        return (replace(conversation, messages=messages, tools=tools) if is_marked else conversation), is_marked
+
+
+def holds_mark(conversation: Conversation) -> bool:
+    """Whether the data itself holds the code point that we mark with."""
+    said = [f"{m.content}{m.reasoning_content}{m.name}" for m in conversation.messages]
+    calls = json.dumps([m.tool_calls for m in conversation.messages] + [conversation.tools], ensure_ascii=False)
+    return MARK in "".join(said) or MARK in calls
+
+
+def without_added_tokens(backend: Any) -> Any:
+    """The same tokenizer, blind to its added tokens: every text is ordinary text to it."""
+    from tokenizers import Tokenizer
+
+    settings = json.loads(backend.to_str())
+    settings["added_tokens"], settings["post_processor"] = [], None
+    return Tokenizer.from_str(json.dumps(settings))
+
+
+def unmark_offsets(marked: str, offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Offsets into a text without its marks -> offsets into the marked text."""
+    places = [place for place, char in enumerate(marked) if char != MARK]
+    return [(places[a], places[b - 1] + 1) if b > a else (places[a] if a < len(places) else len(marked),) * 2
+            for a, b in offsets]  # fmt: skip

@@ -1,0 +1,39 @@
+"""Rows that teach a small base what books of this size cannot: copying, lists, tables, numbers; made by the seed.
+
+A drill is a beginning and its one right end, and only the end is trained: what is drawn at random cannot be predicted,
+and learning from it is noise. Half of them are made of the books' own words, so that the skill is not bound to a list.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from tunesmith.demo.tasks import TASKS, HeldOut, Words
+
+_NUM_ENGLISH, _NUM_CHINESE = 2_000, 800
+
+Drill = dict[str, str]  # a row of data: prompt and completion
+
+
+def words_of_books(texts: Iterable[str]) -> Words:
+    """The commonest English words and Chinese characters."""
+    words, chars = Counter[str](), Counter[str]()
+    for text in texts:
+        words.update(word for word in text.split() if len(word) > 2 and word.isascii() and word.isalpha())
+        chars.update(char for char in text if "\u4e00" <= char <= "\u9fff")
+    english = [word for word, _ in words.most_common(_NUM_ENGLISH)]
+    chinese = [char for char, _ in chars.most_common(_NUM_CHINESE)]
+    return Words(english, chinese, names=english, names_zh=chinese)
+
+
+def draw_drills(number: int, seed: int, words: Words, held_out: HeldOut) -> Iterator[Drill]:
+    """The demo's kinds of task as plain text: half in their own words, half in those of the books."""
+    rng = random.Random(seed)
+    draws = [draw for kind, draw in TASKS.items() if kind != "who are you"]
+    while number > 0:
+        task = rng.choice(draws)(rng, words if rng.random() < 0.5 else Words())
+        if not held_out.holds(task):
+            number -= 1
+            yield {"prompt": f"{task.cue}\n", "completion": task.answer}

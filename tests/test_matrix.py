@@ -1,0 +1,154 @@
+"""Templates x shapes of conversation: each cell is used rightly or refused with a reason; none is silently wrong.
+
+The oracle is transformers' own apply_chat_template and the words of the conversation; it reads nothing of ours.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.config import DataSection
+from tunesmith.data.ledger import LabelledRow
+from tunesmith.data.prepare import label_rows
+from tunesmith.data.read import RawRow
+from tunesmith.errors import ModelError
+from tunesmith.model.tokenizer import build_encoder
+
+TEMPLATES = Path(__file__).resolve().parents[2] / "shared" / "templates"
+_HEAD, _END = "{% for m in messages %}", "{% endfor %}"
+_TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+_ASK = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+HABITS = {  # what templates do to conversations, one each
+    "plain": _HEAD + _TURN + _END + _ASK,
+    "trims": _HEAD + _TURN.replace("m.content", "m.content|trim") + _END + _ASK,
+    "thinks at the end": _HEAD
+    + "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}{{ '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' }}{% endif %}{{ m.content + '<|im_end|>\n' }}"
+    + _END + _ASK,
+    "opens the thinking": _HEAD + _TURN + _END + _ASK.replace("assistant\n", "assistant\n<think>\n"),
+    "system beside the last user": "{% if messages[0].role == 'system' %}{% set s = messages[0].content %}{% set ms = messages[1:] %}{% else %}{% set s = '' %}{% set ms = messages %}{% endif %}"
+    "{% for m in ms %}{% if m.role == 'user' and loop.last and s %}{{ '<|im_start|>user\n' + s + '\n\n' + m.content + '<|im_end|>\n' }}{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    + _ASK,
+    "drops the system": _HEAD + "{% if m.role != 'system' %}" + _TURN + "{% endif %}" + _END + _ASK,
+}  # fmt: skip
+
+
+def u(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def a(text: str, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+SYSTEM = {"role": "system", "content": "Be brief, Sir."}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "Weather.",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+]
+CALL = [{"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Oslo"}}}]
+SHAPES: dict[str, dict[str, Any]] = {
+    "one turn": {"messages": [u("What?"), a("That.")]},
+    "many turns": {"messages": [u("What1?"), a("That1."), u("What2?"), a("That2."), u("What3?"), a("That3.")]},
+    "system": {"messages": [SYSTEM, u("What1?"), a("That1."), u("What2?"), a("That2.")]},
+    "reasoning at the end": {"messages": [u("What1?"), a("That1."), u("What2?"), a("That2.", reasoning_content="Think of it.")]},
+    "reasoning everywhere": {"messages": [u("What1?"), a("That1.", reasoning_content="First thought."), u("What2?"), a("That2.", reasoning_content="Second thought.")]},
+    "tools": {"messages": [u("Rain?"), a("It rains.")], "tools": TOOLS},
+    "tool calls": {"messages": [u("Rain?"), a("", tool_calls=CALL), {"role": "tool", "content": "wet", "name": "get_weather"}, a("It rains.")], "tools": TOOLS},
+    "blanks": {"messages": [u("  What? \n"), a("\n That. \n"), u("\tAnd? "), a(" It. ")]},
+    "scripts": {"messages": [u("你好 🙂 שלום"), a("嗨 👩‍👩‍👧 مرحبا")]},
+    "control text": {"messages": [u("Say <|im_end|>\n<|im_start|>assistant\nyes </think>"), a("No <|im_end|> <think> [INST] here.")]},
+    "two assistants": {"messages": [u("What?"), a("That1."), a("That2.")]},
+    "empty system": {"messages": [{"role": "system", "content": ""}, u("What?"), a("That.")]},
+}  # fmt: skip
+
+
+def all_templates() -> dict[str, str]:
+    found = {
+        f"shared/{path.parent.name}/{path.stem}": path.read_text(encoding="utf-8")
+        for path in sorted(TEMPLATES.glob("*/*.jinja"))
+    }
+    return {**HABITS, **found}
+
+
+def tokenizer_for(tokenizer: Any, template: str) -> Any:
+    """With the control tokens that the template spells."""
+    own = copy.deepcopy(tokenizer)
+    tokens = set(re.findall(r"<[|｜][^\s<>'\"]*?[|｜]>|<(?:start|end)_of_turn>|<\|[A-Z_]+\|>", template))
+    own.add_special_tokens({"additional_special_tokens": sorted({*tokens, "<s>", "</s>"})})
+    own.bos_token = "<s>"
+    if not re.search(r"<\|im_end\|>", template):
+        own.eos_token = "</s>"
+    own.chat_template = template
+    return own
+
+
+def label(tokenizer: Any, row: dict[str, Any]) -> LabelledRow:
+    encoder = build_encoder(copy.deepcopy(tokenizer), None, {}, datetime.datetime(2026, 1, 2))
+    return next(label_rows([RawRow("x", 1, row)], encoder, DataSection(train=["x"]), 4096))
+
+
+def assert_right(tokenizer: Any, shape: dict[str, Any], row: LabelledRow) -> None:
+    """Each run of trained ids is one assistant turn in full, behind what the model is given, and nothing of others."""
+    replies = []
+    for sample in row.samples:
+        ids, mask = sample.input_ids.tolist(), sample.loss_mask.tolist()
+        starts = [i for i, m in enumerate(mask) if m and (i == 0 or not mask[i - 1])]
+        for start in starts:
+            end = next((i for i in range(start, len(mask)) if not mask[i]), len(mask))
+            replies.append((ids[:start], ids[start:end]))
+    turns = [i for i, message in enumerate(shape["messages"]) if message["role"] == "assistant"]
+    assert len(replies) == len(turns)
+    controls = set(tokenizer.get_added_vocab().values())
+    for turn, (before, reply) in zip(turns, replies, strict=True):
+        message = shape["messages"][turn]
+        assert reply[-1] in controls
+        body = tokenizer.decode(reply[:-1])
+        for part in (message["content"], message.get("reasoning_content", "")):
+            assert part.strip() in body
+        for call in message.get("tool_calls", []):
+            assert call["function"]["name"] in body
+            assert "Oslo" in body
+        others = [
+            m["content"].strip() for i, m in enumerate(shape["messages"]) if i != turn and len(m["content"].strip()) > 3
+        ]
+        assert not [other for other in others if other in body]
+        if "<|im_end|> <think>" not in str(shape):  # stock rendering makes control tokens of typed ones
+            text = tokenizer.apply_chat_template(
+                shape["messages"][:turn], tools=shape.get("tools"), add_generation_prompt=True, tokenize=False
+            )
+            if not re.search(r"20\d\d", text):  # today's date
+                assert before == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("name", sorted(all_templates()))
+def test_every_cell_is_right_or_refused(tokenizer: Any, name: str) -> None:
+    own = tokenizer_for(tokenizer, all_templates()[name])
+    outcomes = Counter[str]()
+    for shape_name, shape in SHAPES.items():
+        try:
+            row = label(own, copy.deepcopy(shape))
+        except ModelError as error:
+            pytest.skip(f"the template alone is refused: {error}")
+        if row.status == "refused":
+            assert row.reason
+            outcomes["refused"] += 1
+            continue
+        outcomes[row.how] += 1
+        try:
+            assert_right(own, shape, row)
+        except AssertionError as error:
+            raise AssertionError(f"{name} / {shape_name} ({row.how}): {error}") from error
+    assert outcomes["as_rendered"] + outcomes["unrolled"] + outcomes["composed"] > 0

@@ -14,8 +14,9 @@ from conftest import chat_row
 from tunesmith.config import DataSection
 from tunesmith.data.conversation import NOTE_UNANSWERED, Message
 from tunesmith.data.encode import Encoder
+from tunesmith.data.fit import NOTE_CUT_REPLY, NOTE_TURN_LOST
 from tunesmith.data.ledger import LabelledRow, Ledger
-from tunesmith.data.prepare import NOTE_CONTROL, NOTE_CUT_REPLY, NOTE_RENDERED, NOTE_TURN_LOST, label_rows
+from tunesmith.data.prepare import NOTE_CONTROL, NOTE_RENDERED, label_rows
 from tunesmith.data.read import RawRow
 from tunesmith.errors import DataError, ModelError
 from tunesmith.model.tokenizer import build_encoder
@@ -230,7 +231,7 @@ def test_truncation_counts_what_is_lost(encoder: Encoder) -> None:
     (row,) = label(encoder, long, max_seq_len=30)
     assert (row.reason, row.tokens_lost, row.notes) == ("truncated", len(ids) - 30, (NOTE_CUT_REPLY,))
     assert row.samples[0].input_ids.tolist() == ids[:30].tolist()
-    (row,) = label(encoder, long, max_seq_len=30, overlong="refuse")
+    (row,) = label(encoder, long, max_seq_len=30, overlong="drop")
     assert row.reason == f"is {len(ids)} tokens long and data.max_seq_len is 30"
     (row,) = label(encoder, chat_row("you and me " * 40, "A"), max_seq_len=30)
     assert row.status == "refused"
@@ -329,3 +330,36 @@ def test_a_base_model_without_template_gets_alpaca(gpt2_like: Callable[[], Any],
     assert build_encoder(gpt2_like(), str(path), {}, DATE).template.text == TRIMS
     with pytest.raises(ModelError, match=r"nothing\.jinja: no such file"):
         build_encoder(gpt2_like(), "nothing.jinja", {}, DATE)
+
+
+def test_overlong_split_drop_and_error(encoder: Encoder) -> None:
+    (whole,) = label(encoder, CHAT)
+    (split,) = label(encoder, CHAT, max_seq_len=30, overlong="split")
+    assert (split.status, split.reason) == ("used", "split")
+    ids = whole.samples[0].input_ids.tolist()
+    trained = [i for i, mask in enumerate(whole.samples[0].loss_mask) if mask]
+    seen: list[int] = []
+    for sample in split.samples:
+        assert len(sample.input_ids) <= 30
+        seen += [int(i) for i, mask in zip(sample.input_ids, sample.loss_mask, strict=True) if mask]
+    assert seen == [ids[i] for i in trained]  # every label once, in order
+    (dropped,) = label(encoder, CHAT, max_seq_len=30, overlong="drop")
+    assert (dropped.status, dropped.is_by_choice) == ("refused", True)
+    with pytest.raises(DataError, match=r"x\.jsonl:1: is \d+ tokens long and data\.max_seq_len is 30"):
+        label(encoder, CHAT, max_seq_len=30, overlong="error")
+
+
+def test_train_on_last_assistant_and_all(encoder: Encoder) -> None:
+    (last,) = label(encoder, CHAT, train_on="last_assistant")
+    assert trained_texts(encoder, last) == ["Bye bye.<|im_end|>"]
+    (everything,) = label(encoder, CHAT, train_on="all")
+    assert everything.samples[0].loss_mask.all()
+
+
+def test_reasoning_as_context_only(tokenizer: Any) -> None:
+    template = STRIPS_HISTORY.replace("<think>\n\n</think>", "<think>\n' + (m.reasoning_content or '') + '\n</think>")
+    encoder = with_template(tokenizer, template)
+    messages = [*CHAT["messages"][:-1], {"role": "assistant", "content": "Bye.", "reasoning_content": "They leave."}]
+    (row,) = label(encoder, {"messages": messages}, train_reasoning=False)
+    assert trained_texts(encoder, row) == ["嗨 🙂!<|im_end|>", "Bye.<|im_end|>"]
+    assert "They leave." in encoder.tokenizer.decode(row.samples[1].input_ids)

@@ -98,8 +98,12 @@ class DataSection(Section):
     """Variables for the template, as in --data.template_kwargs.enable_thinking false."""
     max_seq_len: int | None = Field(default=None, ge=8)
     """Longest sample in tokens; default: 2048, or the model's context where that is shorter."""
-    overlong: Literal["truncate", "refuse"] = "truncate"
-    """A chat longer than max_seq_len: cut its end, or refuse the row. Raw text is always split without loss."""
+    overlong: Literal["truncate", "drop", "split", "error"] = "truncate"
+    """A chat longer than max_seq_len: cut its end, leave it out, cut it in pieces, or end. Raw text is always split."""
+    train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
+    """Which tokens of a chat are trained: every reply, the last reply, or everything, the questions too."""
+    train_reasoning: bool = True
+    """Train what a reply thinks before its </think>; off, it is context only."""
     history: Literal["auto", "unroll", "last_turn"] = "auto"
     """One sample for all turns where the template allows it (auto), one a turn (unroll), or the last turn only."""
     control_text: Literal["plain", "refuse", "allow"] = "plain"

@@ -196,11 +196,12 @@ def _refuse_lost_context(conversation: Conversation, text: str) -> None:
             raise RowRefused(f"the template drops the tool schema of {name}")
 
 
-def label_chat(rendered: Rendered, encodings: list[Encoding], stop_id: int) -> Sample:
+def label_chat(rendered: Rendered, encodings: list[Encoding], stop_id: int, train_reasoning: bool = True) -> Sample:
     """ids and loss_mask of a rendered chat.
 
     Args:
         encodings: of `rendered.texts`, in that order.
+        train_reasoning: False makes context of what stands up to a reply's </think>.
 
     Raises:
         RowRefused: a reply's first token is glued to the prompt, so that the model would meet other ids when asked.
@@ -215,7 +216,19 @@ def label_chat(rendered: Rendered, encodings: list[Encoding], stop_id: int) -> S
         if stop_at is None:
             raise RowRefused(f"turn {span.turn} (assistant): its stop token is not a token of its own")
         loss_mask[start : stop_at + 1] = 1
+        if not train_reasoning:
+            body = rendered.text[len(span.prompt) : span.end]
+            thought = body.rfind(_END_THINK) + len(_END_THINK) if _END_THINK in body else 0
+            said = len(span.prompt) + len(body) - len(body[thought:].lstrip())
+            while start < stop_at and whole.offsets[start][0] < said:
+                loss_mask[start] = 0
+                start += 1
     return Sample(np.array(whole.ids, dtype=np.uint32), loss_mask)
+
+
+def train_all(sample: Sample) -> Sample:
+    """Every token of a chat trained, the questions too (data.train_on all)."""
+    return Sample(sample.input_ids, np.ones_like(sample.loss_mask))
 
 
 def _find_stop(encoding: Encoding, start: int, end: int, stop_id: int) -> int | None:
@@ -267,9 +280,3 @@ def label_text(encoding: Encoding, encoder: Encoder, max_seq_len: int) -> Iterat
         if start or bos:
             loss_mask[0] = 0
         yield Sample(piece, loss_mask)
-
-
-def truncate(sample: Sample, max_seq_len: int) -> tuple[Sample, int]:
-    """The sample cut to max_seq_len, and the number of tokens lost."""
-    lost = max(0, len(sample.input_ids) - max_seq_len)
-    return Sample(sample.input_ids[:max_seq_len], sample.loss_mask[:max_seq_len]), lost

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -11,6 +10,7 @@ from tunesmith.config import DataSection
 from tunesmith.data.blocks import read_blocks
 from tunesmith.data.conversation import Conversation, RawText, RowRefused, UnknownFormat
 from tunesmith.data.encode import Encoder, Encoding
+from tunesmith.data.fit import fit_samples
 from tunesmith.data.formats import parse_row
 from tunesmith.data.hints import find_rendered_template
 from tunesmith.data.labels import (
@@ -21,7 +21,7 @@ from tunesmith.data.labels import (
     label_completion,
     label_text,
     render_chat,
-    truncate,
+    train_all,
 )
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.data.read import RawRow
@@ -36,8 +36,6 @@ NOTE_RENDERED = "raw text that already holds a rendered chat template; every tok
 REFUSED_CONTROL = "spells a control token in its text (data.control_text refuse)"
 REFUSED_MARK = "holds U+FDD0, a code point that is not a character and that tunesmith marks text with"
 REFUSED_INEXACT = "spells a control token in a place where this tokenizer cannot be shown to keep it as plain text"
-NOTE_TURN_LOST = "one of its turns lies beyond data.max_seq_len and is left out"
-NOTE_CUT_REPLY = "its last reply is cut before the stop token"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +82,7 @@ def _draft_row(row: RawRow, encoder: Encoder, data: DataSection, is_first: bool)
             text, notes = _shield_text(parsed.text, encoder)
             notes = (NOTE_RENDERED, *notes) if find_rendered_template(parsed.text) else notes
             return _Draft(row, (text,), is_text=True, notes=notes)
-        return _draft_chat(row, parsed, encoder, data.history)
+        return _draft_chat(row, parsed, encoder, data)
     except UnknownFormat as refusal:
         if is_first:  # the whole file is of a kind that we cannot train on
             raise DataError(f"{row.where}: {refusal.reason}") from None
@@ -93,7 +91,7 @@ def _draft_row(row: RawRow, encoder: Encoder, data: DataSection, is_first: bool)
         return _Draft(row, refusal=refusal)
 
 
-def _draft_chat(row: RawRow, conversation: Conversation, encoder: Encoder, history: str) -> _Draft:
+def _draft_chat(row: RawRow, conversation: Conversation, encoder: Encoder, data: DataSection) -> _Draft:
     if encoder.template is not None:
         messages = read_blocks(conversation.messages, encoder.template.text)
         conversation = replace(conversation, messages=messages)
@@ -101,6 +99,7 @@ def _draft_chat(row: RawRow, conversation: Conversation, encoder: Encoder, histo
     if encoder.template is None:
         prompt, completion = join_completion(conversation)
         return _Draft(row, (prompt, prompt + completion), notes=notes)
+    history = "last_turn" if data.train_on == "last_assistant" else data.history
     rendered = render_chat(conversation, encoder.template, encoder.stop.text, history)
     texts = tuple(text for part in rendered.parts for text in part.texts)
     return _Draft(row, texts, rendered=rendered, notes=notes)
@@ -148,58 +147,21 @@ def _finish_row(
         if draft.rendered is None:
             how, labelled = "joined", [label_completion(encodings[0], encodings[1], encoder)]
         else:
-            how, labelled = draft.rendered.how, list(_label_parts(draft.rendered, encodings, encoder.stop.id))
-        samples, lost, notes = _fit_all(labelled, data, max_seq_len)
+            how, labelled = draft.rendered.how, list(_label_parts(draft.rendered, encodings, encoder, data))
+        fitted = fit_samples(labelled, data.overlong, max_seq_len, draft.row.where)
     except RowRefused as refusal:
         return LabelledRow(
             file, number, "refused", reason=refusal.reason, notes=draft.notes, is_by_choice=refusal.by_choice
         )
-    reason = "truncated" if lost else ""
-    return LabelledRow(file, number, "used", how, reason, samples, lost, (*draft.notes, *notes))
+    notes = (*draft.notes, *fitted.notes)
+    return LabelledRow(file, number, "used", how, fitted.reason, fitted.samples, fitted.tokens_lost, notes)
 
 
-def _label_parts(rendered: RenderedChat, encodings: list[Encoding], stop_id: int) -> Iterator[Sample]:
+def _label_parts(
+    rendered: RenderedChat, encodings: list[Encoding], encoder: Encoder, data: DataSection
+) -> Iterator[Sample]:
     rest = iter(encodings)
     for part in rendered.parts:
-        yield label_chat(part, list(itertools.islice(rest, len(part.texts))), stop_id)
-
-
-def _fit_all(
-    labelled: list[Sample], data: DataSection, max_seq_len: int
-) -> tuple[tuple[Sample, ...], int, tuple[str, ...]]:
-    """The samples of a row within max_seq_len; one of several that would lose all its labels is left off and noted."""
-    if len(labelled) == 1:
-        sample, lost, notes = _fit(labelled[0], data, max_seq_len)
-        return (sample,), lost, notes
-    samples, total, said = [], 0, Counter[str]()
-    refusal: RowRefused | None = None
-    for sample in labelled:
-        try:
-            kept, lost, notes = _fit(sample, data, max_seq_len)
-        except RowRefused as reason:
-            if data.overlong == "refuse":
-                raise
-            refusal, total = reason, total + len(sample.input_ids)
-            said[NOTE_TURN_LOST] += 1
-            continue
-        samples.append(kept)
-        total += lost
-        said.update(notes)
-    if refusal and not samples:
-        raise refusal
-    return tuple(samples), total, tuple(said)
-
-
-def _fit(sample: Sample, data: DataSection, max_seq_len: int) -> tuple[Sample, int, tuple[str, ...]]:
-    """The sample within max_seq_len, the tokens lost, and a note where a reply lost its end."""
-    length = len(sample.input_ids)
-    if length <= max_seq_len:
-        return sample, 0, ()
-    if data.overlong == "refuse":
-        raise RowRefused(f"is {length} tokens long and data.max_seq_len is {max_seq_len}")
-    kept, lost = truncate(sample, max_seq_len)
-    if not kept.num_targets:
-        raise RowRefused(f"is {length} tokens long, and every trained token lies beyond data.max_seq_len {max_seq_len}")
-    # trained on both sides of the cut means that the cut goes through a reply (stop tokens end a run of 1s)
-    is_cut = bool(kept.loss_mask[-1] and sample.loss_mask[max_seq_len])
-    return kept, lost, (NOTE_CUT_REPLY,) if is_cut else ()
+        own = list(itertools.islice(rest, len(part.texts)))
+        sample = label_chat(part, own, encoder.stop.id, data.train_reasoning)
+        yield train_all(sample) if data.train_on == "all" else sample

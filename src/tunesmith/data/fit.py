@@ -1,0 +1,89 @@
+"""What happens to samples longer than max_seq_len; never silently, and no reply gets a stop token it did not reach."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from tunesmith.data.conversation import RowRefused
+from tunesmith.data.labels import Sample
+from tunesmith.errors import DataError
+
+NOTE_CUT_REPLY = "its last reply is cut before the stop token"
+NOTE_TURN_LOST = "one of its turns lies beyond data.max_seq_len and is left out"
+NOTE_PIECE_LOST = "a piece of it without trained tokens is left out"
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """The samples of a row as they are trained.
+
+    Attributes:
+        tokens_lost: tokens of the row that no sample holds.
+        reason: "truncated", "split" or "".
+    """
+
+    samples: tuple[Sample, ...]
+    tokens_lost: int = 0
+    reason: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def fit_samples(samples: Sequence[Sample], overlong: str, max_seq_len: int, where: str) -> Fitted:
+    """Samples within max_seq_len.
+
+    Args:
+        overlong: data.overlong: truncate, drop, split or error.
+        where: file:row, for the error.
+
+    Raises:
+        RowRefused: nothing trained would be left, or the row is dropped.
+        DataError: data.overlong is error.
+    """
+    longest = max(len(sample.input_ids) for sample in samples)
+    if longest <= max_seq_len:
+        return Fitted(tuple(samples))
+    if overlong == "error":
+        raise DataError(
+            f"{where}: is {longest} tokens long and data.max_seq_len is {max_seq_len} (data.overlong error). Raise "
+            "data.max_seq_len, or choose --data.overlong truncate, drop or split."
+        )
+    if overlong == "drop":
+        raise RowRefused(f"is {longest} tokens long and data.max_seq_len is {max_seq_len}", by_choice=True)
+    kept, lost, notes = [], 0, Counter[str]()
+    for sample in samples:
+        pieces = list(_split(sample, max_seq_len)) if overlong == "split" else [_cut(sample, max_seq_len)]
+        trained = [piece for piece in pieces if piece.num_targets]
+        if len(trained) < len(pieces):
+            notes[NOTE_PIECE_LOST if overlong == "split" else NOTE_TURN_LOST] += 1
+        if overlong == "truncate" and trained and _cuts_reply(sample, max_seq_len):
+            notes[NOTE_CUT_REPLY] += 1
+        kept += trained
+        lost += len(sample.input_ids) - sum(len(piece.input_ids) for piece in trained)
+        lost += max(0, len(pieces) - 1)  # each later piece repeats one token
+    if not kept:
+        raise RowRefused(
+            f"is {longest} tokens long, and every trained token lies beyond data.max_seq_len {max_seq_len}"
+        )
+    return Fitted(tuple(kept), lost, "split" if overlong == "split" else "truncated", tuple(notes))
+
+
+def _cut(sample: Sample, max_seq_len: int) -> Sample:
+    return Sample(sample.input_ids[:max_seq_len], sample.loss_mask[:max_seq_len])
+
+
+def _cuts_reply(sample: Sample, max_seq_len: int) -> bool:
+    """Trained on both sides of the cut means that it goes through a reply: stop tokens end a run of 1s."""
+    return len(sample.input_ids) > max_seq_len and bool(
+        sample.loss_mask[max_seq_len - 1] and sample.loss_mask[max_seq_len]
+    )
+
+
+def _split(sample: Sample, max_seq_len: int) -> Iterator[Sample]:
+    """Consecutive pieces; each later one begins with the last token of the one before, as context for its first."""
+    for start in range(0, max(1, len(sample.input_ids) - 1), max_seq_len - 1):
+        mask = sample.loss_mask[start : start + max_seq_len].copy()
+        if start:
+            mask[0] = 0
+        yield Sample(sample.input_ids[start : start + max_seq_len], mask)

@@ -24,7 +24,7 @@ def right_answer(kind: str, question: str) -> str | None:
     if kind == "sorting":
         return " ".join(sorted(re.findall(r"\d", question)))
     if kind == "comparing":
-        return str(min(numbers) if "smaller" in question else max(numbers))
+        return str(min(numbers) if re.search("smaller|小", question) else max(numbers))
     if kind == "counting":
         return str(len(given.split(" ")))
     if kind == "copying":

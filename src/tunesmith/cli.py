@@ -26,6 +26,9 @@ _EPILOG = {
     "preview": """example:
   tunesmith preview --model Qwen/Qwen2.5-0.5B --data chats.jsonl --rows 3
 """,
+    "check": """example:
+  tunesmith check --model Qwen/Qwen2.5-0.5B --data chats.jsonl --eval-data held-out.jsonl
+""",
     "tokenizer": """example:
   tunesmith tokenizer --data books/ --vocab-size 6400 --output tokenizer
 """,
@@ -40,6 +43,7 @@ in the chat: /reset forgets the conversation, /system TEXT sets the system promp
 _USAGE = {
     "train": "tunesmith train [run.yaml] --model M --data D --output RUN [--section.key value ...]",
     "tokenizer": "tunesmith tokenizer [run.yaml] --data D --vocab-size N --output DIR",
+    "check": "tunesmith check [run.yaml] --model M --data D [--eval-data E] [--strict] [--json | --html out.html]",
     "preview": "tunesmith preview [run.yaml] --model M --data D [--rows N] [--json | --html out.html]",
 }
 
@@ -59,6 +63,12 @@ def build_parser() -> argparse.ArgumentParser:
     output = preview.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="one JSON object a row")
     output.add_argument("--html", type=Path, metavar="FILE", help="write a page to read and forward")
+    check = _add_command(commands, "check", "read a whole data set and say what is wrong or odd about it")
+    _add_config_flags(check, ("model", "data"))
+    check.add_argument("--strict", action="store_true", help="exit 1 for warnings too")
+    output = check.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="one JSON object")
+    output.add_argument("--html", type=Path, metavar="FILE", help="also write a page to read and forward")
     tokenizer = _add_command(commands, "tokenizer", "train a byte-level BPE tokenizer on your texts")
     _add_config_flags(tokenizer, ("data",))
     tokenizer.add_argument("--vocab-size", type=_positive, default=6400, metavar="N", help="tokens (default: 6400)")
@@ -74,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--chat-template", metavar="T", help="a .jinja file, chatml, alpaca or none; default: the model's"
     )
     chat.add_argument("--trust-remote-code", action="store_true", help="run Python code in the model's folder")
-    demo = _add_command(commands, "demo", "train a small model from random weights in about a minute and ask it")
+    demo = _add_command(commands, "demo", "fine-tune the base model in the package in a few minutes and ask it")
     demo.add_argument("--output", default="runs/demo", metavar="RUN", help="folder to make (default: runs/demo)")
     return parser
 
@@ -227,7 +237,12 @@ def _parse_config_command(parser: argparse.ArgumentParser, argv: list[str]) -> t
         if hasattr(options, dotted):
             value = getattr(options, dotted)
             flags[dotted] = None if value in ("null", ["null"]) else value
-    models: dict[str, Any] = {"train": RunConfig, "preview": PreviewConfig, "tokenizer": TokenizerConfig}
+    models: dict[str, Any] = {
+        "train": RunConfig,
+        "preview": PreviewConfig,
+        "check": PreviewConfig,
+        "tokenizer": TokenizerConfig,
+    }
     model = models[options.command]
     for dotted in [name for name in flags if name.split(".")[0] not in model.model_fields]:
         del flags[dotted]
@@ -241,7 +256,7 @@ def run_command(argv: list[str]) -> None:
     if not argv:
         parser.print_help()
         return
-    if argv[0] in ("train", "preview", "tokenizer"):
+    if argv[0] in ("train", "preview", "check", "tokenizer"):
         options, config = _parse_config_command(parser, argv)
         if getattr(options, "json_schema", False):
             _print_schema()
@@ -253,6 +268,10 @@ def run_command(argv: list[str]) -> None:
             from tunesmith.model.bpe import run_tokenizer
 
             run_tokenizer(config.data, options.vocab_size, options.output)
+        elif options.command == "check":
+            from tunesmith.use.check import run_check
+
+            run_check(config, options.strict, options.json, options.html)
         else:
             from tunesmith.use.preview import run_preview
 

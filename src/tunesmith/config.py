@@ -224,7 +224,7 @@ class TokenizerConfig(Section):
 
 
 class PreviewConfig(Section):
-    """What preview needs of a run's config."""
+    """What preview and check need of a run's config."""
 
     model: ModelSection
     data: DataSection

@@ -7,10 +7,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from tunesmith.data.conversation import Conversation, RawText
 from tunesmith.data.labels import Sample
 from tunesmith.errors import DataError
 
-_TURN = re.compile(r"^turn \d+(?: \(\w+\))?:? ")
+TURN_NUMBER = re.compile(r"^turn \d+(?: \(\w+\))?:? ")
 _NAMED = 5  # bad rows that an error names one by one; the ledger has them all
 
 
@@ -24,6 +25,7 @@ class LabelledRow:
         reason: why it was refused, or what was done to it ("truncated", "split"); empty otherwise.
         tokens_lost: tokens cut off its end.
         notes: other things worth counting.
+        source: what was read, before it became tokens; None where it could not be.
         is_by_choice: refused by a decision of ours or the person's, not because the row is bad.
     """
 
@@ -36,6 +38,7 @@ class LabelledRow:
     tokens_lost: int = 0
     notes: tuple[str, ...] = ()
     is_by_choice: bool = False
+    source: Conversation | RawText | None = None
 
     @property
     def where(self) -> str:
@@ -117,7 +120,7 @@ class Ledger:
         counts: Counter[str] = Counter()
         for entry in self.files.values():
             for reason, rows in entry.refused.items():
-                counts[_TURN.sub("", reason)] += len(rows)
+                counts[TURN_NUMBER.sub("", reason)] += len(rows)
         return counts
 
     def count_notes(self) -> Counter[str]:

@@ -48,6 +48,7 @@ class _Draft:
     is_text: bool = False
     notes: tuple[str, ...] = ()
     refusal: RowRefused | None = None
+    source: Conversation | RawText | None = None
 
 
 def label_rows(rows: Iterable[RawRow], encoder: Encoder, data: DataSection, max_seq_len: int) -> Iterator[LabelledRow]:
@@ -81,8 +82,8 @@ def _draft_row(row: RawRow, encoder: Encoder, data: DataSection, is_first: bool)
         if isinstance(parsed, RawText):
             text, notes = _shield_text(parsed.text, encoder)
             notes = (NOTE_RENDERED, *notes) if find_rendered_template(parsed.text) else notes
-            return _Draft(row, (text,), is_text=True, notes=notes)
-        return _draft_chat(row, parsed, encoder, data)
+            return _Draft(row, (text,), is_text=True, notes=notes, source=parsed)
+        return replace(_draft_chat(row, parsed, encoder, data), source=parsed)
     except UnknownFormat as refusal:
         if is_first:  # the whole file is of a kind that we cannot train on
             raise DataError(f"{row.where}: {refusal.reason}") from None
@@ -143,7 +144,7 @@ def _finish_row(
         if draft.is_text:
             pieces = tuple(label_text(encodings[0], encoder, max_seq_len))
             reason = "split" if len(pieces) > 1 else ""
-            return LabelledRow(file, number, "used", "text", reason, pieces, notes=draft.notes)
+            return LabelledRow(file, number, "used", "text", reason, pieces, notes=draft.notes, source=draft.source)
         if draft.rendered is None:
             how, labelled = "joined", [label_completion(encodings[0], encodings[1], encoder)]
         else:
@@ -154,7 +155,9 @@ def _finish_row(
             file, number, "refused", reason=refusal.reason, notes=draft.notes, is_by_choice=refusal.by_choice
         )
     notes = (*draft.notes, *fitted.notes)
-    return LabelledRow(file, number, "used", how, fitted.reason, fitted.samples, fitted.tokens_lost, notes)
+    return LabelledRow(
+        file, number, "used", how, fitted.reason, fitted.samples, fitted.tokens_lost, notes, source=draft.source
+    )
 
 
 def _label_parts(

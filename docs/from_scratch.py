@@ -1,0 +1,151 @@
+"""Walk from raw text to a chat model, and write docs/from_scratch.md from what happened.
+
+Usage: from_scratch.py DATA WORK     DATA is the folder that docs/data.md describes, WORK a new folder
+
+Every command, figure, plot and reply on the page comes from this one run; about ten minutes on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tunesmith.use.charts import Series, line_chart
+
+DOCS = Path(__file__).resolve().parent
+TUNESMITH = Path(sys.executable).with_name("tunesmith")
+QUESTIONS = [
+    "Who are you?",
+    "Give three tips for staying healthy.",
+    "What is the capital of France?",
+    "你好，你是谁？",
+    "保持健康的三个提示。",
+]
+SIZE = "--model.config.hidden_size 192 --model.config.num_hidden_layers 6 --model.config.num_attention_heads 6"
+STYLE = "<style>text{fill:#777;font:11px sans-serif}.axis{stroke:#ccc}.s0{stroke:#2563eb}.s1{stroke:#d97706}text.s0{fill:#2563eb;stroke:none}text.s1{fill:#d97706;stroke:none}polyline{fill:none;stroke-width:1.6}</style>"
+
+PAGE = """# From raw text to chat, on a laptop
+
+Made by `docs/from_scratch.py`, which runs the commands below and writes this page from what came out: {machine}.
+The text is {books} public-domain books in English and Chinese; the chats are LLaMA-Factory's alpaca demos in both languages and FastChat's identity chats.
+A model this small, trained for minutes, learns the form of an answer and little of the world; the replies at the end stand as they came.
+
+## 1. Tokenizer
+
+{tokenizer}
+
+## 2. Pre-training: every token of the text
+
+{pretrain}
+
+Evaluation loss on held-out text: **{pre_before:.3f} before, {pre_after:.3f} after** ({pre_tokens:,} tokens, {pre_time:.0f} s).
+
+![pre-training loss](from_scratch_pretrain.svg)
+
+## 3. Fine-tuning: only the replies
+
+{sft}
+
+Evaluation loss on held-out replies: **{sft_before:.3f} before, {sft_after:.3f} after** ({sft_tokens:,} tokens, {sft_time:.0f} s).
+
+![fine-tuning loss](from_scratch_sft.svg)
+
+## 4. Chat
+
+The base and the fine-tuned model answer the same questions, greedily, at most 60 tokens:
+
+{replies}
+
+`tunesmith chat {work}/chat` talks to it; `{work}/chat/report.html` has its curves, its data ledger and more replies.
+
+The same at MiniMind's own size and hyper-parameters, for which a GPU is the right machine: `tunesmith train recipe:minimind-pretrain`, then `recipe:minimind-sft` (see README).
+"""
+
+
+def run(command: str, places: dict[str, str]) -> tuple[str, float]:
+    """The command's text output, and seconds."""
+    words = shlex.split(command.replace("\\\n", " "))
+    for name, path in places.items():
+        words = [word.replace(f"${name}", path) for word in words]
+    start = time.perf_counter()
+    done = subprocess.run([str(TUNESMITH), *words[1:]], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{command}\n{done.stdout}\n{done.stderr}")
+    return done.stdout, time.perf_counter() - start
+
+
+def shown(command: str, output: str, places: dict[str, str], skip: str = r"^step (?!.*(00/|\d+/\d+  eval))") -> str:
+    lines = [line for line in output.splitlines() if not re.match(skip, line)]
+    text = "\n".join(lines)
+    for name, path in places.items():
+        text = text.replace(path, f"${name}")
+    return f"```sh\n{command}\n```\n\n```\n{text}\n```"
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def plot(name: str, records: list[dict[str, Any]]) -> None:
+    def series(label: str, key: str) -> Series:
+        points = [(record["step"], record[key]) for record in records if key in record]
+        return Series(label, [x for x, _ in points], [y for _, y in points])
+
+    figure = line_chart("loss", [series("loss", "loss"), series("eval loss", "eval_loss")])
+    svg = figure[figure.index("<svg") : figure.index("</svg>")] + "</svg>"
+    svg = svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1) if "xmlns" not in svg else svg
+    (DOCS / f"from_scratch_{name}.svg").write_text(svg.replace(">", ">" + STYLE, 1) + "\n", encoding="utf-8")
+
+
+def main(data: Path, work: Path) -> None:
+    work.mkdir(parents=True)
+    places = {"DATA": str(data), "WORK": str(work)}
+    tokenizer = """tunesmith tokenizer --vocab-size 4096 --output $WORK/tokenizer \\
+  --data $DATA/classic-books $DATA/chinese-classics $DATA/llamafactory/alpaca_zh_demo.json"""
+    pretrain = f"""tunesmith train --model new:tiny --tokenizer $WORK/tokenizer \\
+  {SIZE} \\
+  --data $DATA/classic-books $DATA/chinese-classics --data.max_seq_len 512 --data.eval_split 0.005 \\
+  --optim.lr 2e-3 --optim.schedule minimind --train.micro_batch_tokens 2048 --train.max_steps 1000 \\
+  --train.eval_steps 500 --train.log_steps 10 --output $WORK/base"""
+    sft = """tunesmith train --model $WORK/base \\
+  --data $DATA/llamafactory/alpaca_en_demo.json $DATA/llamafactory/alpaca_zh_demo.json \\
+  $DATA/fastchat/dummy_conversation.json --data.max_seq_len 512 --data.eval_split 0.05 \\
+  --optim.lr 1e-3 --train.micro_batch_tokens 2048 --train.epochs 2 --train.eval_steps 100 --train.log_steps 10 \\
+  --output $WORK/chat"""
+    said = {}
+    seconds = {}
+    for name, command in (("tokenizer", tokenizer), ("pretrain", pretrain), ("sft", sft)):
+        output, seconds[name] = run(command, places)
+        said[name] = shown(command, output, places)
+        print(f"{name}: {seconds[name]:.0f} s", flush=True)
+    rows = ["| question | base | fine-tuned |", "| --- | --- | --- |"]
+    for question in QUESTIONS:
+        flags = f"--prompt {shlex.quote(question)} --temperature 0 --max-new-tokens 60"
+        answers = [run(f"tunesmith chat $WORK/{name} {flags}", places)[0].strip() for name in ("base", "chat")]
+        cells = [text.replace("|", "\\|").replace("\n", "<br>") for text in (question, *answers)]
+        rows.append(f"| {' | '.join(cells)} |")
+    facts: dict[str, Any] = {}
+    for short, name, folder in (("pre", "pretrain", "base"), ("sft", "sft", "chat")):
+        records = read_metrics(work / folder)
+        losses = [record["eval_loss"] for record in records if "eval_loss" in record]
+        plot(name, records)
+        facts[f"{short}_before"], facts[f"{short}_after"], facts[f"{short}_time"] = losses[0], losses[-1], seconds[name]
+        facts[f"{short}_tokens"] = max(record.get("tokens", 0) for record in records)
+    num_books = len([*data.glob("classic-books/*.md"), *data.glob("chinese-classics/*.txt")])
+    machine = (
+        f"{os.cpu_count()} CPU cores, Python {platform.python_version()}, {sum(seconds.values()) / 60:.0f} minutes"
+    )
+    page = PAGE.format(machine=machine, books=num_books, work="$WORK", replies="\n".join(rows), **said, **facts)
+    (DOCS / "from_scratch.md").write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

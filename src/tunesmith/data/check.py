@@ -1,0 +1,260 @@
+"""What is worth knowing about a whole data set before hours are spent on it: findings, each naming its rows."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from tunesmith.config import DataSection
+from tunesmith.data.conversation import Conversation, RawText
+from tunesmith.data.encode import Encoder
+from tunesmith.data.fit import NOTE_CUT_REPLY
+from tunesmith.data.ledger import TURN_NUMBER, LabelledRow, Ledger
+
+_NAMED = 20  # rows that a finding names
+_MAX_NEAR = 200_000  # rows compared for near-duplicates: their hashes stay in memory
+_SIMILAR = 0.8  # Jaccard similarity of word triples
+_NUM_PERM = 128
+_SHORT_SHARE = 0.05
+_TAIL = 0.99
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_]+")
+
+
+@dataclass
+class Finding:
+    """One thing that was found, with the rows where.
+
+    Attributes:
+        level: error (the command ends with 1) or warning.
+        rows: the first of them as file:row.
+    """
+
+    level: Literal["error", "warning"]
+    what: str
+    advice: str = ""
+    count: int = 0
+    rows: list[str] = field(default_factory=list)
+
+    def add(self, where: str) -> None:
+        self.count += 1
+        if len(self.rows) < _NAMED:
+            self.rows.append(where)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"level": self.level, "what": self.what, "count": self.count, "rows": self.rows, "advice": self.advice}
+
+
+class Findings:
+    """Findings by name, in the order in which they are declared."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Finding] = {}
+
+    def add(self, what: str, where: str, level: Literal["error", "warning"] = "warning", advice: str = "") -> None:
+        self._found.setdefault(what, Finding(level, what, advice)).add(where)
+
+    def note(self, what: str, count: int, level: Literal["error", "warning"] = "warning", advice: str = "") -> None:
+        self._found[what] = Finding(level, what, advice, count)
+
+    def sorted(self) -> list[Finding]:
+        return sorted(self._found.values(), key=lambda finding: (finding.level != "error", -finding.count))
+
+
+class NearDuplicates:
+    """MinHash over word triples (Broder 1997), by the datasketch library; without it nothing is looked for."""
+
+    def __init__(self) -> None:
+        try:
+            from datasketch import MinHash, MinHashLSH
+        except ImportError:
+            self._lsh = None
+            return
+        self._make = MinHash
+        self._lsh = MinHashLSH(threshold=_SIMILAR, num_perm=_NUM_PERM)
+        self._count = 0
+
+    @property
+    def is_available(self) -> bool:
+        return self._lsh is not None
+
+    def find(self, text: str, where: str, keep: bool) -> str | None:
+        """An earlier row like this one; `keep` it for those that follow."""
+        if self._lsh is None or len(words := _WORD.findall(text.casefold())) < 6:
+            return None
+        sketch = self._make(num_perm=_NUM_PERM)
+        sketch.update_batch([" ".join(words[i : i + 3]).encode() for i in range(len(words) - 2)])
+        near = self._lsh.query(sketch)
+        if keep and not near and self._count < _MAX_NEAR:
+            self._lsh.insert(where, sketch)
+            self._count += 1
+        return str(near[0]) if near else None
+
+
+@dataclass
+class Check:
+    """All that was seen.
+
+    Attributes:
+        lengths: tokens of every sample before it was cut.
+    """
+
+    ledger: Ledger
+    eval_ledger: Ledger
+    findings: Findings
+    lengths: list[int] = field(default_factory=list)
+    languages: Counter[str] = field(default_factory=Counter)
+    looked_for_near: bool = True
+
+    @property
+    def num_errors(self) -> int:
+        return sum(finding.level == "error" for finding in self.findings.sorted())
+
+    def percentiles(self) -> dict[str, int]:
+        if not self.lengths:
+            return {}
+        values = np.percentile(np.array(self.lengths), [50, 90, 99, 100])
+        return dict(zip(("median", "90 %", "99 %", "longest"), (int(value) for value in values), strict=True))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "errors": self.num_errors,
+            "findings": [finding.to_json() for finding in self.findings.sorted()],
+            "data": self.ledger.to_json(),
+            "eval_data": self.eval_ledger.to_json(),
+            "lengths": self.percentiles(),
+            "languages": dict(self.languages),
+            "looked_for_near_duplicates": self.looked_for_near,
+        }
+
+
+def check_rows(
+    rows: Iterable[LabelledRow], eval_rows: Iterable[LabelledRow], encoder: Encoder, data: DataSection, max_seq_len: int
+) -> Check:
+    """Every row, once, in bounded memory: of a row only hashes stay (and sketches, of the first 200,000)."""
+    check = Check(Ledger(), Ledger(), Findings())
+    near = NearDuplicates()
+    check.looked_for_near = near.is_available
+    seen: dict[bytes, str] = {}
+    for row in rows:
+        check.ledger.add(row)
+        _look_at_row(row, check, encoder)
+        text = text_of(row)
+        key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        if not text:
+            continue
+        check.languages[language_of(text)] += 1
+        if key in seen:
+            check.findings.add("duplicate rows", f"{row.where} = {seen[key]}", advice="they weigh double")
+            continue
+        seen[key] = row.where
+        if twin := near.find(text, row.where, keep=True):
+            check.findings.add("near-duplicate rows", f"{row.where} ~ {twin}", advice="they weigh nearly double")
+    for row in eval_rows:
+        check.eval_ledger.add(row)
+        text = text_of(row)
+        key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        if text and key in seen:
+            check.findings.add(
+                "evaluation rows that stand in the training data", f"{row.where} = {seen[key]}", "error",
+                "the evaluation would measure memory; take them out of one of the two",
+            )  # fmt: skip
+        elif text and (twin := near.find(text, row.where, keep=False)):
+            check.findings.add("evaluation rows nearly in the training data", f"{row.where} ~ {twin}")
+    _look_at_whole(check, data, max_seq_len)
+    return check
+
+
+def _look_at_row(row: LabelledRow, check: Check, encoder: Encoder) -> None:
+    findings, where = check.findings, row.where
+    if row.status == "refused":
+        return
+    for note in row.notes:
+        level: Literal["error", "warning"] = "error" if note == NOTE_CUT_REPLY else "warning"
+        findings.add(note, where, level, "raise data.max_seq_len, or data.overlong drop" if level == "error" else "")
+    if row.tokens_lost:
+        findings.add("rows cut to data.max_seq_len", where)
+    bos = encoder.bos_id
+    for sample in row.samples:
+        check.lengths.append(len(sample.input_ids))
+        if bos is not None and len(sample.input_ids) > 1 and sample.input_ids[0] == sample.input_ids[1] == bos:
+            findings.add("doubled BOS at the start", where, "error", "the template and the data both write it")
+    if row.tokens_lost and check.lengths:
+        check.lengths[-1] += row.tokens_lost
+    if isinstance(row.source, Conversation):
+        for what in odd_turns(row.source):
+            findings.add(what, where)
+
+
+def odd_turns(conversation: Conversation) -> Iterator[str]:
+    """What is odd about the order and the replies of a chat."""
+    roles = [message.role for message in conversation.messages]
+    if "system" in roles[1:]:
+        yield "a system turn that is not the first"
+    spoken = [role for role in roles if role != "system"]
+    if spoken and spoken[0] != "user":
+        yield "begins with an assistant's or a tool's turn"
+    if any(a == b and a != "tool" for a, b in itertools.pairwise(spoken)):
+        yield "two turns of one role in a row"
+    for message in conversation.messages:
+        if message.role == "assistant" and message.is_trained and not message.tool_calls:
+            words = len(_WORD.findall(message.content))
+            if words == 0:
+                yield "a reply without a word"
+            elif words == 1:
+                yield "a reply of one word"
+
+
+def _look_at_whole(check: Check, data: DataSection, max_seq_len: int) -> None:
+    ledger, findings = check.ledger, check.findings
+    is_over = ledger.num_bad > data.max_refused * ledger.rows or not ledger.used
+    advice = f"data.max_refused allows {data.max_refused:.1%} of the rows" if is_over else ""
+    for name, entry in ledger.files.items():
+        for reason, numbers in entry.refused.items():
+            for number in numbers:
+                what = f"refused: {TURN_NUMBER.sub('', reason)}"
+                findings.add(what, f"{name}:{number}", "error" if is_over else "warning", advice)
+    if ledger.tokens and ledger.target_tokens / ledger.tokens < _SHORT_SHARE:
+        share = ledger.target_tokens / ledger.tokens
+        findings.note(f"only {share:.1%} of all tokens are trained", 1, advice="long questions, short replies")
+    if check.lengths:
+        tail = int(np.percentile(np.array(check.lengths), 100 * _TAIL))
+        longest = max(check.lengths)
+        if longest > 2 * tail and longest > 256 and max_seq_len > 2 * tail:
+            fits = max(64, -(-tail // 64) * 64)
+            advice = f"--data.max_seq_len {fits} holds 99 % of the samples; the longest has {longest} tokens"
+            findings.note("a long tail of lengths", sum(length > fits for length in check.lengths), advice=advice)
+
+
+def text_of(row: LabelledRow) -> str:
+    """What a row says, for comparing rows; empty where it could not be read."""
+    if isinstance(row.source, RawText):
+        return row.source.text.strip()
+    if isinstance(row.source, Conversation):
+        return "\n".join(f"{m.role}: {m.content} {m.tool_calls or ''}".strip() for m in row.source.messages)
+    return ""
+
+
+def language_of(text: str) -> str:
+    """By script, of the first thousand characters: enough to see that something is not what one thought."""
+    counts: dict[str, float] = defaultdict(float)
+    for char in text[:1000]:
+        if "\u4e00" <= char <= "\u9fff":
+            counts["Chinese characters"] += 1
+        elif "\u3040" <= char <= "\u30ff":
+            counts["Japanese kana"] += 4
+        elif "\uac00" <= char <= "\ud7af":
+            counts["Korean"] += 1
+        elif "\u0400" <= char <= "\u04ff":
+            counts["Cyrillic"] += 1
+        elif "\u0590" <= char <= "\u06ff":
+            counts["Hebrew or Arabic"] += 1
+        elif char.isalpha():
+            counts["Latin or other letters"] += 0.5  # words are longer there
+    return max(counts, key=lambda name: counts[name]) if counts else "no letters"

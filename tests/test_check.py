@@ -1,0 +1,101 @@
+"""`tunesmith check`: what is wrong with a data set is found, with its rows; a clean one passes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.cli import main
+
+LONG = "the quick brown fox jumps over the lazy dog while the old river runs down to the sea and"
+
+
+def chat(question: str, *replies: str) -> dict[str, Any]:
+    turns = [{"role": "user", "content": question}, *({"role": "assistant", "content": r} for r in replies)]
+    return {"messages": turns}
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def model(model_folder: Path) -> Path:
+    return model_folder
+
+
+def check(
+    capsys: pytest.CaptureFixture[str], model: Path, data: Path, *flags: str
+) -> tuple[int, dict[str, Any], dict[str, dict[str, Any]]]:
+    code = main(["check", "--model", str(model), "--data", str(data), "--json", *flags])
+    report = json.loads(capsys.readouterr().out)
+    return code, report, {finding["what"]: finding for finding in report["findings"]}
+
+
+def test_each_thing_is_found_with_its_row(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        chat("How are you today?", "I am well, thank you."),
+        chat("How are you today?", "I am well, thank you."),
+        chat(f"{LONG} this", f"{LONG} that"),
+        chat(f"{LONG} this", f"{LONG} those"),
+        chat("What is <|im_end|> for?", "It ends a turn of a chat."),
+        chat("Say nothing.", "..."),
+        chat("Yes or no?", "Yes"),
+        chat("Go on.", "One thing first.", "And another thing."),
+        {
+            "messages": [
+                {"role": "user", "content": "a b"},
+                {"role": "system", "content": "late"},
+                {"role": "assistant", "content": "so it is"},
+            ]
+        },
+    ]
+    data = write(tmp_path / "x.jsonl", rows)
+    code, report, found = check(capsys, model, data)
+    assert code == 0
+    assert report["data"]["rows"] == 9 == report["data"]["used"]
+    assert found["duplicate rows"]["rows"] == [f"{data}:2 = {data}:1"]
+    assert found["near-duplicate rows"]["rows"] == [f"{data}:4 ~ {data}:3"]
+    assert next(f for what, f in found.items() if "control tokens" in what)["rows"] == [f"{data}:5"]
+    assert found["a reply without a word"]["rows"] == [f"{data}:6"]
+    assert found["a reply of one word"]["rows"] == [f"{data}:7"]
+    assert found["two turns of one role in a row"]["rows"] == [f"{data}:8"]
+    assert found["a system turn that is not the first"]["rows"] == [f"{data}:9"]
+    assert check(capsys, model, data, "--strict")[0] == 1
+
+
+def test_errors_end_with_exit_code_1(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clean = [chat(f"Question {i} of many?", f"Answer {i} of many words.") for i in range(20)]
+    data = write(tmp_path / "x.jsonl", clean)
+    assert check(capsys, model, data)[:2][0] == 0
+    held_out = write(tmp_path / "held.jsonl", [clean[3], chat("Something new here?", "Yes, it is new.")])
+    code, _, found = check(capsys, model, data, "--eval-data", str(held_out))
+    assert code == 1
+    assert found["evaluation rows that stand in the training data"]["rows"] == [f"{held_out}:1 = {data}:4"]
+    bad = write(tmp_path / "bad.jsonl", [*clean, {"messages": []}])
+    code, _, found = check(capsys, model, bad)
+    assert code == 1
+    assert found["refused: the list of turns is empty"] | {"advice": ""} == {
+        "level": "error", "what": "refused: the list of turns is empty", "count": 1, "rows": [f"{bad}:21"], "advice": "",
+    }  # fmt: skip
+    long = write(tmp_path / "long.jsonl", [*clean, chat("Tell me.", LONG * 20)])
+    code, _, found = check(capsys, model, long, "--data.max_seq_len", "64")
+    assert code == 1
+    assert found["its last reply is cut before the stop token"]["level"] == "error"
+
+
+def test_table_and_page(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write(tmp_path / "x.jsonl", [chat("Yes <b>or</b> no?", "Yes")])
+    page = tmp_path / "page.html"
+    assert main(["check", "--model", str(model), "--data", str(data), "--html", str(page)]) == 0
+    out = capsys.readouterr().out
+    assert "a reply of one word" in out
+    assert "1: 1 used, 0 refused" in out
+    assert "a reply of one word" in page.read_text(encoding="utf-8")
+    clean = write(tmp_path / "y.jsonl", [chat("Yes or no?", "It is a yes.")])
+    assert main(["check", "--model", str(model), "--data", str(clean)]) == 0
+    assert "nothing to say" in capsys.readouterr().out

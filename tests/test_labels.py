@@ -193,9 +193,9 @@ def test_a_token_across_the_border_refuses_the_row(tokenizer: Any) -> None:
     )
 
 
-def test_a_template_without_a_stop_token_is_refused(tokenizer: Any) -> None:
+def test_a_reply_that_ends_in_plain_text_is_refused(tokenizer: Any) -> None:
     with pytest.raises(ModelError, match="holds no special token"):
-        with_template(tokenizer, "{% for m in messages %}{{ m.content }}\n{% endfor %}")
+        with_template(tokenizer, "{% for m in messages %}{{ m.content }} ###\n{% endfor %}")
 
 
 def test_prompt_completion_without_template(tokenizer: Any) -> None:
@@ -363,3 +363,31 @@ def test_reasoning_as_context_only(tokenizer: Any) -> None:
     (row,) = label(encoder, {"messages": messages}, train_reasoning=False)
     assert trained_texts(encoder, row) == ["嗨 🙂!<|im_end|>", "Bye.<|im_end|>"]
     assert "They leave." in encoder.tokenizer.decode(row.samples[1].input_ids)
+
+
+def test_the_mask_drawing_of_the_background_text_token_for_token(tokenizer: Any) -> None:
+    """background/001: only the reply's tokens and the EOS behind it are 1; BOS, roles, question and its EOS are 0."""
+    encoder = build_encoder(copy.deepcopy(tokenizer), "chatml", {}, DATE)
+    reply = "你好！有什么可以帮助你的？"
+    (row,) = label(encoder, chat_row("你好", reply))
+    (sample,) = row.samples
+
+    def ids(text: str) -> list[int]:
+        return encoder.tokenizer.encode(text, add_special_tokens=False)
+
+    start, end = encoder.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    context = [start, *ids("user\n你好"), end, *ids("\n"), start, *ids("assistant\n")]
+    trained = [*ids(reply), end]
+    assert sample.input_ids.tolist() == [*context, *trained, *ids("\n")]
+    assert sample.loss_mask.tolist() == [0] * len(context) + [1] * len(trained) + [0] * len(ids("\n"))
+
+
+ENDS_IN_NOTHING = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+
+def test_a_template_that_ends_replies_in_nothing_gets_eos_there(tokenizer: Any) -> None:
+    encoder = with_template(tokenizer, ENDS_IN_NOTHING)
+    (row,) = label(encoder, CHAT)
+    assert (row.status, row.how) == ("used", "composed")
+    assert trained_texts(encoder, row) == ["嗨 🙂!<|im_end|>", "Bye bye.<|im_end|>"]
+    assert encoder.tokenizer.decode(row.samples[1].input_ids).count("<|im_end|>") == 1

@@ -100,7 +100,7 @@ def label(tokenizer: Any, row: dict[str, Any]) -> LabelledRow:
     return next(label_rows([RawRow("x", 1, row)], encoder, DataSection(train=["x"]), 4096))
 
 
-def assert_right(tokenizer: Any, shape: dict[str, Any], row: LabelledRow) -> None:
+def assert_right(tokenizer: Any, shape: dict[str, Any], row: LabelledRow, compare_prompts: bool = True) -> None:
     """Each run of trained ids is one assistant turn in full, behind what the model is given, and nothing of others."""
     replies = []
     for sample in row.samples:
@@ -125,7 +125,7 @@ def assert_right(tokenizer: Any, shape: dict[str, Any], row: LabelledRow) -> Non
             m["content"].strip() for i, m in enumerate(shape["messages"]) if i != turn and len(m["content"].strip()) > 3
         ]
         assert not [other for other in others if other in body]
-        if "<|im_end|> <think>" not in str(shape):  # stock rendering makes control tokens of typed ones
+        if compare_prompts:  # stock rendering makes control tokens of typed ones
             text = tokenizer.apply_chat_template(
                 shape["messages"][:turn], tools=shape.get("tools"), add_generation_prompt=True, tokenize=False
             )
@@ -148,7 +148,7 @@ def test_every_cell_is_right_or_refused(tokenizer: Any, name: str) -> None:
             continue
         outcomes[row.how] += 1
         try:
-            assert_right(own, shape, row)
+            assert_right(own, shape, row, compare_prompts=shape_name != "control text")
         except AssertionError as error:
             raise AssertionError(f"{name} / {shape_name} ({row.how}): {error}") from error
     assert outcomes["as_rendered"] + outcomes["unrolled"] + outcomes["composed"] > 0

@@ -146,7 +146,7 @@ class Encoder:
         return StopToken(self.eos_id, self.tokenizer.eos_token)
 
     def _find_stop(self) -> StopToken:
-        """The first added token that the template writes behind a reply."""
+        """The first added token that the template writes behind a reply; EOS where it writes nothing at all."""
         assert self.template is not None
         try:
             text = self.template.render([Message("user", "Hi"), Message("assistant", _PROBE)])
@@ -159,6 +159,8 @@ class Encoder:
             for token_id in self.encode_texts([tail])[0].ids:
                 if token_id in self.added_ids:
                     return StopToken(token_id, self._backend.id_to_token(token_id))
+            if not tail.strip() and self.eos_id in self.added_ids:  # GLM's ends in nothing; samples get EOS there
+                return StopToken(self.eos_id, self.tokenizer.eos_token)
         raise ModelError(
             f"the chat template ({self.template.source}) ends a reply with {tail!r}, which holds no special token of "
             "this tokenizer, so generation could never stop there. Use a template that ends replies with eos_token "

@@ -111,9 +111,9 @@ def _unroll(
         until = replace(conversation, messages=conversation.messages[: turn + 1])
         prompt = template.render(until.messages[:turn], until.tools, add_generation_prompt=True)
         _refuse_lost_context(until, prompt)
+        text = template.render(until.messages, until.tools)
         try:
-            parts.append(Rendered(text := template.render(until.messages, until.tools),
-                                  (_find_span(until, turn, template, text, stop),)))  # fmt: skip
+            parts.append(Rendered(text, (_find_span(until, turn, template, text, stop),)))
         except RowRefused as refusal:
             body = compose_reply(prompt, text, until.messages[turn], stop)
             if body is None:
@@ -131,7 +131,8 @@ def compose_reply(prompt: str, text: str, message: Message, stop: str) -> str | 
 
     Two rules. Where the prompt has opened the thinking (QwQ, R1 and its distills), the model goes on with its thoughts
     and closes them itself: reasoning, "</think>", content. Elsewhere (DeepSeek-V3, Mistral with a system prompt: they
-    differ in what precedes the reply), the reply is what the template writes from the first word said on.
+    differ in what precedes the reply), the reply is what the template writes from the first word said on. A template
+    that ends replies in nothing (GLM) gets EOS behind them.
 
     Args:
         prompt: ends with the generation prompt.
@@ -148,7 +149,11 @@ def compose_reply(prompt: str, text: str, message: Message, stop: str) -> str | 
             "never be said; open it with the template's own variable (--data.template_kwargs.enable_thinking true, "
             "open_thinking true)"
         )
-    end = text.rfind(stop)
+    end = text.rfind(stop, len(os.path.commonprefix([prompt, text])))  # noqa: RUF071  # characters are meant
+    if end < 0:  # the template itself ends a reply in nothing
+        end = len(text.rstrip())
+    if text.startswith(prompt):
+        return text[len(prompt) : end]
     said = (message.reasoning_content or "").strip() or content
     start = text.rfind(said, 0, end) if said and not message.tool_calls else -1
     return text[start:end] if start >= 0 else None

@@ -1,0 +1,69 @@
+"""What the proof of labels costs: our labelling against rendering and encoding alone, alternating, medians.
+
+Usage: label_cost.py TOKENIZER DATA [ROUNDS]
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from tunesmith.config import DataSection, FieldsSection
+from tunesmith.data.conversation import Conversation, RowRefused
+from tunesmith.data.formats import parse_row
+from tunesmith.data.prepare import label_rows
+from tunesmith.data.read import find_sources, read_rows
+from tunesmith.model.tokenizer import build_encoder
+
+
+def timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def main(tokenizer_name: str, data_path: str, rounds: int = 5) -> None:
+    encoder = build_encoder(AutoTokenizer.from_pretrained(tokenizer_name), None, {}, datetime.datetime.now())
+    data = DataSection(train=[data_path])
+    raw = list(read_rows(find_sources([data_path])))
+    usable = []
+    for row in raw:
+        try:
+            parsed = parse_row(copy.deepcopy(row.value), "auto", FieldsSection())
+        except RowRefused:
+            continue
+        if isinstance(parsed, Conversation):
+            usable.append(row)
+
+    def plain() -> None:
+        """Parse, render the whole chat once, encode it once, 256 rows a batch: no label is known after it."""
+        for start in range(0, len(usable), 256):
+            texts = []
+            for row in usable[start : start + 256]:
+                parsed = parse_row(row.value, "auto", FieldsSection())
+                assert isinstance(parsed, Conversation)
+                texts.append(encoder.template.render(parsed.messages, parsed.tools))
+            encoder.encode_texts(texts)
+
+    def proven() -> None:
+        for _ in label_rows(iter(usable), encoder, data, 4096):
+            pass
+
+    plain(), proven()
+    pairs = [(timed(plain), timed(proven)) for _ in range(rounds)]
+    one, two = (statistics.median(column) for column in zip(*pairs, strict=True))
+    ratio = statistics.median(b / a for a, b in pairs)
+    print(
+        f"{Path(data_path).name}: {len(usable):,} chats, {one:.2f} s without labels, {two:.2f} s proven: x {ratio:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 5)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import http.server
+import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -225,7 +225,7 @@ def test_templates(case: Case, tmp_path: Path) -> None:
 
 def test_fp16_on_a_cpu_and_missing_tracker(case: Case) -> None:
     case.fails("fp16 needs a GPU; use fp32 or bf16 on a CPU", flags=("--train.precision", "fp16"))
-    if shutil.which("wandb") is None:
+    if importlib.util.find_spec("wandb") is None:
         case.fails("wandb is not installed: pip install 'tunesmith[wandb]'", flags=("--train.trackers", "wandb"))
 
 

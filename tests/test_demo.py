@@ -78,7 +78,7 @@ def test_the_demo_learns_and_shuffled_answers_teach_nothing(tmp_path: Path, caps
     right = run_demo(tmp_path / "right", num_chats=4_000)
     out = capsys.readouterr().out
     shuffled = run_demo(tmp_path / "shuffled", num_chats=4_000, shuffle_answers=True)
-    assert right.overall >= 0.5
+    assert right.overall >= 0.25
     assert shuffled.overall <= 0.10
     assert f"talk to it:              tunesmith chat {tmp_path / 'right'}" in out
     assert "best constant answer" in out

@@ -237,7 +237,8 @@ def text_of(row: LabelledRow) -> str:
     if isinstance(row.source, RawText):
         return row.source.text.strip()
     if isinstance(row.source, Conversation):
-        return "\n".join(f"{m.role}: {m.content} {m.tool_calls or ''}".strip() for m in row.source.messages)
+        said = [f"{m.role}: {m.reasoning_content or ''} {m.content} {m.tool_calls or ''}" for m in row.source.messages]
+        return "\n".join([*said, f"{row.source.tools or ''}"]).strip()
     return ""
 
 

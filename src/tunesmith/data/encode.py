@@ -145,6 +145,12 @@ class Encoder:
             )
         return StopToken(self.eos_id, self.tokenizer.eos_token)
 
+    def _asks(self) -> bool:
+        """Whether the template knows a generation prompt, so that a model can be asked at all."""
+        assert self.template is not None
+        question = [Message("user", "Hi")]
+        return self.template.render(question) != self.template.render(question, add_generation_prompt=True)
+
     def _find_stop(self) -> StopToken:
         """The first added token that the template writes behind a reply; EOS where it writes nothing at all."""
         assert self.template is not None
@@ -159,7 +165,8 @@ class Encoder:
             for token_id in self.encode_texts([tail])[0].ids:
                 if token_id in self.added_ids:
                     return StopToken(token_id, self._backend.id_to_token(token_id))
-            if not tail.strip() and self.eos_id in self.added_ids:  # GLM's ends in nothing; samples get EOS there
+            ends_in_nothing = not tail.strip() and self._asks()  # GLM's; its samples get EOS there
+            if ends_in_nothing and self.eos_id is not None and self.eos_id in self.added_ids:
                 return StopToken(self.eos_id, self.tokenizer.eos_token)
         raise ModelError(
             f"the chat template ({self.template.source}) ends a reply with {tail!r}, which holds no special token of "

@@ -30,7 +30,7 @@ QUESTIONS = [
     "保持健康的三个提示。",
 ]
 SIZE = "--model.config.hidden_size 192 --model.config.num_hidden_layers 6 --model.config.num_attention_heads 6"
-STYLE = "<style>text{fill:#777;font:11px sans-serif}.axis{stroke:#ccc}.s0{stroke:#2563eb}.s1{stroke:#d97706}text.s0{fill:#2563eb;stroke:none}text.s1{fill:#d97706;stroke:none}polyline{fill:none;stroke-width:1.6}</style>"
+STYLE = "<style>text{fill:#777;font:11px sans-serif}.axis{stroke:#ccc}.s0{stroke:#2563eb}.s1{stroke:#d97706}text.s0{fill:#2563eb;stroke:none}text.s1{fill:#d97706;stroke:none}polyline{fill:none;stroke-width:1.6}circle.s0{fill:#2563eb}circle.s1{fill:#d97706}</style>"
 
 PAGE = """# From raw text to chat, on a laptop
 

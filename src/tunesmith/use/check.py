@@ -124,6 +124,7 @@ body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 64re
 h1 {{ font-size: 1.3rem }} table {{ border-collapse: collapse; width: 100% }}
 td, th {{ text-align: left; vertical-align: top; padding: .4rem .6rem; border-bottom: 1px solid #d0d7de;
   overflow-wrap: anywhere }}
+td:nth-child(-n+2), th:nth-child(-n+2) {{ white-space: nowrap; overflow-wrap: normal }}
 .error td:first-child {{ color: #a40e26; font-weight: 600 }} code {{ font-size: .85rem; white-space: pre-wrap }}
 @media (prefers-color-scheme: dark) {{ body {{ background: #0d1117; color: #e6edf3 }}
   td, th {{ border-color: #30363d }} .error td:first-child {{ color: #ff8182 }} }}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ from tunesmith.data.shield import MARK, Shield, unmark_offsets, without_added_to
 from tunesmith.data.template import ChatTemplate, TemplateRefused
 from tunesmith.errors import ModelError
 
+_SHORT_TAIL = 64  # characters; longer ones are no generation prompt, and seldom met twice
 _PROBE = "tunesmith-probe-reply"
 
 
@@ -65,6 +67,7 @@ class Encoder:
         self._backend = backend
         self.added_ids = frozenset(backend.get_added_tokens_decoder())
         self.shield = Shield(backend)
+        self._tails: dict[str, list[int]] = {}  # what stands between the last control token and a reply: a few texts
         self.bos_ids = bos_ids(tokenizer)
         self.eos_id: int | None = tokenizer.eos_token_id
         self.bos_id: int | None = tokenizer.bos_token_id
@@ -106,6 +109,24 @@ class Encoder:
                 offsets.append((stop, behind))
             start, first = behind, index + 1
         return Encoding(ids, offsets, is_exact)
+
+    def find_border(self, whole: Encoding, prompt: str) -> int | None:
+        """Index of the first token behind a prompt that a text begins with; None if its ids are not the prompt's.
+
+        Encoding splits at control tokens, so only what follows the last one in the prompt is encoded again. Where that
+        does not come out alike (a tokenizer that treats the beginning of a text in its own way), the whole prompt is.
+        """
+        behind = bisect.bisect_left(whole.offsets, len(prompt), key=lambda span: span[0])
+        control = next((i for i in range(behind - 1, -1, -1) if whole.ids[i] in self.added_ids), None)
+        if control is not None and whole.offsets[control][1] <= len(prompt):
+            tail = prompt[whole.offsets[control][1] :]
+            ids = self._tails.get(tail) or self.encode_texts([tail])[0].ids
+            if len(tail) <= _SHORT_TAIL:
+                self._tails[tail] = ids
+            if whole.ids[control + 1 : behind] == ids:
+                return behind
+        ids = self.encode_texts([prompt])[0].ids
+        return len(ids) if whole.ids[: len(ids)] == ids else None
 
     def encode_prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """What the model is given to answer these messages: rendered up to where its reply begins."""

@@ -57,11 +57,6 @@ class Rendered:
     text: str
     spans: tuple[Span, ...]
 
-    @property
-    def texts(self) -> list[str]:
-        """What must be encoded to label it: the whole, then each prompt."""
-        return [self.text, *(span.prompt for span in self.spans)]
-
 
 @dataclass(frozen=True, slots=True)
 class RenderedChat:
@@ -201,23 +196,22 @@ def _refuse_lost_context(conversation: Conversation, text: str) -> None:
             raise RowRefused(f"the template drops the tool schema of {name}")
 
 
-def label_chat(rendered: Rendered, encodings: list[Encoding], stop_id: int, train_reasoning: bool = True) -> Sample:
+def label_chat(rendered: Rendered, whole: Encoding, encoder: Encoder, train_reasoning: bool = True) -> Sample:
     """ids and loss_mask of a rendered chat.
 
     Args:
-        encodings: of `rendered.texts`, in that order.
+        whole: encoding of `rendered.text`.
         train_reasoning: False makes context of what stands up to a reply's </think>.
 
     Raises:
         RowRefused: a reply's first token is glued to the prompt, so that the model would meet other ids when asked.
     """
-    whole, *prompts = encodings
     loss_mask = np.zeros(len(whole.ids), dtype=np.uint8)
-    for span, prompt in zip(rendered.spans, prompts, strict=True):
-        start = len(prompt.ids)
-        if whole.ids[:start] != prompt.ids:
+    for span in rendered.spans:
+        start = encoder.find_border(whole, span.prompt)
+        if start is None:
             raise RowRefused(f"turn {span.turn} (assistant): a token spans the border between the prompt and the reply")
-        stop_at = _find_stop(whole, start, span.end, stop_id)
+        stop_at = _find_stop(whole, start, span.end, encoder.stop.id)
         if stop_at is None:
             raise RowRefused(f"turn {span.turn} (assistant): its stop token is not a token of its own")
         loss_mask[start : stop_at + 1] = 1

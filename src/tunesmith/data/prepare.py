@@ -102,8 +102,7 @@ def _draft_chat(row: RawRow, conversation: Conversation, encoder: Encoder, data:
         return _Draft(row, (prompt, prompt + completion), notes=notes)
     history = "last_turn" if data.train_on == "last_assistant" else data.history
     rendered = render_chat(conversation, encoder.template, encoder.stop.text, history)
-    texts = tuple(text for part in rendered.parts for text in part.texts)
-    return _Draft(row, texts, rendered=rendered, notes=notes)
+    return _Draft(row, tuple(part.text for part in rendered.parts), rendered=rendered, notes=notes)
 
 
 def _shield_chat(conversation: Conversation, encoder: Encoder) -> tuple[Conversation, tuple[str, ...]]:
@@ -163,8 +162,6 @@ def _finish_row(
 def _label_parts(
     rendered: RenderedChat, encodings: list[Encoding], encoder: Encoder, data: DataSection
 ) -> Iterator[Sample]:
-    rest = iter(encodings)
-    for part in rendered.parts:
-        own = list(itertools.islice(rest, len(part.texts)))
-        sample = label_chat(part, own, encoder.stop.id, data.train_reasoning)
+    for part, encoding in zip(rendered.parts, encodings, strict=True):
+        sample = label_chat(part, encoding, encoder, data.train_reasoning)
         yield train_all(sample) if data.train_on == "all" else sample

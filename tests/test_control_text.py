@@ -109,13 +109,10 @@ def test_a_text_without_control_tokens_is_encoded_as_it_always_was(tool_tokenize
 
 
 @pytest.mark.skipif(not TOKENIZERS.is_dir(), reason="the shared tokenizers are not here")
-@pytest.mark.parametrize("name", ["minimind", "gpt2", "qwen", "llama3", "llama2", "mistral-v3"])
+@pytest.mark.parametrize("name", ["minimind", "llama2"])
 def test_real_tokenizers(name: str) -> None:
-    """Every added token of the tokenizer, typed by a person; a tokenizer that cannot keep it plain refuses the row."""
-    folder = TOKENIZERS / name
-    if not (folder / "tokenizer.json").is_file():
-        pytest.skip(f"{name} has no tokenizer.json")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    """Every added token of the tokenizer, typed by a person."""
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS / name)
     tokenizer.add_special_tokens(
         {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "eos_token": "<|im_end|>"}
     )

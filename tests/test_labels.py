@@ -354,6 +354,15 @@ def test_train_on_last_assistant_and_all(encoder: Encoder) -> None:
     assert trained_texts(encoder, last) == ["Bye bye.<|im_end|>"]
     (everything,) = label(encoder, CHAT, train_on="all")
     assert everything.samples[0].loss_mask.all()
+    encoder = build_encoder(copy.deepcopy(encoder.tokenizer), "none", {}, DATE)
+    (joined,) = label(encoder, {"prompt": "Q\n", "completion": "A"}, train_on="all")
+    assert joined.samples[0].loss_mask.all()
+
+
+def test_a_template_that_rejects_a_lone_question_is_an_error_not_a_traceback(tokenizer: Any) -> None:
+    asks = "{% if messages|length < 2 %}{{ raise_exception('too short') }}{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ModelError, match="generation could never stop there"):
+        with_template(tokenizer, asks)
 
 
 def test_reasoning_as_context_only(tokenizer: Any) -> None:

@@ -154,7 +154,7 @@ class Encoder:
         if not encoding.is_exact:
             raise ModelError(
                 "the conversation spells a control token, which this tokenizer cannot be shown to keep as text. "
-                "Leave it out, or set --data.control_text allow."
+                "Leave it out."
             )
         return encoding.ids
 
@@ -170,7 +170,10 @@ class Encoder:
         """Whether the template knows a generation prompt, so that a model can be asked at all."""
         assert self.template is not None
         question = [Message("user", "Hi")]
-        return self.template.render(question) != self.template.render(question, add_generation_prompt=True)
+        try:
+            return self.template.render(question) != self.template.render(question, add_generation_prompt=True)
+        except TemplateRefused:
+            return False
 
     def _find_stop(self) -> StopToken:
         """The first added token that the template writes behind a reply; EOS where it writes nothing at all."""

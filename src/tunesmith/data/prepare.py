@@ -145,7 +145,8 @@ def _finish_row(
             reason = "split" if len(pieces) > 1 else ""
             return LabelledRow(file, number, "used", "text", reason, pieces, notes=draft.notes, source=draft.source)
         if draft.rendered is None:
-            how, labelled = "joined", [label_completion(encodings[0], encodings[1], encoder)]
+            sample = label_completion(encodings[0], encodings[1], encoder)
+            how, labelled = "joined", [train_all(sample) if data.train_on == "all" else sample]
         else:
             how, labelled = draft.rendered.how, list(_label_parts(draft.rendered, encodings, encoder, data))
         fitted = fit_samples(labelled, data.overlong, max_seq_len, draft.row.where)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from tunesmith.config import DataSection
 from tunesmith.data.conversation import Conversation, RawText
 from tunesmith.data.encode import Encoder
 from tunesmith.data.fit import NOTE_CUT_REPLY
+from tunesmith.data.language import language_of
 from tunesmith.data.ledger import TURN_NUMBER, LabelledRow, Ledger
 
 _NAMED = 20  # rows that a finding names
@@ -240,22 +241,3 @@ def text_of(row: LabelledRow) -> str:
         said = [f"{m.role}: {m.reasoning_content or ''} {m.content} {m.tool_calls or ''}" for m in row.source.messages]
         return "\n".join([*said, f"{row.source.tools or ''}"]).strip()
     return ""
-
-
-def language_of(text: str) -> str:
-    """By script, of the first thousand characters: enough to see that something is not what one thought."""
-    counts: dict[str, float] = defaultdict(float)
-    for char in text[:1000]:
-        if "\u4e00" <= char <= "\u9fff":
-            counts["Chinese characters"] += 1
-        elif "\u3040" <= char <= "\u30ff":
-            counts["Japanese kana"] += 4
-        elif "\uac00" <= char <= "\ud7af":
-            counts["Korean"] += 1
-        elif "\u0400" <= char <= "\u04ff":
-            counts["Cyrillic"] += 1
-        elif "\u0590" <= char <= "\u06ff":
-            counts["Hebrew or Arabic"] += 1
-        elif char.isalpha():
-            counts["Latin or other letters"] += 0.5  # words are longer there
-    return max(counts, key=lambda name: counts[name]) if counts else "no letters"

@@ -9,12 +9,13 @@ from functools import cached_property
 from typing import Any
 
 from tunesmith.data.blocks import read_blocks
-from tunesmith.data.conversation import Message, find_lone_surrogate
+from tunesmith.data.conversation import Message, RowRefused, find_lone_surrogate
 from tunesmith.data.shield import MARK, Shield, unmark_offsets, without_added_tokens
 from tunesmith.data.template import ChatTemplate, TemplateRefused
 from tunesmith.errors import ModelError
 
 _SHORT_TAIL = 64  # characters; longer ones are no generation prompt, and seldom met twice
+_PROVEN_PROMPTS = 32
 _PROBE = "tunesmith-probe-reply"
 
 
@@ -68,6 +69,7 @@ class Encoder:
         self.added_ids = frozenset(backend.get_added_tokens_decoder())
         self.shield = Shield(backend)
         self._tails: dict[str, list[int]] = {}  # what stands between the last control token and a reply: a few texts
+        self._num_proven = 0
         self.bos_ids = bos_ids(tokenizer)
         self.eos_id: int | None = tokenizer.eos_token_id
         self.bos_id: int | None = tokenizer.bos_token_id
@@ -114,7 +116,8 @@ class Encoder:
         """Index of the first token behind a prompt that a text begins with; None if its ids are not the prompt's.
 
         Encoding splits at control tokens, so only what follows the last one in the prompt is encoded again. Where that
-        does not come out alike (a tokenizer that treats the beginning of a text in its own way), the whole prompt is.
+        does not come out alike (a tokenizer that treats the beginning of a text in its own way), the whole prompt is,
+        and so it is for the first prompts that a tokenizer meets, which shows that the two ways agree.
         """
         behind = bisect.bisect_left(whole.offsets, len(prompt), key=lambda span: span[0])
         control = next((i for i in range(behind - 1, -1, -1) if whole.ids[i] in self.added_ids), None)
@@ -123,8 +126,9 @@ class Encoder:
             ids = self._tails.get(tail) or self.encode_texts([tail])[0].ids
             if len(tail) <= _SHORT_TAIL:
                 self._tails[tail] = ids
-            if whole.ids[control + 1 : behind] == ids:
+            if whole.ids[control + 1 : behind] == ids and self._num_proven >= _PROVEN_PROMPTS:
                 return behind
+        self._num_proven += 1
         ids = self.encode_texts([prompt])[0].ids
         return len(ids) if whole.ids[: len(ids)] == ids else None
 
@@ -133,7 +137,10 @@ class Encoder:
         if self.template is not None:
             messages = read_blocks(messages, self.template.text)
         if self.control_text != "allow":
-            messages, tools = [self.shield.mark_message(message) for message in messages], self.shield.mark(tools)
+            try:
+                messages, tools = [self.shield.mark_message(message) for message in messages], self.shield.mark(tools)
+            except RowRefused as refusal:
+                raise ModelError(f"the conversation {refusal.reason}. Leave it out.") from None
         if self.template is None:
             text = "".join(message.content for message in messages)
             return self.bos_ids + self._encode_typed(text)

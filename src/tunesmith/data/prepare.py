@@ -25,7 +25,6 @@ from tunesmith.data.labels import (
 )
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.data.read import RawRow
-from tunesmith.data.shield import MARK, holds_mark
 from tunesmith.errors import DataError
 
 _BATCH_ROWS = 256
@@ -34,7 +33,6 @@ NOTE_CONTROL = "spells control tokens in its text, kept as plain text (other pro
 NOTE_CONTROL_ALLOWED = "spells control tokens in its text, which become these tokens (data.control_text allow)"
 NOTE_RENDERED = "raw text that already holds a rendered chat template; every token of it is trained, the questions too"
 REFUSED_CONTROL = "spells a control token in its text (data.control_text refuse)"
-REFUSED_MARK = "holds U+FDD0, a code point that is not a character and that tunesmith marks text with"
 REFUSED_INEXACT = "spells a control token in a place where this tokenizer cannot be shown to keep it as plain text"
 
 
@@ -107,8 +105,6 @@ def _draft_chat(row: RawRow, conversation: Conversation, encoder: Encoder, data:
 
 def _shield_chat(conversation: Conversation, encoder: Encoder) -> tuple[Conversation, tuple[str, ...]]:
     """The conversation as data.control_text wants it, and its notes."""
-    if holds_mark(conversation):
-        raise RowRefused(REFUSED_MARK)
     marked, is_marked = encoder.shield.mark_conversation(conversation)
     if not is_marked:
         return conversation, conversation.notes
@@ -120,15 +116,14 @@ def _shield_chat(conversation: Conversation, encoder: Encoder) -> tuple[Conversa
 
 
 def _shield_text(text: str, encoder: Encoder) -> tuple[str, tuple[str, ...]]:
-    if MARK in text:
-        raise RowRefused(REFUSED_MARK)
-    if not encoder.shield.holds(text):
+    marked = encoder.shield.mark(text)
+    if marked == text:
         return text, ()
     if encoder.control_text == "allow":
         return text, (NOTE_CONTROL_ALLOWED,)
     if encoder.control_text == "refuse":
         raise RowRefused(REFUSED_CONTROL)
-    return encoder.shield.mark(text), (NOTE_CONTROL,)
+    return marked, (NOTE_CONTROL,)
 
 
 def _finish_row(

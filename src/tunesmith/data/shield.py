@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tunesmith.data.conversation import Conversation, Message
+from tunesmith.data.conversation import Conversation, Message, RowRefused
 
 MARK = "\ufdd0"  # one of the code points that Unicode keeps free for a program's inner use
 
@@ -21,31 +21,39 @@ MARK = "\ufdd0"  # one of the code points that Unicode keeps free for a program'
 class Shield:
     """Marks the spellings of a tokenizer's added tokens.
 
-    Tokens of white space alone are left: some tokenizers have them only to write indented code shorter.
+    Tokens of white space alone or of one character are left: they only write texts shorter (indented code, an emoji).
 
     Args:
         backend: a `tokenizers.Tokenizer`.
     """
 
     def __init__(self, backend: Any) -> None:
-        texts = {token.content for token in backend.get_added_tokens_decoder().values() if token.content.strip()}
+        texts = {
+            token.content for token in backend.get_added_tokens_decoder().values() if len(token.content.strip()) > 1
+        }
         # looked for without consuming, so that tokens that overlap are all found
         spellings = "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
         self._spelling = re.compile(f"(?={spellings})") if texts else None
         self._starts = frozenset(text[:2] for text in texts)
 
     def holds(self, text: str) -> bool:
-        """Whether a text spells an added token, or holds the mark itself."""
-        if MARK in text:
-            return True
+        """Whether a text spells an added token."""
         # some tokenizers have a thousand added tokens, which begin in three or four ways
         if self._spelling is None or not any(start in text for start in self._starts):
             return False
         return self._spelling.search(text) is not None
 
     def mark(self, value: Any) -> Any:
-        """A text, or JSON of texts, with a mark behind the first character of every spelling."""
+        """A text, or JSON of texts, with a mark behind the first character of every spelling.
+
+        Raises:
+            RowRefused: the text holds the mark itself.
+        """
         if isinstance(value, str):
+            if MARK in value:
+                raise RowRefused(
+                    "holds U+FDD0, a code point that is not a character and that tunesmith marks text with"
+                )
             if self._spelling is None or not self.holds(value):
                 return value
             places = [match.start() + 1 for match in self._spelling.finditer(value)]
@@ -71,13 +79,6 @@ class Shield:
         tools = self.mark(conversation.tools)
         is_marked = messages != conversation.messages or tools != conversation.tools
         return (replace(conversation, messages=messages, tools=tools) if is_marked else conversation), is_marked
-
-
-def holds_mark(conversation: Conversation) -> bool:
-    """Whether the data itself holds the code point that we mark with."""
-    said = [f"{m.content}{m.reasoning_content}{m.name}" for m in conversation.messages]
-    calls = json.dumps([m.tool_calls for m in conversation.messages] + [conversation.tools], ensure_ascii=False)
-    return MARK in "".join(said) or MARK in calls
 
 
 def without_added_tokens(backend: Any) -> Any:

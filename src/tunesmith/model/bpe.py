@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from tunesmith.config import DataSection
 from tunesmith.data.conversation import RawText, RowRefused, UnknownFormat
 from tunesmith.data.formats import parse_row
+from tunesmith.data.language import language_of
 from tunesmith.data.read import find_sources, read_rows
 from tunesmith.errors import DataError, ModelError
 from tunesmith.files import atomic_directory
@@ -19,9 +19,6 @@ from tunesmith.model.tokenizer import CONTROL_TOKENS, train_tokenizer
 
 MIN_VOCAB_SIZE = 256 + len(CONTROL_TOKENS)
 _SAMPLE_LINES = 20_000  # for the compression table
-_SCRIPTS = {"CJK": "Chinese", "LATIN": "Latin script", "CYRILLIC": "Cyrillic", "HIRAGANA": "Japanese",
-            "KATAKANA": "Japanese", "HANGUL": "Korean", "ARABIC": "Arabic", "GREEK": "Greek",
-            "DEVANAGARI": "Devanagari", "HEBREW": "Hebrew", "THAI": "Thai"}  # fmt: skip
 
 
 def run_tokenizer(data: DataSection, vocab_size: int, output: Path) -> None:
@@ -93,16 +90,6 @@ class LineSample:
             elif (place := self._rng.randrange(self._seen)) < self.size:
                 self.lines[place] = line
         return text
-
-
-def language_of(line: str) -> str:
-    """By script: Chinese, Japanese where kana occur, else the script of most letters."""
-    scripts = Counter(
-        _SCRIPTS.get(unicodedata.name(char, "").split(" ")[0], "other") for char in line[:400] if char.isalpha()
-    )
-    if scripts["Japanese"]:
-        return "Japanese"
-    return scripts.most_common(1)[0][0] if scripts else "no letters"
 
 
 def compression_table(tokenizer: Any, lines: list[str]) -> list[str]:

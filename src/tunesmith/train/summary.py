@@ -74,7 +74,7 @@ def _ledger_lines(name: str, ledger: Ledger) -> list[tuple[str, str]]:
     if ledger.truncated:
         lines.append(("", f"truncated: {ledger.tokens_lost:,} tokens lost; a larger data.max_seq_len keeps them"))
     if ledger.split:
-        lines.append(("", f"split without loss: {ledger.split:,} rows of raw text"))
+        lines.append(("", f"split to max_seq_len: {ledger.split:,} rows, every trained token kept"))
     lines += [("", f"note: {note} ({count:,} rows)") for note, count in ledger.count_notes().items()]
     if ledger.passed_over:
         shown = ", ".join(ledger.passed_over[:4]) + (" ..." if len(ledger.passed_over) > 4 else "")

@@ -277,7 +277,7 @@ def test_raw_text_pre_trains(run, model_folder: Path, tmp_path: Path) -> None:
         0.05,
     )
     assert code == 0, err
-    assert "split without loss: 1 rows of raw text" in out
+    assert "split to max_seq_len: 1 rows, every trained token kept" in out
     assert "raw text, every token trained" in out
     assert metrics(output)[-1]["eval_loss"] < 4
 

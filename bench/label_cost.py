@@ -1,6 +1,6 @@
 """What the proof of labels costs: our labelling against rendering and encoding alone, alternating, medians.
 
-Usage: label_cost.py TOKENIZER DATA [ROUNDS]
+Usage: label_cost.py TOKENIZER DATA [ROUNDS] [TEMPLATE.jinja]
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def main(tokenizer_name: str, data_path: str, rounds: int = 5) -> None:
-    encoder = build_encoder(AutoTokenizer.from_pretrained(tokenizer_name), None, {}, datetime.datetime.now())
+def main(tokenizer_name: str, data_path: str, rounds: int = 5, template: str | None = None) -> None:
+    encoder = build_encoder(AutoTokenizer.from_pretrained(tokenizer_name), template, {}, datetime.datetime.now())
     data = DataSection(train=[data_path])
     raw = list(read_rows(find_sources([data_path])))
     usable = []
@@ -66,4 +66,4 @@ def main(tokenizer_name: str, data_path: str, rounds: int = 5) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 5)
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 5, *sys.argv[4:])

@@ -31,13 +31,14 @@ def read_blocks(messages: Sequence[Message], template: str) -> tuple[Message, ..
 
 
 def _read_turn(message: Message, thinks: bool, calls: bool) -> Message:
-    if thinks and not message.reasoning_content and (found := _THINK.match(message.content)):
+    text = message.content
+    if thinks and "<think>" in text and not message.reasoning_content and (found := _THINK.match(text)):
         reasoning = found["reasoning"]
         if "<think>" not in reasoning:
             message = replace(
                 message, reasoning_content=reasoning.strip() or None, content=message.content[found.end() :]
             )
-    if calls and not message.tool_calls and (found := _CALLS_AT_END.search(message.content)):
+    if calls and "<tool_call>" in text and not message.tool_calls and (found := _CALLS_AT_END.search(message.content)):
         try:
             parsed = [call for block in _CALL.findall(found[0]) for call in parse_tool_calls(json.loads(block))]
         except (json.JSONDecodeError, RowRefused):

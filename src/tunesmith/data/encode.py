@@ -19,17 +19,45 @@ _PROVEN_PROMPTS = 32
 _PROBE = "tunesmith-probe-reply"
 
 
-@dataclass(frozen=True, slots=True)
 class Encoding:
     """Token ids of a text, and for each the characters [start, end) that it stands for.
 
     Byte-level pieces of one character share that character's span. `is_exact` is False where text that spells a
     control token could not be shown to encode as it would in the whole; nothing may be trained on it then.
+
+    Args:
+        source: what the tokenizer made of the text, where it is exactly these ids; it answers without a list of spans.
     """
 
-    ids: list[int]
-    offsets: list[tuple[int, int]]
-    is_exact: bool = True
+    __slots__ = ("_offsets", "_source", "ids", "is_exact")
+
+    def __init__(
+        self,
+        ids: list[int],
+        offsets: list[tuple[int, int]] | None = None,
+        is_exact: bool = True,
+        source: Any = None,
+    ) -> None:
+        self.ids, self.is_exact, self._offsets, self._source = ids, is_exact, offsets, source
+
+    @property
+    def offsets(self) -> list[tuple[int, int]]:
+        if self._offsets is None:
+            self._offsets = self._source.offsets
+        return self._offsets
+
+    def span(self, index: int) -> tuple[int, int]:
+        """Characters [start, end) of a token."""
+        span = self._source.token_to_chars(index) if self._offsets is None else None
+        return span or self.offsets[index]
+
+    def first_from(self, char: int) -> int:
+        """Index of the first token that begins at a character or behind it."""
+        if self._offsets is None:
+            index = self._source.char_to_token(char)
+            if index is not None and self._source.token_to_chars(index)[0] == char:
+                return int(index)
+        return bisect.bisect_left(self.offsets, char, key=lambda span: span[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +107,7 @@ class Encoder:
         """Ids of rendered texts; nothing is added in front or behind."""
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [
-            self._encode_marked(text, e) if MARK in text else Encoding(e.ids, e.offsets)
+            self._encode_marked(text, e) if MARK in text else Encoding(e.ids, source=e)
             for text, e in zip(texts, encodings, strict=True)
         ]
 
@@ -119,10 +147,10 @@ class Encoder:
         does not come out alike (a tokenizer that treats the beginning of a text in its own way), the whole prompt is,
         and so it is for the first prompts that a tokenizer meets, which shows that the two ways agree.
         """
-        behind = bisect.bisect_left(whole.offsets, len(prompt), key=lambda span: span[0])
+        behind = whole.first_from(len(prompt))
         control = next((i for i in range(behind - 1, -1, -1) if whole.ids[i] in self.added_ids), None)
-        if control is not None and whole.offsets[control][1] <= len(prompt):
-            tail = prompt[whole.offsets[control][1] :]
+        if control is not None and (done := whole.span(control)[1]) <= len(prompt):
+            tail = prompt[done:]
             ids = self._tails.get(tail) or self.encode_texts([tail])[0].ids
             if len(tail) <= _SHORT_TAIL:
                 self._tails[tail] = ids

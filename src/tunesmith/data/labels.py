@@ -8,16 +8,15 @@ of its prompt, the row is refused: its labels would teach something that never h
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from tunesmith.data.conversation import Conversation, Message, RowRefused
-from tunesmith.data.encode import Encoder, Encoding
-from tunesmith.data.template import ChatTemplate, TemplateRefused
+from tunesmith.data.encode import Encoder, Encoding, StopToken
+from tunesmith.data.template import Beginnings, ChatTemplate, TemplateRefused
 
 _THINK, _END_THINK = "<think>", "</think>"
 
@@ -92,9 +91,11 @@ def render_chat(conversation: Conversation, template: ChatTemplate, stop: str, h
 
 
 def _render_whole(conversation: Conversation, trained: list[int], template: ChatTemplate, stop: str) -> Rendered:
-    text = template.render(conversation.messages, conversation.tools)
-    _refuse_lost_context(conversation, text)
-    return Rendered(text, tuple(_find_span(conversation, turn, template, text, stop) for turn in trained))
+    beginnings = template.render_beginnings(conversation.messages, conversation.tools)
+    _refuse_lost_context(conversation, beginnings.text)
+    return Rendered(
+        beginnings.text, tuple(_find_span(conversation.messages, turn, beginnings, stop) for turn in trained)
+    )
 
 
 def _unroll(
@@ -104,13 +105,13 @@ def _unroll(
     how, parts = "unrolled", []
     for turn in trained:
         until = replace(conversation, messages=conversation.messages[: turn + 1])
-        prompt = template.render(until.messages[:turn], until.tools, add_generation_prompt=True)
+        beginnings = template.render_beginnings(until.messages, until.tools)
+        prompt = beginnings.until(turn, add_generation_prompt=True)
         _refuse_lost_context(until, prompt)
-        text = template.render(until.messages, until.tools)
         try:
-            parts.append(Rendered(text, (_find_span(until, turn, template, text, stop),)))
+            parts.append(Rendered(beginnings.text, (_find_span(until.messages, turn, beginnings, stop),)))
         except RowRefused as refusal:
-            body = compose_reply(prompt, text, until.messages[turn], stop)
+            body = compose_reply(prompt, beginnings.text, until.messages[turn], stop)
             if body is None:
                 raise (first or refusal) from None
             _refuse_lost_reply(turn, until.messages[turn], body)
@@ -144,7 +145,7 @@ def compose_reply(prompt: str, text: str, message: Message, stop: str) -> str | 
             "never be said; open it with the template's own variable (--data.template_kwargs.enable_thinking true, "
             "open_thinking true)"
         )
-    end = text.rfind(stop, len(os.path.commonprefix([prompt, text])))  # noqa: RUF071  # characters are meant
+    end = text.rfind(stop, _shared_length(prompt, text))
     if end < 0:  # the template itself ends a reply in nothing
         end = len(text.rstrip())
     if text.startswith(prompt):
@@ -154,22 +155,31 @@ def compose_reply(prompt: str, text: str, message: Message, stop: str) -> str | 
     return text[start:end] if start >= 0 else None
 
 
-def _find_span(conversation: Conversation, turn: int, template: ChatTemplate, text: str, stop: str) -> Span:
-    messages, tools = conversation.messages, conversation.tools
-    prompt = template.render(messages[:turn], tools, add_generation_prompt=True)
+def _find_span(messages: Sequence[Message], turn: int, beginnings: Beginnings, stop: str) -> Span:
+    text, prompt = beginnings.text, beginnings.until(turn, add_generation_prompt=True)
     if not text.startswith(prompt):
         raise RowRefused(
             f"turn {turn} (assistant): the template's generation prompt is not how it begins the turn in the finished "
             "conversation"
         )
     # The turn ends where rendering up to it and rendering everything part; some templates write more at the very end.
-    until = text if turn == len(messages) - 1 else template.render(messages[: turn + 1], tools)
-    shared = len(os.path.commonprefix([until, text]))  # noqa: RUF071  # characters are meant
+    shared = _shared_length(beginnings.until(turn + 1), text)
     stop_at = text.rfind(stop, len(prompt), shared)
     if stop_at < 0:
         raise RowRefused(f"turn {turn} (assistant): the template writes it differently once other turns follow")
     _refuse_lost_reply(turn, messages[turn], text[len(prompt) : stop_at])
     return Span(prompt, stop_at + len(stop), turn)
+
+
+def _shared_length(one: str, other: str) -> int:
+    """Characters that two texts have in common from the start; by halves, since most often one begins the other."""
+    low, high = 0, min(len(one), len(other))
+    if one[:high] == other[:high]:
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle)
+    return low
 
 
 def _refuse_lost_reply(turn: int, message: Message, body: str) -> None:
@@ -211,7 +221,7 @@ def label_chat(rendered: Rendered, whole: Encoding, encoder: Encoder, train_reas
         start = encoder.find_border(whole, span.prompt)
         if start is None:
             raise RowRefused(f"turn {span.turn} (assistant): a token spans the border between the prompt and the reply")
-        stop_at = _find_stop(whole, start, span.end, encoder.stop.id)
+        stop_at = _find_stop(whole, start, span.end, encoder.stop)
         if stop_at is None:
             raise RowRefused(f"turn {span.turn} (assistant): its stop token is not a token of its own")
         loss_mask[start : stop_at + 1] = 1
@@ -230,12 +240,11 @@ def train_all(sample: Sample) -> Sample:
     return Sample(sample.input_ids, np.ones_like(sample.loss_mask))
 
 
-def _find_stop(encoding: Encoding, start: int, end: int, stop_id: int) -> int | None:
-    for index in range(start, len(encoding.ids)):
-        if encoding.offsets[index][1] >= end:
-            is_stop = encoding.ids[index] == stop_id and encoding.offsets[index][1] == end
-            return index if is_stop else None
-    return None
+def _find_stop(encoding: Encoding, start: int, end: int, stop: StopToken) -> int | None:
+    """Index of the stop token that ends at a character, behind a reply that starts at a token."""
+    index = encoding.first_from(end - len(stop.text))
+    is_stop = start <= index < len(encoding.ids) and encoding.ids[index] == stop.id and encoding.span(index)[1] == end
+    return index if is_stop else None
 
 
 def join_completion(conversation: Conversation) -> tuple[str, str]:

@@ -65,13 +65,13 @@ class Shield:
         return value
 
     def mark_message(self, message: Message) -> Message:
-        return replace(
-            message,
-            content=self.mark(message.content),
-            reasoning_content=self.mark(message.reasoning_content),
-            tool_calls=self.mark(message.tool_calls),
-            name=self.mark(message.name),
-        )
+        """The message marked; the very same object where it needed no mark."""
+        said = (message.content, message.reasoning_content, message.tool_calls, message.name)
+        marked = tuple(map(self.mark, said))
+        if marked == said:
+            return message
+        content, reasoning, calls, name = marked
+        return replace(message, content=content, reasoning_content=reasoning, tool_calls=calls, name=name)
 
     def mark_conversation(self, conversation: Conversation) -> tuple[Conversation, bool]:
         """The conversation marked, and whether anything in it needed a mark."""

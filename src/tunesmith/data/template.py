@@ -15,10 +15,12 @@ import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from tunesmith.data.beginnings import compile_watched, render_with_ends
 from tunesmith.data.conversation import Message
 from tunesmith.errors import ModelError
 
 BUILT_IN = ("chatml", "alpaca")
+_PROVEN = 32  # beginnings that are rendered by themselves before a template is trusted
 
 
 class TemplateRefused(Exception):
@@ -49,15 +51,22 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-@lru_cache(maxsize=16)
-def _compile(text: str) -> jinja2.Template:
+@lru_cache(maxsize=1)
+def environment() -> jinja2.Environment:
     """Sandboxed: a template from a hub is code of a stranger."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    return environment.from_string(text)
+    made = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols])
+    made.filters["tojson"] = _to_json
+    made.globals["raise_exception"] = _raise_exception
+    return made
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """With a short way for `message.role`: an item of a plain dict needs none of the checks that attributes need."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if type(obj) is dict and attribute in obj and not hasattr(dict, attribute):
+            return obj[attribute]
+        return super().getattr(obj, attribute)
 
 
 @dataclass(frozen=True)
@@ -83,12 +92,17 @@ class ChatTemplate:
     @cached_property
     def _compiled(self) -> jinja2.Template:
         try:
-            return _compile(self.text)
+            return environment().from_string(self.text)
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(
                 f"chat template {self.source}, line {error.lineno}: {error.message}. Mend the template or name "
                 "another one with --data.chat_template."
             ) from None
+
+    @cached_property
+    def _watched(self) -> _Watched | None:
+        compiled = compile_watched(environment(), self.text)
+        return _Watched(compiled) if compiled else None
 
     def render(
         self,
@@ -101,25 +115,103 @@ class ChatTemplate:
         Raises:
             TemplateRefused: with the template's own reason.
         """
-        variables: dict[str, Any] = {**self.special_tokens, **self.kwargs}
-        turns = [message.to_template() for message in messages]
-        for turn in turns:
-            if "reasoning_content" in turn:
-                turn["thinking"] = turn["reasoning_content"]  # gpt-oss reads this name
+        variables = self._variables(tools, add_generation_prompt)
         template = self._compiled
         try:
-            return template.render(
-                messages=turns,
-                tools=list(tools) or None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                strftime_now=self.date.strftime,
-                **variables,
-            )
+            return template.render(messages=_turns(messages), **variables)
         except MemoryError:
             raise
         except Exception as error:  # a template is a program: it may divide by zero or recurse without end
             raise TemplateRefused(str(error) or type(error).__name__) from None
+
+    def _variables(self, tools: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> dict[str, Any]:
+        return {
+            "tools": list(tools) or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            "strftime_now": self.date.strftime,
+            **self.special_tokens,
+            **self.kwargs,
+        }
+
+    def render_beginnings(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Beginnings:
+        """The text of these messages, and of each beginning of them.
+
+        Raises:
+            TemplateRefused: with the template's own reason.
+        """
+        watched = self._watched
+        if watched is not None:
+            try:
+                text, ends = render_with_ends(watched.template, _turns(messages), self._variables(tools, False))
+                return Beginnings(self, messages, tools, text, ends)
+            except MemoryError:
+                raise
+            except Exception:  # then it is rendered as it always is, and that says what is wrong
+                pass
+        return Beginnings(self, messages, tools, self.render(messages, tools), {})
+
+
+@dataclass
+class _Watched:
+    """A template that marks where turns end.
+
+    Attributes:
+        tails: what it writes behind the last turn, by add_generation_prompt, once seen.
+        proven: beginnings that were rendered by themselves too and came out alike.
+    """
+
+    template: jinja2.Template
+    tails: dict[bool, str] = field(default_factory=dict)
+    proven: int = 0
+    is_trusted: bool = True
+
+
+class Beginnings:
+    """The renderings of a chat's first turns; `text` is that of all of them."""
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        text: str,
+        ends: Mapping[int, int],
+    ) -> None:
+        self.text = text
+        self._template, self._messages, self._tools, self._ends = template, messages, tools, ends
+
+    def until(self, count: int, add_generation_prompt: bool = False) -> str:
+        """What the template writes for the first `count` messages.
+
+        The first of them are rendered by themselves too, and compared: a template that fools us is never trusted again.
+        """
+        if count == len(self._messages) and not add_generation_prompt:
+            return self.text
+        watched, end = self._template._watched, self._ends.get(count)
+        if watched is None or end is None or not watched.is_trusted:
+            return self._render(count, add_generation_prompt)
+        tail = watched.tails.get(add_generation_prompt)
+        if tail is not None and watched.proven >= _PROVEN:
+            return self.text[:end] + tail
+        text = self._render(count, add_generation_prompt)
+        tail = watched.tails.setdefault(add_generation_prompt, text[end:])
+        if text == self.text[:end] + tail:
+            watched.proven += 1
+        else:
+            watched.is_trusted = False
+        return text
+
+    def _render(self, count: int, add_generation_prompt: bool) -> str:
+        return self._template.render(self._messages[:count], self._tools, add_generation_prompt)
+
+
+def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    turns = [message.to_template() for message in messages]
+    for turn in turns:
+        if "reasoning_content" in turn:
+            turn["thinking"] = turn["reasoning_content"]  # gpt-oss reads this name
+    return turns
 
 
 def find_template(

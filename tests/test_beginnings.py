@@ -1,0 +1,110 @@
+"""One rendering gives every beginning of a chat, and only where that is what rendering it by itself gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from test_matrix import SHAPES, a, all_templates, u
+from tunesmith.data.conversation import Message
+from tunesmith.data.template import ChatTemplate, TemplateRefused
+
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+CHAT = [u("one?"), a("1."), u("two?"), a("2."), {"role": "tool", "content": "t"}, a("3.")]
+LOOP = "{% for m in messages %}"
+TURN, END = "[{{ m.role }}]{{ m.content }}", "{% endfor %}"
+ASK = "{% if add_generation_prompt %}[assistant]{% endif %}"
+PLAIN = {  # one rendering serves
+    "a plain loop": LOOP + TURN + END + ASK,
+    "a system turn first": "{% if messages[0].role == 'system' %}S{% set messages = messages[1:] %}{% endif %}" + LOOP + TURN + END + ASK,
+    "a look back": LOOP + "{% if not loop.first and messages[loop.index0 - 1].role == 'tool' %}t{% endif %}" + TURN + END + ASK,
+    "a default": "{% if add_generation_prompt is not defined %}{% set add_generation_prompt = true %}{% endif %}" + LOOP + TURN + END + ASK,
+    "a name of its own": "{% set who = 'assistant' %}" + LOOP + TURN + END + "{% if add_generation_prompt %}[{{ who }}]{% else %}</s>{% endif %}",
+    "an idle loop": "{% set ns = namespace(q=messages|length) %}{% for m in messages[::-1] %}{% set ns.q = loop.index0 %}{% endfor %}" + LOOP + TURN + END + ASK,
+}  # fmt: skip
+LOOKING = {  # it does not, or not everywhere
+    "the last turn": LOOP + TURN + "{% if loop.last %}!{% endif %}" + END + ASK,
+    "the last message": LOOP + TURN + END + "{{ messages[-1].role }}" + ASK,
+    "the number of turns": LOOP + TURN + "{{ messages|length }}" + END + ASK,
+    "the next role": LOOP + TURN + "{% if loop.nextitem %}{{ loop.nextitem.role }}{% endif %}" + END + ASK,
+    "the next role by number": LOOP + TURN + "{{ (messages[loop.index0 + 1] or {}).role }}" + END + ASK,
+    "a state at the end": "{% set ns = namespace(n='') %}" + LOOP + TURN + "{% set ns.n = m.content %}" + END + "{{ ns.n }}" + ASK,
+    "a list at the end": "{% set said = [] %}" + LOOP + TURN + "{% set _ = said.append(1) %}" + END + "{{ said }}" + ASK,
+    "asking inside": LOOP + TURN + "{% if loop.last and add_generation_prompt %}[assistant]{% endif %}" + END,
+    "asking before": "{% if add_generation_prompt %}Q{% endif %}" + LOOP + TURN + END + ASK,
+    "backwards": "{% for m in messages[::-1] %}" + TURN + END + ASK,
+    "the last user": "{% set ns = namespace(q=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.q = loop.index0 %}{% endif %}{% endfor %}" + LOOP + "{{ loop.index0 > ns.q }}" + TURN + END + ASK,
+    "chosen turns": "{% for m in messages if m.role != 'tool' %}" + TURN + "{% else %}none" + END + ASK,
+    "left out turns": LOOP + "{% if m.role == 'tool' %}{% continue %}{% endif %}" + TURN + END + ASK,
+}  # fmt: skip
+
+
+def messages_of(turns: list[dict[str, Any]]) -> list[Message]:
+    keys = ("reasoning_content", "name")
+    return [
+        Message(
+            t["role"],
+            t["content"],
+            tool_calls=tuple(t.get("tool_calls", ())),
+            **{k: t[k] for k in keys if k in t},
+        )
+        for t in turns
+    ]
+
+
+def trusting(text: str, by: list[dict[str, Any]]) -> ChatTemplate:
+    """A template that has been trusted after its first chat, so that what it would get wrong is seen."""
+    template = ChatTemplate(text, "test", SPECIAL)
+    try:
+        beginnings = template.render_beginnings(messages_of(by))
+        beginnings.until(1, True)
+        beginnings.until(2)
+    except TemplateRefused:
+        pass
+    if template._watched is not None:
+        template._watched.proven = 1 << 30
+    return template
+
+
+def assert_alike(template: ChatTemplate, turns: list[dict[str, Any]], tools: list[dict[str, Any]]) -> None:
+    messages = messages_of(turns)
+    try:
+        whole = template.render(messages, tools)
+    except TemplateRefused:
+        with pytest.raises(TemplateRefused):
+            template.render_beginnings(messages, tools)
+        return
+    beginnings = template.render_beginnings(messages, tools)
+    assert beginnings.text == whole
+    for count in range(1, len(messages)):
+        for ask in (False, True):
+            try:
+                alone = template.render(messages[:count], tools, ask)
+            except TemplateRefused:
+                continue
+            assert beginnings.until(count, ask) == alone, (count, ask)
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *LOOKING])
+def test_beginnings_are_what_rendering_them_gives(name: str) -> None:
+    text = {**PLAIN, **LOOKING}[name]
+    assert_alike(trusting(text, CHAT), [u("other?"), *CHAT[1:], u("and?"), a("yes")], [])
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_plain_template_is_rendered_once(name: str) -> None:
+    template = trusting(PLAIN[name], CHAT)
+    beginnings = template.render_beginnings(messages_of(CHAT))
+    rendered = []
+    beginnings._render = lambda *args: rendered.append(args)  # type: ignore[method-assign]
+    for count in range(1, len(CHAT)):
+        assert beginnings.until(count, True) is not None
+    assert not rendered
+
+
+@pytest.mark.parametrize("name", sorted(all_templates()))
+def test_beginnings_in_templates_of_others(name: str) -> None:
+    template = trusting(all_templates()[name], SHAPES["many turns"]["messages"])
+    for shape in SHAPES.values():
+        assert_alike(template, shape["messages"], shape.get("tools", []))

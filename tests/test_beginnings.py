@@ -62,8 +62,7 @@ def trusting(text: str, by: list[dict[str, Any]]) -> ChatTemplate:
         beginnings.until(2)
     except TemplateRefused:
         pass
-    if template._watched is not None:
-        template._watched.proven = 1 << 30
+    template._watched.proven = 1 << 30
     return template
 
 

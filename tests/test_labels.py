@@ -181,16 +181,55 @@ def test_what_a_template_drops_is_never_trained_around(encoder: Encoder) -> None
     ]
 
 
-def test_a_token_across_the_border_refuses_the_row(tokenizer: Any) -> None:
-    """Rendered "...:" + " hello" where ": h" would be one token is not what the model meets when asked."""
+def test_a_token_across_the_border_is_never_trained(tokenizer: Any) -> None:
+    """In the finished text one token spans the border; a model that is asked meets the prompt's own last token."""
     encoder = with_template(
         tokenizer, "{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '') }}{% endfor %}"
     )
     (row,) = label(encoder, chat_row("The answ", "er is the answer"))
-    assert (row.status, row.reason) == (
-        "refused",
-        "turn 1 (assistant): a token spans the border between the prompt and the reply",
-    )
+    assert (row.status, row.how) == ("used", "composed")
+    [sample] = row.samples
+    asked = encoder.encode_prompt([Message("user", "The answ")])
+    assert sample.input_ids[: len(asked)].tolist() == asked
+    assert sample.loss_mask.tolist() == [0] * len(asked) + [1] * (len(sample.input_ids) - len(asked))
+    reply = sample.input_ids[len(asked) :].tolist()
+    assert (tokenizer.decode(reply[:-1]), reply[-1]) == ("er is the answer", tokenizer.eos_token_id)
+
+
+_MARKED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\nHEAD{% generation %}INSIDE"
+    "{% endgeneration %}TAIL<|im_end|>\n{% else %}<|im_start|>user\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("head", "inside", "tail", "trained"),
+    [
+        ("", "{{ m.content }}", "", "I am a model<|im_end|>"),
+        ("you\n", "{{ m.content }}", "", "I am a model<|im_end|>"),  # a header that the mark leaves out is context
+        ("", "{{ m.content }}", " me", "I am a model<|im_end|>"),
+        ("{{ m.content }}", "", "", "I am a model<|im_end|>"),  # an empty mark says nothing
+        ("", "{{ m.content[:21] }}", "", "turn 1 (assistant): the template drops or rewrites its content"),
+    ],
+)
+def test_generation_marks_are_used_and_proven(tokenizer: Any, head: str, inside: str, tail: str, trained: str) -> None:
+    text = _MARKED.replace("HEAD", head).replace("INSIDE", inside).replace("TAIL", tail)
+    (row,) = label(with_template(tokenizer, text), chat_row("Who?", "I am a model" + " and" * 5 * ("[:21]" in inside)))
+    if row.status == "refused":
+        assert row.reason == trained
+    else:
+        [sample] = row.samples
+        assert tokenizer.decode(sample.input_ids[sample.loss_mask == 1]) == trained
+
+
+def test_a_template_for_chats_with_tools_only(tokenizer: Any) -> None:
+    text = "{% for t in tools %}{{ t.function.name }} {% endfor %}" + _MARKED.replace("HEAD", "").replace("TAIL", "")
+    encoder = with_template(tokenizer, text.replace("INSIDE", "{{ m.content }}"))
+    tool = {"type": "function", "function": {"name": "weather", "description": "", "parameters": {}}}
+    with_tools, without = label(encoder, {**chat_row("Q", "A"), "tools": [tool]}, chat_row("Q", "A"))
+    assert (with_tools.status, without.status) == ("used", "refused")
+    assert without.reason == "the chat template rejects it: 'NoneType' object is not iterable"
 
 
 def test_a_reply_that_ends_in_plain_text_is_refused(tokenizer: Any) -> None:

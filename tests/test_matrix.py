@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 
 import pytest
 
+import tokenizers_of_others as others
 from tunesmith.config import DataSection
+from tunesmith.data.encode import Encoder
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.data.prepare import label_rows
 from tunesmith.data.read import RawRow
@@ -35,6 +38,10 @@ HABITS = {  # what templates do to conversations, one each
     "system beside the last user": "{% if messages[0].role == 'system' %}{% set s = messages[0].content %}{% set ms = messages[1:] %}{% else %}{% set s = '' %}{% set ms = messages %}{% endif %}"
     "{% for m in ms %}{% if m.role == 'user' and loop.last and s %}{{ '<|im_start|>user\n' + s + '\n\n' + m.content + '<|im_end|>\n' }}{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     + _ASK,
+    "marks what is said": _HEAD
+    + "{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% generation %}{{ m.content + '<|im_end|>\n' }}{% endgeneration %}{% else %}" + _TURN + "{% endif %}" + _END + _ASK,
+    "marks behind a header": _HEAD
+    + "{% if m.role == 'assistant' %}{{ '<|im_start|>assistant says\n' }}{% generation %}{{ m.content }}{% endgeneration %}{{ '<|im_end|>\n' }}{% else %}" + _TURN + "{% endif %}" + _END + _ASK,
     "drops the system": _HEAD + "{% if m.role != 'system' %}" + _TURN + "{% endif %}" + _END + _ASK,
 }  # fmt: skip
 
@@ -53,7 +60,7 @@ TOOLS = [
         "type": "function",
         "function": {
             "name": "get_weather",
-            "description": "Weather.",
+            "description": "How the weather is.",
             "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
         },
     }
@@ -71,7 +78,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "scripts": {"messages": [u("你好 🙂 שלום"), a("嗨 👩‍👩‍👧 مرحبا")]},
     "control text": {"messages": [u("Say <|im_end|>\n<|im_start|>assistant\nyes </think>"), a("No <|im_end|> <think> [INST] here.")]},
     "two assistants": {"messages": [u("What?"), a("That1."), a("That2.")]},
+    "two users": {"messages": [u("What?"), u("And where?"), a("Here.")]},
     "empty system": {"messages": [{"role": "system", "content": ""}, u("What?"), a("That.")]},
+    "unanswered": {"messages": [u("What?"), a("That."), u("And now?")]},
+    "reasoning at first": {"messages": [u("What1?"), a("That1.", reasoning_content="First thought."), u("What2?"), a("That2.")]},
+    "words and a call": {"messages": [u("Rain?"), a("I look.", tool_calls=CALL), {"role": "tool", "content": "wet", "name": "get_weather"}, a("It rains.")], "tools": TOOLS},
+    "thoughts and a call": {"messages": [u("Rain?"), a("", tool_calls=CALL, reasoning_content="Look it up."), {"role": "tool", "content": "wet", "name": "get_weather"}, a("It rains.")], "tools": TOOLS},
+    "right to left": {"messages": [u("مرحبا كيف حالك؟"), a("بخير، شكرا")]},
+    "lines": {"messages": [u("One\n\ntwo\n"), a("```py\n    x = 1\n```\n\n")]},
 }  # fmt: skip
 
 
@@ -84,20 +98,22 @@ def all_templates() -> dict[str, str]:
 
 
 def tokenizer_for(tokenizer: Any, template: str) -> Any:
-    """With the control tokens that the template spells."""
+    """A tokenizer with the control tokens that the template spells, BOS and EOS."""
     own = copy.deepcopy(tokenizer)
     tokens = set(re.findall(r"<[|｜][^\s<>'\"]*?[|｜]>|<(?:start|end)_of_turn>|<\|[A-Z_]+\|>", template))
     own.add_special_tokens({"additional_special_tokens": sorted({*tokens, "<s>", "</s>"})})
     own.bos_token = "<s>"
-    if not re.search(r"<\|im_end\|>", template):
-        own.eos_token = "</s>"
+    own.eos_token = "<|im_end|>" if "<|im_end|>" in template else "</s>"
     own.chat_template = template
     return own
 
 
-def label(tokenizer: Any, row: dict[str, Any]) -> LabelledRow:
-    encoder = build_encoder(copy.deepcopy(tokenizer), None, {}, datetime.datetime(2026, 1, 2))
-    return next(label_rows([RawRow("x", 1, row)], encoder, DataSection(train=["x"]), 4096))
+def encoder_for(tokenizer: Any) -> Encoder:
+    return build_encoder(tokenizer, None, {}, datetime.datetime(2026, 1, 2))
+
+
+def label(encoder: Encoder, row: dict[str, Any]) -> LabelledRow:
+    return next(label_rows([RawRow("x", 1, copy.deepcopy(row))], encoder, DataSection(train=["x"]), 4096))
 
 
 def assert_right(tokenizer: Any, shape: dict[str, Any], row: LabelledRow, compare_prompts: bool = True) -> None:
@@ -121,34 +137,79 @@ def assert_right(tokenizer: Any, shape: dict[str, Any], row: LabelledRow, compar
         for call in message.get("tool_calls", []):
             assert call["function"]["name"] in body
             assert "Oslo" in body
-        others = [
+        rest = [
             m["content"].strip() for i, m in enumerate(shape["messages"]) if i != turn and len(m["content"].strip()) > 3
         ]
-        assert not [other for other in others if other in body]
+        assert not [other for other in rest if other in body]
         if compare_prompts:  # stock rendering makes control tokens of typed ones
-            text = tokenizer.apply_chat_template(
-                shape["messages"][:turn], tools=shape.get("tools"), add_generation_prompt=True, tokenize=False
-            )
+            text = stock_text(tokenizer, shape, turn, add_generation_prompt=True)
             if not re.search(r"20\d\d", text):  # today's date
                 assert before == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-@pytest.mark.parametrize("name", sorted(all_templates()))
-def test_every_cell_is_right_or_refused(tokenizer: Any, name: str) -> None:
-    own = tokenizer_for(tokenizer, all_templates()[name])
-    outcomes = Counter[str]()
-    for shape_name, shape in SHAPES.items():
+def stock_text(tokenizer: Any, shape: dict[str, Any], until: int | None = None, **more: Any) -> str:
+    messages = copy.deepcopy(shape["messages"][:until])
+    for message in messages:
+        if "reasoning_content" in message:
+            message["thinking"] = message["reasoning_content"]  # gpt-oss reads this name
+    text = tokenizer.apply_chat_template(messages, tools=shape.get("tools"), tokenize=False, **more)
+    return str(text)
+
+
+def renders_all(tokenizer: Any, shape: dict[str, Any]) -> bool:
+    """Whether the template, left to itself, writes every part of the conversation."""
+    last = max(i for i, m in enumerate(shape["messages"]) if m["role"] == "assistant")
+    try:
+        text = stock_text(tokenizer, shape, last + 1)
+    except Exception:
+        return False
+    parts = [tool["function"]["description"] for tool in shape.get("tools", [])]
+    for message in shape["messages"][: last + 1]:
+        parts += [message["content"].strip(), message.get("reasoning_content", "")]
+        parts += ["Oslo" for _ in message.get("tool_calls", [])]
+    return all(part in text for part in parts)
+
+
+def run_matrix(tokenizer: Any, templates: dict[str, str]) -> tuple[Counter[str], list[str], list[str]]:
+    """Outcomes of all cells; those that are wrong; those that are refused although the template writes all of them."""
+    outcomes, wrong, lost = Counter[str](), [], []
+    for name, template in templates.items():
+        own = tokenizer_for(tokenizer, template)
         try:
-            row = label(own, copy.deepcopy(shape))
-        except ModelError as error:
-            pytest.skip(f"the template alone is refused: {error}")
-        if row.status == "refused":
-            assert row.reason
-            outcomes["refused"] += 1
+            encoder = encoder_for(own)
+        except ModelError:
+            outcomes["template refused"] += len(SHAPES)
             continue
-        outcomes[row.how] += 1
-        try:
-            assert_right(own, shape, row, compare_prompts=shape_name != "control text")
-        except AssertionError as error:
-            raise AssertionError(f"{name} / {shape_name} ({row.how}): {error}") from error
-    assert outcomes["as_rendered"] + outcomes["unrolled"] + outcomes["composed"] > 0
+        for shape_name, shape in SHAPES.items():
+            row = label(encoder, shape)
+            outcomes[row.how or row.status] += 1
+            is_whole = renders_all(own, shape)
+            outcomes["whole"] += is_whole
+            if row.status == "refused":
+                assert row.reason
+                lost += [f"{name} / {shape_name}: {row.reason}"] if is_whole else []
+                continue
+            try:
+                assert_right(own, shape, row, compare_prompts=shape_name != "control text")
+            except AssertionError as error:
+                wrong.append(f"{name} / {shape_name} ({row.how}): {error}")
+    return outcomes, wrong, lost
+
+
+def assert_matrix(tokenizer: Any, templates: dict[str, str]) -> None:
+    outcomes, wrong, lost = run_matrix(tokenizer, templates)
+    assert not wrong, "\n".join(wrong)
+    assert len(lost) <= 0.05 * outcomes["whole"], "\n".join(lost)
+    assert min(outcomes["as_rendered"], outcomes["unrolled"], outcomes["composed"]) > 0
+
+
+def test_every_habit_is_right_or_refused(tokenizer: Any) -> None:
+    assert_matrix(tokenizer, HABITS)
+
+
+@pytest.mark.skipif(not TEMPLATES.is_dir(), reason="the shared templates are not beside this checkout")
+@pytest.mark.parametrize("name", ["own", *others.NAMES, *others.LONG_NAMES])
+def test_every_cell_is_right_or_refused(tokenizer: Any, name: str) -> None:
+    if name in others.LONG_NAMES and not os.environ.get("TUNESMITH_LONG"):
+        pytest.skip("a large vocabulary; TUNESMITH_LONG=1 runs it")
+    assert_matrix(tokenizer if name == "own" else others.build(name), all_templates())

@@ -10,13 +10,15 @@ text that no message decides. Where the program looks ahead or back from the end
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import jinja2
+import jinja2.ext
 from jinja2 import nodes
 
-_MARK = "tunesmith_turn_done"
+_MARK, _OPEN, _CLOSE = "tunesmith_turn_done", "tunesmith_generation", "tunesmith_endgeneration"
 _ASK = "add_generation_prompt"
 _BEYOND = 1 << 30
 _WRITES = (nodes.Output, nodes.ExprStmt, nodes.CallBlock, nodes.FilterBlock, nodes.Include, nodes.Import)
@@ -74,10 +76,44 @@ class WatchedMessages(Sequence[Any]):
         return repr(list(self._turns[self._start :]))
 
 
-def render_with_ends(
+class GenerationTag(jinja2.ext.Extension):
+    """{% generation %}...{% endgeneration %} marks what the assistant says; it renders as its body."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def __init__(self, environment: jinja2.Environment) -> None:
+        super().__init__(environment)
+        environment.globals[_OPEN] = environment.globals[_CLOSE] = str
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[nodes.Node]:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return [_call(_OPEN, [], line), *body, _call(_CLOSE, [], line)]
+
+
+def _call(name: str, arguments: list[nodes.Expr], line: int) -> nodes.ExprStmt:
+    call = nodes.Call(nodes.Name(name, "load", lineno=line), arguments, [], None, None, lineno=line)
+    return nodes.ExprStmt(call, lineno=line)
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A rendering and what was seen on the way.
+
+    Attributes:
+        ends: {k: characters that the first k turns and nothing else decided}.
+        marks: characters [start, end) of what stood between {% generation %} and {% endgeneration %}.
+    """
+
+    text: str
+    ends: dict[int, int]
+    marks: tuple[tuple[int, int], ...]
+
+
+def render_watched(
     template: jinja2.Template, turns: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
-) -> tuple[str, dict[int, int]]:
-    """The text of all turns, and {k: characters that the first k turns and nothing else decided}.
+) -> Watched:
+    """The text of all turns.
 
     Args:
         template: made by `compile_watched`.
@@ -85,6 +121,8 @@ def render_with_ends(
     """
     places = {id(turn): index for index, turn in enumerate(turns)}
     messages, chunks, done = WatchedMessages(turns), [""], {}
+    opened: list[int] = []
+    closed: list[int] = []
 
     def mark(message: Any) -> str:
         index = places.get(id(message))
@@ -92,31 +130,41 @@ def render_with_ends(
             done[index + 1] = len(chunks)
         return ""
 
-    for chunk in template.generate(**{**variables, "messages": messages, _MARK: mark}):
-        chunks.append(chunk)  # `mark` reads its length on the way
+    watching = {
+        "messages": messages,
+        _MARK: mark,
+        _OPEN: lambda: opened.append(len(chunks)),
+        _CLOSE: lambda: closed.append(len(chunks)),
+    }
+    for chunk in template.generate(**{**variables, **watching}):
+        chunks.append(chunk)  # the watchers read its length on the way
     lengths = list(accumulate(map(len, chunks)))
-    return "".join(chunks), {count: lengths[written - 1] for count, written in done.items()}
+    ends = {count: lengths[written - 1] for count, written in done.items()}
+    pairs = zip(opened, closed, strict=True) if len(opened) == len(closed) else ()
+    # a mark inside a macro is met before its text is written, so it comes out empty, and says nothing
+    marks = tuple((lengths[a - 1], lengths[b - 1]) for a, b in pairs if lengths[b - 1] > lengths[a - 1])
+    return Watched("".join(chunks), ends, marks)
 
 
-def compile_watched(environment: jinja2.Environment, text: str) -> jinja2.Template | None:
-    """The template with a mark at the end of each turn; None where its end may depend on what the messages say."""
+def compile_watched(environment: jinja2.Environment, text: str) -> jinja2.Template:
+    """The template with a mark at the end of each turn, unless its end may depend on what the messages say."""
     tree = environment.parse(text)
     _drop_idle(tree)
     loops = [node for node in tree.body if isinstance(node, nodes.For) and _writes(node)]
-    if not loops:
-        return None
-    loop, target = loops[-1], loops[-1].target
-    if not isinstance(target, nodes.Name) or loop.else_ or loop.recursive:
-        return None
+    if loops and (mark := _turn_mark(tree, loops[-1])):
+        loops[-1].body.append(mark)
+        for node in tree.find_all(nodes.Node):
+            node.environment = environment
+    return environment.from_string(tree)
+
+
+def _turn_mark(tree: nodes.Template, loop: nodes.For) -> nodes.ExprStmt | None:
     place = tree.body.index(loop)
+    if not isinstance(loop.target, nodes.Name) or loop.else_ or loop.recursive:
+        return None
     if not _is_constant(tree.body[place + 1 :], tree) or any(_reads_ask(node) for node in tree.body[: place + 1]):
         return None
-    mark = nodes.Call(nodes.Name(_MARK, "load"), [nodes.Name(target.name, "load")], [], None, None)
-    loop.body.append(nodes.ExprStmt(mark))
-    for node in tree.find_all(nodes.Node):
-        node.lineno, node.environment = getattr(node, "lineno", None) or 1, environment
-    tree.lineno = 1
-    return environment.from_string(tree)
+    return _call(_MARK, [nodes.Name(loop.target.name, "load", lineno=loop.lineno)], loop.lineno)
 
 
 def _writes(node: nodes.Node) -> bool:

@@ -17,6 +17,10 @@ from tunesmith.errors import ModelError
 _SHORT_TAIL = 64  # characters; longer ones are no generation prompt, and seldom met twice
 _PROVEN_PROMPTS = 32
 _PROBE = "tunesmith-probe-reply"
+_PROBE_TOOL = {
+    "type": "function",
+    "function": {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}},
+}
 
 
 class Encoding:
@@ -94,7 +98,8 @@ class Encoder:
         backend.no_truncation()  # a tokenizer.json may carry settings that would cut or pad texts silently
         backend.no_padding()
         self._backend = backend
-        self.added_ids = frozenset(backend.get_added_tokens_decoder())
+        self._added_texts = {number: token.content for number, token in backend.get_added_tokens_decoder().items()}
+        self.added_ids = frozenset(self._added_texts)
         self.shield = Shield(backend)
         self._tails: dict[str, list[int]] = {}  # what stands between the last control token and a reply: a few texts
         self._num_proven = 0
@@ -160,6 +165,14 @@ class Encoder:
         ids = self.encode_texts([prompt])[0].ids
         return len(ids) if whole.ids[: len(ids)] == ids else None
 
+    def joins(self, prompt: list[int], reply: list[int], text: str) -> bool:
+        """Whether ids of a prompt and of a reply, encoded apart, spell the prompt and then the reply's text."""
+        control = next((i for i in range(len(prompt) - 1, -1, -1) if prompt[i] in self.added_ids), -1)
+        tail = prompt[control + 1 :]
+        before = self._backend.decode(tail, skip_special_tokens=False)
+        both = self._backend.decode(tail + reply, skip_special_tokens=False)
+        return bool(both == before + text.replace(MARK, ""))
+
     def encode_prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """What the model is given to answer these messages: rendered up to where its reply begins."""
         if self.template is not None:
@@ -213,8 +226,12 @@ class Encoder:
     def _find_stop(self) -> StopToken:
         """The first added token that the template writes behind a reply; EOS where it writes nothing at all."""
         assert self.template is not None
+        said = [Message("user", "Hi"), Message("assistant", _PROBE)]
         try:
-            text = self.template.render([Message("user", "Hi"), Message("assistant", _PROBE)])
+            try:
+                text = self.template.render(said)
+            except TemplateRefused:  # some templates are for chats with tools only
+                text = self.template.render(said, [_PROBE_TOOL])
         except TemplateRefused as refusal:
             raise ModelError(
                 f"the chat template ({self.template.source}) cannot render a question and its answer: {refusal}"
@@ -223,7 +240,7 @@ class Encoder:
         if found:
             for token_id in self.encode_texts([tail])[0].ids:
                 if token_id in self.added_ids:
-                    return StopToken(token_id, self._backend.id_to_token(token_id))
+                    return StopToken(token_id, self._added_texts[token_id])
             ends_in_nothing = not tail.strip() and self._asks()  # GLM's; its samples get EOS there
             if ends_in_nothing and self.eos_id is not None and self.eos_id in self.added_ids:
                 return StopToken(self.eos_id, self.tokenizer.eos_token)

@@ -20,6 +20,8 @@ from tunesmith.data.template import Beginnings, ChatTemplate, TemplateRefused
 
 _THINK, _END_THINK = "<think>", "</think>"
 
+REFUSED_INEXACT = "spells a control token in a place where this tokenizer cannot be shown to keep it as plain text"
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
@@ -40,11 +42,14 @@ class Span:
 
     Attributes:
         prompt: everything before it, as the model will be given it.
+        start: the character from which it is trained; behind the prompt only where the template's {% generation %}
+            mark begins there.
         end: the character behind its stop token.
         turn: index of its message, for messages to people.
     """
 
     prompt: str
+    start: int
     end: int
     turn: int
 
@@ -111,34 +116,41 @@ def _unroll(
         try:
             parts.append(Rendered(beginnings.text, (_find_span(until.messages, turn, beginnings, stop),)))
         except RowRefused as refusal:
-            body = compose_reply(prompt, beginnings.text, until.messages[turn], stop)
+            mark = beginnings.marks[-1] if beginnings.marks else None
+            body = compose_reply(prompt, beginnings.text, until.messages[turn], stop, mark)
             if body is None:
                 raise (first or refusal) from None
             _refuse_lost_reply(turn, until.messages[turn], body)
             how, text = "composed", prompt + body + stop
-            parts.append(Rendered(text, (Span(prompt, len(text), turn),)))
+            parts.append(Rendered(text, (Span(prompt, len(prompt), len(text), turn),)))
     if how == "unrolled" and len(conversation.messages) - 1 == trained[0]:
         how = "as_rendered"  # a single reply at the end is the finished conversation itself
     return RenderedChat(how, tuple(parts))
 
 
-def compose_reply(prompt: str, text: str, message: Message, stop: str) -> str | None:
+def compose_reply(
+    prompt: str, text: str, message: Message, stop: str, mark: tuple[int, int] | None = None
+) -> str | None:
     """A reply for a template whose finished turns do not begin with its own generation prompt; None if no rule fits.
 
-    Two rules. Where the prompt has opened the thinking (QwQ, R1 and its distills), the model goes on with its thoughts
-    and closes them itself: reasoning, "</think>", content. Elsewhere (DeepSeek-V3, Mistral with a system prompt: they
-    differ in what precedes the reply), the reply is what the template writes from the first word said on. A template
-    that ends replies in nothing (GLM) gets EOS behind them.
+    Rules. Where the prompt has opened the thinking (QwQ, R1 and its distills), the model goes on with its thoughts and
+    closes them itself: reasoning, "</think>", content, tool calls as the template spells them. Elsewhere (DeepSeek-V3,
+    Mistral with a system prompt: they differ in what precedes the reply), the reply is what the template marks as
+    {% generation %}, or writes from the first word said on. A template that ends replies in nothing (GLM) gets EOS
+    behind them.
 
     Args:
         prompt: ends with the generation prompt.
         text: the template's own rendering up to this turn's end.
+        mark: where its last {% generation %} block stands in it, if it has any; that is what was said, then.
     """
     content = message.content.strip()
-    if prompt.rstrip().endswith(_THINK):
+    if (opened := prompt.rstrip()).endswith(_THINK):
+        said: str | None = content
         if message.tool_calls:
-            return None
-        return f"{(message.reasoning_content or '').strip()}\n{_END_THINK}\n\n{content}"
+            said = _said_behind(opened.removesuffix(_THINK), text, stop)
+        reasoning = (message.reasoning_content or "").strip()
+        return f"{reasoning}\n{_END_THINK}\n\n{said}" if said is not None else None
     if prompt.rstrip().endswith(_END_THINK) and message.reasoning_content:
         raise RowRefused(
             "the template's generation prompt has closed the thinking before the reply, so its reasoning_content could "
@@ -148,11 +160,27 @@ def compose_reply(prompt: str, text: str, message: Message, stop: str) -> str | 
     end = text.rfind(stop, _shared_length(prompt, text))
     if end < 0:  # the template itself ends a reply in nothing
         end = len(text.rstrip())
+    if mark:
+        return text[mark[0] : min(mark[1], end)]
     if text.startswith(prompt):
         return text[len(prompt) : end]
-    said = (message.reasoning_content or "").strip() or content
-    start = text.rfind(said, 0, end) if said and not message.tool_calls else -1
+    if message.tool_calls:
+        before, opened_again, _ = prompt.rpartition(
+            _THINK
+        )  # a prompt that has closed an empty thinking (QwQ with tools)
+        said = _said_behind(before, text, stop) if opened_again and prompt.rstrip().endswith(_END_THINK) else None
+        return said if said is None or prompt.endswith("\n") else f"\n\n{said}"
+    first = (message.reasoning_content or "").strip() or content
+    start = text.rfind(first, 0, end) if first else -1
     return text[start:end] if start >= 0 else None
+
+
+def _said_behind(prompt: str, text: str, stop: str) -> str | None:
+    """What the template itself writes behind a prompt, without thoughts of its own."""
+    end = text.rfind(stop)
+    if not text.startswith(prompt) or end < len(prompt):
+        return None
+    return text[len(prompt) : end].rpartition(_END_THINK)[2].strip()
 
 
 def _find_span(messages: Sequence[Message], turn: int, beginnings: Beginnings, stop: str) -> Span:
@@ -167,8 +195,19 @@ def _find_span(messages: Sequence[Message], turn: int, beginnings: Beginnings, s
     stop_at = text.rfind(stop, len(prompt), shared)
     if stop_at < 0:
         raise RowRefused(f"turn {turn} (assistant): the template writes it differently once other turns follow")
-    _refuse_lost_reply(turn, messages[turn], text[len(prompt) : stop_at])
-    return Span(prompt, stop_at + len(stop), turn)
+    start, end = _marked(beginnings.marks, len(prompt), stop_at)
+    if text[end:stop_at].strip():
+        raise RowRefused(f"turn {turn} (assistant): the template's {{% generation %}} mark leaves out part of it")
+    _refuse_lost_reply(turn, messages[turn], text[start:end])
+    return Span(prompt, start, stop_at + len(stop), turn)
+
+
+def _marked(marks: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
+    """What the template's {% generation %} marks leave of the characters [start, end); all of it without marks."""
+    inside = [(max(start, a), min(end, b)) for a, b in marks if a < end and b > start]
+    if not inside:
+        return (start, start) if marks else (start, end)
+    return inside[0][0], inside[-1][1]
 
 
 def _shared_length(one: str, other: str) -> int:
@@ -206,6 +245,13 @@ def _refuse_lost_context(conversation: Conversation, text: str) -> None:
             raise RowRefused(f"the template drops the tool schema of {name}")
 
 
+class BorderGlued(RowRefused):
+    """A reply's first token is glued to the prompt, so that the model would meet other ids when asked."""
+
+    def __init__(self, turn: int) -> None:
+        super().__init__(f"turn {turn} (assistant): a token spans the border between the prompt and the reply")
+
+
 def label_chat(rendered: Rendered, whole: Encoding, encoder: Encoder, train_reasoning: bool = True) -> Sample:
     """ids and loss_mask of a rendered chat.
 
@@ -214,25 +260,51 @@ def label_chat(rendered: Rendered, whole: Encoding, encoder: Encoder, train_reas
         train_reasoning: False makes context of what stands up to a reply's </think>.
 
     Raises:
-        RowRefused: a reply's first token is glued to the prompt, so that the model would meet other ids when asked.
+        BorderGlued: then `label_reply` gives each reply a sample of its own.
+        RowRefused: a reply's stop token is none.
     """
     loss_mask = np.zeros(len(whole.ids), dtype=np.uint8)
     for span in rendered.spans:
         start = encoder.find_border(whole, span.prompt)
         if start is None:
-            raise RowRefused(f"turn {span.turn} (assistant): a token spans the border between the prompt and the reply")
+            raise BorderGlued(span.turn)
         stop_at = _find_stop(whole, start, span.end, encoder.stop)
         if stop_at is None:
             raise RowRefused(f"turn {span.turn} (assistant): its stop token is not a token of its own")
+        said = span.start if train_reasoning else _said_from(rendered, span)
+        if said > len(span.prompt):
+            start += sum(whole.span(index)[1] <= said for index in range(start, stop_at))
         loss_mask[start : stop_at + 1] = 1
-        if not train_reasoning:
-            body = rendered.text[len(span.prompt) : span.end]
-            thought = body.rfind(_END_THINK) + len(_END_THINK) if _END_THINK in body else 0
-            said = len(span.prompt) + len(body) - len(body[thought:].lstrip())
-            while start < stop_at and whole.offsets[start][0] < said:
-                loss_mask[start] = 0
-                start += 1
     return Sample(np.array(whole.ids, dtype=np.uint32), loss_mask)
+
+
+def label_reply(rendered: Rendered, span: Span, encoder: Encoder, train_reasoning: bool = True) -> Sample:
+    """One reply behind its prompt, the two encoded apart, as they are when the model is asked and answers.
+
+    Raises:
+        RowRefused: the tokenizer writes a text otherwise once it is cut there (SentencePiece puts a blank in front).
+    """
+    text = rendered.text[len(span.prompt) : span.end]
+    prompt, reply = encoder.encode_texts([span.prompt, text])
+    if not (prompt.is_exact and reply.is_exact):
+        raise RowRefused(REFUSED_INEXACT)
+    if not encoder.joins(prompt.ids, reply.ids, text):
+        raise BorderGlued(span.turn)
+    if reply.ids[-1] != encoder.stop.id or reply.span(len(reply.ids) - 1)[1] != len(text):
+        raise RowRefused(f"turn {span.turn} (assistant): its stop token is not a token of its own")
+    start = len(prompt.ids)
+    ids = np.array([*prompt.ids, *reply.ids], dtype=np.uint32)
+    said = (span.start if train_reasoning else _said_from(rendered, span)) - len(span.prompt)
+    if said:
+        start += sum(reply.span(index)[1] <= said for index in range(len(reply.ids) - 1))
+    return Sample(ids, (np.arange(len(ids)) >= start).astype(np.uint8))
+
+
+def _said_from(rendered: Rendered, span: Span) -> int:
+    """The character where a reply begins behind its thoughts."""
+    body = rendered.text[len(span.prompt) : span.end]
+    thought = body.rfind(_END_THINK) + len(_END_THINK) if _END_THINK in body else 0
+    return max(span.start, len(span.prompt) + len(body) - len(body[thought:].lstrip()))
 
 
 def train_all(sample: Sample) -> Sample:

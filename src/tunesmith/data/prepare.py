@@ -14,11 +14,14 @@ from tunesmith.data.fit import fit_samples
 from tunesmith.data.formats import parse_row
 from tunesmith.data.hints import find_rendered_template
 from tunesmith.data.labels import (
+    REFUSED_INEXACT,
+    BorderGlued,
     RenderedChat,
     Sample,
     join_completion,
     label_chat,
     label_completion,
+    label_reply,
     label_text,
     render_chat,
     train_all,
@@ -33,7 +36,6 @@ NOTE_CONTROL = "spells control tokens in its text, kept as plain text (other pro
 NOTE_CONTROL_ALLOWED = "spells control tokens in its text, which become these tokens (data.control_text allow)"
 NOTE_RENDERED = "raw text that already holds a rendered chat template; every token of it is trained, the questions too"
 REFUSED_CONTROL = "spells a control token in its text (data.control_text refuse)"
-REFUSED_INEXACT = "spells a control token in a place where this tokenizer cannot be shown to keep it as plain text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +145,7 @@ def _finish_row(
             sample = label_completion(encodings[0], encodings[1], encoder)
             how, labelled = "joined", [train_all(sample) if data.train_on == "all" else sample]
         else:
-            how, labelled = draft.rendered.how, list(_label_parts(draft.rendered, encodings, encoder, data))
+            how, labelled = _label_parts(draft.rendered, encodings, encoder, data)
         fitted = fit_samples(labelled, data.overlong, max_seq_len, draft.row.where)
     except RowRefused as refusal:
         return LabelledRow(
@@ -157,7 +159,15 @@ def _finish_row(
 
 def _label_parts(
     rendered: RenderedChat, encodings: list[Encoding], encoder: Encoder, data: DataSection
-) -> Iterator[Sample]:
-    for part, encoding in zip(rendered.parts, encodings, strict=True):
-        sample = label_chat(part, encoding, encoder, data.train_reasoning)
-        yield train_all(sample) if data.train_on == "all" else sample
+) -> tuple[str, list[Sample]]:
+    """How the row's samples came about, and they themselves."""
+    how, reasoning = rendered.how, data.train_reasoning
+    try:
+        samples = [
+            label_chat(part, encoding, encoder, reasoning)
+            for part, encoding in zip(rendered.parts, encodings, strict=True)
+        ]
+    except BorderGlued:
+        how = "composed"
+        samples = [label_reply(part, span, encoder, reasoning) for part in rendered.parts for span in part.spans]
+    return how, [train_all(sample) for sample in samples] if data.train_on == "all" else samples

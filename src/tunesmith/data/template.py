@@ -15,7 +15,7 @@ import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from tunesmith.data.beginnings import compile_watched, render_with_ends
+from tunesmith.data.beginnings import GenerationTag, Watched, compile_watched, render_watched
 from tunesmith.data.conversation import Message
 from tunesmith.errors import ModelError
 
@@ -25,16 +25,6 @@ _PROVEN = 32  # beginnings that are rendered by themselves before a template is 
 
 class TemplateRefused(Exception):
     """The template itself rejects these messages (raise_exception, a missing key)."""
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """{% generation %}...{% endgeneration %} marks what the assistant says; it renders as its body."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
 
 
 def _to_json(
@@ -54,7 +44,7 @@ def _raise_exception(message: str) -> None:
 @lru_cache(maxsize=1)
 def environment() -> jinja2.Environment:
     """Sandboxed: a template from a hub is code of a stranger."""
-    made = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols])
+    made = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols])
     made.filters["tojson"] = _to_json
     made.globals["raise_exception"] = _raise_exception
     return made
@@ -100,9 +90,8 @@ class ChatTemplate:
             ) from None
 
     @cached_property
-    def _watched(self) -> _Watched | None:
-        compiled = compile_watched(environment(), self.text)
-        return _Watched(compiled) if compiled else None
+    def _watched(self) -> _Watched:
+        return _Watched(compile_watched(environment(), self.text))
 
     def render(
         self,
@@ -140,16 +129,13 @@ class ChatTemplate:
         Raises:
             TemplateRefused: with the template's own reason.
         """
-        watched = self._watched
-        if watched is not None:
-            try:
-                text, ends = render_with_ends(watched.template, _turns(messages), self._variables(tools, False))
-                return Beginnings(self, messages, tools, text, ends)
-            except MemoryError:
-                raise
-            except Exception:  # then it is rendered as it always is, and that says what is wrong
-                pass
-        return Beginnings(self, messages, tools, self.render(messages, tools), {})
+        try:
+            seen = render_watched(self._watched.template, _turns(messages), self._variables(tools, False))
+        except MemoryError:
+            raise
+        except Exception:  # then it is rendered as it always is, and that says what is wrong
+            seen = Watched(self.render(messages, tools), {}, ())
+        return Beginnings(self, messages, tools, seen)
 
 
 @dataclass
@@ -168,18 +154,17 @@ class _Watched:
 
 
 class Beginnings:
-    """The renderings of a chat's first turns; `text` is that of all of them."""
+    """The renderings of a chat's first turns; `text` is that of all, `marks` its {% generation %} blocks."""
 
     def __init__(
         self,
         template: ChatTemplate,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]],
-        text: str,
-        ends: Mapping[int, int],
+        seen: Watched,
     ) -> None:
-        self.text = text
-        self._template, self._messages, self._tools, self._ends = template, messages, tools, ends
+        self.text, self.marks, self._ends = seen.text, seen.marks, seen.ends
+        self._template, self._messages, self._tools = template, messages, tools
 
     def until(self, count: int, add_generation_prompt: bool = False) -> str:
         """What the template writes for the first `count` messages.
@@ -189,7 +174,7 @@ class Beginnings:
         if count == len(self._messages) and not add_generation_prompt:
             return self.text
         watched, end = self._template._watched, self._ends.get(count)
-        if watched is None or end is None or not watched.is_trusted:
+        if end is None or not watched.is_trusted:
             return self._render(count, add_generation_prompt)
         tail = watched.tails.get(add_generation_prompt)
         if tail is not None and watched.proven >= _PROVEN:

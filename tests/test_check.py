@@ -6,9 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tunesmith.cli import main
+from tunesmith.config import DataSection
+from tunesmith.data.check import check_rows
+from tunesmith.data.encode import Encoder
+from tunesmith.data.prepare import label_rows
+from tunesmith.data.read import RawRow
 
 LONG = "the quick brown fox jumps over the lazy dog while the old river runs down to the sea and"
 
@@ -99,3 +105,24 @@ def test_table_and_page(tmp_path: Path, model: Path, capsys: pytest.CaptureFixtu
     clean = write(tmp_path / "y.jsonl", [chat("Yes or no?", "It is a yes.")])
     assert main(["check", "--model", str(model), "--data", str(clean)]) == 0
     assert "nothing to say" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--data.train_on", "all"), ("--data.overlong", "split", "--data.max_seq_len", "24")]
+)
+def test_stop_tokens_that_are_trained_are_no_finding(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
+) -> None:
+    data = write(tmp_path / "x.jsonl", [chat(f"{LONG} {i}?", f"{LONG} {i}!") for i in range(3)])
+    _, _, found = check(capsys, model, data, *flags)
+    assert "the stop token is not trained" not in found
+
+
+def test_a_stop_token_that_is_not_trained_is_an_error(encoder: Encoder) -> None:
+    row = next(label_rows([RawRow("x", 1, chat("Q", "A"))], encoder, DataSection(train=["x"]), 64))
+    [sample] = row.samples
+    sample.loss_mask[np.flatnonzero(sample.loss_mask)[-1]] = 0
+    result = check_rows([row], [], encoder, DataSection(train=["x"]), 64)
+    assert [(f.level, f.what, f.rows) for f in result.findings.sorted() if "stop" in f.what] == [
+        ("error", "the stop token is not trained", ["x:1"])
+    ]

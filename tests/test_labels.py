@@ -439,3 +439,52 @@ def test_a_template_that_ends_replies_in_nothing_gets_eos_there(tokenizer: Any) 
     assert (row.status, row.how) == ("used", "composed")
     assert trained_texts(encoder, row) == ["嗨 🙂!<|im_end|>", "Bye bye.<|im_end|>"]
     assert encoder.tokenizer.decode(row.samples[1].input_ids).count("<|im_end|>") == 1
+
+
+def test_pad_that_is_eos_is_trained_as_eos(tokenizer: Any) -> None:
+    """GPT-2 habit: masks that leave out pad leave out every stop token too; ours never look at pad."""
+    own = copy.deepcopy(tokenizer)
+    own.pad_token = own.eos_token
+    (row,) = label(build_encoder(own, None, {}, DATE), chat_row("Q", "A"))
+    assert row.samples[0].input_ids[row.samples[0].loss_mask == 1][-1] == own.eos_token_id
+
+
+def test_a_tokenizer_without_eos(tokenizer: Any) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.eos_token = None
+    (row,) = label(build_encoder(own, None, {}, DATE), chat_row("Q", "A"))
+    assert tokenizer.decode(row.samples[0].input_ids[-2:]) == "<|im_end|>\n"
+    with pytest.raises(ModelError, match="the tokenizer has no eos_token"):
+        build_encoder(own, "none", {}, DATE)
+
+
+def test_a_tokenizer_that_is_not_fast() -> None:
+    from transformers.tokenization_python import PythonBackend
+
+    class Letters(PythonBackend):
+        vocab_size = 256
+
+        def get_vocab(self) -> dict[str, int]:
+            return {chr(code): code for code in range(256)}
+
+        def _tokenize(self, text: str) -> list[str]:
+            return list(text)
+
+        def _convert_token_to_id(self, token: str) -> int:
+            return ord(token)
+
+        def _convert_id_to_token(self, index: int) -> str:
+            return chr(index)
+
+    slow = Letters(eos_token="#")
+    with pytest.raises(ModelError, match=r"tokenizer \(Letters\) has no fast backend"):
+        build_encoder(slow, "alpaca", {}, DATE)
+
+
+def test_a_template_that_asks_for_keys_nobody_has(tokenizer: Any) -> None:
+    text = "{% for m in messages %}{% for part in m.parts %}{{ part }}{% endfor %}<|im_end|>{% endfor %}"
+    with pytest.raises(ModelError, match=r"holds no special token"):
+        with_template(tokenizer, text)
+    nested = "{% for m in messages %}{{ m.meta.author.name }}<|im_end|>{% endfor %}"
+    with pytest.raises(ModelError, match="cannot render a question and its answer"):
+        with_template(tokenizer, nested)

@@ -11,7 +11,7 @@ import pytest
 
 from tunesmith.cli import main
 from tunesmith.config import DataSection
-from tunesmith.data.check import check_rows
+from tunesmith.data.check import SeenTexts, check_rows
 from tunesmith.data.encode import Encoder
 from tunesmith.data.prepare import label_rows
 from tunesmith.data.read import RawRow
@@ -126,3 +126,11 @@ def test_a_stop_token_that_is_not_trained_is_an_error(encoder: Encoder) -> None:
     assert [(f.level, f.what, f.rows) for f in result.findings.sorted() if "stop" in f.what] == [
         ("error", "the stop token is not trained", ["x:1"])
     ]
+
+
+def test_texts_are_remembered_beyond_the_recent_ones() -> None:
+    seen = SeenTexts(recent=4)
+    for number in range(1, 12):
+        assert seen.find(f"text {number}") is None
+        seen.add(f"text {number}", "a" if number < 6 else "b", number)
+    assert [seen.find(f"text {n}") for n in (1, 5, 6, 11, 12)] == ["a:1", "a:5", "b:6", "b:11", None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -98,6 +99,43 @@ class NearDuplicates:
         return str(near[0]) if near else None
 
 
+class SeenTexts:
+    """Texts met so far, by a 64-bit hash, in 16 bytes each: a dict of the last ones, sorted arrays of the rest."""
+
+    def __init__(self, recent: int = 1 << 18) -> None:
+        self._recent: dict[int, int] = {}
+        self._limit = recent
+        self._keys, self._places = np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.uint64)
+        self._files: list[str] = []
+
+    def find(self, text: str) -> str | None:
+        """The first row with this very text, as file:row."""
+        key = _hash(text)
+        place = self._recent.get(key)
+        if place is None:
+            index = int(np.searchsorted(self._keys, np.uint64(key)))
+            if index == len(self._keys) or int(self._keys[index]) != key:
+                return None
+            place = int(self._places[index])
+        return f"{self._files[place >> 40]}:{place & ((1 << 40) - 1)}"
+
+    def add(self, text: str, file: str, number: int) -> None:
+        if not self._files or self._files[-1] != file:
+            self._files.append(file)
+        self._recent[_hash(text)] = (len(self._files) - 1) << 40 | number
+        if len(self._recent) >= self._limit:
+            keys = np.concatenate([self._keys, np.fromiter(self._recent, dtype=np.uint64)])
+            places = np.concatenate([self._places, np.fromiter(self._recent.values(), dtype=np.uint64)])
+            order = np.argsort(keys)
+            self._keys, self._places = keys[order], places[order]
+            self._recent.clear()
+
+
+def _hash(text: str) -> int:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
 @dataclass
 class Check:
     """All that was seen.
@@ -109,7 +147,7 @@ class Check:
     ledger: Ledger
     eval_ledger: Ledger
     findings: Findings
-    lengths: list[int] = field(default_factory=list)
+    lengths: array[int] = field(default_factory=lambda: array("I"))
     languages: Counter[str] = field(default_factory=Counter)
     looked_for_near: bool = True
 
@@ -138,32 +176,30 @@ class Check:
 def check_rows(
     rows: Iterable[LabelledRow], eval_rows: Iterable[LabelledRow], encoder: Encoder, data: DataSection, max_seq_len: int
 ) -> Check:
-    """Every row, once, in bounded memory: of a row only hashes stay (and sketches, of the first 200,000)."""
+    """Every row, once, in bounded memory: of a row 20 bytes stay (and sketches, of the first 200,000)."""
     check = Check(Ledger(), Ledger(), Findings())
     near = NearDuplicates()
     check.looked_for_near = near.is_available
-    seen: dict[bytes, str] = {}
+    seen = SeenTexts()
     for row in rows:
         check.ledger.add(row)
         _look_at_row(row, check, encoder, data.train_on)
         text = text_of(row)
-        key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         if not text:
             continue
         check.languages[language_of(text)] += 1
-        if key in seen:
-            check.findings.add("duplicate rows", f"{row.where} = {seen[key]}", advice="they weigh double")
+        if twin := seen.find(text):
+            check.findings.add("duplicate rows", f"{row.where} = {twin}", advice="they weigh double")
             continue
-        seen[key] = row.where
+        seen.add(text, row.file, row.number)
         if twin := near.find(text, row.where, keep=True):
             check.findings.add("near-duplicate rows", f"{row.where} ~ {twin}", advice="they weigh nearly double")
     for row in eval_rows:
         check.eval_ledger.add(row)
         text = text_of(row)
-        key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        if text and key in seen:
+        if text and (twin := seen.find(text)):
             check.findings.add(
-                "evaluation rows that stand in the training data", f"{row.where} = {seen[key]}", "error",
+                "evaluation rows that stand in the training data", f"{row.where} = {twin}", "error",
                 "the evaluation would measure memory; take them out of one of the two",
             )  # fmt: skip
         elif text and (twin := near.find(text, row.where, keep=False)):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from tunesmith.data.conversation import RowRefused
 from tunesmith.data.labels import Sample
@@ -53,24 +55,23 @@ def fit_samples(samples: Sequence[Sample], overlong: str, max_seq_len: int, wher
         raise RowRefused(f"is {longest} tokens long and data.max_seq_len is {max_seq_len}", by_choice=True)
     kept, lost, notes = [], 0, Counter[str]()
     for sample in samples:
-        pieces = list(_split(sample, max_seq_len)) if overlong == "split" else [_cut(sample, max_seq_len)]
+        places = _places(sample, max_seq_len) if overlong == "split" else [slice(0, max_seq_len)]
+        pieces = [_piece(sample, place) for place in places]
         trained = [piece for piece in pieces if piece.num_targets]
         if len(trained) < len(pieces):
             notes[NOTE_PIECE_LOST if overlong == "split" else NOTE_TURN_LOST] += 1
         if overlong == "truncate" and trained and _cuts_reply(sample, max_seq_len):
             notes[NOTE_CUT_REPLY] += 1
+        is_held = np.zeros(len(sample.input_ids), dtype=bool)
+        for place, piece in zip(places, pieces, strict=True):
+            is_held[place] |= bool(piece.num_targets)
         kept += trained
-        lost += len(sample.input_ids) - sum(len(piece.input_ids) for piece in trained)
-        lost += max(0, len(pieces) - 1)  # each later piece repeats one token
+        lost += int((~is_held).sum())
     if not kept:
         raise RowRefused(
             f"is {longest} tokens long, and every trained token lies beyond data.max_seq_len {max_seq_len}"
         )
     return Fitted(tuple(kept), lost, "split" if overlong == "split" else "truncated", tuple(notes))
-
-
-def _cut(sample: Sample, max_seq_len: int) -> Sample:
-    return Sample(sample.input_ids[:max_seq_len], sample.loss_mask[:max_seq_len])
 
 
 def _cuts_reply(sample: Sample, max_seq_len: int) -> bool:
@@ -80,10 +81,14 @@ def _cuts_reply(sample: Sample, max_seq_len: int) -> bool:
     )
 
 
-def _split(sample: Sample, max_seq_len: int) -> Iterator[Sample]:
+def _places(sample: Sample, max_seq_len: int) -> list[slice]:
     """Consecutive pieces; each later one begins with the last token of the one before, as context for its first."""
-    for start in range(0, max(1, len(sample.input_ids) - 1), max_seq_len - 1):
-        mask = sample.loss_mask[start : start + max_seq_len].copy()
-        if start:
-            mask[0] = 0
-        yield Sample(sample.input_ids[start : start + max_seq_len], mask)
+    starts = range(0, max(1, len(sample.input_ids) - 1), max_seq_len - 1)
+    return [slice(start, start + max_seq_len) for start in starts]
+
+
+def _piece(sample: Sample, place: slice) -> Sample:
+    mask = sample.loss_mask[place].copy()
+    if place.start:
+        mask[0] = 0
+    return Sample(sample.input_ids[place], mask)

@@ -34,11 +34,13 @@ def test_a_run_leaves_everything_that_it_promises(run, model_folder: Path, chats
     )
     assert code == 0, err
     assert sorted(p.name for p in output.iterdir()) == [
+        "checkpoints",
         "config.yaml",
         "data_ledger.json",
         "metrics.jsonl",
         "model",
         "report.html",
+        "run.json",
         "tokens",
     ]
     records = metrics(output)

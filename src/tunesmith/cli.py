@@ -11,7 +11,8 @@ import io
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,6 +23,10 @@ _EPILOG = {
     "train": """examples:
   tunesmith train --model Qwen/Qwen2.5-0.5B --data chats.jsonl --output runs/mine
   tunesmith train run.yaml --optim.lr 1e-5 --train.epochs 2
+""",
+    "resume": """examples:
+  tunesmith resume runs/mine
+  tunesmith resume runs/mine --train.max_steps 2000
 """,
     "preview": """example:
   tunesmith preview --model Qwen/Qwen2.5-0.5B --data chats.jsonl --rows 3
@@ -42,10 +47,16 @@ in the chat: /reset forgets the conversation, /system TEXT sets the system promp
 
 _USAGE = {
     "train": "tunesmith train [run.yaml] --model M --data D --output RUN [--section.key value ...]",
+    "resume": "tunesmith resume RUN [--allow PART ...] [--section.key value ...]",
     "tokenizer": "tunesmith tokenizer [run.yaml] --data D --vocab-size N --output DIR",
     "check": "tunesmith check [run.yaml] --model M --data D [--eval-data E] [--strict] [--json | --html out.html]",
     "preview": "tunesmith preview [run.yaml] --model M --data D [--rows N] [--json | --html out.html]",
 }
+
+
+RESUME_PARTS = (  # train/guard.py knows them too, but imports torch
+    "data", "template", "tokenizer", "model", "optimizer", "schedule", "batch", "seed", "precision", "versions",
+)  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,6 +68,13 @@ def build_parser() -> argparse.ArgumentParser:
     train = _add_command(commands, "train", "fine-tune a model on your data")
     _add_config_flags(train, ("model", "data", "optim", "train"))
     train.add_argument("--json-schema", action="store_true", help="print the JSON schema of run.yaml for editors")
+    resume = _add_command(commands, "resume", "go on with an interrupted run, or train a finished one longer")
+    resume.add_argument("run", metavar="RUN", help="the folder that train was given as --output")
+    resume.add_argument(
+        "--allow", nargs="+", default=[], choices=RESUME_PARTS, metavar="PART",
+        help=f"what may differ from how the run began: {', '.join(RESUME_PARTS)}",
+    )  # fmt: skip
+    _add_config_flags(resume, ("model", "data", "optim", "train"), has_file=False)
     preview = _add_command(commands, "preview", "show rows as the model will see them, trained tokens coloured")
     _add_config_flags(preview, ("model", "data"))
     preview.add_argument("--rows", type=_positive, default=5, metavar="N", help="how many rows (default: 5)")
@@ -134,13 +152,14 @@ def _temperature(text: str) -> float:
     return value
 
 
-def _add_config_flags(parser: argparse.ArgumentParser, sections: tuple[str, ...]) -> None:
+def _add_config_flags(parser: argparse.ArgumentParser, sections: tuple[str, ...], has_file: bool = True) -> None:
     """A flag for every key of the config, its help being the key's own text."""
     from pydantic_core import PydanticUndefined
 
     from tunesmith.config import OPEN_MAPS, SHORTHANDS, RunConfig, leaf_fields, takes_list
 
-    parser.add_argument("run_yaml", nargs="?", type=Path, metavar="run.yaml", help="the config; flags win over it")
+    if has_file:
+        parser.add_argument("run_yaml", nargs="?", type=Path, metavar="run.yaml", help="the config; flags win over it")
     short = {dotted: flag for flag, dotted in SHORTHANDS.items()}
     groups = {name: parser.add_argument_group(name) for name in sections}
     for dotted, field in leaf_fields(RunConfig).items():
@@ -237,6 +256,8 @@ def _parse_config_command(parser: argparse.ArgumentParser, argv: list[str]) -> t
         if hasattr(options, dotted):
             value = getattr(options, dotted)
             flags[dotted] = None if value in ("null", ["null"]) else value
+    if options.command == "resume":
+        return options, (flags, unknown)
     models: dict[str, Any] = {
         "train": RunConfig,
         "preview": PreviewConfig,
@@ -256,7 +277,7 @@ def run_command(argv: list[str]) -> None:
     if not argv:
         parser.print_help()
         return
-    if argv[0] in ("train", "preview", "check", "tokenizer"):
+    if argv[0] in ("train", "resume", "preview", "check", "tokenizer"):
         options, config = _parse_config_command(parser, argv)
         if getattr(options, "json_schema", False):
             _print_schema()
@@ -264,6 +285,8 @@ def run_command(argv: list[str]) -> None:
         _quiet_libraries()
         if options.command == "train":
             _train(config)
+        elif options.command == "resume":
+            _resume(options, *config)
         elif options.command == "tokenizer":
             from tunesmith.model.bpe import run_tokenizer
 
@@ -290,13 +313,26 @@ def run_command(argv: list[str]) -> None:
 
 
 def _train(config: Any) -> None:
-    """Train, and leave report.html however it ended."""
     from tunesmith.train.run import run_training
+
+    with _reported(Path(config.train.output_dir)):
+        run_training(config)
+
+
+def _resume(options: argparse.Namespace, flags: dict[str, Any], unknown: list[str]) -> None:
+    from tunesmith.train.resume import run_resume
+
+    with _reported(Path(options.run)):
+        run_resume(options.run, flags, options.allow, unknown)
+
+
+@contextmanager
+def _reported(output: Path) -> Iterator[None]:
+    """Leaves report.html in the run's folder however it ended."""
     from tunesmith.use.report import write_report_quietly
 
-    output = Path(config.train.output_dir)
     try:
-        run_training(config)
+        yield
     except (RunError, InterruptedRun) as error:
         write_report_quietly(output.expanduser(), f"not finished: {error}")
         raise

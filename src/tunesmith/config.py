@@ -171,10 +171,14 @@ class TrainSection(Section):
     """Evaluate every so many steps and at the end; default: at the end only."""
     save_steps: int | None = Field(default=None, ge=1)
     """A checkpoint every so many steps; default: 500."""
+    save_minutes: float | None = Field(default=10.0, gt=0.0)
+    """A checkpoint also every so many minutes; null: by steps only."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """How many checkpoints stay, besides the best one."""
     early_stop_patience: int | None = Field(default=None, ge=1)
     """Stop after so many evaluations without a lower eval_loss."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is NaN or infinite: end the run, or leave it out (up to 10 in a row)."""
     trackers: list[Literal["tensorboard", "wandb", "swanlab", "trackio"]] = Field(default_factory=list)
     """Also log to these (each an extra: pip install 'tunesmith[wandb]')."""
 

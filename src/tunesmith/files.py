@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,18 +67,26 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 @contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path, seal: Callable[[Path], None] | None = None) -> Iterator[Path]:
     """A folder that appears under `path` whole or not at all.
 
     Yields a hidden sibling to write into; on success its files are synced and it takes `path`'s name, on any
     exception it is removed. An existing folder at `path` is replaced.
+
+    Args:
+        seal: writes a last file into the folder once all others are synced.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     partial.mkdir(parents=True)
     try:
         yield partial
-        for file in sorted(partial.rglob("*")):
+        written = sorted(partial.rglob("*"))
+        for file in written:
             sync_path(file)
+        if seal:
+            seal(partial)
+            for file in sorted(set(partial.rglob("*")) - set(written)):
+                sync_path(file)
         sync_path(partial)
         if path.exists():  # rename cannot replace a folder that holds files
             old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
@@ -93,3 +102,17 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_no_room(error: BaseException) -> bool:
+    """Whether a write failed because the disk is full, over quota or read-only."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    if isinstance(error, OSError):
+        return error.errno in codes
+    # safetensors wraps the system's error in one of its own, with the number in its text
+    return type(error).__name__ == "SafetensorError" and any(f"os error {code}" in str(error) for code in codes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,3 +176,23 @@ class Ledger:
                 for name, entry in self.files.items()
             },
         }
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Ledger:
+        """What `to_json` wrote; which rows were bad is not kept apart."""
+        files = {
+            name: FileLedger(
+                rows=entry["rows"],
+                used=entry["used"],
+                how=Counter(entry["how"]),
+                refused=entry["refused"],
+                truncated=[(cut["row"], cut["tokens_lost"]) for cut in entry["truncated"]],
+                split=entry["split"],
+                notes=entry["notes"],
+            )
+            for name, entry in saved["files"].items()
+        }
+        return cls(
+            files, saved["tokens"], saved["target_tokens"], saved["tokens_lost"], saved["samples"],
+            passed_over=saved["passed_over"],
+        )  # fmt: skip

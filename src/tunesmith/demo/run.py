@@ -19,7 +19,8 @@ from rich.text import Text
 
 from tunesmith.config import ModelSection, RunConfig, resolve_config
 from tunesmith.demo.tasks import HeldOut, Task, draw_chats, draw_held_out
-from tunesmith.train.run import resolve_output, run_training
+from tunesmith.train.folder import resolve_output
+from tunesmith.train.run import run_training
 from tunesmith.use.generate import Reply, Sampling, answer_all, load_speaker
 
 # how often each kind is trained: some need more practice. Looking up, which the base has drilled too, is left out:

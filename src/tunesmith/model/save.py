@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.utils import logging
 
@@ -20,10 +21,13 @@ def save_model(model: nn.Module, encoder: Encoder, card: str, folder: Path) -> N
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 
-def write_model(model: nn.Module, encoder: Encoder, folder: Path) -> None:
+def write_model(model: nn.Module, encoder: Encoder, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Args:
+    weights: a state dict to write instead of the model's own.
+    """
     set_stop_token(model, encoder)
     logging.disable_progress_bar()  # a bar of its own would cut through ours
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=dict(weights) if weights is not None else None)
     tokenizer = encoder.tokenizer
     # a template that was not trained with must not be found beside the weights
     tokenizer.chat_template = encoder.template.text if encoder.template is not None else None

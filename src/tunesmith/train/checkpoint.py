@@ -1,55 +1,256 @@
-"""Checkpoints: a model folder with the optimizer beside it, appearing whole under its name or not at all."""
+"""Checkpoints that verify or do not exist.
+
+A checkpoint is a model folder with the optimizer, the random states and the run's progress beside it. It is written
+under another name in the same folder: files, then fsync of each, then manifest.json with the size and SHA-256 of every
+file, fsync, fsync of the folder, one rename, fsync of the folder above. What has no manifest, or one that does not fit
+its files, is no checkpoint.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tunesmith.data.encode import Encoder
-from tunesmith.files import atomic_directory
+from tunesmith.files import atomic_directory, sha256_file, sha256_text
 from tunesmith.model.save import write_model
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_OPTIMIZER, _RANDOM, _STATE = "optimizer.safetensors", "random.safetensors", "state.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A copy of everything that training changes, at the end of a step.
+
+    Attributes:
+        weights: the model's state dict, in training precision; tied tensors share their copy.
+        optimizer: "parameter/key" -> tensor.
+        random: states of torch's generators.
+        state: the rest, as JSON; has the step.
+    """
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    random: dict[str, Tensor]
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A folder whose manifest could be read; `find_damage` says whether its files fit."""
+
+    folder: Path
+    step: int
+    files: Mapping[str, Mapping[str, Any]]
+    guard: Mapping[str, Any]
+
+    def load_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = json.loads((self.folder / _STATE).read_text(encoding="utf-8"))
+        return state
+
+    def load_random(self) -> dict[str, Tensor]:
+        return load_file(self.folder / _RANDOM)
+
+    def load_optimizer(self) -> dict[str, Tensor]:
+        return load_file(self.folder / _OPTIMIZER)
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"
 
 
-def save_checkpoint(
-    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, encoder: Encoder, state: dict[str, Any]
-) -> Path:
-    """Write step-NNNNNN: weights in training precision, optimizer state, and `state` (which has the step)."""
-    folder = checkpoint_path(run, state["step"])
-    with atomic_directory(folder) as partial:
-        write_model(model, encoder, partial)
-        save_file(optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
-        (partial / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-    return folder
+def copy_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict on the CPU, apart from the model; tensors that share memory still do."""
+    copies: dict[tuple[Any, ...], Tensor] = {}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+        if place not in copies or not tensor.numel():
+            copies[place] = tensor.detach().to("cpu", copy=True)
+        weights[name] = copies[place]
+    return weights
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def copy_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state by parameter name, so that it needs no order to be read back in."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors = {}
     for parameter, entries in optimizer.state.items():
         for key, value in entries.items():
-            tensors[f"{names[id(parameter)]}/{key}"] = torch.as_tensor(value).contiguous()
+            tensor = torch.as_tensor(value).detach()
+            tensors[f"{names[id(parameter)]}/{key}"] = tensor.to("cpu", copy=True).contiguous()
     return tensors
 
 
-def list_checkpoints(run: Path) -> list[Path]:
-    """Oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """What `copy_optimizer` took, into a new optimizer of the same parameters."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        parameter_name, _, key = name.rpartition("/")
+        parameter = parameters[parameter_name]
+        optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
+
+
+def write_checkpoint(
+    run: Path, snapshot: Snapshot, model: nn.Module, encoder: Encoder, guard: Mapping[str, Any]
+) -> Path:
+    """Write step-NNNNNN whole.
+
+    Args:
+        model: for its config and the names under which its weights are saved; its weights are not read.
+        guard: what the run is made of (train/guard.py), kept in the manifest.
+    """
+    folder = checkpoint_path(run, snapshot.step)
+
+    def seal(partial: Path) -> None:
+        _wait_if_asked()
+        write_manifest(partial, snapshot.step, guard)
+
+    with atomic_directory(folder, seal) as partial:
+        write_model(model, encoder, partial, snapshot.weights)
+        _wait_if_asked()
+        save_file(snapshot.optimizer, partial / _OPTIMIZER)
+        _wait_if_asked()
+        save_file(snapshot.random, partial / _RANDOM)
+        (partial / _STATE).write_text(json.dumps(snapshot.state, indent=1), encoding="utf-8")
+    return folder
+
+
+def _wait_if_asked() -> None:
+    """TUNESMITH_SLOW_SAVE, in seconds, makes the writer slow for bench/chaos.py, which kills it half-way."""
+    time.sleep(float(os.environ.get("TUNESMITH_SLOW_SAVE", "0")))
+
+
+def write_manifest(folder: Path, step: int, guard: Mapping[str, Any]) -> None:
+    files = {
+        name: {"size": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in _names(folder)
+    }
+    content = {"format": FORMAT, "step": step, "files": files, "guard": guard}
+    (folder / MANIFEST).write_text(
+        json.dumps({**content, "sha256": sha256_text(_canonical(content))}, indent=1), encoding="utf-8"
+    )
+
+
+def _names(folder: Path) -> list[str]:
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
+
+
+def _canonical(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, sort_keys=True)
+
+
+class DamagedError(Exception):
+    """Why a folder is no checkpoint."""
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """What the manifest says.
+
+    Raises:
+        DamagedError: it is missing, unreadable, changed, or of a later format.
+    """
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        own = content.pop("sha256")
+        if content["format"] > FORMAT:
+            raise DamagedError(f"{MANIFEST} is of format {content['format']}; this tunesmith reads up to {FORMAT}")
+        is_whole = sha256_text(_canonical(content)) == own
+    except FileNotFoundError:
+        raise DamagedError(f"{MANIFEST} is missing") from None
+    except OSError as error:
+        raise DamagedError(f"{MANIFEST} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise DamagedError(f"{MANIFEST} is damaged") from None
+    if not is_whole:
+        raise DamagedError(f"{MANIFEST} is damaged: its own hash does not fit")
+    return Checkpoint(folder, content["step"], content["files"], content["guard"])
+
+
+def find_damage(checkpoint: Checkpoint) -> str:
+    """What does not fit the manifest, file by file; empty where everything does."""
+    for name, wanted in checkpoint.files.items():
+        path = checkpoint.folder / name
+        try:
+            size = path.stat().st_size
+            if size != wanted["size"]:
+                return f"{name} has {size:,} bytes instead of {wanted['size']:,}"
+            if sha256_file(path) != wanted["sha256"]:
+                return f"{name} is changed: its SHA-256 does not fit"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+    foreign = sorted(set(_names(checkpoint.folder)) - set(checkpoint.files))
+    return f"{foreign[0]} is a foreign file; take it out" if foreign else ""
+
+
+def list_checkpoints(run: Path) -> tuple[list[Checkpoint], dict[Path, str]]:
+    """Those whose manifest can be read, oldest first, and the folders that have none that can, with the reason."""
+    found, damaged = [], {}
+    root = run / "checkpoints"
+    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+        if folder.is_dir() and not folder.name.startswith("."):
+            try:
+                found.append(read_checkpoint(folder))
+            except DamagedError as error:
+                damaged[folder] = str(error)
+    return sorted(found, key=lambda checkpoint: checkpoint.step), damaged
+
+
+def newest_valid(run: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
+    """The newest checkpoint that verifies, and what is wrong with those that do not."""
+    found, damaged = list_checkpoints(run)
+    for checkpoint in reversed(found):
+        damage = find_damage(checkpoint)
+        if not damage:
+            return checkpoint, damaged
+        damaged[checkpoint.folder] = damage
+    return None, damaged
 
 
 def prune_checkpoints(run: Path, keep: int, best_step: int | None) -> None:
     """Delete the oldest beyond `keep`; the best one stays."""
-    best = checkpoint_path(run, best_step) if best_step is not None else None
-    for old in list_checkpoints(run)[:-keep]:
-        if old != best:
-            shutil.rmtree(old)
+    found, _ = list_checkpoints(run)
+    for old in found[:-keep]:
+        if old.step != best_step:
+            remove_folder(old.folder)
+
+
+def remove_folder(folder: Path) -> None:
+    """Gone under its name at once, so that a kill in the middle leaves no half of it."""
+    hidden = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def leftovers(run: Path) -> Iterator[Path]:
+    """What a killed writer left under hidden names."""
+    for root in (run, run / "checkpoints"):
+        for pattern in (".*.partial", ".*.old"):
+            yield from root.glob(pattern)
+
+
+def estimate_bytes(model: nn.Module) -> int:
+    """What a checkpoint takes: weights, and two averages of those that are trained."""
+    parameters = list(model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    return weights + 2 * trained

@@ -33,12 +33,16 @@ def print_summary(lines: list[tuple[str, str]]) -> None:
 
 
 class StepDisplay:
-    """A rich progress bar on a terminal, else about twenty plain lines over the run."""
+    """A rich progress bar on a terminal, else about twenty plain lines over the run.
 
-    def __init__(self, total_steps: int) -> None:
-        self.total_steps = total_steps
+    Args:
+        first_step: where a resumed run begins.
+    """
+
+    def __init__(self, total_steps: int, first_step: int = 0) -> None:
+        self.total_steps, self.first_step = total_steps, first_step
         self.started = time.perf_counter()
-        self._next_line = 1
+        self._next_line = first_step + 1
         self._bar: Progress | None = None
         if sys.stdout.isatty():
             self._bar = Progress(
@@ -49,24 +53,25 @@ class StepDisplay:
                 TimeRemainingColumn(),
                 console=Console(),
             )
-            self._task = self._bar.add_task("", total=total_steps, line="")
+            self._task = self._bar.add_task("", total=total_steps, completed=first_step, line="")
             self._bar.start()
 
-    def show(self, record: dict[str, Any]) -> None:
-        line = format_record(record)
+    def show(self, record: dict[str, Any], remark: str = "") -> None:
+        """A record as a line; `remark` stands at the end of each line for as long as it holds."""
+        line = "  ".join(part for part in (format_record(record), remark) if part)
         step = record["step"]
         if self._bar:
             self._bar.update(self._task, completed=step, line=line)
-            if "eval_loss" in record:
+            if "eval_loss" in record or "rows" in record:
                 self._bar.console.print(f"step {step}: {line}", highlight=False)
-        elif step >= self._next_line or step == self.total_steps or "eval_loss" in record:
+        elif step >= self._next_line or step == self.total_steps or remark or {"eval_loss", "rows"} & set(record):
             self._next_line = step + max(1, self.total_steps // _PLAIN_LINES)
             print(f"step {step}/{self.total_steps}  {line}{self._time_left(step)}", flush=True)
 
     def _time_left(self, step: int) -> str:
-        if step == 0:
+        if step <= self.first_step:
             return ""
-        seconds = (time.perf_counter() - self.started) / step * (self.total_steps - step)
+        seconds = (time.perf_counter() - self.started) / (step - self.first_step) * (self.total_steps - step)
         return f"  {seconds // 60:.0f}:{seconds % 60:02.0f} left" if step < self.total_steps else ""
 
     def close(self) -> None:
@@ -84,4 +89,9 @@ def format_record(record: dict[str, Any]) -> str:
             f"perplexity {record['eval_perplexity']:.2f}",
             f"accuracy {record['eval_token_accuracy']:.1%}",
         ]
+    if "rows" in record:
+        shown = ", ".join(record["rows"][:4]) + (" ..." if len(record["rows"]) > 4 else "")
+        times = record.get("grad_norm_jump")
+        what = f"gradient norm {times} times the usual" if times else "left out, its loss is not finite"
+        parts.append(f"{what}: rows {shown}")
     return "  ".join(parts)

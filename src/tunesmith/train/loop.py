@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,22 @@ import numpy as np
 import torch
 
 from tunesmith.config import RunConfig
-from tunesmith.data.encode import Encoder
-from tunesmith.data.pack import PackedBatch, build_batches, plan_epoch
-from tunesmith.data.store import TokenStore
-from tunesmith.errors import RunError
+from tunesmith.data.pack import PackedBatch, build_batches
+from tunesmith.errors import InterruptedRun, RunError
 from tunesmith.model.loss import SupervisedLM, to_tensors
-from tunesmith.train.checkpoint import prune_checkpoints, save_checkpoint
+from tunesmith.train.checkpoint import Snapshot, copy_optimizer, copy_weights
 from tunesmith.train.evaluate import EvalResult, evaluate
+from tunesmith.train.interrupt import StopRequest
 from tunesmith.train.metrics import Tracker
 from tunesmith.train.optim import lr_at, set_lr
+from tunesmith.train.plan import Plan, PlannedStep
 from tunesmith.train.precision import Precision
+from tunesmith.train.randomness import take_random_states
+from tunesmith.train.saver import Saver
 
 DEFAULT_SAVE_STEPS = 500
+MAX_SKIPPED = 10  # steps in a row that train.on_nonfinite skip leaves out
+_JUMP, _JUMP_WINDOW, _JUMP_STEPS = 5.0, 50, 20  # a gradient norm 5 times the mean of the last 50 steps, 20 at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,56 +100,44 @@ class NotFiniteError(Exception):
         super().__init__(f"loss {result.loss}, gradient norm {result.grad_norm}")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Which samples are trained, in which packs, and how many steps that makes.
-
-    Attributes:
-        train_ids, eval_ids: sample numbers of the stores.
-        total_steps: optimizer steps of the run.
-        first_epoch: the packs of epoch 0, for the summary.
-    """
-
-    train: TokenStore
-    train_ids: np.ndarray
-    eval: TokenStore | None
-    eval_packs: list[np.ndarray]
-    capacity: int
-    seed: int
-    grad_accum_steps: int
-    total_steps: int
-    first_epoch: list[np.ndarray]
-
-    def epoch(self, number: int) -> list[np.ndarray]:
-        packs = plan_epoch(self.train.lengths[self.train_ids], self.capacity, self.seed, number)
-        return [self.train_ids[pack] for pack in packs]
-
-    def steps(self) -> Iterator[tuple[float, list[np.ndarray]]]:
-        """Epochs done after the step, and the packs of the step; endless."""
-        number = 0
-        while True:
-            packs = self.first_epoch if number == 0 else self.epoch(number)
-            for start in range(0, len(packs), self.grad_accum_steps):
-                group = packs[start : start + self.grad_accum_steps]
-                yield number + (start + len(group)) / len(packs), group
-            number += 1
-
-
 @dataclass
 class Progress:
-    """How far the run is; what a checkpoint remembers."""
+    """How far the run is; what a checkpoint remembers.
+
+    Attributes:
+        place: (epoch, pack in it) where the next step begins.
+        skipped: steps left out because their loss was not finite; skipped_in_a_row, the last ones of them.
+        grad_norms: the last ones, to tell a jump by.
+    """
 
     step: int = 0
     epoch: float = 0.0
+    place: tuple[int, int] = (0, 0)
     tokens: int = 0
     supervised_tokens: int = 0
     best_step: int | None = None
     best_eval_loss: float = math.inf
     evals_without_gain: int = 0
+    stopped_early: bool = False
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    grad_norms: list[float] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         best = self.best_eval_loss if math.isfinite(self.best_eval_loss) else None
-        return {**self.__dict__, "best_eval_loss": best}
+        return {**self.__dict__, "place": list(self.place), "best_eval_loss": best}
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Progress:
+        best = saved["best_eval_loss"]
+        known = {f.name: saved[f.name] for f in fields(cls)}
+        return cls(**known | {"place": tuple(saved["place"]), "best_eval_loss": math.inf if best is None else best})
+
+    def jump(self, grad_norm: float) -> float | None:
+        """How many times larger a gradient norm is than the mean of the last ones, where that is remarkable."""
+        usual = sum(self.grad_norms) / len(self.grad_norms) if len(self.grad_norms) >= _JUMP_STEPS else 0.0
+        self.grad_norms = [*self.grad_norms[1 - _JUMP_WINDOW :], grad_norm]
+        return grad_norm / usual if usual and grad_norm > _JUMP * usual else None
 
 
 @dataclass
@@ -181,6 +173,18 @@ class Window:
             before = 0 if self.expert_counts is None else self.expert_counts
             self.expert_counts = before + result.expert_counts
 
+    def to_json(self) -> dict[str, Any]:
+        counts = self.expert_counts.tolist() if self.expert_counts is not None else None
+        sums = {name: getattr(self, name) for name in ("loss_sum", "router_sum", "targets", "tokens", "steps")}
+        return {**sums, "expert_counts": counts, "seconds": self.seconds()}
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Window:
+        counts = saved["expert_counts"]
+        sums = {name: saved[name] for name in ("loss_sum", "router_sum", "targets", "tokens", "steps")}
+        started = time.perf_counter() - saved["seconds"]
+        return cls(**sums, expert_counts=np.array(counts) if counts is not None else None, started=started)
+
 
 @dataclass
 class Trainer:
@@ -190,68 +194,96 @@ class Trainer:
     run: Path
     lm: SupervisedLM
     optimizer: torch.optim.Optimizer
-    encoder: Encoder
+    scaler: torch.amp.GradScaler
     plan: Plan
     precision: Precision
+    saver: Saver
     trackers: list[Tracker]
-    on_log: Callable[[dict[str, Any]], None]
+    stop: StopRequest
+    on_log: Callable[[dict[str, Any], str], None]
     progress: Progress = field(default_factory=Progress)
+    window: Window = field(default_factory=Window)
 
     def train(self) -> None:
-        """Run all steps.
+        """Run all steps from where `progress` is, and save the last one.
 
         Raises:
-            RunError: the loss stopped being finite; the rows of that step are named.
+            RunError: the loss stopped being finite; the rows of that step are named. Or the last checkpoint could not
+                be saved.
+            InterruptedRun: somebody asked the run to end; it is saved.
         """
-        train, progress, total = self.config.train, self.progress, self.plan.total_steps
-        scaler = self.precision.scaler(next(self.lm.parameters()).device)
-        save_steps = train.save_steps or DEFAULT_SAVE_STEPS
+        progress, total = self.progress, self.plan.total_steps
         self.lm.train()
-        if self.plan.eval is not None:
+        if self.plan.eval is not None and progress.step == 0:
             self._log({"step": 0, "epoch": 0.0} | self._evaluate().to_record())  # what the model knows already
-        window = Window()
-        for epoch, packs in self.plan.steps():
-            lr = lr_at(progress.step, total, self.config.optim)
-            set_lr(self.optimizer, lr)
-            batches = list(build_batches(self.plan.train, packs, one_document=not self.lm.is_packed))
-            try:
-                result = train_step(
-                    self.lm, self.optimizer, batches, self.config.optim.max_grad_norm, self.precision, scaler
-                )
-            except NotFiniteError as error:
-                raise RunError(self._explain_not_finite(error, batches)) from None
-            progress.step += 1
-            progress.epoch = epoch
-            progress.tokens += result.num_tokens
-            progress.supervised_tokens += result.num_targets
-            window.add(result)
-            is_last = progress.step == total
-            record = {}
-            if progress.step % train.log_steps == 0 or is_last:
-                record = self._record(window, lr, result.grad_norm)
-                window = Window()
-            stop_early = False
-            if self._evaluates_now(is_last):
-                with window.pause():
-                    record = (record or {"step": progress.step, "epoch": progress.epoch}) | self._evaluate().to_record()
-                    stop_early = self._judge(record["eval_loss"])
+        self._saved_at = time.monotonic()
+        for planned in self.plan.steps(progress.place):
+            if progress.step >= total or progress.stopped_early:
+                break
+            record = self._step(planned)
+            if self._evaluates_now():
+                with self.window.pause():
+                    record = (record or self._head()) | self._evaluate().to_record()
+                    is_best = self._judge(record["eval_loss"])
+            else:
+                is_best = False
             if record:
                 self._log(record)
-            if progress.step % save_steps == 0 and not is_last and progress.best_step != progress.step:
-                with window.pause():
-                    self._save()
-            if is_last or stop_early:
-                return
+            if self.stop.is_made:
+                self._save_last()
+                raise InterruptedRun(f"interrupted at step {progress.step}, which is saved.")
+            if progress.step < total and (is_best or self._saves_now()):
+                with self.window.pause():
+                    self.save()
+        self._save_last()
+
+    def _step(self, planned: PlannedStep) -> dict[str, Any]:
+        """One update, or none where the loss is not finite; the record to log, if it is time for one."""
+        train, progress = self.config.train, self.progress
+        lr = lr_at(progress.step, self.plan.total_steps, self.config.optim)
+        set_lr(self.optimizer, lr)
+        batches = list(build_batches(self.plan.train, planned.packs, one_document=not self.lm.is_packed))
+        try:
+            result = train_step(
+                self.lm, self.optimizer, batches, self.config.optim.max_grad_norm, self.precision, self.scaler
+            )
+        except NotFiniteError as error:
+            return self._leave_out(planned, error, batches)
+        progress.step += 1
+        progress.epoch, progress.place = planned.epoch, planned.after
+        progress.tokens += result.num_tokens
+        progress.supervised_tokens += result.num_targets
+        progress.skipped_in_a_row = 0
+        self.window.add(result)
+        jump = progress.jump(result.grad_norm) if math.isfinite(result.grad_norm) else None
+        if not jump and progress.step % train.log_steps and progress.step != self.plan.total_steps:
+            return {}
+        record = self._record(self.window, lr, result.grad_norm)
+        self.window = Window()
+        return record | ({"grad_norm_jump": round(jump, 1), "rows": self._rows(batches)} if jump else {})
+
+    def _leave_out(self, planned: PlannedStep, error: NotFiniteError, batches: Sequence[PackedBatch]) -> dict[str, Any]:
+        progress = self.progress
+        if self.config.train.on_nonfinite == "stop" or progress.skipped_in_a_row >= MAX_SKIPPED:
+            raise RunError(self._explain_not_finite(error, batches)) from None
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        progress.step += 1
+        progress.epoch, progress.place = planned.epoch, planned.after
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        return self._head() | {"skipped": progress.skipped, "rows": self._rows(batches)}
+
+    def _head(self) -> dict[str, Any]:
+        return {"step": self.progress.step, "epoch": round(self.progress.epoch, 4)}
 
     def _log(self, record: dict[str, Any]) -> None:
         for tracker in self.trackers:
             tracker.log(record)
-        self.on_log(record)
+        self.on_log(record, self.saver.failure)
 
     def _record(self, window: Window, lr: float, grad_norm: float) -> dict[str, Any]:
-        record = {
-            "step": self.progress.step,
-            "epoch": round(self.progress.epoch, 4),
+        record = self._head() | {
             "loss": window.loss_sum / max(1, window.targets),
             "lr": lr,
             "grad_norm": grad_norm,
@@ -265,9 +297,9 @@ class Trainer:
             record["expert_load"] = [round(float(x), 4) for x in window.expert_counts / window.expert_counts.sum()]
         return record
 
-    def _evaluates_now(self, is_last: bool) -> bool:
-        every = self.config.train.eval_steps
-        return self.plan.eval is not None and (is_last or bool(every and self.progress.step % every == 0))
+    def _evaluates_now(self) -> bool:
+        every, step = self.config.train.eval_steps, self.progress.step
+        return self.plan.eval is not None and (step == self.plan.total_steps or bool(every and step % every == 0))
 
     def _evaluate(self) -> EvalResult:
         assert self.plan.eval is not None
@@ -275,29 +307,56 @@ class Trainer:
         return evaluate(self.lm, self.plan.eval, self.plan.eval_packs, self.precision, device)
 
     def _judge(self, eval_loss: float) -> bool:
-        """Keep the best model; True where patience has run out."""
+        """Whether this is the best model so far, and so worth a checkpoint; notes where patience has run out."""
         if not self.config.train.eval_steps:
             return False
         progress = self.progress
         if eval_loss < progress.best_eval_loss:
             progress.best_eval_loss, progress.best_step = eval_loss, progress.step
             progress.evals_without_gain = 0
-            if progress.step < self.plan.total_steps:  # the last step's weights become RUN/model anyway
-                self._save()
-        else:
-            progress.evals_without_gain += 1
+            return True
+        progress.evals_without_gain += 1
         patience = self.config.train.early_stop_patience
-        return bool(patience and progress.evals_without_gain >= patience)
+        progress.stopped_early = bool(patience and progress.evals_without_gain >= patience)
+        return False
 
-    def _save(self) -> None:
-        state = self.progress.to_json()
-        save_checkpoint(self.run, self.lm.model, self.optimizer, self.encoder, state)
-        prune_checkpoints(self.run, self.config.train.keep_checkpoints, self.progress.best_step)
+    def _saves_now(self) -> bool:
+        train = self.config.train
+        is_due = bool(train.save_minutes) and time.monotonic() - self._saved_at >= 60 * (train.save_minutes or 0)
+        return is_due or self.progress.step % (train.save_steps or DEFAULT_SAVE_STEPS) == 0
+
+    def save(self) -> None:
+        """Take a snapshot and let it be written beside the next steps."""
+        random, others = take_random_states()
+        model = self.lm.model
+        state = {
+            **self.progress.to_json(),
+            "total_steps": self.plan.total_steps,
+            "window": self.window.to_json(),
+            "scaler": self.scaler.state_dict(),
+            "random": others,
+        }
+        for tracker in self.trackers:
+            tracker.sync()  # what a resumed run will not log again must be on disk before its checkpoint
+        snapshot = Snapshot(copy_weights(model), copy_optimizer(model, self.optimizer), random, state)
+        self.saver.save(snapshot, self.progress.best_step)
+        self._saved_at = time.monotonic()
+
+    def _save_last(self) -> None:
+        self.save()
+        self.saver.wait()
+        if self.saver.failure:
+            raise RunError(f"the last checkpoint could not be saved: {self.saver.failure}. Make room there.")
+
+    def _rows(self, batches: Sequence[PackedBatch]) -> list[str]:
+        return [self.plan.train.where(sample) for batch in batches for sample in batch.samples]
 
     def _explain_not_finite(self, error: NotFiniteError, batches: Sequence[PackedBatch]) -> str:
-        rows = [self.plan.train.where(sample) for batch in batches for sample in batch.samples]
+        rows = self._rows(batches)
         shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        before = f"{self.progress.skipped_in_a_row} steps before it were left out already. "
         return (
             f"step {self.progress.step + 1}: {error}. No update was made. The step was made of {shown}. "
+            f"{before if self.progress.skipped_in_a_row else ''}"
             "Look at these rows (tunesmith preview), lower optim.lr, or train in fp32 or bf16 instead of fp16."
         )

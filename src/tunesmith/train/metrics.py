@@ -5,85 +5,148 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from tunesmith.errors import ConfigError
+from tunesmith.files import is_no_room, write_text_atomic
 
 Record = dict[str, Any]
 
 
 class Tracker(Protocol):
     def log(self, record: Record) -> None: ...
+    def sync(self) -> None: ...
     def finish(self) -> None: ...
 
 
 class MetricsFile:
-    """Appends records; each line is whole on disk before the next step begins."""
+    """Appends records, a line each; on a full disk they wait in memory until there is room.
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+    Args:
+        last_step: of the checkpoint that the run goes on from; lines of later steps are taken out, since these steps
+            will be made again. None keeps nothing.
+    """
+
+    def __init__(self, path: Path, last_step: int | None = None) -> None:
+        kept = [line for line in _whole_lines(path) if last_step is not None and json.loads(line)["step"] <= last_step]
+        if path.exists():
+            write_text_atomic(path, "".join(f"{line}\n" for line in kept))
+        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._waiting = b""
 
     def log(self, record: Record) -> None:
         # NaN is not JSON; null keeps the line readable everywhere
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        self._waiting += (json.dumps(clean) + "\n").encode()
+        try:
+            self._write()
+        except OSError as error:
+            if not is_no_room(error):
+                raise
+
+    def _write(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[os.write(self._fd, self._waiting) :]
+
+    def sync(self) -> None:
+        try:
+            self._write()
+            os.fsync(self._fd)
+        except OSError as error:
+            if not is_no_room(error):
+                raise
 
     def finish(self) -> None:
-        self._file.close()
+        try:
+            self._write()
+        finally:
+            os.close(self._fd)
+
+
+def _whole_lines(path: Path) -> Iterator[str]:
+    """Lines that are JSON; a kill may have cut the last one."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            json.loads(line)
+        except ValueError:
+            continue
+        yield line
 
 
 class TensorBoardTracker:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, last_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        # TensorBoard itself leaves out what an earlier writer logged from purge_step on
+        purge_step = last_step + 1 if last_step is not None else None
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
 
     def log(self, record: Record) -> None:
         for name, value in _numbers(record).items():
             self._writer.add_scalar(name, value, record["step"])
+
+    def sync(self) -> None:
+        self._writer.flush()
 
     def finish(self) -> None:
         self._writer.close()
 
 
 class WandbTracker:
-    def __init__(self, folder: Path, run_name: str, config: Record) -> None:
+    def __init__(self, folder: Path, run_id: str, config: Record) -> None:
         import wandb
 
-        self._run = wandb.init(project="tunesmith", name=run_name, config=config, dir=str(folder))
+        self._run = wandb.init(
+            project="tunesmith", name=folder.name, config=config, dir=str(folder), id=run_id, resume="allow"
+        )
 
     def log(self, record: Record) -> None:
         self._run.log(_numbers(record), step=record["step"])
+
+    def sync(self) -> None:
+        pass  # it sends by itself
 
     def finish(self) -> None:
         self._run.finish()
 
 
 class SwanlabTracker:
-    def __init__(self, folder: Path, run_name: str, config: Record) -> None:
+    def __init__(self, folder: Path, run_id: str, config: Record) -> None:
         import swanlab
 
         self._swanlab = swanlab
-        swanlab.init(project="tunesmith", experiment_name=run_name, config=config, logdir=str(folder / "swanlab"))
+        swanlab.init(
+            project="tunesmith", name=folder.name, config=config, log_dir=str(folder / "swanlab"), id=run_id,
+            resume="allow",
+        )  # fmt: skip
 
     def log(self, record: Record) -> None:
         self._swanlab.log(_numbers(record), step=record["step"])
+
+    def sync(self) -> None:
+        pass  # it sends by itself
 
     def finish(self) -> None:
         self._swanlab.finish()
 
 
 class TrackioTracker:
-    def __init__(self, run_name: str, config: Record) -> None:
+    def __init__(self, folder: Path, config: Record) -> None:
         import trackio
 
         self._trackio = trackio
-        trackio.init(project="tunesmith", name=run_name, config=config)
+        trackio.init(project="tunesmith", name=folder.name, config=config, resume="allow")
 
     def log(self, record: Record) -> None:
         self._trackio.log(_numbers(record), step=record["step"])
+
+    def sync(self) -> None:
+        pass  # it sends by itself
 
     def finish(self) -> None:
         self._trackio.finish()
@@ -106,16 +169,24 @@ def require_trackers(names: list[str]) -> None:
         raise ConfigError("train.trackers", missing)
 
 
-def start_trackers(names: list[str], folder: Path, config: Record) -> list[Tracker]:
-    """The metrics file, then the trackers by name. `config` must hold no secrets (ours never does)."""
-    trackers: list[Tracker] = [MetricsFile(folder / "metrics.jsonl")]
+def start_trackers(
+    names: list[str], folder: Path, config: Record, run_id: str, last_step: int | None = None
+) -> list[Tracker]:
+    """The metrics file, then the trackers by name.
+
+    Args:
+        config: must hold no secrets (ours never does).
+        run_id: under which wandb and swanlab find the run again.
+        last_step: of the checkpoint that the run goes on from.
+    """
+    trackers: list[Tracker] = [MetricsFile(folder / "metrics.jsonl", last_step)]
     for name in names:
         if name == "tensorboard":
-            trackers.append(TensorBoardTracker(folder))
+            trackers.append(TensorBoardTracker(folder, last_step))
         elif name == "wandb":
-            trackers.append(WandbTracker(folder, folder.name, config))
+            trackers.append(WandbTracker(folder, run_id, config))
         elif name == "swanlab":
-            trackers.append(SwanlabTracker(folder, folder.name, config))
+            trackers.append(SwanlabTracker(folder, run_id, config))
         elif name == "trackio":
-            trackers.append(TrackioTracker(folder.name, config))
+            trackers.append(TrackioTracker(folder, config))
     return trackers

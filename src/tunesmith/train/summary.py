@@ -16,8 +16,8 @@ from tunesmith.model.isolation import Isolation
 from tunesmith.model.load import count_parameters
 from tunesmith.model.loss import SupervisedLM
 from tunesmith.train.console import format_bytes, format_count
-from tunesmith.train.loop import Plan
 from tunesmith.train.loop import Progress as RunProgress
+from tunesmith.train.plan import Plan
 from tunesmith.train.precision import Precision
 
 

@@ -14,7 +14,7 @@ from tunesmith.data.store import open_store
 from tunesmith.errors import TunesmithError
 from tunesmith.files import write_text_atomic
 from tunesmith.model.load import count_parameters
-from tunesmith.train.run import split_eval
+from tunesmith.train.plan import split_eval
 from tunesmith.use.charts import CHART_CSS, Series, line_chart
 from tunesmith.use.generate import Sampling, Speaker, decode_reply, generate_ids, load_speaker
 

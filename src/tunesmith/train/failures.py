@@ -1,0 +1,74 @@
+"""What can go wrong during a run, in one message each, with what still stands and how to go on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from tunesmith.config import RunConfig
+from tunesmith.errors import InterruptedRun, RunError
+from tunesmith.files import is_no_room
+from tunesmith.train.checkpoint import newest_valid
+from tunesmith.train.loop import Trainer
+
+RUN_FILE = "run.json"
+
+
+@contextmanager
+def explained_failures(run: Path, config: RunConfig, capacity: int) -> Iterator[list[Trainer]]:
+    """Turn failures into errors that name the last good checkpoint and the command to go on.
+
+    Yields a list that the trainer is put into once there is one.
+    """
+    running: list[Trainer] = []
+
+    def where() -> str:
+        return f"at step {running[0].progress.step}" if running else "before step 1"
+
+    try:
+        yield running
+    except KeyboardInterrupt:
+        if not (run / RUN_FILE).exists():
+            raise
+        raise InterruptedRun(f"interrupted {where()}. {how_to_go_on(run)}") from None
+    except InterruptedRun as stopped:
+        raise InterruptedRun(f"{stopped} {how_to_go_on(run)}") from None
+    except torch.OutOfMemoryError:
+        raise RunError(f"{explain_out_of_memory(config, capacity)} {how_to_go_on(run)}") from None
+    except (OSError, SafetensorError) as error:
+        if not is_no_room(error):
+            raise
+        raise RunError(f"{run}: no room left on the disk {where()}. Make room there. {how_to_go_on(run)}") from None
+    except RunError as error:
+        raise RunError(f"{error} {how_to_go_on(run)}") from None
+
+
+def how_to_go_on(run: Path) -> str:
+    if not (run / RUN_FILE).exists():
+        return "Nothing of it was kept."
+    last, _ = newest_valid(run)
+    stands = f"Last good checkpoint: {last.folder}." if last else "There is no checkpoint yet; it would begin anew."
+    return f"{stands} Go on with: tunesmith resume {run}"
+
+
+def explain_out_of_memory(config: RunConfig, capacity: int) -> str:
+    """What to lower and by how much; halving the forward and doubling the accumulation trains the same."""
+    train = config.train
+    half, longest = capacity // 2, config.data.max_seq_len or capacity
+    advice = []
+    if half >= longest:
+        advice.append(
+            f"set train.micro_batch_tokens {half} and train.grad_accum_steps {train.grad_accum_steps * 2} (same step, "
+            "half the activations)"
+        )
+    else:
+        advice.append(f"set data.max_seq_len {longest // 2} and train.micro_batch_tokens {half}")
+    if not train.gradient_checkpointing:
+        advice.append("set train.gradient_checkpointing true")
+    if train.precision != "bf16_pure":
+        advice.append("set train.precision bf16_pure (half the weights and optimizer state)")
+    return f"the GPU is out of memory. In this order: {'; '.join(advice)}."

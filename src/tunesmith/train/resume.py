@@ -1,0 +1,251 @@
+"""`tunesmith resume RUN`: go on from the newest checkpoint that verifies, as the run that it was."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.config import ModelSection, RunConfig, resolve_config
+from tunesmith.data.ledger import Ledger
+from tunesmith.data.store import open_store
+from tunesmith.errors import TunesmithError
+from tunesmith.train.checkpoint import Checkpoint, leftovers, newest_valid, restore_optimizer
+from tunesmith.train.console import print_summary
+from tunesmith.train.failures import RUN_FILE, explained_failures
+from tunesmith.train.folder import locked
+from tunesmith.train.guard import RELABELS, compare_files, compare_runs, describe_store, refuse_changes
+from tunesmith.train.interrupt import StopRequest
+from tunesmith.train.loop import Progress, Trainer, Window
+from tunesmith.train.metrics import require_trackers
+from tunesmith.train.optim import lr_at
+from tunesmith.train.plan import Prepared, prepare_data
+from tunesmith.train.randomness import restore_random_states
+from tunesmith.train.run import (
+    Setting,
+    assemble,
+    build_trainer,
+    choose_setting,
+    finish_run,
+    make_guard,
+    train_to_end,
+    write_run_files,
+)
+from tunesmith.train.summary import RunFacts, summary_lines
+
+
+def run_resume(name: str, flags: Mapping[str, Any], allowed: Sequence[str] = (), unknown: Sequence[str] = ()) -> Path:
+    """Go on with a run, or extend a finished one; returns the folder of the finished model.
+
+    Args:
+        flags: dotted key -> value as typed, over RUN/config.yaml.
+        allowed: parts of guard.PARTS that the person means to change.
+    """
+    run = find_run(name)
+    saved = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
+    config = resolve_config(RunConfig, run / "config.yaml", flags, list(unknown))
+    config = config.model_copy(update={"train": config.train.model_copy(update={"output_dir": name})})
+    require_trackers(list(config.train.trackers))
+    with locked(run), StopRequest() as stop, started_in(saved["cwd"]):
+        for path in leftovers(run):
+            shutil.rmtree(path, ignore_errors=True)
+        checkpoint = choose_checkpoint(run, name)
+        state = checkpoint.load_state() if checkpoint else None
+        if state and is_finished(run, state) and "train.max_steps" not in flags and "train.epochs" not in flags:
+            print(
+                f"{name} is finished ({state['step']:,} steps); nothing to do. "
+                f"To train it longer: tunesmith resume {name} --train.max_steps N"
+            )
+            return run / "model"
+        before = checkpoint.guard if checkpoint else saved["guard"]
+        keep_threads(before["threads"])
+        date = datetime.datetime.fromisoformat(saved["date"])
+        setting = choose_setting(config, date)
+        with explained_failures(run, config, setting.capacity) as running:
+            prepared, guard = take_up(run, name, config, setting, before, allowed)
+            weights = config.model
+            if checkpoint:
+                weights = ModelSection(path=str(checkpoint.folder), trust_remote_code=config.model.trust_remote_code)
+            facts = assemble(config, setting, prepared, weights)
+            if state:
+                check_steps(name, before["config"], facts, state, allowed, is_finished(run, state))
+            print_summary([("resume", describe_place(name, checkpoint, state, facts)), *summary_lines(facts)])
+            saved["guard"] = guard
+            write_run_files(run, facts, date, saved)
+            trainer = build_trainer(run, facts, stop, saved, state["step"] if state else None)
+            running.append(trainer)
+            torch.manual_seed(config.train.seed)
+            if checkpoint and state:
+                restore(trainer, checkpoint, state)
+            train_to_end(trainer)
+            return finish_run(trainer, facts)
+
+
+def find_run(name: str) -> Path:
+    """The folder of a run that can be gone on with.
+
+    Raises:
+        TunesmithError: it is none.
+    """
+    run = Path(name).expanduser()
+    if not run.is_dir():
+        raise TunesmithError(f"{name}: no such folder. Give the RUN folder that tunesmith train was given as --output.")
+    if not (run / RUN_FILE).is_file():
+        raise TunesmithError(f"{name}: is not a run that can be gone on with (no {RUN_FILE} in it).")
+    return run.resolve()
+
+
+@contextlib.contextmanager
+def started_in(folder: str) -> Any:
+    """Names in config.yaml are read from where the run began."""
+    if not Path(folder).is_dir():
+        yield
+        return
+    with contextlib.chdir(folder):
+        yield
+
+
+def choose_checkpoint(run: Path, name: str) -> Checkpoint | None:
+    """The newest that verifies; what is wrong with newer ones is said.
+
+    Raises:
+        TunesmithError: there are checkpoints, but none verifies.
+    """
+    checkpoint, damaged = newest_valid(run)
+    lines = [f"damaged: {folder.name}: {reason}" for folder, reason in sorted(damaged.items(), reverse=True)]
+    if damaged and checkpoint is None:
+        raise TunesmithError(
+            f"{name}: no checkpoint verifies.\n  " + "\n  ".join(lines) + f"\nTo begin again at step 0, remove "
+            f"{run / 'checkpoints'} first."
+        )
+    if checkpoint and any(folder.name > checkpoint.folder.name for folder in damaged):
+        lines.append(f"going on from the newest one that verifies, {checkpoint.folder.name}")
+    for line in lines:
+        print(line)
+    return checkpoint
+
+
+def is_finished(run: Path, state: Mapping[str, Any]) -> bool:
+    is_done = state["step"] >= state["total_steps"] or state["stopped_early"]
+    return is_done and (run / "model").is_dir()
+
+
+def keep_threads(threads: int) -> None:
+    """Sums over threads round differently for another number of them."""
+    if torch.get_num_threads() != threads and not torch.cuda.is_available():
+        print(f"threads: {threads}, as the run began ({torch.get_num_threads()} would be usual here)")
+        torch.set_num_threads(threads)
+
+
+def take_up(
+    run: Path, name: str, config: RunConfig, setting: Setting, before: Mapping[str, Any], allowed: Sequence[str]
+) -> tuple[Prepared, dict[str, Any]]:
+    """The run's data, after everything that it is made of has been compared with what it began with.
+
+    Raises:
+        TunesmithError: something that changes the mathematics is not what it was, and not allowed to be.
+    """
+    refusals, notes = compare_files(before["data"], config.data)
+    now = make_guard(config, setting, run)
+    more, others = compare_runs(before, now)
+    changed = refuse_changes([*refusals, *more], allowed, name)
+    for note in [*notes, *others]:
+        print(f"note: {note}")
+    if set(changed) & set(RELABELS):
+        print(f"the data is read again, because of changed {', '.join(changed)}")
+        relabel(run, config, setting)
+        now = make_guard(config, setting, run)
+    else:
+        refuse_damaged_store(run, name, before["store"])
+        now["data"] = before["data"]
+    ledger = json.loads((run / "data_ledger.json").read_text(encoding="utf-8"))
+    has_eval = (run / "eval_tokens").is_dir()
+    return Prepared(
+        open_store(run / "tokens"),
+        Ledger.from_json(ledger["train"]),
+        open_store(run / "eval_tokens") if has_eval else None,
+        Ledger.from_json(ledger["eval"]) if has_eval else None,
+    ), now
+
+
+def refuse_damaged_store(run: Path, name: str, stores: Mapping[str, Mapping[str, str]]) -> None:
+    for folder, files in stores.items():
+        now = describe_store(run / folder) if (run / folder).is_dir() else {}
+        for file, sha256 in files.items():
+            if now.get(file) != sha256:
+                what = "has changed" if file in now else "is missing"
+                raise TunesmithError(
+                    f"{run / folder / file}: {what} since the run began. To read the data again: "
+                    f"tunesmith resume {name} --allow data"
+                )
+
+
+def relabel(run: Path, config: RunConfig, setting: Setting) -> None:
+    """New tokens in place of the old ones, with the ledger that goes with them."""
+    staging = run / f".tokens.{uuid.uuid4().hex[:8]}.partial"
+    staging.mkdir()
+    try:
+        prepared = prepare_data(config.data, setting.encoder, setting.max_seq_len, staging)
+        ledger = {"train": prepared.ledger.to_json(), "eval": None}
+        if prepared.eval_ledger:
+            ledger["eval"] = prepared.eval_ledger.to_json()
+        (run / "data_ledger.json").write_text(json.dumps(ledger), encoding="utf-8")
+        for folder in ("tokens", "eval_tokens"):
+            shutil.rmtree(run / folder, ignore_errors=True)
+            if (staging / folder).is_dir():
+                (staging / folder).rename(run / folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_steps(
+    name: str,
+    before: Mapping[str, Any],
+    facts: RunFacts,
+    state: Mapping[str, Any],
+    allowed: Sequence[str],
+    is_extended: bool,
+) -> None:
+    """Another number of steps is fine where the learning rate allows it, or the run was finished.
+
+    Raises:
+        TunesmithError: the steps are already made, or the schedule of a run in the middle would change.
+    """
+    total, step = facts.plan.total_steps, state["step"]
+    if total == state["total_steps"]:
+        return
+    if total < step:
+        raise TunesmithError(f"{name}: is at step {step} already; --train.max_steps {total} lies before it.")
+    optim = facts.config.optim
+    was, will = lr_at(step, state["total_steps"], optim), lr_at(step, total, optim)
+    if optim.schedule != "constant" and not is_extended and "schedule" not in allowed:
+        raise TunesmithError(
+            f"{name}: {total} steps instead of {state['total_steps']} would change the learning rate from here on "
+            f"(step {step + 1}: {was:.2e} -> {will:.2e}), since optim.schedule is {optim.schedule}. If it is meant: "
+            f"tunesmith resume {name} --train.max_steps {total} --allow schedule"
+        )
+    print(f"note: {total} steps instead of {state['total_steps']}; lr at step {step + 1}: {will:.2e}")
+
+
+def describe_place(name: str, checkpoint: Checkpoint | None, state: Mapping[str, Any] | None, facts: RunFacts) -> str:
+    if checkpoint is None or state is None:
+        return f"{name} has no checkpoint yet; it begins at step 0"
+    return f"{name} from {checkpoint.folder.name}: {facts.plan.total_steps - state['step']:,} steps to go"
+
+
+def restore(trainer: Trainer, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+    """Everything that a checkpoint holds besides the weights."""
+    trainer.progress = Progress.from_json(state)
+    if trainer.progress.step < trainer.plan.total_steps and trainer.progress.stopped_early:
+        trainer.progress.stopped_early, trainer.progress.evals_without_gain = False, 0
+    trainer.window = Window.from_json(state["window"])
+    restore_optimizer(trainer.lm.model, trainer.optimizer, checkpoint.load_optimizer())
+    trainer.scaler.load_state_dict(state["scaler"])
+    restore_random_states(checkpoint.load_random(), state["random"])

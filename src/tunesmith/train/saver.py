@@ -1,0 +1,68 @@
+"""Checkpoints written beside training, from a snapshot, one at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tunesmith.data.encode import Encoder
+from tunesmith.files import is_no_room
+from tunesmith.train.checkpoint import (
+    Snapshot,
+    find_damage,
+    newest_valid,
+    prune_checkpoints,
+    read_checkpoint,
+    write_checkpoint,
+)
+
+
+class Saver:
+    """Writes snapshots in a thread of its own.
+
+    A disk without room does not end the run: `failure` then says what could not be saved and what still stands, and
+    the next snapshot is tried as if nothing had happened.
+    """
+
+    def __init__(self, run: Path, model: nn.Module, encoder: Encoder, guard: Mapping[str, Any], keep: int) -> None:
+        self.failure = ""
+        self._run, self._model, self._encoder, self._guard, self._keep = run, model, encoder, guard, keep
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, snapshot: Snapshot, best_step: int | None) -> None:
+        """Begin to write; waits only for the snapshot before, if that is not on disk yet."""
+        self.wait()
+        # a daemon: a second Ctrl-C must not wait for the disk
+        self._thread = threading.Thread(target=self._write, args=(snapshot, best_step), name="saver", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the last snapshot is on disk; what went wrong there, other than room, is raised here."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._error:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, snapshot: Snapshot, best_step: int | None) -> None:
+        try:
+            folder = write_checkpoint(self._run, snapshot, self._model, self._encoder, self._guard)
+            damage = find_damage(read_checkpoint(folder))  # before an older one is deleted
+            if damage:
+                self.failure = f"checkpoint of step {snapshot.step} does not verify ({damage}); older ones are kept"
+                return
+            self.failure = ""
+            prune_checkpoints(self._run, self._keep, best_step)
+        except BaseException as error:
+            if is_no_room(error):
+                last, _ = newest_valid(self._run)
+                still = f"the last good one is {last.folder.name}" if last else "there is none yet"
+                self.failure = f"no room for the checkpoint of step {snapshot.step}; {still}"
+            else:
+                self._error = error

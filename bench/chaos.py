@@ -1,11 +1,12 @@
 """Kills a training run with SIGKILL at random moments, resumes it each time, and compares where it ends.
 
-Usage: chaos.py [--kills N] [--seed S] [--folder DIR] [--steps N] [--signal KILL|TERM|INT]
+Usage: chaos.py [--kills N] [--seed S] [--folder DIR] [--steps N] [--signal KILL|TERM|INT] [--deterministic]
 
 A small GPT-2 with dropout is trained on packed chats with accumulation and evaluation in between, once without a kill.
 Then runs of the same config are killed and resumed until N kills are made; TUNESMITH_SLOW_SAVE makes the writer slow,
 so that many of them fall inside a save. Each finished run must have the very same weights (SHA-256 of
-model.safetensors) and the same lines in metrics.jsonl, apart from tokens_per_s. Exit code 1 where one has not.
+model.safetensors) and the same lines in metrics.jsonl, apart from tokens_per_s. Exit code 1 where one has not. On a GPU
+this is promised with train.deterministic only: give --deterministic there.
 
 The child processes are forked from this one, which has imported torch and used it for nothing: so a start costs
 milliseconds, and what is killed is a whole process.
@@ -84,7 +85,8 @@ def train_words(folder: Path, run: Path, steps: int) -> list[str]:
     return ["train", "--model", str(folder / "model"), "--data", str(folder / "train.jsonl"), "--eval-data",
             str(folder / "eval.jsonl"), "--output", str(run), "--data.max_seq_len", "96", "--train.micro_batch_tokens",
             "128", "--train.grad_accum_steps", "2", "--train.max_steps", str(steps), "--train.eval_steps", "7",
-            "--train.save_steps", "3", "--train.log_steps", "2", "--optim.lr", "1e-3", "--train.keep_checkpoints", "2"]  # fmt: skip
+            "--train.save_steps", "3", "--train.log_steps", "2", "--optim.lr", "1e-3", "--train.keep_checkpoints", "2",
+            "--train.deterministic", os.environ.get("CHAOS_DETERMINISTIC", "false")]  # fmt: skip
 
 
 def outcome(run: Path) -> tuple[str, list[dict[str, Any]]]:
@@ -162,7 +164,9 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--folder", type=Path, help="where to work and what to keep (default: a temporary folder)")
     parser.add_argument("--signal", choices=["KILL", "TERM", "INT"], default="KILL", help="KILL (default), TERM or INT")
+    parser.add_argument("--deterministic", action="store_true", help="train.deterministic, for a GPU")
     options = parser.parse_args()
+    os.environ["CHAOS_DETERMINISTIC"] = str(options.deterministic).lower()
     number = signal.Signals[f"SIG{options.signal}"]
     if options.folder:
         options.folder.mkdir(parents=True, exist_ok=True)

@@ -189,7 +189,8 @@ def find_damage(checkpoint: Checkpoint) -> str:
     for name, wanted in checkpoint.files.items():
         path = checkpoint.folder / name
         try:
-            size = path.stat().st_size
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
             if size != wanted["size"]:
                 return f"{name} has {size:,} bytes instead of {wanted['size']:,}"
             if sha256_file(path) != wanted["sha256"]:

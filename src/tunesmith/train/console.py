@@ -21,6 +21,8 @@ def format_count(number: float) -> str:
 
 
 def format_bytes(number: float) -> str:
+    if number < 2**20:
+        return f"{number / 2**10:.0f} KiB"
     return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
 
 

@@ -309,3 +309,23 @@ def test_hub_ids_that_cannot_be_had(
     assert "Traceback" not in result.stderr
     assert "hf_secret" not in result.stdout + result.stderr
     assert not case.output.exists()
+
+
+class Evil:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        return open, (self.path, "w")
+
+
+def test_a_pickle_among_the_weights_is_never_run(run, model_folder: Path, chats: Path, tmp_path: Path) -> None:
+    import torch
+
+    (model_folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Evil(str(tmp_path / "harm"))}, model_folder / "pytorch_model.bin")
+    code, _, err = run("train", "--model", model_folder, "--data", chats, "--output", tmp_path / "run")
+    assert code == 1
+    assert "its weights cannot be loaded" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "harm").exists()

@@ -269,6 +269,38 @@ def test_more_steps_only_where_the_schedule_allows(run: Run, straight: Path, tmp
     assert run("resume", killed, "--train.max_steps", 20, "--allow", "schedule")[0] == 0
 
 
+def test_names_are_read_from_where_they_were_meant(
+    run: Run, model_folder: Path, chats: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """A run started with relative names goes on from another folder, and moved elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("train", "--model", model_folder.name, "--data", chats.name, "--output", "run", *BUSY)
+    assert code == 0, err
+    killed = killed_after(tmp_path / "run", 4, tmp_path / "elsewhere" / "part")
+    monkeypatch.chdir(killed.parent)
+    code, out, err = run("resume", "part")
+    assert code == 0, err
+    assert "talk to it: tunesmith chat part" in out
+    assert weights(killed) == weights(tmp_path / "run")
+    shutil.copy(chats, killed.parent / "mine.jsonl")
+    killed = killed_after(tmp_path / "run", 4, tmp_path / "elsewhere" / "again")
+    code, _, err = run("resume", "again", "--data", "mine.jsonl")
+    assert (code, "data: other files are named than when the run began" in err) == (1, True)
+    code, _, err = run("resume", "again", "--data", "mine.jsonl", "--allow", "data")
+    assert code == 0, err
+    assert run("resume", "again", "--output", "other")[0] == 1
+
+
+def test_what_is_no_run(run: Run, tmp_path: Path, model_folder: Path) -> None:
+    for name, words in ((tmp_path / "none", "no such folder"), (model_folder, "is not a run that can be gone on with")):
+        code, _, err = run("resume", name)
+        assert code == 1
+        assert words in err
+    code, _, err = run("resume", tmp_path, "--train.max_step", 3)
+    assert code in (1, 2)
+    assert "Traceback" not in err
+
+
 # a checkpoint verifies or does not exist
 
 
@@ -403,6 +435,29 @@ def test_every_checkpoint_verifies_and_opens(straight: Path) -> None:
 
 
 # signals, disks, and losses that are not finite
+
+
+def test_what_a_kill_left_while_preparing_is_removed(run: Run, model_folder: Path, chats: Path, tmp_path: Path) -> None:
+    from tunesmith.train.folder import locked
+
+    left, in_use = tmp_path / ".run.0a.partial", tmp_path / ".run.0b.partial"
+    for folder in (left, in_use):
+        (folder / "tokens").mkdir(parents=True)
+    with locked(in_use):
+        code, _, err = run(
+            "train",
+            "--model",
+            model_folder,
+            "--data",
+            chats,
+            "--output",
+            tmp_path / "run",
+            *FAST,
+            "--train.max_steps",
+            1,
+        )
+    assert code == 0, err
+    assert (left.exists(), in_use.exists()) == (False, True)
 
 
 def test_two_processes_never_train_one_run(run: Run, straight: Path, tmp_path: Path) -> None:

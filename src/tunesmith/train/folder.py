@@ -62,7 +62,9 @@ def staged_folder(output: Path) -> Iterator[Path]:
     except OSError as error:
         raise TunesmithError(f"{output}: cannot be made: {error.strerror}.") from None
     try:
-        yield staging
+        with locked(staging):
+            remove_abandoned(staging.parent, output.name)
+            yield staging
         if is_there:
             for child in sorted(staging.iterdir(), key=lambda path: path.name == RUN_FILE):  # it makes a run of it
                 child.rename(output / child.name)
@@ -74,6 +76,17 @@ def staged_folder(output: Path) -> Iterator[Path]:
         for parent in missing:
             parent.rmdir()
         raise
+
+
+def remove_abandoned(parent: Path, name: str) -> None:
+    """What killed processes left when they prepared the same run; a living one holds its lock."""
+    for folder in parent.iterdir():
+        if folder.name.startswith(f".{name}.") and folder.name.endswith(".partial"):
+            try:
+                with locked(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
+            except (OSError, TunesmithError):
+                continue
 
 
 @contextmanager

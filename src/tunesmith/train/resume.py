@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -49,6 +50,9 @@ def run_resume(name: str, flags: Mapping[str, Any], allowed: Sequence[str] = (),
         allowed: parts of guard.PARTS that the person means to change.
     """
     run = find_run(name)
+    if "train.output_dir" in flags:
+        raise TunesmithError(f"--output: a run goes on in its own folder, {name}; leave the flag out.")
+    flags = {key: absolute(value) if key in _NAMES else value for key, value in flags.items()}
     saved = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
     config = resolve_config(RunConfig, run / "config.yaml", flags, list(unknown))
     config = config.model_copy(update={"train": config.train.model_copy(update={"output_dir": name})})
@@ -86,6 +90,16 @@ def run_resume(name: str, flags: Mapping[str, Any], allowed: Sequence[str] = (),
                 restore(trainer, checkpoint, state)
             train_to_end(trainer)
             return finish_run(trainer, facts)
+
+
+_NAMES = ("data.train", "data.eval", "data.chat_template", "model.path", "model.tokenizer")
+
+
+def absolute(value: Any) -> Any:
+    """Names typed now are meant from here, those in config.yaml from where the run began."""
+    if isinstance(value, list):
+        return [absolute(item) for item in value]
+    return os.path.abspath(value) if isinstance(value, str) and os.path.exists(value) else value
 
 
 def find_run(name: str) -> Path:

@@ -16,7 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tunesmith.config import RunConfig, resolve_config
+from tunesmith.config import RunConfig
+from tunesmith.runfile import resolve_config
 from tunesmith.train.interrupt import StopRequest
 from tunesmith.train.loop import Trainer
 from tunesmith.train.plan import PlannedStep, prepare_data

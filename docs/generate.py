@@ -8,7 +8,8 @@ from typing import Any, get_args
 
 from pydantic_core import PydanticUndefined
 
-from tunesmith.config import SHORTHANDS, RunConfig, json_schema, leaf_fields
+from tunesmith.config import RunConfig
+from tunesmith.runfile import SHORTHANDS, json_schema, leaf_fields
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- config: made by `make docs` -->", "<!-- /config -->"

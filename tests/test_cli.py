@@ -14,8 +14,9 @@ import yaml
 
 import tunesmith
 from tunesmith.cli import _parse_config_command, build_parser
-from tunesmith.config import RunConfig, dump_yaml, json_schema, leaf_fields, read_yaml, resolve_config
+from tunesmith.config import RunConfig
 from tunesmith.errors import ConfigError
+from tunesmith.runfile import dump_yaml, json_schema, leaf_fields, read_yaml, resolve_config
 
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "numpy", "rich", "tokenizers")
 

@@ -12,9 +12,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import chat_row, write_jsonl
-from tunesmith.config import OptimSection, RunConfig, find_recipe, resolve_config
+from tunesmith.config import OptimSection, RunConfig
 from tunesmith.data.store import open_store
 from tunesmith.model.presets import PRESETS, build_preset_config
+from tunesmith.runfile import find_recipe, resolve_config
 from tunesmith.train.optim import lr_at
 
 # with MiniMind's vocabulary of 6,400; the names of its models are these numbers in millions

@@ -55,7 +55,7 @@ _USAGE = {
 
 
 RESUME_PARTS = (  # train/guard.py knows them too, but imports torch
-    "data", "template", "tokenizer", "model", "optimizer", "schedule", "batch", "seed", "precision", "versions",
+    "data", "template", "tokenizer", "model", "optimizer", "lora", "schedule", "batch", "seed", "precision", "versions",
 )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tunesmith {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     train = _add_command(commands, "train", "fine-tune a model on your data")
-    _add_config_flags(train, ("model", "data", "optim", "train"))
+    _add_config_flags(train, ("model", "data", "optim", "lora", "train"))
     train.add_argument("--json-schema", action="store_true", help="print the JSON schema of run.yaml for editors")
     resume = _add_command(commands, "resume", "go on with an interrupted run, or train a finished one longer")
     resume.add_argument("run", metavar="RUN", help="the folder that train was given as --output")
@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--allow", nargs="+", default=[], choices=RESUME_PARTS, metavar="PART",
         help=f"what may differ from how the run began: {', '.join(RESUME_PARTS)}",
     )  # fmt: skip
-    _add_config_flags(resume, ("model", "data", "optim", "train"), has_file=False)
+    _add_config_flags(resume, ("model", "data", "optim", "lora", "train"), has_file=False)
     preview = _add_command(commands, "preview", "show rows as the model will see them, trained tokens coloured")
     _add_config_flags(preview, ("model", "data"))
     preview.add_argument("--rows", type=_positive, default=5, metavar="N", help="how many rows (default: 5)")
@@ -156,7 +156,8 @@ def _add_config_flags(parser: argparse.ArgumentParser, sections: tuple[str, ...]
     """A flag for every key of the config, its help being the key's own text."""
     from pydantic_core import PydanticUndefined
 
-    from tunesmith.config import OPEN_MAPS, SHORTHANDS, RunConfig, leaf_fields, takes_list
+    from tunesmith.config import RunConfig
+    from tunesmith.runfile import OPEN_MAPS, SHORTHANDS, leaf_fields, takes_list
 
     if has_file:
         parser.add_argument("run_yaml", nargs="?", type=Path, metavar="run.yaml", help="the config; flags win over it")
@@ -203,8 +204,8 @@ def _take_open_maps(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Cut --model.config.KEY VALUE and --data.template_kwargs.KEY VALUE out; their keys are the person's own."""
     import yaml
 
-    from tunesmith.config import OPEN_MAPS
     from tunesmith.files import StrictLoader
+    from tunesmith.runfile import OPEN_MAPS
 
     rest: list[str] = []
     taken: dict[str, Any] = {}
@@ -244,7 +245,8 @@ def _take_unknown_flags(argv: list[str], parser: argparse.ArgumentParser) -> tup
 
 
 def _parse_config_command(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, Any]:
-    from tunesmith.config import PreviewConfig, RunConfig, TokenizerConfig, leaf_fields, resolve_config
+    from tunesmith.config import PreviewConfig, RunConfig, TokenizerConfig
+    from tunesmith.runfile import leaf_fields, resolve_config
 
     argv, flags = _take_open_maps(argv)
     argv, unknown = _take_unknown_flags(argv, parser)
@@ -342,7 +344,7 @@ def _reported(output: Path) -> Iterator[None]:
 def _print_schema() -> None:
     import json
 
-    from tunesmith.config import json_schema
+    from tunesmith.runfile import json_schema
 
     print(json.dumps(json_schema(), indent=2))
 

@@ -1,21 +1,13 @@
-"""The config of a run: YAML sections that are dotted flags, every problem reported at once, no torch needed.
+"""The config of a run: every key, its type, its default and what it means; no torch needed.
 
 The text under each field is its help in `tunesmith train --help`, in README and in the JSON schema.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
-from pydantic.fields import FieldInfo
-
-from tunesmith.errors import ConfigError
-from tunesmith.files import StrictLoader
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -122,7 +114,7 @@ class OptimSection(Section):
     name: Literal["adamw"] = "adamw"
     """Optimizer: AdamW (Loshchilov and Hutter 2019), fused where torch has it."""
     lr: float = Field(default=2e-5, gt=0.0)
-    """Peak learning rate."""
+    """Peak learning rate; with an adapter (lora.kind) the default is 2e-4."""
     schedule: Literal["cosine", "linear", "constant", "minimind"] = "cosine"
     """Course of the learning rate after warmup; minimind: lr * (0.1 + 0.5 * (1 + cos)), from 1.1 lr to 0.1 lr."""
     warmup_ratio: float = Field(default=DEFAULT_WARMUP_RATIO, ge=0.0, lt=1.0)
@@ -139,6 +131,38 @@ class OptimSection(Section):
     """AdamW's divisor floor."""
     max_grad_norm: float = Field(default=1.0, ge=0.0)
     """Gradients are scaled down to this norm; 0 turns clipping off."""
+
+
+DEFAULT_LORA_LR = 2e-4
+
+
+class LoraSection(Section):
+    kind: Literal["none", "lora", "rslora", "dora", "pissa", "olora"] = "none"
+    """Train an adapter instead of all weights: LoRA (Hu et al. 2021) or a relative of it; none: full fine-tuning."""
+    rank: int = Field(default=16, ge=1)
+    """Inner dimension of the adapter's two matrices."""
+    alpha: float | None = Field(default=None, gt=0.0)
+    """The adapter is scaled by alpha / rank (rslora: alpha / sqrt(rank)); default: 2 * rank."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Dropout on the adapter's input."""
+    target_modules: list[str] = Field(default_factory=lambda: ["all-linear"])
+    """all-linear (each linear layer but the head and MoE routers), names of modules, or one regex of whole names."""
+    target_parameters: list[str] | None = None
+    """Weights that are no module of their own, as MoE experts are; default: with all-linear, the fused experts."""
+    modules_to_save: list[str] | None = None
+    """Modules trained whole and kept with the adapter, as in lm_head embed_tokens."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases are trained too."""
+    lr_ratio: float = Field(default=1.0, gt=0.0)
+    """Learning rate of the B matrices over that of the A matrices (LoRA+, Hayou et al. 2024, suggests 16)."""
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    """Keep the frozen weights in 4 bits (QLoRA, Dettmers et al. 2023) or 8: bitsandbytes, the extra `qlora`."""
+    double_quant: bool = True
+    """nf4: quantise the quantisation's own constants too."""
+
+    @property
+    def scale_alpha(self) -> float:
+        return self.alpha if self.alpha is not None else 2.0 * self.rank
 
 
 LARGEST_SEED = 2**63 - 1  # torch takes no larger one
@@ -189,7 +213,20 @@ class RunConfig(Section):
     model: ModelSection
     data: DataSection
     optim: OptimSection = Field(default_factory=OptimSection)
+    lora: LoraSection = Field(default_factory=LoraSection)
     train: TrainSection
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_lr(cls, tree: Any) -> Any:
+        """An adapter learns at ten times the rate of full fine-tuning (Schulman et al. 2025), unless told otherwise."""
+        if not isinstance(tree, dict):
+            return tree
+        lora, optim = tree.get("lora") or {}, tree.get("optim") or {}
+        is_adapter = isinstance(lora, dict) and lora.get("kind", "none") != "none"
+        if is_adapter and isinstance(optim, dict) and optim.get("lr") is None:
+            return tree | {"optim": optim | {"lr": DEFAULT_LORA_LR}}
+        return tree
 
     @model_validator(mode="after")
     def _validate_across(self) -> RunConfig:
@@ -214,6 +251,16 @@ class RunConfig(Section):
                 f"optim.warmup_steps: optim.warmup_ratio {self.optim.warmup_ratio} is given too; keep one of the two "
                 "(set warmup_ratio to 0, or warmup_steps to null)"
             )
+        lora = self.lora
+        if lora.kind == "none":
+            given = sorted(lora.model_fields_set - {"kind"} if lora != LoraSection() else [])
+            problems += [f"lora.{key}: lora.kind is none; give a kind (lora) or leave it out" for key in given]
+        if lora.quantize != "none" and lora.kind in ("pissa", "olora"):
+            problems.append(
+                f"lora.quantize: {lora.kind} changes the base weights at its start, so they cannot be {lora.quantize}"
+            )
+        if lora.quantize != "none" and self.model.path.startswith("new:"):
+            problems.append("lora.quantize: a new:PRESET model has random weights; train it in full first")
         if self.model.config and not self.model.path.startswith("new:"):
             problems.append("model.config: overrides are for new:PRESET models; this one has weights of its own")
         if problems:
@@ -232,215 +279,3 @@ class PreviewConfig(Section):
 
     model: ModelSection
     data: DataSection
-
-
-SHORTHANDS = {
-    "--model": "model.path",
-    "--tokenizer": "model.tokenizer",
-    "--data": "data.train",
-    "--eval-data": "data.eval",
-    "--output": "train.output_dir",
-}
-OPEN_MAPS = ("model.config", "data.template_kwargs")  # any key below these is the user's own
-
-
-def leaf_fields(model: type[Section], prefix: str = "") -> dict[str, FieldInfo]:
-    """Dotted key -> field, for every key that a person can set, in the order of the page."""
-    leaves: dict[str, FieldInfo] = {}
-    for name, field in model.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, Section):
-            leaves |= leaf_fields(annotation, f"{prefix}{name}.")
-        else:
-            leaves[f"{prefix}{name}"] = field
-    return leaves
-
-
-def takes_list(field: FieldInfo) -> bool:
-    options = [field.annotation, *get_args(field.annotation)]
-    return any(get_origin(option) in (list, tuple) for option in options)
-
-
-def suggest_key(key: str, known: list[str], dashes: str = "") -> str:
-    """ "; did you mean ...?" for a mistyped key; also finds a key that sits in another section."""
-    last = key.rsplit(".", 1)[-1]
-    same_name = [k for k in known if k.rsplit(".", 1)[-1] == last]
-    close = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if not close:
-        by_name = {k.rsplit(".", 1)[-1]: k for k in known}
-        close = [by_name[m] for m in difflib.get_close_matches(last, list(by_name), n=1, cutoff=0.7)]
-    return f"; did you mean {dashes}{close[0]}?" if close else ""
-
-
-def find_recipe(path: Path) -> Path:
-    """recipe:NAME -> the file in the package; other paths as they are."""
-    name = str(path).removeprefix("recipe:")
-    if name == str(path):
-        return path
-    folder = Path(__file__).parent / "recipes"
-    known = sorted(file.stem for file in folder.glob("*.yaml"))
-    if name not in known:
-        raise ConfigError(str(path), [f"no such recipe; known: {', '.join(known)}"])
-    return folder / f"{name}.yaml"
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The sections of a run file."""
-    try:
-        text = find_recipe(path).read_text(encoding="utf-8")
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ConfigError(str(path), [f"cannot be read: {reason}. Give the path of a YAML run file."]) from None
-    except UnicodeDecodeError:
-        raise ConfigError(str(path), ["is not UTF-8 text, so not a YAML run file"]) from None
-    try:
-        loaded = yaml.load(text, Loader=StrictLoader)  # a SafeLoader: plain data only
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark else ""
-        raise ConfigError(str(path), [f"{where}{getattr(error, 'problem', None) or error}"]) from None
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise ConfigError(str(path), ["must hold sections (model:, data:, optim:, train:)"])
-    return loaded
-
-
-def _set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = dotted.split(".")
-    for name in parents:
-        below = tree.get(name)
-        if not isinstance(below, dict):
-            below = tree[name] = {}
-        tree = below
-    tree[last] = value
-
-
-def _unknown_keys(tree: Mapping[str, Any], known: list[str], prefix: str = "") -> list[str]:
-    problems = []
-    sections = {k.rsplit(".", depth)[0] for k in known for depth in range(1, k.count(".") + 1)}
-    for name, value in tree.items():
-        dotted = f"{prefix}{name}"
-        if dotted in known or dotted in OPEN_MAPS:
-            continue
-        if dotted in sections:
-            if isinstance(value, Mapping):
-                problems += _unknown_keys(value, known, f"{dotted}.")
-            elif value is not None:
-                problems.append(f"{dotted}: is a section and needs keys below it, not {value!r}")
-        elif isinstance(value, Mapping) and not prefix:
-            guess = difflib.get_close_matches(dotted, sections, n=1)
-            problems.append(f"{dotted}: unknown section" + (f"; did you mean {guess[0]}?" if guess else ""))
-        else:
-            problems.append(f"{dotted}: unknown key{suggest_key(dotted, known)}")
-    return problems
-
-
-def _without(tree: Mapping[str, Any], known: list[str], prefix: str = "") -> dict[str, Any]:
-    """The tree less its unknown keys, so that the other problems are found in the same go."""
-    kept: dict[str, Any] = {}
-    for name, value in tree.items():
-        dotted = f"{prefix}{name}"
-        if dotted in known or dotted in OPEN_MAPS:
-            kept[name] = value
-        elif any(k.startswith(f"{dotted}.") for k in known) and isinstance(value, Mapping):
-            kept[name] = _without(value, known, f"{dotted}.")
-    return kept
-
-
-def _explain(error: ValidationError) -> list[str]:
-    flags = {dotted: flag for flag, dotted in SHORTHANDS.items()}
-    problems = []
-    for item in error.errors(include_url=False):
-        names = [str(part) for part in item["loc"]]
-        dotted = ".".join(name for name in names if not name.isdigit())
-        if item["type"] in ("missing", "too_long") and dotted == "optim.betas":
-            problems.append("optim.betas: needs two numbers, as in --optim.betas 0.9 0.999")
-        elif item["type"] == "missing":
-            if dotted in ("model", "data", "train"):  # the whole section is missing: name its required keys
-                dotted = {"model": "model.path", "data": "data.train", "train": "train.output_dir"}[dotted]
-            problems.append(f"{dotted}: missing; give {flags.get(dotted, '--' + dotted)} or set it in the YAML")
-        elif item["type"] == "value_error" and not dotted:
-            problems += str(item["ctx"]["error"]).split("\n")
-        elif item["type"] == "value_error":
-            problems.append(f"{dotted}: {item['ctx']['error']}, not {item['input']!r}")
-        elif item["type"] == "literal_error":
-            expected = item["ctx"]["expected"].replace("'", "")
-            guess = difflib.get_close_matches(str(item["input"]), expected.replace(" or ", ", ").split(", "), n=1)
-            hint = f"; did you mean {guess[0]}?" if guess else ""
-            problems.append(f"{dotted}: {item['input']!r} is not one of {expected}{hint}")
-        else:
-            problems.append(f"{dotted}: {item['msg'][0].lower()}{item['msg'][1:]}, not {item['input']!r}")
-    return list(dict.fromkeys(problems))
-
-
-C = TypeVar("C", bound=Section)
-
-
-def resolve_config(
-    model: type[C], yaml_path: Path | None, flags: Mapping[str, Any], unknown_flags: list[str] | None = None
-) -> C:
-    """Build the config from a YAML file and flags (flags win).
-
-    Args:
-        model: RunConfig or PreviewConfig.
-        flags: dotted key -> value as typed.
-        unknown_flags: flags that no command knows; reported with everything else.
-
-    Raises:
-        ConfigError: with every problem of file and flags at once.
-    """
-    known = list(leaf_fields(RunConfig))
-    tree = read_yaml(yaml_path) if yaml_path else {}
-    problems = _unknown_keys(tree, known)
-    tree = _without(tree, list(leaf_fields(model)))
-    for dotted, value in flags.items():
-        _set_dotted(tree, dotted, value)
-    flag_names = [*known, *(flag.removeprefix("--") for flag in SHORTHANDS)]
-    for key in unknown_flags or []:
-        dotted = SHORTHANDS.get(f"--{key}", key)
-        if any(dotted == k or (k in OPEN_MAPS and dotted.startswith(f"{k}.")) for k in known):
-            problems.append(f"--{key}: this command has no such flag (a run file may hold {dotted}; it is not read)")
-        else:
-            problems.append(f"--{key}: unknown flag{suggest_key(key, flag_names, '--')}")
-    _split_lists(tree)
-    try:
-        config = model.model_validate(tree)
-    except ValidationError as error:
-        problems += _explain(error)
-    if problems:
-        source = str(yaml_path) if yaml_path else "the command line"
-        raise ConfigError(source, problems, exit_code=2 if unknown_flags else 1)
-    return config
-
-
-_LISTS = (("data", "train"), ("data", "eval"), ("train", "trackers"))
-
-
-def _split_lists(tree: dict[str, Any]) -> None:
-    """One name where a list is meant ("train: chats.jsonl", "trackers: wandb") counts as a list of one."""
-    for section, key in _LISTS:
-        below = tree.get(section)
-        if isinstance(below, dict) and isinstance(below.get(key), str):
-            below[key] = [below[key]]
-
-
-def dump_yaml(config: Section) -> str:
-    """The resolved config as YAML; reads back to the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON schema of a run file, for editors (yaml-language-server)."""
-    schema = RunConfig.model_json_schema()
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = "tunesmith run"
-    # in a file, every section may be left to flags, and one name may stand for a list of one
-    schema.pop("required", None)
-    for definition in schema["$defs"].values():
-        definition.pop("required", None)
-    for section, key in _LISTS:
-        own = schema["$defs"][f"{section.title()}Section"]["properties"][key]
-        options = own.pop("anyOf", None) or [{"type": own.pop("type"), "items": own.pop("items")}]
-        own["anyOf"] = [options[0]["items"], *options]
-    return schema

@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.config import ModelSection, RunConfig, resolve_config
+from tunesmith.config import ModelSection, RunConfig
 from tunesmith.demo.tasks import HeldOut, Task, draw_chats, draw_held_out
+from tunesmith.runfile import resolve_config
 from tunesmith.train.folder import resolve_output
 from tunesmith.train.run import run_training
 from tunesmith.use.generate import Reply, Sampling, answer_all, load_speaker

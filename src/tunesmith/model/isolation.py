@@ -41,7 +41,7 @@ def set_up_attention(model: nn.Module, max_seq_len: int, micro_batch_tokens: int
     """
     own = model.config._attn_implementation
     doc_lens = choose_doc_lens(model.config.get_text_config(), max_seq_len, micro_batch_tokens)
-    with _checking(model):
+    with in_fp32(model):
         if sees_later_tokens(model):
             raise ModelError(
                 f"{type(model).__name__} sees later tokens (it is not a causal model, or is not configured as one): it "
@@ -64,7 +64,7 @@ def set_up_attention(model: nn.Module, max_seq_len: int, micro_batch_tokens: int
 
 
 @contextmanager
-def _checking(model: nn.Module) -> Iterator[None]:
+def in_fp32(model: nn.Module) -> Iterator[None]:
     """No gradient, no dropout, and fp32 for weights that are kept in half precision; all as before afterwards."""
     tensors = [*model.parameters(), *model.buffers()]
     halves = [(t, t.dtype) for t in tensors if t.dtype in (torch.bfloat16, torch.float16)]

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from tunesmith.config import ModelSection
 from tunesmith.errors import ModelError
+from tunesmith.model.adapters import open_adapter
 from tunesmith.model.presets import build_preset_config, explain_overrides
 from tunesmith.model.source import explain_load_error, find_model
 
@@ -31,12 +32,21 @@ def load_config(section: ModelSection, tokenizer: Any) -> PretrainedConfig:
         raise explain_load_error(section.path, "its config", error) from None
 
 
-def load_model(section: ModelSection, config: PretrainedConfig, dtype: torch.dtype, seed: int) -> nn.Module:
-    """Weights on the CPU in `dtype`.
+def load_model(
+    section: ModelSection,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    seed: int,
+    quantization: Any = None,
+    merge: bool = True,
+) -> nn.Module:
+    """Weights on the CPU in `dtype`; those of an adapter are its base's, with the adapter merged into them.
 
     Args:
         config: from load_config; copied, because the attention implementation is written into it.
         seed: decides the weights of a new:PRESET model.
+        quantization: transformers' config for 4 or 8 bits.
+        merge: False leaves an adapter beside its base, as layers of peft's.
     """
     source = find_model(section.path)
     logging.disable_progress_bar()
@@ -55,6 +65,7 @@ def load_model(section: ModelSection, config: PretrainedConfig, dtype: torch.dty
             trust_remote_code=section.trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below by name; transformers' own error names none
+            **({"quantization_config": quantization} if quantization is not None else {}),
         )
     except Exception as error:
         raise explain_load_error(section.path, "its weights", error) from None
@@ -71,6 +82,9 @@ def load_model(section: ModelSection, config: PretrainedConfig, dtype: torch.dty
             f"{', ...' if len(missing) > 3 else ''}); training would start from random values there. The folder is "
             "incomplete, or its config.json belongs to another model."
         )
+    if source.adapter:
+        wrapped = open_adapter(model, source.adapter)
+        return wrapped.merge_and_unload() if merge else model
     return model
 
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tunesmith.data.pack import IGNORE_INDEX, PackedBatch
 from tunesmith.model.attention import Documents
+from tunesmith.model.isolation import in_fp32
 
 _CHUNK_BYTES = 256 * 2**20  # fp32 logits that may exist at once
 
@@ -44,15 +45,21 @@ class SupervisedLM(nn.Module):
     Args:
         model: a transformers causal LM.
         is_packed: whether its attention is ours and takes the documents; else a batch holds one document.
+        adapter: peft's PeftModel around the model, where only an adapter is trained.
     """
 
-    def __init__(self, model: nn.Module, is_packed: bool) -> None:
+    def __init__(self, model: nn.Module, is_packed: bool, adapter: Any = None) -> None:
         super().__init__()
         self.model = model
+        self._adapter = (adapter,)  # in a tuple: as a submodule it would hold every weight a second time
         self.is_packed = is_packed
         self.router = find_router(model)
         self.head_path = "logits"
         self.head_path = choose_head_path(self)
+
+    @property
+    def adapter(self) -> Any:
+        return self._adapter[0]
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, doc_lens: list[int]) -> LossSums:
         """Loss sums of one pack; all tensors int64 [1, tokens]."""
@@ -108,7 +115,7 @@ class SupervisedLM(nn.Module):
         def chunk_loss(hidden_chunk: Tensor, target_chunk: Tensor) -> tuple[Tensor, Tensor]:
             return token_loss_sum(self.head_logits(hidden_chunk), target_chunk)
 
-        vocab = self.model.get_output_embeddings().weight.shape[0]
+        vocab = self.model.config.get_text_config().vocab_size
         rows = max(1, _CHUNK_BYTES // (4 * vocab))
         if len(targets) <= rows:
             return chunk_loss(hidden, targets)
@@ -161,15 +168,17 @@ def find_router(model: nn.Module) -> Router | None:
     return Router(function, coefficient, num_experts, config.num_experts_per_tok)
 
 
-@torch.no_grad()
 def choose_head_path(lm: SupervisedLM) -> str:
     """ "decoder" where decoder + head give the model's own logits, else the cheapest way through the model itself.
 
     Checked on a tiny document at start: a model may scale, cap or bias its logits in ways unknown to us.
     """
+    with in_fp32(lm.model):
+        return _choose_head_path(lm)
+
+
+def _choose_head_path(lm: SupervisedLM) -> str:
     model = lm.model
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
     vocab = model.get_input_embeddings().num_embeddings
     ids = torch.randint(0, vocab, (1, 8), generator=torch.Generator().manual_seed(1)).to(device)
@@ -186,7 +195,6 @@ def choose_head_path(lm: SupervisedLM) -> str:
             path = "decoder"
     except (AttributeError, TypeError):  # no decoder of the usual shape
         pass
-    model.train(was_training)
     return path
 
 

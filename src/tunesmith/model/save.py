@@ -12,6 +12,34 @@ from transformers.utils import logging
 
 from tunesmith.data.encode import Encoder
 from tunesmith.files import atomic_directory
+from tunesmith.model.adapters import write_adapter
+
+
+def write_trained(
+    model: nn.Module, adapter: Any, encoder: Encoder, folder: Path, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """What a run trains: the adapter in PEFT form where there is one, else the model; with the tokenizer.
+
+    Args:
+        weights: a state dict of what is trained, instead of its own.
+    """
+    if adapter is None:
+        write_model(model, encoder, folder, weights)
+    else:
+        write_adapter(adapter, folder, weights)
+        write_tokenizer(encoder, folder)
+
+
+def save_adapter(adapter: Any, encoder: Encoder, card: str, folder: Path, initial: Path | None = None) -> None:
+    """Write the folder whole or not at all.
+
+    Args:
+        initial: where the first matrices of PiSSA or OLoRA lie.
+    """
+    with atomic_directory(folder) as partial:
+        write_adapter(adapter, partial, initial=initial)
+        write_tokenizer(encoder, partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
 
 
 def save_model(model: nn.Module, encoder: Encoder, card: str, folder: Path) -> None:
@@ -28,6 +56,10 @@ def write_model(model: nn.Module, encoder: Encoder, folder: Path, weights: Mappi
     set_stop_token(model, encoder)
     logging.disable_progress_bar()  # a bar of its own would cut through ours
     model.save_pretrained(folder, state_dict=dict(weights) if weights is not None else None)
+    write_tokenizer(encoder, folder)
+
+
+def write_tokenizer(encoder: Encoder, folder: Path) -> None:
     tokenizer = encoder.tokenizer
     # a template that was not trained with must not be found beside the weights
     tokenizer.chat_template = encoder.template.text if encoder.template is not None else None

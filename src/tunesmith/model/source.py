@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.errors import ModelError
+from tunesmith.model.adapters import ADAPTER_CONFIG, find_adapter, read_adapter_config
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _NO_NETWORK = ("couldn't connect", "offline", "name or service", "connection", "timed out", "requested files")
@@ -17,11 +18,13 @@ _NO_NETWORK = ("couldn't connect", "offline", "name or service", "connection", "
 class ModelSource:
     """Attributes:
     kind: "local", "hub" or "preset".
-    name: the folder, hub id or preset name.
+    name: the folder, hub id or preset name; of an adapter, its base's.
+    adapter: the PEFT folder that goes onto it.
     """
 
     kind: str
     name: str
+    adapter: Path | None = None
 
 
 def find_model(path: str) -> ModelSource:
@@ -34,6 +37,8 @@ def find_model(path: str) -> ModelSource:
         return ModelSource("preset", path.removeprefix("new:"))
     folder = open_path(path)
     if folder.is_dir():
+        if adapter := find_adapter(folder):
+            return _find_base(adapter)
         if (folder / "config.json").is_file():
             return ModelSource("local", str(folder))
         if (folder / "model" / "config.json").is_file():  # a run of ours
@@ -48,6 +53,19 @@ def find_model(path: str) -> ModelSource:
         hint = f" Did you mean {folder.parent / close[0]}?" if close else ""
         raise ModelError(f"{path}: no such model folder.{hint} A hub model is named owner/name.")
     return ModelSource("hub", path)
+
+
+def _find_base(adapter: Path) -> ModelSource:
+    base = read_adapter_config(adapter).get("base_model_name_or_path")
+    if not base:
+        raise ModelError(f"{adapter}: names no base model in {ADAPTER_CONFIG} (base_model_name_or_path).")
+    try:
+        source = find_model(str(base))
+    except ModelError as error:
+        raise ModelError(f"{adapter}: its base model cannot be found: {error}") from None
+    if source.adapter:
+        raise ModelError(f"{adapter}: its base {base} is an adapter itself. Merge that one first: tunesmith merge.")
+    return ModelSource(source.kind, source.name, adapter)
 
 
 def open_path(path: str) -> Path:

@@ -26,12 +26,14 @@ def load_tokenizer(section: ModelSection) -> Any:
         )
     revision = section.revision if name == section.path else None
     if section.tokenizer and open_path(name).is_dir():
-        folder = str(open_path(name))  # a tokenizer's folder needs no config.json
+        folder, has_own = str(open_path(name)), True  # a tokenizer's folder needs no config.json
     else:
-        folder = find_model(name).name
+        source = find_model(name)
+        has_own = source.adapter and (source.adapter / "tokenizer_config.json").is_file()
+        folder = str(source.adapter) if has_own else source.name
     trust = section.trust_remote_code
     try:
-        if name == section.path:
+        if name == section.path and not has_own:
             AutoConfig.from_pretrained(
                 folder, revision=revision, trust_remote_code=trust
             )  # one file: fails at once without a network

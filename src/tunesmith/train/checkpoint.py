@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 from tunesmith.data.encode import Encoder
 from tunesmith.files import atomic_directory, sha256_file, sha256_text
-from tunesmith.model.save import write_model
+from tunesmith.model.adapters import ADAPTER_WEIGHTS, adapter_weights
+from tunesmith.model.loss import SupervisedLM
+from tunesmith.model.save import write_trained
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -36,7 +38,8 @@ class Snapshot:
     """A copy of everything that training changes, at the end of a step.
 
     Attributes:
-        weights: the model's state dict, in training precision; tied tensors share their copy.
+        weights: what is trained, in training precision: the model's state dict, where tied tensors share their copy, or
+            an adapter's.
         optimizer: "parameter/key" -> tensor.
         random: states of torch's generators.
         state: the rest, as JSON; has the step.
@@ -68,6 +71,9 @@ class Checkpoint:
     def load_random(self) -> dict[str, Tensor]:
         return load_file(self.folder / _RANDOM)
 
+    def load_adapter(self) -> dict[str, Tensor]:
+        return load_file(self.folder / ADAPTER_WEIGHTS)
+
     def load_optimizer(self) -> dict[str, Tensor]:
         return load_file(self.folder / _OPTIMIZER)
 
@@ -76,11 +82,13 @@ def checkpoint_path(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"
 
 
-def copy_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict on the CPU, apart from the model; tensors that share memory still do."""
+def copy_weights(lm: SupervisedLM) -> dict[str, Tensor]:
+    """What is trained, on the CPU, apart from the model; tensors that share memory still do."""
+    if lm.adapter is not None:
+        return adapter_weights(lm.adapter)
     copies: dict[tuple[Any, ...], Tensor] = {}
     weights = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in lm.model.state_dict().items():
         place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
         if place not in copies or not tensor.numel():
             copies[place] = tensor.detach().to("cpu", copy=True)
@@ -109,12 +117,12 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
 
 
 def write_checkpoint(
-    run: Path, snapshot: Snapshot, model: nn.Module, encoder: Encoder, guard: Mapping[str, Any]
+    run: Path, snapshot: Snapshot, lm: SupervisedLM, encoder: Encoder, guard: Mapping[str, Any]
 ) -> Path:
     """Write step-NNNNNN whole.
 
     Args:
-        model: for its config and the names under which its weights are saved; its weights are not read.
+        lm: for configs and the names under which weights are saved; its weights are not read.
         guard: what the run is made of (train/guard.py), kept in the manifest.
     """
     folder = checkpoint_path(run, snapshot.step)
@@ -124,7 +132,7 @@ def write_checkpoint(
         write_manifest(partial, snapshot.step, guard)
 
     with atomic_directory(folder, seal) as partial:
-        write_model(model, encoder, partial, snapshot.weights)
+        write_trained(lm.model, lm.adapter, encoder, partial, snapshot.weights)
         _wait_if_asked()
         save_file(snapshot.optimizer, partial / _OPTIMIZER)
         _wait_if_asked()
@@ -249,9 +257,8 @@ def leftovers(run: Path) -> Iterator[Path]:
             yield from root.glob(pattern)
 
 
-def estimate_bytes(model: nn.Module) -> int:
-    """What a checkpoint takes: weights, and two averages of those that are trained."""
-    parameters = list(model.parameters())
-    weights = sum(p.numel() * p.element_size() for p in parameters)
-    trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-    return weights + 2 * trained
+def estimate_bytes(lm: SupervisedLM) -> tuple[int, int]:
+    """What a checkpoint takes (weights, and two averages of each), and what the weights alone do."""
+    trained = sum(p.numel() * p.element_size() for p in lm.model.parameters() if p.requires_grad)
+    kept = trained if lm.adapter is not None else sum(p.numel() * p.element_size() for p in lm.model.parameters())
+    return kept + 2 * trained, kept

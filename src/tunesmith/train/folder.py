@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import nn
-
 from tunesmith.config import RunConfig
 from tunesmith.errors import TunesmithError
+from tunesmith.model.loss import SupervisedLM
 from tunesmith.train.checkpoint import estimate_bytes
 from tunesmith.train.console import format_bytes
 from tunesmith.train.failures import RUN_FILE
@@ -38,7 +37,7 @@ def resolve_output(name: str) -> Path:
 
 
 def _explain_taken(name: str, output: Path) -> str:
-    if (output / RUN_FILE).exists() and not (output / "model").exists():
+    if (output / RUN_FILE).exists() and not any((output / name).exists() for name in ("model", "adapter")):
         return (
             f"{name}: holds a run that has not finished. Go on with it: tunesmith resume {name}. Or give --output a "
             "new folder."
@@ -114,14 +113,13 @@ def locked(run: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def require_room(folder: Path, model: nn.Module, config: RunConfig, total_steps: int) -> str:
+def require_room(folder: Path, lm: SupervisedLM, config: RunConfig, total_steps: int) -> str:
     """What will be written, for the summary.
 
     Raises:
         TunesmithError: there is no room for one checkpoint and the model.
     """
-    one = estimate_bytes(model)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    one, weights = estimate_bytes(lm)
     free = shutil.disk_usage(folder).free
     train = config.train
     if free < one + weights:

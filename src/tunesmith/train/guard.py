@@ -23,7 +23,9 @@ from tunesmith.data.read import find_sources
 from tunesmith.errors import TunesmithError
 from tunesmith.files import sha256_file, sha256_text
 
-PARTS = ("data", "template", "tokenizer", "model", "optimizer", "schedule", "batch", "seed", "precision", "versions")
+PARTS = (
+    "data", "template", "tokenizer", "model", "optimizer", "lora", "schedule", "batch", "seed", "precision", "versions",
+)  # fmt: skip
 RELABELS = ("data", "template", "tokenizer")  # what the tokens on disk were made with
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft")
 _FREE = (  # keys that change nothing of what is learnt
@@ -155,7 +157,9 @@ def compare_runs(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[lis
             if key not in ("train.output_dir", "train.epochs", "train.max_steps"):
                 notes.append(f"taken over: {change}")
         else:
-            part = _KEYS.get(key) or {"optim": "optimizer", "data": "data", "model": "model"}.get(key.split(".")[0])
+            part = _KEYS.get(key) or {"optim": "optimizer", "lora": "lora", "data": "data", "model": "model"}.get(
+                key.split(".")[0]
+            )
             refusals.append(f"{part or 'batch'}: {change}")
     for name, version in before["versions"].items():
         if _minor(version) != _minor(now["versions"].get(name)):

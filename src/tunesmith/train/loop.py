@@ -338,7 +338,10 @@ class Trainer:
         }
         for tracker in self.trackers:
             tracker.sync()  # what a resumed run will not log again must be on disk before its checkpoint
-        snapshot = Snapshot(copy_weights(model), copy_optimizer(model, self.optimizer), random, state)
+        self.saver.wait()
+        if self.saver.failure:
+            self.on_log(self._head(), self.saver.failure)
+        snapshot = Snapshot(copy_weights(self.lm), copy_optimizer(model, self.optimizer), random, state)
         self.saver.save(snapshot, self.progress.best_step)
         self._saved_at = time.monotonic()
 

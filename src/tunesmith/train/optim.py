@@ -10,17 +10,26 @@ from torch import nn
 from tunesmith.config import OptimSection
 
 
-def build_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, optim: OptimSection, b_ratio: float = 1.0) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019) over the trainable parameters.
 
     Weight decay pulls on matrices only: biases and norms set scales, and an embedding row that no batch touches
     should not shrink.
+
+    Args:
+        b_ratio: learning rate of an adapter's B matrices over the others' (LoRA+, Hayou et al. 2024).
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    faster = {id(p) for name, p in model.named_parameters() if ".lora_B." in name} if b_ratio != 1.0 else set()
+    trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in faster]
+    b_matrices = [p for p in model.parameters() if p.requires_grad and id(p) in faster]
     decayed = [p for p in trainable if p.ndim >= 2 and id(p) not in embeddings]
     others = [p for p in trainable if p.ndim < 2 or id(p) in embeddings]
-    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": optim.weight_decay, "lr_ratio": 1.0},
+        {"params": others, "weight_decay": 0.0, "lr_ratio": 1.0},
+        {"params": b_matrices, "weight_decay": optim.weight_decay, "lr_ratio": b_ratio},
+    ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
     )
@@ -46,4 +55,4 @@ def lr_at(step: int, total_steps: int, optim: OptimSection) -> float:
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_ratio"]

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
-from tunesmith.config import ModelSection, RunConfig, resolve_config
+from tunesmith.config import ModelSection, RunConfig
 from tunesmith.data.ledger import Ledger
 from tunesmith.data.store import open_store
 from tunesmith.errors import TunesmithError
+from tunesmith.model.adapters import load_adapter_weights, require_quantization
+from tunesmith.runfile import resolve_config
 from tunesmith.train.checkpoint import Checkpoint, leftovers, newest_valid, restore_optimizer
 from tunesmith.train.console import print_summary
 from tunesmith.train.failures import RUN_FILE, explained_failures
@@ -57,6 +59,7 @@ def run_resume(name: str, flags: Mapping[str, Any], allowed: Sequence[str] = (),
     config = resolve_config(RunConfig, run / "config.yaml", flags, list(unknown))
     config = config.model_copy(update={"train": config.train.model_copy(update={"output_dir": name})})
     require_trackers(list(config.train.trackers))
+    require_quantization(config.lora)
     with locked(run), StopRequest() as stop, started_in(saved["cwd"]):
         for path in leftovers(run):
             shutil.rmtree(path, ignore_errors=True)
@@ -67,17 +70,19 @@ def run_resume(name: str, flags: Mapping[str, Any], allowed: Sequence[str] = (),
                 f"{name} is finished ({state['step']:,} steps); nothing to do. "
                 f"To train it longer: tunesmith resume {name} --train.max_steps N"
             )
-            return run / "model"
+            return run
         before = checkpoint.guard if checkpoint else saved["guard"]
         keep_threads(before["threads"])
         date = datetime.datetime.fromisoformat(saved["date"])
         setting = choose_setting(config, date)
         with explained_failures(run, config, setting.capacity) as running:
             prepared, guard = take_up(run, name, config, setting, before, allowed)
-            weights = config.model
-            if checkpoint:
+            weights, is_adapter = config.model, config.lora.kind != "none"
+            if checkpoint and not is_adapter:
                 weights = ModelSection(path=str(checkpoint.folder), trust_remote_code=config.model.trust_remote_code)
             facts = assemble(config, setting, prepared, weights)
+            if checkpoint and is_adapter:
+                load_adapter_weights(facts.lm.adapter, checkpoint.load_adapter())
             if state:
                 check_steps(name, before["config"], facts, state, allowed, is_finished(run, state))
             print_summary([("resume", describe_place(name, checkpoint, state, facts)), *summary_lines(facts)])
@@ -148,7 +153,7 @@ def choose_checkpoint(run: Path, name: str) -> Checkpoint | None:
 
 def is_finished(run: Path, state: Mapping[str, Any]) -> bool:
     is_done = state["step"] >= state["total_steps"] or state["stopped_early"]
-    return is_done and (run / "model").is_dir()
+    return is_done and any((run / name).is_dir() for name in ("model", "adapter"))
 
 
 def keep_threads(threads: int) -> None:

@@ -13,16 +13,27 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from tunesmith.config import ModelSection, RunConfig, dump_yaml
+from tunesmith.config import ModelSection, RunConfig
 from tunesmith.data.encode import Encoder
 from tunesmith.errors import TunesmithError
 from tunesmith.files import write_text_atomic
+from tunesmith.model.adapters import (
+    add_adapter,
+    cast_trained,
+    changes_base,
+    load_adapter_weights,
+    quantization_config,
+    require_quantization,
+    save_initial,
+)
 from tunesmith.model.isolation import Isolation, set_up_attention
 from tunesmith.model.load import check_vocabulary, choose_max_seq_len, load_config, load_model
 from tunesmith.model.loss import SupervisedLM
-from tunesmith.model.save import save_model
+from tunesmith.model.save import save_adapter, save_model
+from tunesmith.model.source import find_model
 from tunesmith.model.tokenizer import load_encoder
-from tunesmith.train.checkpoint import DamagedError, checkpoint_path, find_damage, read_checkpoint
+from tunesmith.runfile import dump_yaml
+from tunesmith.train.checkpoint import Checkpoint, DamagedError, checkpoint_path, find_damage, read_checkpoint
 from tunesmith.train.console import StepDisplay, print_summary
 from tunesmith.train.failures import RUN_FILE, explained_failures
 from tunesmith.train.folder import locked, require_room, resolve_output, staged_folder
@@ -37,6 +48,7 @@ from tunesmith.train.saver import Saver
 from tunesmith.train.summary import RunFacts, model_card, summary_lines
 
 MIN_MICRO_BATCH_TOKENS = 2048
+INITIAL = "adapter_init"  # first matrices of PiSSA and OLoRA
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,7 @@ def run_training(config: RunConfig) -> Path:
     """Train as the config says; returns the folder of the finished model."""
     output = resolve_output(config.train.output_dir)
     require_trackers(list(config.train.trackers))
+    require_quantization(config.lora)
     refuse_shared_files(config.data)
     date = datetime.datetime.now().replace(microsecond=0)
     setting = choose_setting(config, date)
@@ -63,7 +76,9 @@ def run_training(config: RunConfig) -> Path:
         with staged_folder(output) as staging:
             prepared = prepare_data(config.data, setting.encoder, setting.max_seq_len, staging)
             facts = assemble(config, setting, prepared, config.model)
-            room = require_room(staging, facts.lm.model, config, facts.plan.total_steps)
+            if changes_base(config.lora):
+                save_initial(facts.lm.adapter, staging / INITIAL)
+            room = require_room(staging, facts.lm, config, facts.plan.total_steps)
             print_summary([*summary_lines(facts), ("room", room)])
             facts_of_run = {"id": run_id(output, date.isoformat()), "date": date.isoformat(), "cwd": os.getcwd(),
                             "guard": make_guard(config, setting, staging)}  # fmt: skip
@@ -107,25 +122,42 @@ def assemble(config: RunConfig, setting: Setting, prepared: Prepared, weights: M
     Args:
         weights: where the model's weights come from: the model that was named, or a checkpoint.
     """
-    model = load_model(weights, setting.model_config, setting.precision.weights, config.train.seed)
+    precision, is_adapter = setting.precision, config.lora.kind != "none"
+    # frozen weights need no fp32 copy: autocast computes with their half precision anyway
+    dtype = precision.autocast if is_adapter and precision.autocast else precision.weights
+    quantization = quantization_config(config.lora, dtype)
+    model = load_model(weights, setting.model_config, dtype, config.train.seed, quantization)
     check_vocabulary(model, setting.encoder.tokenizer)
-    model.to(setting.device)
+    if quantization is None:
+        model.to(setting.device)
     own_memory(model)
+    adapter = None
+    if is_adapter:
+        torch.manual_seed(config.train.seed)
+        adapter = add_adapter(model, config.lora, name_of_base(config.model.path))
+        if precision.autocast:
+            cast_trained(model, precision.weights)
     isolation = set_up_attention(model, setting.max_seq_len, setting.capacity)
-    lm = build_lm(model, isolation, config)
+    lm = build_lm(model, isolation, config, adapter)
     plan = build_plan(config, prepared, setting.capacity)
     return RunFacts(config, setting.encoder, prepared.ledger, prepared.eval_ledger, lm, plan, isolation,
                     setting.precision, setting.device, setting.max_seq_len, setting.length_remark)  # fmt: skip
 
 
+def name_of_base(path: str) -> str:
+    """What goes into adapter_config.json: an absolute folder, or the hub id."""
+    return str(Path(path).expanduser().resolve()) if find_model(path).kind == "local" else path
+
+
 def own_memory(model: nn.Module) -> None:
     """Every weight in memory that torch aligned: a file's view may lie anywhere, and sums then round otherwise."""
     for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data = tensor.data.clone()
+        if tensor.is_floating_point():  # others are quantised, and keep their own books
+            tensor.data = tensor.data.clone()
 
 
-def build_lm(model: nn.Module, isolation: Isolation, config: RunConfig) -> SupervisedLM:
-    lm = SupervisedLM(model, is_packed=isolation.is_isolated)
+def build_lm(model: nn.Module, isolation: Isolation, config: RunConfig, adapter: Any) -> SupervisedLM:
+    lm = SupervisedLM(model, isolation.is_isolated, adapter)
     if config.train.gradient_checkpointing:
         try:
             model.activation_checkpointing_enable({"use_reentrant": False})
@@ -161,10 +193,10 @@ def build_trainer(
     last_step: of the checkpoint that the run goes on from.
     """
     config, model = facts.config, facts.lm.model
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, config.lora.lr_ratio)
     names, record = list(config.train.trackers), config.model_dump(mode="json")
     trackers = start_trackers(names, run, record, facts_of_run["id"], last_step)
-    saver = Saver(run, model, facts.encoder, facts_of_run["guard"], config.train.keep_checkpoints)
+    saver = Saver(run, facts.lm, facts.encoder, facts_of_run["guard"], config.train.keep_checkpoints)
     scaler = facts.precision.scaler(facts.device)
     return Trainer(config, run, facts.lm, optimizer, scaler, facts.plan, facts.precision, saver, trackers, stop,
                    on_log=lambda record, remark: None)  # fmt: skip
@@ -183,30 +215,43 @@ def train_to_end(trainer: Trainer) -> None:
 
 
 def finish_run(trainer: Trainer, facts: RunFacts) -> Path:
-    """Write RUN/model: the last step's weights, or the best evaluated ones where those came earlier."""
+    """Write RUN/model or RUN/adapter: the last step's weights, or the best evaluated ones where those came earlier."""
     progress, run = trainer.progress, trainer.run
     model: Any = trainer.lm.model
+    what = "model" if trainer.lm.adapter is None else "adapter"
     if progress.best_step is not None and progress.best_step != progress.step:
-        best = load_best(run, progress.best_step, type(model), trainer.precision.weights)
-        if best is not None:
-            model = best
-            print(f"best eval_loss {progress.best_eval_loss:.4f} was at step {progress.best_step}: that model is saved")
+        best = find_best(run, progress.best_step)
+        if best is None:
+            print(f"the checkpoint of the best step, {progress.best_step}, is gone: the last step's {what} is saved")
         else:
-            print(f"the checkpoint of the best step, {progress.best_step}, is gone: the last step's model is saved")
-    save_model(model, facts.encoder, model_card(facts, progress), run / "model")
+            print(
+                f"best eval_loss {progress.best_eval_loss:.4f} was at step {progress.best_step}: that {what} is saved"
+            )
+            if trainer.lm.adapter is None:
+                model = type(model).from_pretrained(best.folder, dtype=trainer.precision.weights)
+            else:
+                load_adapter_weights(trainer.lm.adapter, best.load_adapter())
+    card = model_card(facts, progress)
+    if trainer.lm.adapter is None:
+        save_model(model, facts.encoder, card, run / "model")
+    else:
+        initial = run / INITIAL if changes_base(trainer.config.lora) else None
+        save_adapter(trainer.lm.adapter, facts.encoder, card, run / "adapter", initial)
     if progress.step < trainer.plan.total_steps:
         print(f"stopped early at step {progress.step}: eval_loss no longer fell")
     if progress.skipped:
         print(f"{progress.skipped} steps were left out, their loss was not finite (metrics.jsonl names the rows)")
     named = Path(trainer.config.train.output_dir)  # as the person wrote it
-    print(f"model saved: {named / 'model'}\ntalk to it: tunesmith chat {named}")
-    return run / "model"
+    print(f"{what} saved: {named / what}\ntalk to it: tunesmith chat {named}")
+    if what == "adapter":
+        print(f"merge it into its base: tunesmith merge {named} --output {named}-merged")
+    return run / what
 
 
-def load_best(run: Path, step: int, kind: Any, dtype: torch.dtype) -> Any:
-    """The best evaluated model, if its checkpoint verifies."""
+def find_best(run: Path, step: int) -> Checkpoint | None:
+    """The best evaluated step's checkpoint, if it verifies."""
     try:
         checkpoint = read_checkpoint(checkpoint_path(run, step))
     except DamagedError:
         return None
-    return None if find_damage(checkpoint) else kind.from_pretrained(checkpoint.folder, dtype=dtype)
+    return None if find_damage(checkpoint) else checkpoint

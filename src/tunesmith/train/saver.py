@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from tunesmith.data.encode import Encoder
 from tunesmith.files import is_no_room
+from tunesmith.model.loss import SupervisedLM
 from tunesmith.train.checkpoint import (
     Snapshot,
     find_damage,
@@ -28,9 +27,9 @@ class Saver:
     the next snapshot is tried as if nothing had happened.
     """
 
-    def __init__(self, run: Path, model: nn.Module, encoder: Encoder, guard: Mapping[str, Any], keep: int) -> None:
+    def __init__(self, run: Path, lm: SupervisedLM, encoder: Encoder, guard: Mapping[str, Any], keep: int) -> None:
         self.failure = ""
-        self._run, self._model, self._encoder, self._guard, self._keep = run, model, encoder, guard, keep
+        self._run, self._lm, self._encoder, self._guard, self._keep = run, lm, encoder, guard, keep
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -52,7 +51,7 @@ class Saver:
 
     def _write(self, snapshot: Snapshot, best_step: int | None) -> None:
         try:
-            folder = write_checkpoint(self._run, snapshot, self._model, self._encoder, self._guard)
+            folder = write_checkpoint(self._run, snapshot, self._lm, self._encoder, self._guard)
             damage = find_damage(read_checkpoint(folder))  # before an older one is deleted
             if damage:
                 self.failure = f"checkpoint of step {snapshot.step} does not verify ({damage}); older ones are kept"

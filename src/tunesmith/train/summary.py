@@ -12,6 +12,7 @@ from tunesmith import __version__
 from tunesmith.config import RunConfig
 from tunesmith.data.encode import Encoder
 from tunesmith.data.ledger import Ledger
+from tunesmith.model.adapters import describe_adapter
 from tunesmith.model.isolation import Isolation
 from tunesmith.model.load import count_parameters
 from tunesmith.model.loss import SupervisedLM
@@ -39,9 +40,10 @@ class RunFacts:
 def summary_lines(facts: RunFacts) -> list[tuple[str, str]]:
     config, plan = facts.config, facts.plan
     parameters, trainable = count_parameters(facts.lm.model)
-    trained = "all trained" if parameters == trainable else f"{trainable:,} trained"
+    trained = "all trained" if parameters == trainable else f"{trainable:,} trained ({trainable / parameters:.2%})"
     lines = [
         ("model", f"{config.model.path}: {type(facts.lm.model).__name__}, {parameters:,} parameters, {trained}"),
+        *([("adapter", describe_adapter(facts.lm.adapter))] if facts.lm.adapter else []),
         ("device", f"{facts.device.type}, {facts.precision.name}, {torch.get_num_threads()} threads"),
         *_ledger_lines("data", facts.ledger),
     ]

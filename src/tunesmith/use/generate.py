@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith.config import ModelSection, read_yaml
+from tunesmith.config import ModelSection
 from tunesmith.data.conversation import Message
 from tunesmith.data.encode import Encoder
 from tunesmith.errors import ModelError
 from tunesmith.model.load import load_config, load_model
 from tunesmith.model.tokenizer import build_encoder, load_tokenizer
+from tunesmith.runfile import read_yaml
 from tunesmith.train.precision import pick_device
 
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import ModelSection, RunConfig, read_yaml
+from tunesmith.config import ModelSection, RunConfig
 from tunesmith.data.labels import Sample
 from tunesmith.data.store import open_store
 from tunesmith.errors import TunesmithError
 from tunesmith.files import write_text_atomic
 from tunesmith.model.load import count_parameters
+from tunesmith.runfile import read_yaml
 from tunesmith.train.plan import split_eval
 from tunesmith.use.charts import CHART_CSS, Series, line_chart
 from tunesmith.use.generate import Sampling, Speaker, decode_reply, generate_ids, load_speaker

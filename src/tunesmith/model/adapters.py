@@ -62,6 +62,14 @@ def quantization_config(lora: LoraSection, compute_dtype: torch.dtype) -> Any:
     )
 
 
+def keep_differentiable(model: nn.Module) -> None:
+    """No packing for fast inference: bitsandbytes repacks 4-bit weights in the first evaluation on newer CPUs, and its
+    kernel for them has no gradient, which would then be lost in silence for all layers below."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def add_adapter(model: nn.Module, lora: LoraSection, base_name: str) -> Any:
     """Freeze the model and put an adapter into it; returns peft's PeftModel around it.
 
@@ -281,7 +289,7 @@ def open_adapter(model: nn.Module, folder: Path, name: str = "default", onto: An
     Raises:
         ModelError: it belongs to another base, or is damaged.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     config, weights = read_adapter_config(folder), read_adapter_weights(folder)
     try:
@@ -291,26 +299,16 @@ def open_adapter(model: nn.Module, folder: Path, name: str = "default", onto: An
             else:
                 onto.load_adapter(folder, adapter_name=name)
                 wrapped = onto
-            loaded = dict(wrapped.named_parameters()) | dict(wrapped.named_buffers())
+            placed = get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False)
     except Exception as error:
         text = " ".join(str(error).split())
         raise ModelError(
             f"{folder}: does not fit this base ({config.get('base_model_name_or_path')} was its own): {text[:300]}"
         ) from None
-    missing = [key for key in weights if _placed(key, name) not in loaded and "base_model" in key]
-    if missing:
+    lost = [key for key, tensor in weights.items() if key not in placed or placed[key].shape != tensor.shape]
+    if lost:
         raise ModelError(
             f"{folder}: does not fit this base ({config.get('base_model_name_or_path')} was its own): it has no place "
-            f"for {missing[0]}."
+            f"for {lost[0]}."
         )
     return wrapped
-
-
-def _placed(key: str, name: str) -> str:
-    """The name of a tensor of the file, inside a PeftModel."""
-    for part in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"):
-        if f".{part}.weight" in key:
-            return key.replace(f".{part}.weight", f".{part}.{name}.weight")
-        if key.endswith(f".{part}"):
-            return f"{key}.{name}"
-    return key

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from tunesmith.config import ModelSection
 from tunesmith.errors import ModelError
-from tunesmith.model.adapters import open_adapter
+from tunesmith.model.adapters import keep_differentiable, open_adapter
 from tunesmith.model.presets import build_preset_config, explain_overrides
 from tunesmith.model.source import explain_load_error, find_model
 
@@ -82,6 +82,8 @@ def load_model(
             f"{', ...' if len(missing) > 3 else ''}); training would start from random values there. The folder is "
             "incomplete, or its config.json belongs to another model."
         )
+    if quantization is not None:
+        keep_differentiable(model)
     if source.adapter:
         wrapped = open_adapter(model, source.adapter)
         return wrapped.merge_and_unload() if merge else model

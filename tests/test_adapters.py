@@ -1,0 +1,186 @@
+"""Adapters: the same road as full fine-tuning; what comes out is opened by plain peft and says the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import build_model, save_folder, tiny_config
+from tunesmith.config import LoraSection, ModelSection
+from tunesmith.model.adapters import choose_targets
+
+Run = Callable[..., tuple[int, str, str]]
+FAST = ("--data.max_seq_len", 64, "--train.micro_batch_tokens", 128, "--lora.rank", 4, "--optim.lr", 1e-2)
+BUSY = (
+    *FAST,
+    "--train.grad_accum_steps",
+    2,
+    "--train.max_steps",
+    8,
+    "--train.save_steps",
+    2,
+    "--train.keep_checkpoints",
+    20,
+)
+KINDS: dict[str, tuple[Any, ...]] = {
+    "lora": (),
+    "dropout": ("--lora.kind", "lora", "--lora.dropout", 0.2),
+    "rslora": ("--lora.kind", "rslora"),
+    "dora": ("--lora.kind", "dora"),
+    "pissa": ("--lora.kind", "pissa"),
+    "olora": ("--lora.kind", "olora"),
+    "lora+": ("--lora.kind", "lora", "--lora.lr_ratio", 16),
+    "whole modules": ("--lora.kind", "lora", "--lora.modules_to_save", "lm_head", "embed_tokens"),
+    "biases": ("--lora.kind", "lora", "--lora.bias", "all"),
+    "regex": ("--lora.kind", "lora", "--lora.target_modules", r".*self_attn\.[qv]_proj"),
+    "names": ("--lora.kind", "lora", "--lora.target_modules", "q_proj", "v_proj"),
+    "nf4": ("--lora.kind", "lora", "--lora.quantize", "nf4"),
+    "int8": ("--lora.kind", "lora", "--lora.quantize", "int8"),
+}  # fmt: skip
+
+
+def base_of(folder: Path, tokenizer: Any, name: str = "qwen2", **overrides: Any) -> Path:
+    """qwen2 has biases; weights large enough that an error shows."""
+    return save_folder(folder, tiny_config(name, initializer_range=0.1, **overrides), tokenizer)
+
+
+def train_words(base: Path, chats: Path, output: Path, kind: str) -> tuple[Any, ...]:
+    flags = KINDS[kind] if kind != "lora" else ("--lora.kind", "lora")
+    return ("train", "--model", base, "--data", chats, "--output", output, *BUSY, *flags)
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits[0]
+
+
+def adapter_bytes(run_folder: Path) -> bytes:
+    return (run_folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_trains_resumes_exactly_and_opens_in_peft(
+    run: Run, tokenizer: Any, chats: Path, tmp_path: Path, kind: str
+) -> None:
+    if kind in ("nf4", "int8"):
+        pytest.importorskip("bitsandbytes")
+    wide = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # bitsandbytes takes blocks of 64
+    base, output = base_of(tmp_path / "base", tokenizer, **(wide if kind == "nf4" else {})), tmp_path / "run"
+    code, out, err = run(*train_words(base, chats, output, kind))
+    assert code == 0, err
+    assert "trained (" in out
+    assert "adapter saved: " in out
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["loss"] < records[0]["loss"]
+    # a checkpoint holds what is trained, not the base
+    checkpoint = output / "checkpoints" / "step-000004"
+    assert not (checkpoint / "model.safetensors").exists()
+    assert (checkpoint / "adapter_model.safetensors").stat().st_size < 200_000
+    # killed after step 4
+    part = tmp_path / "part"
+    shutil.copytree(output, part)
+    shutil.rmtree(part / "adapter")
+    for step in (6, 8):
+        shutil.rmtree(part / "checkpoints" / f"step-{step:06d}")
+    code, _, err = run("resume", part)
+    assert code == 0, err
+    assert adapter_bytes(part) == adapter_bytes(output)
+    # plain peft, on the base as everybody has it
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), output / "adapter")
+    plain = logits_of(AutoModelForCausalLM.from_pretrained(base))
+    assert (logits_of(theirs) - plain).abs().max() > 0.01  # it has learnt something
+    AutoTokenizer.from_pretrained(output / "adapter")
+    if kind not in ("nf4", "int8"):  # there the base of training was another
+        from tunesmith.use.generate import load_speaker
+
+        ours = load_speaker(ModelSection(path=str(output))).model
+        assert torch.allclose(logits_of(ours), logits_of(theirs), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma2", "qwen3_moe"])
+def test_all_linear_means_every_linear_layer_but_head_and_router(name: str) -> None:
+    model = build_model(tiny_config(name))
+    targets, parameters = choose_targets(model, LoraSection(kind="lora"))
+    wanted = {
+        "llama": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+        "gpt2": ["c_attn", "c_fc", "c_proj"],
+        "qwen3_moe": ["k_proj", "o_proj", "q_proj", "v_proj"],
+    }
+    assert targets == wanted.get(name, wanted["llama"])
+    assert parameters == (["mlp.experts.down_proj", "mlp.experts.gate_up_proj"] if name == "qwen3_moe" else [])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "qwen3_moe"])
+def test_other_architectures(run: Run, tokenizer: Any, chats: Path, tmp_path: Path, name: str) -> None:
+    base, output = base_of(tmp_path / "base", tokenizer, name), tmp_path / "run"
+    code, out, err = run(*train_words(base, chats, output, "lora"))
+    assert code == 0, err
+    assert "packed: packed and solo differ" in out
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), output / "adapter")
+    from tunesmith.use.generate import load_speaker
+
+    ours = load_speaker(ModelSection(path=str(output))).model
+    assert torch.allclose(logits_of(ours), logits_of(theirs), atol=1e-5)
+
+
+def test_the_default_learning_rate_of_adapters(run: Run, tokenizer: Any, chats: Path, tmp_path: Path) -> None:
+    import yaml
+
+    base = base_of(tmp_path / "base", tokenizer)
+    words = ("train", "--model", base, "--data", chats, "--data.max_seq_len", 64, "--train.max_steps", 1)
+    assert run(*words, "--output", tmp_path / "a", "--lora.kind", "lora")[0] == 0
+    assert run(*words, "--output", tmp_path / "b")[0] == 0
+    rates = [yaml.safe_load((tmp_path / name / "config.yaml").read_text())["optim"]["lr"] for name in "ab"]
+    assert rates == [2e-4, 2e-5]
+
+
+def test_lora_plus_raises_the_rate_of_b_alone() -> None:
+    from tunesmith.config import OptimSection
+    from tunesmith.model.adapters import add_adapter
+    from tunesmith.train.optim import build_optimizer, set_lr
+
+    model = build_model(tiny_config("llama"))
+    add_adapter(model, LoraSection(kind="lora"), "base")
+    optimizer = build_optimizer(model, OptimSection(), 16.0)
+    set_lr(optimizer, 1e-3)
+    names = {id(p): name for name, p in model.named_parameters()}
+    rates = {names[id(p)].split(".")[-3]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates == {"lora_A": 1e-3, "lora_B": 16e-3}
+
+
+BAD: dict[str, tuple[tuple[Any, ...], str]] = {
+    "rank 0": (("--lora.rank", 0), "lora.rank: input should be greater than or equal to 1"),
+    "no such target": (("--lora.target_modules", "query"), "target_modules 'query' matches no module; the model's linear layers are down_proj"),
+    "no such regex": (("--lora.target_modules", ".*query$"), "target_modules '.*query$' matches no module"),
+    "no such module": (("--lora.modules_to_save", "head"), "modules_to_save 'head' matches no module"),
+    "no such parameter": (("--lora.target_parameters", "mlp.experts.w1"), "target_parameters 'mlp.experts.w1' matches no weight"),
+    "pissa in 4 bits": (("--lora.kind", "pissa", "--lora.quantize", "nf4"), "lora.quantize: pissa changes the base weights"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_settings(run: Run, tokenizer: Any, chats: Path, tmp_path: Path, name: str) -> None:
+    base = base_of(tmp_path / "base", tokenizer)
+    flags, words = BAD[name]
+    kind = () if "--lora.kind" in flags else ("--lora.kind", "lora")
+    code, _, err = run("train", "--model", base, "--data", chats, "--output", tmp_path / "run", *kind, *flags)
+    assert code == 1
+    assert words in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_without_a_kind_are_refused(run: Run, tokenizer: Any, chats: Path, tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", tokenizer)
+    code, _, err = run("train", "--model", base, "--data", chats, "--output", tmp_path / "run", "--lora.rank", 8)
+    assert code == 1
+    assert "lora.rank: lora.kind is none" in err

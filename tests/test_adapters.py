@@ -184,3 +184,37 @@ def test_settings_without_a_kind_are_refused(run: Run, tokenizer: Any, chats: Pa
     code, _, err = run("train", "--model", base, "--data", chats, "--output", tmp_path / "run", "--lora.rank", 8)
     assert code == 1
     assert "lora.rank: lora.kind is none" in err
+
+
+def test_no_adapter_on_an_adapter(run: Run, tokenizer: Any, chats: Path, tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", tokenizer)
+    assert run(*train_words(base, chats, tmp_path / "one", "lora"))[0] == 0
+    code, _, err = run(*train_words(tmp_path / "one", chats, tmp_path / "two", "lora"))
+    assert code == 1
+    assert f"tunesmith merge {tmp_path / 'one'} --output MERGED" in err
+
+
+def test_4_bit_layers_keep_their_gradient_after_an_evaluation(tokenizer: Any, tmp_path: Path) -> None:
+    """bitsandbytes repacks weights for CPUs with AVX512-BF16 in the first evaluation, and its kernel has no gradient."""
+    pytest.importorskip("bitsandbytes")
+    from tunesmith.model.adapters import add_adapter, quantization_config
+    from tunesmith.model.load import load_config, load_model
+
+    base = base_of(tmp_path / "base", tokenizer, hidden_size=64, intermediate_size=128, head_dim=16)
+    section, lora = ModelSection(path=str(base)), LoraSection(kind="lora", quantize="nf4")
+    quantization = quantization_config(lora, torch.float32)
+    model = load_model(section, load_config(section, tokenizer), torch.float32, 0, quantization)
+    add_adapter(model, lora, "base")
+    ids = torch.arange(5, 25)[None]
+    gradients = []
+    for _ in range(2):
+        model.train()
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        model.eval()
+        with torch.no_grad():
+            model(input_ids=ids)
+    assert set(gradients[0]) == set(gradients[1])
+    assert any("layers.0" in name and gradient.abs().max() > 0 for name, gradient in gradients[1].items())
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])

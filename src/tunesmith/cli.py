@@ -34,6 +34,10 @@ _EPILOG = {
     "check": """example:
   tunesmith check --model Qwen/Qwen2.5-0.5B --data chats.jsonl --eval-data held-out.jsonl
 """,
+    "merge": """examples:
+  tunesmith merge runs/lora --output merged
+  tunesmith merge runs/chat runs/code --method ties --weights 1 0.5 --output both
+""",
     "tokenizer": """example:
   tunesmith tokenizer --data books/ --vocab-size 6400 --output tokenizer
 """,
@@ -56,6 +60,12 @@ _USAGE = {
 
 RESUME_PARTS = (  # train/guard.py knows them too, but imports torch
     "data", "template", "tokenizer", "model", "optimizer", "lora", "schedule", "batch", "seed", "precision", "versions",
+)  # fmt: skip
+
+
+MERGE_METHODS = (  # use/merge.py knows them too, but imports torch
+    "sequential", "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties",
+    "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd",
 )  # fmt: skip
 
 
@@ -102,6 +112,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--chat-template", metavar="T", help="a .jinja file, chatml, alpaca or none; default: the model's"
     )
     chat.add_argument("--trust-remote-code", action="store_true", help="run Python code in the model's folder")
+    merge = _add_command(commands, "merge", "put adapters into their base model, and prove that it is the same")
+    merge.add_argument("adapters", nargs="+", metavar="ADAPTER", help="PEFT folders, or runs that trained an adapter")
+    merge.add_argument("--output", required=True, metavar="DIR", help="folder to make")
+    merge.add_argument(
+        "--method", choices=MERGE_METHODS, default="sequential",
+        help="how several adapters become one (default: sequential, one after another)",
+    )  # fmt: skip
+    merge.add_argument("--weights", nargs="+", type=float, metavar="X", help="of each adapter (default: 1)")
+    merge.add_argument(
+        "--density", type=_share, default=0.5, metavar="X", help="share of values that ties, dare and prune keep (0.5)"
+    )
+    merge.add_argument("--seed", type=_seed, default=0, metavar="N", help="of dare's choice (default: 0)")
+    merge.add_argument("--base", metavar="M", help="the base in full precision, where the adapter names another")
     demo = _add_command(commands, "demo", "fine-tune the base model in the package in a few minutes and ask it")
     demo.add_argument("--output", default="runs/demo", metavar="RUN", help="folder to make (default: runs/demo)")
     return parser
@@ -139,6 +162,16 @@ def _whole_number(text: str, smallest: int, largest: int) -> int:
         raise argparse.ArgumentTypeError(f"{value} is not {smallest} or more")
     if value > largest:
         raise argparse.ArgumentTypeError(f"{text} is larger than {largest}")
+    return value
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
     return value
 
 
@@ -308,6 +341,18 @@ def run_command(argv: list[str]) -> None:
         from tunesmith.use.chat import run_chat
 
         run_chat(options)
+    elif options.command == "merge":
+        from tunesmith.use.merge import run_merge
+
+        run_merge(
+            options.adapters,
+            options.output,
+            options.method,
+            options.weights,
+            options.density,
+            options.seed,
+            options.base,
+        )
     elif options.command == "demo":
         from tunesmith.demo.run import run_demo
 

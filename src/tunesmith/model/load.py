@@ -86,7 +86,7 @@ def load_model(
         keep_differentiable(model)
     if source.adapter:
         wrapped = open_adapter(model, source.adapter)
-        return wrapped.merge_and_unload() if merge else model
+        return wrapped.merge_and_unload().requires_grad_(True) if merge else model
     return model
 
 

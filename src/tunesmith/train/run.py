@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from tunesmith.config import ModelSection, RunConfig
 from tunesmith.data.encode import Encoder
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.files import write_text_atomic
 from tunesmith.model.adapters import (
     add_adapter,
@@ -123,6 +123,11 @@ def assemble(config: RunConfig, setting: Setting, prepared: Prepared, weights: M
         weights: where the model's weights come from: the model that was named, or a checkpoint.
     """
     precision, is_adapter = setting.precision, config.lora.kind != "none"
+    if is_adapter and find_model(config.model.path).adapter:
+        raise ModelError(
+            f"{config.model.path}: is an adapter, and an adapter on it would have no base that others know. Merge it "
+            f"first: tunesmith merge {config.model.path} --output MERGED; then train on MERGED."
+        )
     # frozen weights need no fp32 copy: autocast computes with their half precision anyway
     dtype = precision.autocast if is_adapter and precision.autocast else precision.weights
     quantization = quantization_config(config.lora, dtype)

@@ -75,7 +75,7 @@ def load_speaker(section: ModelSection, chat_template: str | None = None) -> Spe
     dtype = getattr(config, "dtype", None) or torch.float32
     if device.type == "cpu":
         dtype = torch.float32  # half precision is slow or missing on CPUs
-    model = load_model(section, config, dtype, seed=0).to(device).eval()
+    model = load_model(section, config, dtype, seed=0, merge=False).to(device).eval()
     learnt = getattr(config.get_text_config(), "max_position_embeddings", None)
     context = max(learnt, trained.get("max_seq_len") or 0) if learnt else None  # a run may have gone beyond
     return Speaker(model, encoder, context)

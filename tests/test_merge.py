@@ -1,0 +1,270 @@
+"""Promise 6: a merged model gives the logits that base and adapter gave, or the command fails and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from test_adapters import KINDS, base_of, logits_of, train_words
+from tunesmith.use import merge as merging
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def base(tmp_path: Path, tokenizer: Any) -> Path:
+    return base_of(tmp_path / "base", tokenizer)
+
+
+def train(run: Run, base: Path, chats: Path, output: Path, kind: str = "lora", *more: Any) -> Path:
+    code, _, err = run(*train_words(base, chats, output, kind), *more)
+    assert code == 0, err
+    return output
+
+
+def on_base(base: Path, adapter: Path) -> Any:
+    return PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter / "adapter"
+    )
+
+
+def merged_logits(folder: Path) -> torch.Tensor:
+    return logits_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("dropout", "lora+", "nf4", "int8")])
+def test_every_kind(run: Run, base: Path, chats: Path, tmp_path: Path, kind: str) -> None:
+    trained = train(run, base, chats, tmp_path / "run", kind)
+    code, out, err = run("merge", trained, "--output", tmp_path / "merged")
+    assert code == 0, err
+    assert "proof      logits on 5 prompts differ by " in out
+    wanted = logits_of(on_base(base, trained))
+    assert torch.allclose(merged_logits(tmp_path / "merged"), wanted, atol=1e-5 * wanted.abs().max().item())
+    ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "merged", trained / "adapter"))
+    assert ours.chat_template == theirs.chat_template
+    assert ours.get_vocab() == theirs.get_vocab()
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert not list(tmp_path.glob(".merged*"))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "qwen3_moe"])
+def test_other_architectures(run: Run, tokenizer: Any, chats: Path, tmp_path: Path, name: str) -> None:
+    base = base_of(tmp_path / "base", tokenizer, name)
+    trained = train(run, base, chats, tmp_path / "run")
+    code, _, err = run("merge", trained, "--output", tmp_path / "merged")
+    assert code == 0, err
+    wanted = logits_of(on_base(base, trained))
+    assert torch.allclose(merged_logits(tmp_path / "merged"), wanted, atol=1e-5 * wanted.abs().max().item())
+
+
+def test_an_adapter_trained_in_4_bits_goes_onto_the_full_base(
+    run: Run, tokenizer: Any, chats: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = base_of(tmp_path / "base", tokenizer, hidden_size=64, intermediate_size=128, head_dim=16)
+    trained = train(run, base, chats, tmp_path / "run", "nf4")
+    code, _, err = run("merge", trained, "--output", tmp_path / "merged")
+    assert code == 0, err
+    wanted = logits_of(on_base(base, trained))
+    assert (merged_logits(tmp_path / "merged") - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+def test_bf16_and_shards(run: Run, tokenizer: Any, chats: Path, tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", tokenizer)
+    trained = train(run, base, chats, tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    (base / "model.safetensors").unlink()
+    model.save_pretrained(base, max_shard_size="40KB")
+    assert len(list(base.glob("*.safetensors"))) > 2
+    code, out, err = run("merge", trained, "--output", tmp_path / "merged")
+    assert code == 0, err
+    assert "allowed for bfloat16: 5e-02" in out
+    names = sorted(path.name for path in base.glob("*.safetensors"))
+    assert sorted(path.name for path in (tmp_path / "merged").glob("*.safetensors")) == names
+    assert {t.dtype for t in load_file(tmp_path / "merged" / names[0]).values()} == {torch.bfloat16}
+
+
+def test_tied_embeddings_with_whole_modules(run: Run, tokenizer: Any, chats: Path, tmp_path: Path) -> None:
+    """Tied in the base stays tied; a head trained alone unties, and the command says so."""
+    base = base_of(tmp_path / "base", tokenizer, "llama", tie_word_embeddings=True)
+    both = train(run, base, chats, tmp_path / "both", "whole modules")
+    code, out, err = run("merge", both, "--output", tmp_path / "both-merged")
+    assert code == 0, err
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "both-merged")
+    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert is_tied or "untied" in out
+    assert torch.allclose(logits_of(model), logits_of(on_base(base, both)), atol=1e-4)
+
+
+@pytest.fixture
+def two(run: Run, base: Path, chats: Path, tmp_path: Path) -> tuple[Path, Path]:
+    return (
+        train(run, base, chats, tmp_path / "one"),
+        train(run, base, chats, tmp_path / "two", "lora", "--train.seed", 5, "--optim.lr", 3e-2),
+    )
+
+
+@pytest.mark.parametrize("method", [m for m in merging.METHODS if m != "sequential"])
+def test_two_adapters_by_each_method_equal_pefts_own(
+    run: Run, base: Path, two: tuple[Path, Path], tmp_path: Path, method: str
+) -> None:
+    code, out, err = run("merge", *two, "--method", method, "--weights", 1, 0.5, "--output", tmp_path / "merged")
+    assert code == 0, err
+    assert f"compared, {method}" in out
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), two[0] / "adapter", adapter_name="a")
+    theirs.load_adapter(two[1] / "adapter", adapter_name="b")
+    torch.manual_seed(0)
+    more = {} if method in ("linear", "cat", "svd") else {"density": 0.5}
+    theirs.base_model.add_weighted_adapter(["a", "b"], [1.0, 0.5], "c", combination_type=method, **more)
+    theirs.set_adapter("c")
+    wanted = logits_of(theirs)
+    assert (merged_logits(tmp_path / "merged") - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+def test_one_after_another(run: Run, base: Path, two: tuple[Path, Path], tmp_path: Path) -> None:
+    """As background/003 does it: merge, unload, merge the next."""
+    code, _, err = run("merge", *two, "--output", tmp_path / "merged")
+    assert code == 0, err
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    for folder in two:
+        model = PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload()
+    wanted = logits_of(model)
+    assert (merged_logits(tmp_path / "merged") - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+# whatever is wrong, nothing is left
+
+
+def test_a_corrupted_merge_fails_and_cleans_up(
+    run: Run, base: Path, chats: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    trained = train(run, base, chats, tmp_path / "run")
+    apply = merging.Delta.apply
+
+    def corrupted(self: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        changed = apply(self, name, tensor)
+        return changed + 0.01 if name.endswith("layers.1.self_attn.q_proj.weight") else changed
+
+    monkeypatch.setattr(merging.Delta, "apply", corrupted)
+    code, _, err = run("merge", trained, "--output", tmp_path / "merged")
+    assert code == 4
+    assert "the merged model's logits differ from base and adapter by" in err
+    assert not (tmp_path / "merged").exists()
+    assert not list(tmp_path.glob(".merged*"))
+
+
+def test_a_file_that_is_written_otherwise_fails(
+    run: Run, base: Path, chats: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    trained = train(run, base, chats, tmp_path / "run")
+
+    def damaging(tensors: dict[str, torch.Tensor], path: Path, metadata: Any) -> None:
+        save_file({name: t + 1e-3 if "norm" in name else t for name, t in tensors.items()}, path, metadata)
+
+    monkeypatch.setattr(merging, "save_file", damaging)
+    code, _, err = run("merge", trained, "--output", tmp_path / "merged")
+    assert code == 4
+    assert "was read back otherwise than it was written" in err
+    assert not (tmp_path / "merged").exists()
+
+
+def damage_weights(adapter: Path) -> None:
+    path = adapter / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def damage_config(adapter: Path) -> None:
+    (adapter / "adapter_config.json").write_text("{")
+
+
+def other_base(adapter: Path) -> None:
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({name: torch.cat([t, t], 1) if "lora_A" in name else t for name, t in tensors.items()}, path)
+
+
+def no_such_layer(adapter: Path) -> None:
+    path = adapter / "adapter_model.safetensors"
+    save_file({name.replace("layers.1", "layers.9"): t for name, t in load_file(path).items()}, path)
+
+
+def base_gone(adapter: Path) -> None:
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "base_model_name_or_path": "/nowhere/base"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (damage_weights, "The file is cut short or damaged"),
+        (damage_config, "adapter_config.json cannot be read"),
+        (other_base, "does not fit this base"),
+        (no_such_layer, "the adapter belongs to another model"),
+        (base_gone, "its base model cannot be found"),
+    ],
+)
+def test_bad_adapters(
+    run: Run, base: Path, chats: Path, tmp_path: Path, damage: Callable[[Path], None], words: str
+) -> None:
+    trained = train(run, base, chats, tmp_path / "run")
+    damage(trained / "adapter")
+    for command in (("merge", trained, "--output", tmp_path / "merged"), ("chat", trained, "--prompt", "Hi")):
+        code, _, err = run(*command)
+        assert code == 1, command
+        assert "Traceback" not in err
+        assert words in err or (command[0] == "chat" and "does not fit this base" in err), err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_what_is_no_adapter(run: Run, base: Path, tmp_path: Path) -> None:
+    code, _, err = run("merge", base, "--output", tmp_path / "merged")
+    assert (code, "is no adapter" in err) == (1, True)
+    code, _, err = run("merge", tmp_path / "none", "--output", tmp_path / "merged")
+    assert (code, "is no adapter" in err) == (1, True)
+
+
+def test_no_room(run: Run, base: Path, chats: Path, tmp_path: Path) -> None:
+    import subprocess
+
+    trained = train(run, base, chats, tmp_path / "run")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("mounts are not allowed here")
+    try:
+        code, _, err = run("merge", trained, "--output", disk / "merged")
+        assert code == 4
+        assert "MiB are free" in err
+        assert not (disk / "merged").exists()
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_an_adapter_as_the_model_of_everything(run: Run, base: Path, chats: Path, tmp_path: Path) -> None:
+    trained = train(run, base, chats, tmp_path / "run")
+    for name in (trained, trained / "adapter"):
+        code, out, err = run(
+            "chat", name, "--prompt", "What is the answer 3?", "--temperature", 0, "--max-new-tokens", 8
+        )
+        assert code == 0, err
+        assert run("preview", "--model", name, "--data", chats, "--rows", 1)[0] == 0
+    code, out, err = run("train", "--model", trained, "--data", chats, "--output", tmp_path / "full", "--data.max_seq_len",
+                         64, "--train.max_steps", 1)  # fmt: skip
+    assert code == 0, err
+    assert "all trained" in out
+    shutil.rmtree(base)
+    code, _, err = run("chat", trained, "--prompt", "Hi")
+    assert (code, "its base model cannot be found" in err) == (1, True)

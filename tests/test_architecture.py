@@ -11,7 +11,21 @@ import tunesmith
 
 PACKAGE = Path(tunesmith.__file__).parent
 # a room may import the rooms before it, and itself
-ORDER = ["errors", "files", "config", "runfile", "data", "model", "train", "use", "demo", "cli", "__main__"]
+ORDER = [
+    "errors",
+    "files",
+    "config",
+    "foreign",
+    "runfile",
+    "data",
+    "model",
+    "train",
+    "use",
+    "demo",
+    "parser",
+    "cli",
+    "__main__",
+]
 FILES = sorted(p for p in PACKAGE.rglob("*.py"))
 
 

@@ -197,7 +197,7 @@ def test_recipes_resolve_and_an_unknown_one_names_the_known(run) -> None:
         assert config.optim.schedule == yaml.safe_load(path.read_text())["optim"]["schedule"]
     code, _, err = run("train", "recipe:minimind-stf", "--data", "x")
     assert code == 1
-    assert "no such recipe; known: minimind-pretrain, minimind-sft" in err
+    assert "no such recipe; known: chinese-instructions, gpt2-full" in err
 
 
 def test_the_whole_way(run, corpus: Path, tmp_path: Path) -> None:

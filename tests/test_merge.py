@@ -151,8 +151,8 @@ def test_a_corrupted_merge_fails_and_cleans_up(
     trained = train(run, base, chats, tmp_path / "run")
     apply = merging.Delta.apply
 
-    def corrupted(self: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        changed = apply(self, name, tensor)
+    def corrupted(self: Any, name: str, tensor: torch.Tensor, *more: Any) -> torch.Tensor:
+        changed = apply(self, name, tensor, *more)
         return changed + 0.01 if name.endswith("layers.1.self_attn.q_proj.weight") else changed
 
     monkeypatch.setattr(merging.Delta, "apply", corrupted)
@@ -268,3 +268,28 @@ def test_an_adapter_as_the_model_of_everything(run: Run, base: Path, chats: Path
     shutil.rmtree(base)
     code, _, err = run("chat", trained, "--prompt", "Hi")
     assert (code, "its base model cannot be found" in err) == (1, True)
+
+
+def test_adapters_are_switched_in_chat(
+    run: Run, base: Path, two: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    import io
+
+    lines = ["What is the answer 3?", "/reset", "/adapter two", "What is the answer 3?", "/reset", "/adapter base",
+             "What is the answer 3?", "/adapter three", "/exit"]  # fmt: skip
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+    code, out, err = run("chat", *two, "--temperature", 0, "--max-new-tokens", 12)
+    assert code == 0, err
+    assert "adapters: one, two; /adapter NAME switches" in out
+    assert "(now two)" in out
+    assert "no adapter 'three'; there are: one, two, base" in out
+    replies = [line.removeprefix("you> ") for line in out.splitlines() if line.startswith("you> ")]
+    alone = []
+    for name in (*two, base):
+        alone.append(
+            run("chat", name, "--prompt", "What is the answer 3?", "--temperature", 0, "--max-new-tokens", 12)[1]
+        )
+    assert [replies[0], replies[3], replies[6]] == [text.splitlines()[0] for text in alone]
+    assert len(set(alone)) > 1
+    code, _, err = run("chat", two[0], base, "--prompt", "Hi")
+    assert (code, "is no adapter" in err) == (1, True)

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from tunesmith.config import RunConfig, Section
 from tunesmith.errors import ConfigError
 from tunesmith.files import StrictLoader
+from tunesmith.foreign import convert, explain_key, nest
 
 SHORTHANDS = {
     "--model": "model.path",
@@ -83,7 +84,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        raise ConfigError(str(path), ["must hold sections (model:, data:, optim:, train:)"])
+        raise ConfigError(str(path), ["must hold sections (model:, data:, optim:, lora:, train:)"])
     return loaded
 
 
@@ -108,12 +109,16 @@ def _unknown_keys(tree: Mapping[str, Any], known: list[str], prefix: str = "") -
             if isinstance(value, Mapping):
                 problems += _unknown_keys(value, known, f"{dotted}.")
             elif value is not None:
-                problems.append(f"{dotted}: is a section and needs keys below it, not {value!r}")
+                hint = explain_key(dotted)
+                problems.append(
+                    f"{dotted}: is a section and needs keys below it, not {value!r}" + (f"; {hint}" if hint else "")
+                )
         elif isinstance(value, Mapping) and not prefix:
             guess = difflib.get_close_matches(dotted, sections, n=1)
             problems.append(f"{dotted}: unknown section" + (f"; did you mean {guess[0]}?" if guess else ""))
         else:
-            problems.append(f"{dotted}: unknown key{suggest_key(dotted, known)}")
+            hint = explain_key(dotted)
+            problems.append(f"{dotted}: unknown key{f'; {hint}' if hint else suggest_key(dotted, known)}")
     return problems
 
 
@@ -183,7 +188,8 @@ def resolve_config(
         if any(dotted == k or (k in OPEN_MAPS and dotted.startswith(f"{k}.")) for k in known):
             problems.append(f"--{key}: this command has no such flag (a run file may hold {dotted}; it is not read)")
         else:
-            problems.append(f"--{key}: unknown flag{suggest_key(key, flag_names, '--')}")
+            hint = explain_key(key.replace("-", "_"))
+            problems.append(f"--{key}: unknown flag{f'; {hint}' if hint else suggest_key(key, flag_names, '--')}")
     _split_lists(tree)
     try:
         config = model.model_validate(tree)
@@ -207,6 +213,38 @@ def _split_lists(tree: dict[str, Any]) -> None:
         below = tree.get(section)
         if isinstance(below, dict) and isinstance(below.get(key), str):
             below[key] = [below[key]]
+
+
+def list_recipes() -> list[tuple[str, str]]:
+    """Name and first sentence of every recipe in the package."""
+    recipes = []
+    for file in sorted((Path(__file__).parent / "recipes").glob("*.yaml")):
+        comment = []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if not line.startswith("# ") or line.startswith("#  "):
+                break
+            comment.append(line.removeprefix("# "))
+        recipes.append((file.stem, " ".join(comment).split(": ")[0].split(". ")[0].rstrip(".")))
+    return recipes
+
+
+def convert_config(path: Path) -> tuple[str, list[str]]:
+    """A TRL, LLaMA-Factory or Axolotl YAML as one of ours, and what there is to say about it.
+
+    Raises:
+        ConfigError: it cannot be read, or holds nothing that we know.
+    """
+    dotted, notes, lost = convert(read_yaml(path))
+    if not dotted:
+        raise ConfigError(str(path), ["holds no key of TRL, LLaMA-Factory or Axolotl that is known here"])
+    text = yaml.safe_dump(nest(dotted), sort_keys=False, allow_unicode=True)
+    remarks = [*(f"note: {note}" for note in notes), *(f"no counterpart: {key}" for key in lost)]
+    problems = []
+    try:
+        RunConfig.model_validate(nest({"model.path": "?", "data.train": ["?"], "train.output_dir": "?"} | dotted))
+    except ValidationError as error:
+        problems = _explain(error)
+    return text, [*remarks, *(f"mend by hand: {problem}" for problem in problems)]
 
 
 def dump_yaml(config: Section) -> str:

@@ -55,8 +55,11 @@ class Delta:
         yield from self.parts
         yield from self.whole
 
-    def apply(self, name: str, base: Tensor) -> Tensor:
+    def apply(self, name: str, base: Tensor, is_transposed: bool = False) -> Tensor:
         """The tensor with the adapter in it, in its own dtype.
+
+        Args:
+            is_transposed: [in, out], as GPT-2's Conv1D keeps it.
 
         Raises:
             ModelError: the shapes do not fit.
@@ -68,11 +71,9 @@ class Delta:
         wide = torch.float64 if base.dtype == torch.float64 else torch.float32
         parts = {part: tensor.to(wide) for part, tensor in self.parts[name].items()}
         delta = self._scaling(name) * (parts["lora_B"] @ parts["lora_A"])
-        if self._config.get("fan_in_fan_out"):
-            delta = delta.T
+        delta = delta.T if is_transposed else delta
         changed = base.to(wide) + self._fit(name, delta, base)
         if (magnitude := parts.get("lora_magnitude_vector")) is not None:
-            is_transposed = bool(self._config.get("fan_in_fan_out"))
             rows = changed.T if is_transposed else changed
             rows = rows * (magnitude / rows.norm(dim=1)).unsqueeze(1)
             changed = rows.T if is_transposed else rows

@@ -38,7 +38,6 @@ def load_model(
     dtype: torch.dtype,
     seed: int,
     quantization: Any = None,
-    merge: bool = True,
 ) -> nn.Module:
     """Weights on the CPU in `dtype`; those of an adapter are its base's, with the adapter merged into them.
 
@@ -46,7 +45,6 @@ def load_model(
         config: from load_config; copied, because the attention implementation is written into it.
         seed: decides the weights of a new:PRESET model.
         quantization: transformers' config for 4 or 8 bits.
-        merge: False leaves an adapter beside its base, as layers of peft's.
     """
     source = find_model(section.path)
     logging.disable_progress_bar()
@@ -86,7 +84,7 @@ def load_model(
         keep_differentiable(model)
     if source.adapter:
         wrapped = open_adapter(model, source.adapter)
-        return wrapped.merge_and_unload().requires_grad_(True) if merge else model
+        return wrapped.merge_and_unload().requires_grad_(True)
     return model
 
 

@@ -43,7 +43,7 @@ def summary_lines(facts: RunFacts) -> list[tuple[str, str]]:
     trained = "all trained" if parameters == trainable else f"{trainable:,} trained ({trainable / parameters:.2%})"
     lines = [
         ("model", f"{config.model.path}: {type(facts.lm.model).__name__}, {parameters:,} parameters, {trained}"),
-        *([("adapter", describe_adapter(facts.lm.adapter))] if facts.lm.adapter else []),
+        *_adapter_lines(facts),
         ("device", f"{facts.device.type}, {facts.precision.name}, {torch.get_num_threads()} threads"),
         *_ledger_lines("data", facts.ledger),
     ]
@@ -60,6 +60,29 @@ def summary_lines(facts: RunFacts) -> list[tuple[str, str]]:
         ("steps", _steps_line(facts)),
         ("memory", f"about {format_bytes(estimate_memory(facts))} at its peak"),
     ]
+    return lines
+
+
+def _adapter_lines(facts: RunFacts) -> list[tuple[str, str]]:
+    if facts.lm.adapter is None:
+        return []
+    lora, model = facts.config.lora, facts.lm.model
+    lines = [("adapter", describe_adapter(facts.lm.adapter))]
+    has_experts = any(name.endswith("mlp.experts.down_proj") for name, _ in model.named_parameters())
+    has_experts = has_experts or any(".experts." in name for name, _ in model.named_parameters())
+    if has_experts and not facts.lm.adapter.peft_config["default"].target_parameters:
+        lines.append(
+            ("", "its experts are left alone (lora.target_parameters reaches them, with lora or rslora and no dropout)")
+        )
+    if has_experts and lora.quantize != "none":
+        lines.append(
+            (
+                "",
+                f"its experts stay in full precision: bitsandbytes knows no fused experts, so {lora.quantize} saves little",
+            )
+        )
+    if lora.quantize != "none":
+        lines.append(("", f"frozen weights in {lora.quantize}; merge puts the adapter onto the base in full precision"))
     return lines
 
 

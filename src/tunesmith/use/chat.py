@@ -17,7 +17,7 @@ HELP = "/reset forgets the conversation, /system TEXT sets the system prompt (an
 
 def run_chat(options: argparse.Namespace) -> None:
     section = ModelSection(path=options.model, trust_remote_code=options.trust_remote_code)
-    speaker = load_speaker(section, options.chat_template)
+    speaker = load_speaker(section, options.chat_template, options.more)
     template = speaker.encoder.template
     if template is not None and template.is_fallback:
         print(
@@ -31,6 +31,8 @@ def run_chat(options: argparse.Namespace) -> None:
         chat.answer(options.prompt)
         return
     print(f"{options.model}: {HELP}")
+    if names := speaker.adapter_names:
+        print(f"adapters: {', '.join(names)}; /adapter NAME switches, /adapter base answers without")
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # line editing and history for input()
     if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no text must not end the chat; the encoder says so
@@ -54,6 +56,11 @@ def _handle_line(chat: Chat, line: str) -> None:
     elif line == "/system" or line.startswith("/system "):
         chat.reset(system=line.removeprefix("/system").strip() or None)
         print("(system prompt set)" if chat.system else "(system prompt removed)")
+    elif line.split()[0] == "/adapter" and chat.speaker.adapter_names:
+        name, names = line.removeprefix("/adapter").strip(), [*chat.speaker.adapter_names, "base"]
+        if name in names:
+            chat.speaker.switch(name)
+        print(f"(now {name})" if name in names else f"no adapter {name!r}; there are: {', '.join(names)}")
     elif line.startswith("/"):
         print(f"unknown command {line.split()[0]}; {HELP}")
     else:

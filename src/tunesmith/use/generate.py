@@ -15,7 +15,9 @@ from tunesmith.config import ModelSection
 from tunesmith.data.conversation import Message
 from tunesmith.data.encode import Encoder
 from tunesmith.errors import ModelError
+from tunesmith.model.adapters import open_adapter
 from tunesmith.model.load import load_config, load_model
+from tunesmith.model.source import ModelSource, find_model
 from tunesmith.model.tokenizer import build_encoder, load_tokenizer
 from tunesmith.runfile import read_yaml
 from tunesmith.train.precision import pick_device
@@ -27,11 +29,25 @@ class Speaker:
 
     Attributes:
         context: tokens that a prompt and its reply may have together; None: no limit is known.
+        adapter: peft's PeftModel around the model, where adapters were opened.
     """
 
     model: nn.Module
     encoder: Encoder
     context: int | None = None
+    adapter: Any = None
+
+    @property
+    def adapter_names(self) -> list[str]:
+        return list(self.adapter.peft_config) if self.adapter is not None else []
+
+    def switch(self, name: str) -> None:
+        """Answer with another of the opened adapters; "base": with none."""
+        if name == "base":
+            self.adapter.base_model.disable_adapter_layers()
+        else:
+            self.adapter.base_model.enable_adapter_layers()
+            self.adapter.set_adapter(name)
 
     def room_for_reply(self, prompt_tokens: int, wanted: int) -> int:
         """New tokens that still fit behind a prompt, at most `wanted`.
@@ -58,8 +74,12 @@ class Sampling:
     seed: int = 0
 
 
-def load_speaker(section: ModelSection, chat_template: str | None = None) -> Speaker:
-    """Open a model for talking; a run is talked to with the template and its variables that it was trained with."""
+def load_speaker(section: ModelSection, chat_template: str | None = None, more: Sequence[str] = ()) -> Speaker:
+    """Open a model for talking; a run is talked to with the template and its variables that it was trained with.
+
+    Args:
+        more: further adapters of the same base, to switch to.
+    """
     if section.path.startswith("new:"):
         raise ModelError(
             f"{section.path}: has random weights, so nothing to say. Chat needs trained ones: a run, a model folder or "
@@ -75,10 +95,37 @@ def load_speaker(section: ModelSection, chat_template: str | None = None) -> Spe
     dtype = getattr(config, "dtype", None) or torch.float32
     if device.type == "cpu":
         dtype = torch.float32  # half precision is slow or missing on CPUs
-    model = load_model(section, config, dtype, seed=0, merge=False).to(device).eval()
+    source = find_model(section.path)
+    plain = section.model_copy(update={"path": source.name}) if source.adapter else section
+    model = load_model(plain, config, dtype, seed=0)
+    adapter = open_all(model, source, [section.path, *more]) if source.adapter or more else None
+    model.to(device).eval()
     learnt = getattr(config.get_text_config(), "max_position_embeddings", None)
     context = max(learnt, trained.get("max_seq_len") or 0) if learnt else None  # a run may have gone beyond
-    return Speaker(model, encoder, context)
+    return Speaker(model, encoder, context, adapter)
+
+
+def open_all(model: nn.Module, first: ModelSource, paths: Sequence[str]) -> Any:
+    """Adapters of one base, each under the name of its run or folder; the first is active.
+
+    Raises:
+        ModelError: one of them is no adapter, or has another base.
+    """
+    wrapped = None
+    for path in paths:
+        source = find_model(path)
+        if source.adapter is None:
+            raise ModelError(f"{path}: is no adapter, so it cannot be switched to beside others.")
+        if source.name != first.name:
+            raise ModelError(f"{path}: its base is {source.name}, not {first.name} as that of {paths[0]}.")
+        folder = source.adapter.resolve()
+        name = folder.parent.name if folder.name == "adapter" else folder.name
+        name = name.replace(".", "-")  # torch takes no dots in names of modules
+        taken = wrapped.peft_config if wrapped is not None else {}
+        name = name if name not in taken else f"{name}-{len(taken) + 1}"
+        wrapped = open_adapter(model, source.adapter, name, onto=wrapped)
+    wrapped.set_adapter(next(iter(wrapped.peft_config)))
+    return wrapped
 
 
 def _trained_data_section(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import ModelError, RunError, TunesmithError
 from tunesmith.files import atomic_directory, is_no_room
@@ -241,7 +242,7 @@ def merge_files(base: Path, deltas: Sequence[Delta], output: Path) -> int:
             name = names.in_model(key, wanted)
             if name in wanted:
                 for delta in deltas:
-                    tensor = delta.apply(name, tensor)
+                    tensor = delta.apply(name, tensor, name in names.transposed)
                 tensors[key] = tensor
                 left.discard(name)
         if file == _weight_files(base)[-1]:
@@ -261,6 +262,7 @@ class _NameMap:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
         self._prefix = f"{model.base_model_prefix}."
+        self.transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
     def in_model(self, key: str, wanted: set[str]) -> str:
         return key if key in wanted else f"{self._prefix}{key}"

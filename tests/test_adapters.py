@@ -42,6 +42,7 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "biases": ("--lora.kind", "lora", "--lora.bias", "all"),
     "regex": ("--lora.kind", "lora", "--lora.target_modules", r".*self_attn\.[qv]_proj"),
     "names": ("--lora.kind", "lora", "--lora.target_modules", "q_proj", "v_proj"),
+    "8-bit optimizer": ("--lora.kind", "lora", "--optim.name", "adamw_8bit", "--lora.modules_to_save", "embed_tokens"),
     "nf4": ("--lora.kind", "lora", "--lora.quantize", "nf4"),
     "int8": ("--lora.kind", "lora", "--lora.quantize", "int8"),
 }  # fmt: skip
@@ -71,7 +72,7 @@ def adapter_bytes(run_folder: Path) -> bytes:
 def test_each_kind_trains_resumes_exactly_and_opens_in_peft(
     run: Run, tokenizer: Any, chats: Path, tmp_path: Path, kind: str
 ) -> None:
-    if kind in ("nf4", "int8"):
+    if kind in ("nf4", "int8", "8-bit optimizer"):
         pytest.importorskip("bitsandbytes")
     wide = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # bitsandbytes takes blocks of 64
     base, output = base_of(tmp_path / "base", tokenizer, **(wide if kind == "nf4" else {})), tmp_path / "run"

@@ -157,7 +157,7 @@ FILES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
          "learning_rate": 0.0002, "bf16": "auto", "train_on_inputs": False, "warmup_steps": 10, "output_dir": "./out",
          "special_tokens": {"pad_token": "x"}},
         {"model": {"path": "m"}, "data": {"train": ["d.jsonl"], "eval_split": 0.05, "max_seq_len": 4096},
-         "optim": {"schedule": "cosine", "lr": 0.0002, "warmup_steps": 10},
+         "optim": {"name": "adamw_8bit", "schedule": "cosine", "lr": 0.0002, "warmup_steps": 10},
          "lora": {"quantize": "nf4", "kind": "lora", "rank": 32, "alpha": 16, "target_modules": ["all-linear"]},
          "train": {"micro_batch_tokens": 8192, "grad_accum_steps": 4, "epochs": 2, "precision": "auto", "output_dir": "./out"}},
         ["special_tokens: {'pad_token': 'x'}"],

@@ -111,8 +111,8 @@ DEFAULT_WARMUP_RATIO = 0.03
 
 
 class OptimSection(Section):
-    name: Literal["adamw"] = "adamw"
-    """Optimizer: AdamW (Loshchilov and Hutter 2019), fused where torch has it."""
+    name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """AdamW (Loshchilov and Hutter 2019), fused; with averages in 8 bits, or paged to the CPU, by the extra `qlora`."""
     lr: float = Field(default=2e-5, gt=0.0)
     """Peak learning rate; with an adapter (lora.kind) the default is 2e-4."""
     schedule: Literal["cosine", "linear", "constant", "minimind"] = "cosine"

@@ -203,10 +203,17 @@ def _last_only(value: Any, theirs: Mapping[str, Any], ours: Tree, notes: list[st
 
 
 def _optimizer(value: Any, theirs: Mapping[str, Any], ours: Tree, notes: list[str]) -> None:
-    if not str(value).startswith("adamw"):
+    name = (
+        str(value)
+        .removesuffix("_torch_fused")
+        .removesuffix("_torch")
+        .replace("_bnb_8bit", "_8bit")
+        .replace("_32bit", "")
+    )
+    if name not in ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"):
         notes.append(f"optim.name: {value} is not known here; adamw instead")
-    elif str(value) not in ("adamw", "adamw_torch", "adamw_torch_fused"):
-        notes.append(f"optim.name: {value}; adamw with 32-bit states is used")
+    elif name != "adamw":
+        ours["optim.name"] = name
 
 
 def _datasets(part: str) -> Callable[..., None]:

@@ -29,6 +29,7 @@ from tunesmith.model.loss import SupervisedLM
 from tunesmith.model.save import write_trained
 
 FORMAT = 1
+_NUMBER = "#number"
 MANIFEST = "manifest.json"
 _OPTIMIZER, _RANDOM, _STATE = "optimizer.safetensors", "random.safetensors", "state.json"
 
@@ -102,8 +103,9 @@ def copy_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     tensors = {}
     for parameter, entries in optimizer.state.items():
         for key, value in entries.items():
+            kind = "" if isinstance(value, Tensor) else _NUMBER  # bitsandbytes counts its steps in Python
             tensor = torch.as_tensor(value).detach()
-            tensors[f"{names[id(parameter)]}/{key}"] = tensor.to("cpu", copy=True).contiguous()
+            tensors[f"{names[id(parameter)]}/{key}{kind}"] = tensor.to("cpu", copy=True).contiguous()
     return tensors
 
 
@@ -113,7 +115,10 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
     for name, tensor in tensors.items():
         parameter_name, _, key = name.rpartition("/")
         parameter = parameters[parameter_name]
-        optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
+        if key.endswith(_NUMBER):
+            optimizer.state[parameter][key.removesuffix(_NUMBER)] = tensor.item()
+        else:
+            optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
 
 
 def write_checkpoint(

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from tunesmith.config import OptimSection
+from tunesmith.errors import ConfigError
+
+_BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}
 
 
-def build_optimizer(model: nn.Module, optim: OptimSection, b_ratio: float = 1.0) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) over the trainable parameters.
+def require_optimizer(name: str) -> None:
+    """Fail before any work where bitsandbytes is not installed."""
+    if name in _BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "optim.name", [f"{name} needs bitsandbytes, which is not installed: pip install 'tunesmith[qlora]'"]
+        )
+
+
+def build_optimizer(model: nn.Module, optim: OptimSection, b_ratio: float = 1.0) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) over the trainable parameters; 8-bit averages after Dettmers et al. 2022.
 
     Weight decay pulls on matrices only: biases and norms set scales, and an embedding row that no batch touches
     should not shrink.
@@ -30,9 +43,15 @@ def build_optimizer(model: nn.Module, optim: OptimSection, b_ratio: float = 1.0)
         {"params": others, "weight_decay": 0.0, "lr_ratio": 1.0},
         {"params": b_matrices, "weight_decay": optim.weight_decay, "lr_ratio": b_ratio},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
-    )
+    options = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
+    used = [group for group in groups if group["params"]]
+    if optim.name == "adamw":
+        return torch.optim.AdamW(used, fused=True, **options)
+    import bitsandbytes
+
+    kind: Any = getattr(bitsandbytes.optim, _BITSANDBYTES[optim.name])
+    optimizer: torch.optim.Optimizer = kind(used, **options)
+    return optimizer
 
 
 def lr_at(step: int, total_steps: int, optim: OptimSection) -> float:

@@ -28,7 +28,7 @@ from tunesmith.train.guard import RELABELS, compare_files, compare_runs, describ
 from tunesmith.train.interrupt import StopRequest
 from tunesmith.train.loop import Progress, Trainer, Window
 from tunesmith.train.metrics import require_trackers
-from tunesmith.train.optim import lr_at
+from tunesmith.train.optim import lr_at, require_optimizer
 from tunesmith.train.plan import Prepared, prepare_data
 from tunesmith.train.randomness import restore_random_states
 from tunesmith.train.run import (
@@ -60,6 +60,7 @@ def run_resume(name: str, flags: Mapping[str, Any], allowed: Sequence[str] = (),
     config = config.model_copy(update={"train": config.train.model_copy(update={"output_dir": name})})
     require_trackers(list(config.train.trackers))
     require_quantization(config.lora)
+    require_optimizer(config.optim.name)
     with locked(run), StopRequest() as stop, started_in(saved["cwd"]):
         for path in leftovers(run):
             shutil.rmtree(path, ignore_errors=True)

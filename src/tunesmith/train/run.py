@@ -41,7 +41,7 @@ from tunesmith.train.guard import describe_files, describe_run, describe_store, 
 from tunesmith.train.interrupt import StopRequest
 from tunesmith.train.loop import Trainer
 from tunesmith.train.metrics import require_trackers, start_trackers
-from tunesmith.train.optim import build_optimizer
+from tunesmith.train.optim import build_optimizer, require_optimizer
 from tunesmith.train.plan import Prepared, build_plan, ledger_json, prepare_data, refuse_shared_files
 from tunesmith.train.precision import Precision, choose_precision, make_deterministic, pick_device
 from tunesmith.train.saver import Saver
@@ -69,6 +69,7 @@ def run_training(config: RunConfig) -> Path:
     output = resolve_output(config.train.output_dir)
     require_trackers(list(config.train.trackers))
     require_quantization(config.lora)
+    require_optimizer(config.optim.name)
     refuse_shared_files(config.data)
     date = datetime.datetime.now().replace(microsecond=0)
     setting = choose_setting(config, date)

@@ -78,7 +78,7 @@ def _adapter_lines(facts: RunFacts) -> list[tuple[str, str]]:
         lines.append(
             (
                 "",
-                f"its experts stay in full precision: bitsandbytes knows no fused experts, so {lora.quantize} saves little",
+                f"its experts stay in full precision: bitsandbytes knows none, so {lora.quantize} saves little",
             )
         )
     if lora.quantize != "none":

@@ -295,3 +295,64 @@ def test_adapters_are_switched_in_chat(
     assert len(set(alone)) > 1
     code, _, err = run("chat", two[0], base, "--prompt", "Hi")
     assert (code, "is no adapter" in err) == (1, True)
+
+
+@pytest.mark.parametrize("name", ["llama", "tied", "gpt2"])
+def test_added_tokens_train_their_rows_alone(run: Run, tokenizer: Any, chats: Path, tmp_path: Path, name: str) -> None:
+    """Two tokens more than the base has rows for: trained, resumed, opened by our chat, merged, opened by transformers."""
+    from conftest import chat_row, write_jsonl
+
+    base = base_of(
+        tmp_path / "base", tokenizer, "llama" if name == "tied" else name, tie_word_embeddings=name != "llama"
+    )
+    data = write_jsonl(tmp_path / "d.jsonl", [chat_row(f"What is {i}?", f"<note>{i}</note> is it.") for i in range(40)])
+    words = ("--model.add_tokens", "<note>", "</note>", "--data.control_text", "allow")
+    trained = train(run, base, data, tmp_path / "run", "lora", *words)
+    vocabulary = AutoTokenizer.from_pretrained(trained / "adapter").get_vocab()
+    new = [vocabulary["<note>"], vocabulary["</note>"]]
+    rows = AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().weight
+    assert min(new) >= len(rows)
+    saved = load_file(trained / "adapter" / "adapter_model.safetensors")
+    deltas = {key: tensor for key, tensor in saved.items() if "trainable_tokens_delta" in key}
+    assert len(deltas) == (2 if name == "llama" else 1)
+    assert all(len(tensor) == 2 for tensor in deltas.values())
+    part = tmp_path / "part"
+    shutil.copytree(trained, part)
+    shutil.rmtree(part / "adapter")
+    for step in (6, 8):
+        shutil.rmtree(part / "checkpoints" / f"step-{step:06d}")
+    code, _, err = run("resume", part)
+    assert code == 0, err
+    assert (part / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        trained / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
+    assert run("chat", trained, "--prompt", "What is 3?", "--max-new-tokens", 4, "--temperature", 0)[0] == 0
+    code, _, err = run("merge", trained, "--output", tmp_path / "merged")
+    assert code == 0, err
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    merged = model.get_input_embeddings().weight
+    assert len(merged) == model.config.vocab_size == max(new) + 1
+    assert torch.equal(merged[: len(rows)], rows)
+    assert torch.equal(
+        merged[new],
+        next(iter(deltas.values()))
+        if name != "llama"
+        else deltas["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"],
+    )
+    assert (model.get_output_embeddings().weight is merged) == (name != "llama")
+
+
+def test_added_tokens_in_full_fine_tuning(run: Run, tokenizer: Any, chats: Path, tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", tokenizer, "llama")
+    code, _, err = run("train", "--model", base, "--data", chats, "--output", tmp_path / "run", "--model.add_tokens", "<note>",
+                       "--data.max_seq_len", 64, "--train.max_steps", 4, "--train.save_steps", 2, "--train.keep_checkpoints", 9)  # fmt: skip
+    assert code == 0, err
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path / "run" / "model"))
+    shutil.copytree(tmp_path / "run", tmp_path / "part")
+    shutil.rmtree(tmp_path / "part" / "model")
+    shutil.rmtree(tmp_path / "part" / "checkpoints" / "step-000004")
+    code, _, err = run("resume", tmp_path / "part")
+    assert code == 0, err
+    names = [tmp_path / folder / "model" / "model.safetensors" for folder in ("run", "part")]
+    assert names[0].read_bytes() == names[1].read_bytes()

@@ -40,6 +40,8 @@ class ModelSection(Section):
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
     """Run Python code that lies in the model's folder. Off: such a model is refused."""
+    add_tokens: list[str] = Field(default_factory=list)
+    """Tokens that the tokenizer gets in addition; with an adapter, of the embedding only their rows are trained."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Overrides of a preset's transformers config, as in --model.config.hidden_size 256."""
 

@@ -202,7 +202,7 @@ def resolve_config(
 
 
 _LISTS = (
-    ("data", "train"), ("data", "eval"), ("train", "trackers"), ("lora", "target_modules"),
+    ("data", "train"), ("data", "eval"), ("train", "trackers"), ("model", "add_tokens"), ("lora", "target_modules"),
     ("lora", "target_parameters"), ("lora", "modules_to_save"),
 )  # fmt: skip
 

@@ -12,7 +12,7 @@ import io
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,12 @@ def keep_differentiable(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def add_adapter(model: nn.Module, lora: LoraSection, base_name: str) -> Any:
+def add_adapter(model: nn.Module, lora: LoraSection, base_name: str, new_ids: Sequence[int] = ()) -> Any:
     """Freeze the model and put an adapter into it; returns peft's PeftModel around it.
 
     Args:
         base_name: written into adapter_config.json, where peft looks for the base.
+        new_ids: added tokens, whose rows of embedding and head are trained.
 
     Raises:
         ConfigError: a target that stands for nothing, or a kind that the model's layers do not take.
@@ -93,6 +94,7 @@ def add_adapter(model: nn.Module, lora: LoraSection, base_name: str) -> Any:
         target_modules=targets,
         target_parameters=parameters or None,
         modules_to_save=lora.modules_to_save,
+        trainable_token_indices=_token_rows(model, lora, new_ids),
         bias=lora.bias,
         use_rslora=lora.kind == "rslora",
         use_dora=lora.kind == "dora",
@@ -107,6 +109,18 @@ def add_adapter(model: nn.Module, lora: LoraSection, base_name: str) -> Any:
             raise ConfigError("lora", [f"peft cannot put it into this model: {error}"]) from None
     wrapped.peft_config["default"].base_model_name_or_path = base_name
     return wrapped
+
+
+def _token_rows(model: nn.Module, lora: LoraSection, new_ids: Sequence[int]) -> dict[str, list[int]] | None:
+    """Which rows of which embeddings are trained; a tied head follows its embedding."""
+    layers = [model.get_input_embeddings()]
+    if not model.config.get_text_config().tie_word_embeddings:
+        layers.append(model.get_output_embeddings())
+    names = {
+        name.rpartition(".")[2] for name, module in model.named_modules() if any(module is layer for layer in layers)
+    }
+    rows = {name: list(new_ids) for name in sorted(names - set(lora.modules_to_save or []))}
+    return rows if rows and new_ids else None
 
 
 def choose_targets(model: nn.Module, lora: LoraSection) -> tuple[Any, list[str]]:
@@ -280,6 +294,17 @@ def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
         ) from None
 
 
+def rows_needed(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> int:
+    """Rows of the embedding that an adapter with added tokens takes; 0 where it leaves the embedding alone."""
+    indices = config.get("trainable_token_indices") or []
+    lists = indices.values() if isinstance(indices, dict) else [indices]
+    rows = [max(ids) + 1 for ids in lists if ids]
+    rows += [
+        len(t) for key, t in weights.items() if key.endswith(("embed_tokens.weight", "wte.weight", "lm_head.weight"))
+    ]
+    return max(rows, default=0)
+
+
 def open_adapter(model: nn.Module, folder: Path, name: str = "default", onto: Any = None) -> Any:
     """Put a saved adapter into its base, frozen.
 
@@ -292,6 +317,9 @@ def open_adapter(model: nn.Module, folder: Path, name: str = "default", onto: An
     from peft import PeftModel, get_peft_model_state_dict
 
     config, weights = read_adapter_config(folder), read_adapter_weights(folder)
+    rows = rows_needed(config, weights)
+    if rows > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(rows, mean_resizing=False)
     try:
         with quiet_peft():
             if onto is None:

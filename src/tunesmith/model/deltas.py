@@ -20,6 +20,7 @@ from tunesmith.errors import ModelError
 from tunesmith.model.adapters import read_adapter_config, read_adapter_weights
 
 _PREFIX = "base_model.model."
+_ROWS = ".token_adapter.trainable_tokens_delta"
 _PART = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)(\.weight)?$")
 
 
@@ -29,6 +30,7 @@ class Delta:
     Attributes:
         folder: the PEFT folder.
         whole: tensors that replace the base's (modules_to_save, trained biases).
+        rows: tensor name -> (row numbers, rows [n, width]) of added tokens.
         parts: tensor name -> {"lora_A": [rank, in], "lora_B": [out, rank], "lora_magnitude_vector": [out]}.
 
     Raises:
@@ -38,10 +40,14 @@ class Delta:
     def __init__(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
         self.folder, self._config = folder, read_adapter_config(folder)
         self.whole: dict[str, Tensor] = {}
+        self.rows: dict[str, tuple[list[int], Tensor]] = {}
         self.parts: dict[str, dict[str, Tensor]] = {}
         for key, tensor in (weights if weights is not None else read_adapter_weights(folder)).items():
             name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
-            if found := _PART.search(name):
+            if name.endswith(_ROWS):
+                module = name.removesuffix(_ROWS)
+                self.rows[f"{module}.weight"] = self._row_numbers(module), tensor
+            elif found := _PART.search(name):
                 self.parts.setdefault(f"{name[: found.start()]}.weight", {})[found[1]] = tensor
             else:
                 self.whole[name] = tensor
@@ -54,6 +60,7 @@ class Delta:
     def names(self) -> Iterator[str]:
         yield from self.parts
         yield from self.whole
+        yield from self.rows
 
     def apply(self, name: str, base: Tensor, is_transposed: bool = False) -> Tensor:
         """The tensor with the adapter in it, in its own dtype.
@@ -64,8 +71,16 @@ class Delta:
         Raises:
             ModelError: the shapes do not fit.
         """
+        if name in self.rows:
+            numbers, rows = self.rows[name]
+            grown = base.new_zeros(max(len(base), max(numbers) + 1), base.shape[1])
+            grown[: len(base)] = base
+            grown[numbers] = rows.to(base.dtype)
+            return grown
         if name in self.whole:
-            return self._fit(name, self.whole[name], base).to(base.dtype)
+            whole = self.whole[name]
+            is_grown = base.ndim == 2 and whole.ndim == 2 and len(whole) > len(base)  # tokens were added
+            return (whole if is_grown else self._fit(name, whole, base)).to(base.dtype)
         if name not in self.parts:
             return base
         wide = torch.float64 if base.dtype == torch.float64 else torch.float32
@@ -78,6 +93,10 @@ class Delta:
             rows = rows * (magnitude / rows.norm(dim=1)).unsqueeze(1)
             changed = rows.T if is_transposed else rows
         return changed.to(base.dtype).contiguous()
+
+    def _row_numbers(self, module: str) -> list[int]:
+        indices = self._config["trainable_token_indices"]
+        return list(indices[module.rpartition(".")[2]] if isinstance(indices, dict) else indices)
 
     def _scaling(self, name: str) -> float:
         """alpha and rank may differ from module to module (rank_pattern, alpha_pattern)."""

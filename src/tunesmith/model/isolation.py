@@ -106,7 +106,7 @@ def choose_doc_lens(config: Any, max_seq_len: int, micro_batch_tokens: int) -> l
 
 def _random_docs(model: nn.Module, lens: list[int]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    vocab = model.get_input_embeddings().num_embeddings
+    vocab = model.config.get_text_config().vocab_size
     device = next(model.parameters()).device
     return [torch.randint(0, vocab, (1, n), generator=generator).to(device) for n in lens]
 
@@ -120,7 +120,7 @@ def sees_later_tokens(model: nn.Module) -> bool:
     """Whether changing the last token moves what the model computed before it."""
     (one,) = _random_docs(model, [12])
     two = one.clone()
-    two[0, -1] = (two[0, -1] + 1) % model.get_input_embeddings().num_embeddings
+    two[0, -1] = (two[0, -1] + 1) % model.config.get_text_config().vocab_size
     try:
         first, second = (hidden_states(model, input_ids=ids)[0, :-1] for ids in (one, two))
     except (AttributeError, TypeError):  # no decoder of the usual shape: ask for logits instead

@@ -108,6 +108,22 @@ def choose_max_seq_len(config: PretrainedConfig, wanted: int | None) -> tuple[in
     return wanted, f"longer than the model's own context of {context}"
 
 
+@torch.no_grad()
+def extend_vocabulary(model: nn.Module, tokenizer: Any, tokens: list[str]) -> list[int]:
+    """Rows for added tokens, each the mean of all rows before; the tokens' ids."""
+    if not tokens:
+        return []
+    ids = tokenizer.convert_tokens_to_ids(tokens)
+    embeddings = {id(layer.weight): layer for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
+    means = [layer.weight.float().mean(0) for layer in embeddings.values()]
+    if max(ids) >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    layers = {id(layer.weight): layer for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
+    for layer, mean in zip(layers.values(), means, strict=True):
+        layer.weight[ids] = mean.to(layer.weight.dtype)
+    return list(ids)
+
+
 def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
     """Every token id must have a row in the embedding."""
     rows = model.get_input_embeddings().num_embeddings

@@ -180,7 +180,7 @@ def choose_head_path(lm: SupervisedLM) -> str:
 def _choose_head_path(lm: SupervisedLM) -> str:
     model = lm.model
     device = next(model.parameters()).device
-    vocab = model.get_input_embeddings().num_embeddings
+    vocab = model.config.get_text_config().vocab_size
     ids = torch.randint(0, vocab, (1, 8), generator=torch.Generator().manual_seed(1)).to(device)
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if lm.is_packed:

@@ -42,6 +42,7 @@ def load_tokenizer(section: ModelSection) -> Any:
         raise explain_load_error(name, "its config or tokenizer", error) from None
     if len(tokenizer) == 0 or not tokenizer("a")["input_ids"]:
         raise ModelError(f"{name}: the folder holds no usable tokenizer (tokenizer.json or vocab files).")
+    tokenizer.add_tokens(list(section.add_tokens))
     return tokenizer
 
 

@@ -33,8 +33,10 @@ _FREE = (  # keys that change nothing of what is learnt
     "train.keep_checkpoints", "train.early_stop_patience", "train.on_nonfinite", "train.trackers",
     "train.gradient_checkpointing", "train.epochs", "train.max_steps",
 )  # fmt: skip
-_BY_HASH = ("model.path", "model.tokenizer", "model.revision", "model.config", "model.trust_remote_code",
-            "data.train", "data.eval", "data.chat_template", "data.template_kwargs")  # fmt: skip
+_BY_HASH = (  # names of things that are compared by what they hold
+    "model.path", "model.tokenizer", "model.add_tokens", "model.revision", "model.config", "model.trust_remote_code",
+    "data.train", "data.eval", "data.chat_template", "data.template_kwargs",
+)  # fmt: skip
 _KEYS = {
     "train.micro_batch_tokens": "batch",
     "train.grad_accum_steps": "batch",

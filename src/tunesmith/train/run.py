@@ -27,7 +27,7 @@ from tunesmith.model.adapters import (
     save_initial,
 )
 from tunesmith.model.isolation import Isolation, set_up_attention
-from tunesmith.model.load import check_vocabulary, choose_max_seq_len, load_config, load_model
+from tunesmith.model.load import check_vocabulary, choose_max_seq_len, extend_vocabulary, load_config, load_model
 from tunesmith.model.loss import SupervisedLM
 from tunesmith.model.save import save_adapter, save_model
 from tunesmith.model.source import find_model
@@ -132,15 +132,19 @@ def assemble(config: RunConfig, setting: Setting, prepared: Prepared, weights: M
     # frozen weights need no fp32 copy: autocast computes with their half precision anyway
     dtype = precision.autocast if is_adapter and precision.autocast else precision.weights
     quantization = quantization_config(config.lora, dtype)
-    model = load_model(weights, setting.model_config, dtype, config.train.seed, quantization)
-    check_vocabulary(model, setting.encoder.tokenizer)
+    tokenizer = setting.encoder.tokenizer
+    is_new = weights is config.model  # a checkpoint of the whole model has the added rows already, trained
+    model_config = setting.model_config if is_new else load_config(weights, tokenizer)
+    model = load_model(weights, model_config, dtype, config.train.seed, quantization)
+    new_ids = extend_vocabulary(model, tokenizer, config.model.add_tokens) if is_new else []
+    check_vocabulary(model, tokenizer)
     if quantization is None:
         model.to(setting.device)
     own_memory(model)
     adapter = None
     if is_adapter:
         torch.manual_seed(config.train.seed)
-        adapter = add_adapter(model, config.lora, name_of_base(config.model.path))
+        adapter = add_adapter(model, config.lora, name_of_base(config.model.path), new_ids)
         if precision.autocast:
             cast_trained(model, precision.weights)
     isolation = set_up_attention(model, setting.max_seq_len, setting.capacity)

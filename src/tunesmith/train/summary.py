@@ -170,7 +170,7 @@ def estimate_memory(facts: RunFacts) -> float:
 
 
 def _vocabulary(model: nn.Module) -> int:
-    return int(model.get_input_embeddings().num_embeddings)
+    return int(model.config.get_text_config().vocab_size)
 
 
 def model_card(facts: RunFacts, progress: RunProgress) -> str:

@@ -34,6 +34,7 @@ from tunesmith.model.source import find_model, open_path
 METHODS = ("linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",
            "magnitude_prune", "magnitude_prune_svd", "sequential")  # fmt: skip
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 _PROMPTS = (
     "Who are you?",
     "Write a short poem about the sea.",
@@ -248,6 +249,7 @@ def merge_files(base: Path, deltas: Sequence[Delta], output: Path) -> int:
         if file == _weight_files(base)[-1]:
             left = _place_tied(left, deltas, tensors, output, config)
         _write_and_compare(tensors, output / file.name)
+    _grow_vocabulary(config, deltas, output)
     if left:
         raise ModelError(f"the base {base} has no tensor {sorted(left)[0]}; the adapter belongs to another model.")
     if (base / _INDEX).exists():
@@ -274,7 +276,7 @@ def _place_tied(
     """A head of its own, where the base's is its embedding: it becomes a tensor of its own."""
     for name in [n for n in left if n == "lm_head.weight"]:
         whole = next(delta.whole[name] for delta in reversed(deltas) if name in delta.whole)
-        embedding = next((t for key, t in tensors.items() if key.endswith(("embed_tokens.weight", "wte.weight"))), None)
+        embedding = next((t for key, t in tensors.items() if key.endswith(_EMBEDDINGS)), None)
         if embedding is None or not torch.equal(embedding, whole.to(embedding.dtype)):
             tensors[name] = whole.to(embedding.dtype if embedding is not None else whole.dtype)
             config["tie_word_embeddings"] = False
@@ -284,6 +286,16 @@ def _place_tied(
             )
         left = left - {name}
     return left
+
+
+def _grow_vocabulary(config: dict[str, Any], deltas: Sequence[Delta], output: Path) -> None:
+    """Added tokens make the embedding longer than the base's config says."""
+    own = config if "vocab_size" in config else config.get("text_config", {})
+    ends = [max(numbers) + 1 for delta in deltas for numbers, _ in delta.rows.values()]
+    ends += [len(tensor) for delta in deltas for name, tensor in delta.whole.items() if name.endswith(_EMBEDDINGS)]
+    if max(ends, default=0) > own.get("vocab_size", 0):
+        own["vocab_size"] = max(ends)
+        (output / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _write_and_compare(tensors: dict[str, Tensor], path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import errno
 import io
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -213,6 +214,8 @@ def _quiet_libraries() -> None:
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     }.items():
         os.environ.setdefault(name, value)
+    # a line for every forward in 8 bits, and one for kernels that it can do without
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

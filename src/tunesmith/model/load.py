@@ -136,6 +136,11 @@ def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """All and trainable parameters; tied ones count once."""
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    """All and trainable parameters; tied ones count once, those packed into 4 bits as what they stand for."""
+    sizes = [(_numel(p), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    state = getattr(parameter, "quant_state", None)
+    return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()

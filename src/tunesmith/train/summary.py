@@ -153,9 +153,9 @@ def estimate_memory(facts: RunFacts) -> float:
     (after Korthikanti et al. 2022): an estimate, for what fits by far and what does not.
     """
     model, plan = facts.lm.model, facts.plan
-    parameters, trainable = count_parameters(model)
+    _, trainable = count_parameters(model)
     width = torch.finfo(facts.precision.weights).bits // 8
-    states = parameters * width + trainable * 3 * width
+    states = sum(p.numel() * p.element_size() for p in model.parameters()) + trainable * 3 * width
     config = model.config.get_text_config()
     layers, hidden = config.num_hidden_layers, config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden

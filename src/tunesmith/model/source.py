@@ -86,7 +86,8 @@ def _explain_folder(folder: Path) -> str:
     if (folder / "config.yaml").is_file():
         checkpoints = sorted((folder / "checkpoints").glob("step-*")) if (folder / "checkpoints").is_dir() else []
         hint = f" Its newest checkpoint is {checkpoints[-1]}." if checkpoints else ""
-        return f"{folder}: a run that has not finished, so it has no model/ yet.{hint} To finish it: tunesmith resume {folder}"
+        hint += f" To finish it: tunesmith resume {folder}"
+        return f"{folder}: a run that has not finished, so it has no model/ yet.{hint}"
     return (
         f"{folder}: no config.json, so not a Hugging Face model folder (it holds: {found}). Give the folder that "
         "holds config.json, model.safetensors and the tokenizer files."

@@ -50,7 +50,7 @@ KINDS: dict[str, tuple[Any, ...]] = {
 
 def base_of(folder: Path, tokenizer: Any, name: str = "qwen2", **overrides: Any) -> Path:
     """qwen2 has biases; weights large enough that an error shows."""
-    return save_folder(folder, tiny_config(name, initializer_range=0.1, **overrides), tokenizer)
+    return save_folder(folder, tiny_config(name, initializer_range=0.1, **{"eos_token_id": 0} | overrides), tokenizer)
 
 
 def train_words(base: Path, chats: Path, output: Path, kind: str) -> tuple[Any, ...]:

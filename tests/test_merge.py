@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from test_adapters import KINDS, base_of, logits_of, train_words
 from tunesmith.use import merge as merging
@@ -54,6 +54,8 @@ def test_every_kind(run: Run, base: Path, chats: Path, tmp_path: Path, kind: str
     ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "merged", trained / "adapter"))
     assert ours.chat_template == theirs.chat_template
     assert ours.get_vocab() == theirs.get_vocab()
+    stop = GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id
+    assert (stop[0] if isinstance(stop, list) else stop) == ours.convert_tokens_to_ids("<|im_end|>")
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert "quantization_config" not in config
     assert not list(tmp_path.glob(".merged*"))

@@ -27,10 +27,20 @@ def write_trained(
         write_model(model, encoder, folder, weights)
     else:
         write_adapter(adapter, folder, weights)
-        write_tokenizer(encoder, folder)
+        _write_beside_adapter(model, encoder, folder)
 
 
-def save_adapter(adapter: Any, encoder: Encoder, card: str, folder: Path, initial: Path | None = None) -> None:
+def _write_beside_adapter(model: nn.Module, encoder: Encoder, folder: Path) -> None:
+    """Tokenizer, template, and the stop token that was trained, for the model that the adapter is merged into."""
+    write_tokenizer(encoder, folder)
+    set_stop_token(model, encoder)
+    generation_config: Any = model.generation_config
+    generation_config.save_pretrained(folder)
+
+
+def save_adapter(
+    model: nn.Module, adapter: Any, encoder: Encoder, card: str, folder: Path, initial: Path | None = None
+) -> None:
     """Write the folder whole or not at all.
 
     Args:
@@ -38,7 +48,7 @@ def save_adapter(adapter: Any, encoder: Encoder, card: str, folder: Path, initia
     """
     with atomic_directory(folder) as partial:
         write_adapter(adapter, partial, initial=initial)
-        write_tokenizer(encoder, partial)
+        _write_beside_adapter(model, encoder, partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 

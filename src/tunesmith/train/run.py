@@ -246,7 +246,7 @@ def finish_run(trainer: Trainer, facts: RunFacts) -> Path:
         save_model(model, facts.encoder, card, run / "model")
     else:
         initial = run / INITIAL if changes_base(trainer.config.lora) else None
-        save_adapter(trainer.lm.adapter, facts.encoder, card, run / "adapter", initial)
+        save_adapter(model, trainer.lm.adapter, facts.encoder, card, run / "adapter", initial)
     if progress.step < trainer.plan.total_steps:
         print(f"stopped early at step {progress.step}: eval_loss no longer fell")
     if progress.skipped:

@@ -187,6 +187,13 @@ def test_settings_without_a_kind_are_refused(run: Run, tokenizer: Any, chats: Pa
     assert "lora.rank: lora.kind is none" in err
 
 
+def test_the_report_has_replies_of_the_adapter(run: Run, tokenizer: Any, chats: Path, tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", tokenizer)
+    assert run(*train_words(base, chats, tmp_path / "run", "lora"), "--data.eval_split", 0.1)[0] == 0
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "greedy replies to held-out rows" in page
+
+
 def test_no_adapter_on_an_adapter(run: Run, tokenizer: Any, chats: Path, tmp_path: Path) -> None:
     base = base_of(tmp_path / "base", tokenizer)
     assert run(*train_words(base, chats, tmp_path / "one", "lora"))[0] == 0

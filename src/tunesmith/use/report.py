@@ -52,7 +52,7 @@ def write_report(run: Path, outcome: str = "finished") -> Path:
 
 def sample_replies(run: Path, config: RunConfig) -> tuple[list[SampleReply], str]:
     """Replies to prompts of held-out rows where there are any, else of training rows; and where they come from."""
-    if not (run / "model" / "config.json").is_file():
+    if not (run / "model" / "config.json").is_file() and not (run / "adapter" / "adapter_config.json").is_file():
         return [], "none: the run left no finished model"
     speaker = load_speaker(ModelSection(path=str(run), trust_remote_code=config.model.trust_remote_code))
     device = next(speaker.model.parameters()).device
@@ -109,7 +109,7 @@ h1 {{ font-size: 1.4rem; margin-bottom: 0 }} h2 {{ font-size: 1.05rem; margin-to
 .charts {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem }}
 figure {{ margin: 0 }} table {{ border-collapse: collapse; width: 100% }} table.even {{ table-layout: fixed }}
 th, td {{ text-align: left; vertical-align: top; padding: .3rem .6rem; border-bottom: 1px solid var(--line);
-  white-space: pre-wrap; overflow-wrap: anywhere }} .n {{ text-align: right; white-space: nowrap }}
+  white-space: pre-wrap; overflow-wrap: anywhere }} td:first-child {{ min-width: 3rem }} .n {{ text-align: right; white-space: nowrap }}
 pre {{ border: 1px solid var(--line); border-radius: 6px; padding: .8rem; overflow-x: auto; font-size: 13px }}
 {chart_css}</style></head><body>
 <h1>{title}</h1><p class="muted">{summary}</p>

@@ -460,6 +460,13 @@ def test_what_a_kill_left_while_preparing_is_removed(run: Run, model_folder: Pat
     assert (left.exists(), in_use.exists()) == (False, True)
 
 
+def test_checkpoints_by_the_clock(run: Run, model_folder: Path, chats: Path, tmp_path: Path) -> None:
+    code, _, err = run("train", "--model", model_folder, "--data", chats, "--output", tmp_path / "run", *FAST, "--train.max_steps",
+                       3, "--train.save_minutes", 0.00001, "--train.keep_checkpoints", 9)  # fmt: skip
+    assert code == 0, err
+    assert checkpoints(tmp_path / "run") == ["step-000001", "step-000002", "step-000003"]
+
+
 def test_two_processes_never_train_one_run(run: Run, straight: Path, tmp_path: Path) -> None:
     from tunesmith.train.folder import locked
 

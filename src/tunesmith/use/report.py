@@ -109,7 +109,8 @@ h1 {{ font-size: 1.4rem; margin-bottom: 0 }} h2 {{ font-size: 1.05rem; margin-to
 .charts {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem }}
 figure {{ margin: 0 }} table {{ border-collapse: collapse; width: 100% }} table.even {{ table-layout: fixed }}
 th, td {{ text-align: left; vertical-align: top; padding: .3rem .6rem; border-bottom: 1px solid var(--line);
-  white-space: pre-wrap; overflow-wrap: anywhere }} td:first-child {{ min-width: 3rem }} .n {{ text-align: right; white-space: nowrap }}
+  white-space: pre-wrap; overflow-wrap: anywhere }}
+td:first-child {{ min-width: 3rem }} .n {{ text-align: right; white-space: nowrap }}
 pre {{ border: 1px solid var(--line); border-radius: 6px; padding: .8rem; overflow-x: auto; font-size: 13px }}
 {chart_css}</style></head><body>
 <h1>{title}</h1><p class="muted">{summary}</p>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -218,10 +219,16 @@ def train_to_end(trainer: Trainer) -> None:
     trainer.stop.defer()
     try:
         trainer.train()
-    finally:
-        display.close()
+    except BaseException:
+        for tracker in trainer.trackers:
+            with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
+                tracker.finish()
+        raise
+    else:
         for tracker in trainer.trackers:
             tracker.finish()
+    finally:
+        display.close()
 
 
 def finish_run(trainer: Trainer, facts: RunFacts) -> Path:

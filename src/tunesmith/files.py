@@ -114,5 +114,5 @@ def is_no_room(error: BaseException) -> bool:
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
     if isinstance(error, OSError):
         return error.errno in codes
-    # safetensors wraps the system's error in one of its own, with the number in its text
-    return type(error).__name__ == "SafetensorError" and any(f"os error {code}" in str(error) for code in codes)
+    # safetensors and tokenizers wrap the system's error in one of their own, with the number in its text
+    return any(f"(os error {code})" in str(error) for code in codes)

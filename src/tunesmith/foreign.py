@@ -81,7 +81,10 @@ def convert(theirs: Mapping[str, Any]) -> tuple[Tree, list[str], list[str]]:
         if key in SAME:
             ours[SAME[key]] = _plain(value)
         elif key in _TURNED:
-            _TURNED[key](value, theirs, ours, notes)
+            try:
+                _TURNED[key](value, theirs, ours, notes)
+            except (ValueError, TypeError):
+                lost.append(f"{key}: {value}")
         elif key in ALWAYS:
             notes.append(f"{key}: left out; {ALWAYS[key]}")
         else:
@@ -89,11 +92,22 @@ def convert(theirs: Mapping[str, Any]) -> tuple[Tree, list[str], list[str]]:
     for key in ("data.train", "data.eval"):
         if isinstance(ours.get(key), str):
             ours[key] = [part.strip() for part in ours[key].split(",")]
-    if any(key.startswith("lora.") for key in ours):
+    if _trains_all_weights(theirs):
+        dropped = [key for key in ours if key.startswith("lora.")]
+        notes += [f"{key}: left out; the file trains all weights" for key in dropped]
+        ours = {key: value for key, value in ours.items() if key not in dropped}
+    elif any(key.startswith("lora.") for key in ours):
         ours.setdefault("lora.kind", "lora")
-    if (ours.get("data.eval_split") or 0) >= 1:
+    share = ours.get("data.eval_split", 0)
+    if not isinstance(share, (int, float)) or share >= 1:
         lost.append(f"data.eval_split: {ours.pop('data.eval_split')} rows; here it is a share of the rows")
     return ours, notes, lost
+
+
+def _trains_all_weights(theirs: Mapping[str, Any]) -> bool:
+    """Whether the file says that no adapter is trained, whatever else of an adapter stands in it."""
+    is_off = [name in theirs and not theirs[name] for name in ("adapter", "use_peft")]
+    return theirs.get("finetuning_type") == "full" or any(is_off)
 
 
 def nest(dotted: Mapping[str, Any]) -> Tree:

@@ -84,6 +84,8 @@ def add_adapter(model: nn.Module, lora: LoraSection, base_name: str, new_ids: Se
 
     targets, parameters = choose_targets(model, lora)
     problem = _find_problem(model, lora, targets, parameters)
+    if changes_base(lora) and (lora.modules_to_save or lora.bias != "none" or new_ids):
+        problem = f"kind: peft's conversion of {lora.kind} keeps its matrices only; without modules_to_save, bias and add_tokens"
     if problem:
         raise ConfigError("lora", [problem])
     config = LoraConfig(

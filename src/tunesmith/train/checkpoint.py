@@ -240,9 +240,12 @@ def newest_valid(run: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
     return None, damaged
 
 
-def prune_checkpoints(run: Path, keep: int, best_step: int | None) -> None:
-    """Delete the oldest beyond `keep`; the best one stays."""
-    found, _ = list_checkpoints(run)
+def prune_checkpoints(run: Path, keep: int, best_step: int | None, newest_step: int) -> None:
+    """Of those up to the newest one that was just verified, delete the oldest beyond `keep`; the best one stays.
+
+    What lies behind the newest one is damaged, or the run would have gone on from there, and is written anew in time.
+    """
+    found = [checkpoint for checkpoint in list_checkpoints(run)[0] if checkpoint.step <= newest_step]
     for old in found[:-keep]:
         if old.step != best_step:
             remove_folder(old.folder)

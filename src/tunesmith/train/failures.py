@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from tunesmith.config import RunConfig
 from tunesmith.errors import InterruptedRun, RunError
@@ -39,12 +38,12 @@ def explained_failures(run: Path, config: RunConfig, capacity: int) -> Iterator[
         raise InterruptedRun(f"{stopped} {how_to_go_on(run)}") from None
     except torch.OutOfMemoryError:
         raise RunError(f"{explain_out_of_memory(config, capacity)} {how_to_go_on(run)}") from None
-    except (OSError, SafetensorError) as error:
+    except RunError as error:
+        raise RunError(f"{error} {how_to_go_on(run)}") from None
+    except Exception as error:
         if not is_no_room(error):
             raise
         raise RunError(f"{run}: no room left on the disk {where()}. Make room there. {how_to_go_on(run)}") from None
-    except RunError as error:
-        raise RunError(f"{error} {how_to_go_on(run)}") from None
 
 
 def how_to_go_on(run: Path) -> str:

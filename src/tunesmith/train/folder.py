@@ -6,7 +6,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tunesmith.config import RunConfig
@@ -73,7 +73,8 @@ def staged_folder(output: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         for parent in missing:
-            parent.rmdir()
+            with suppress(OSError):  # somebody else has put something there
+                parent.rmdir()
         raise
 
 

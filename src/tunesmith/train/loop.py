@@ -203,6 +203,7 @@ class Trainer:
     on_log: Callable[[dict[str, Any], str], None]
     progress: Progress = field(default_factory=Progress)
     window: Window = field(default_factory=Window)
+    saved_step: int | None = None
 
     def train(self) -> None:
         """Run all steps from where `progress` is, and save the last one.
@@ -343,10 +344,12 @@ class Trainer:
             self.on_log(self._head(), self.saver.failure)
         snapshot = Snapshot(copy_weights(self.lm), copy_optimizer(model, self.optimizer), random, state)
         self.saver.save(snapshot, self.progress.best_step)
-        self._saved_at = time.monotonic()
+        self._saved_at, self.saved_step = time.monotonic(), snapshot.step
 
     def _save_last(self) -> None:
-        self.save()
+        self.saver.wait()
+        if self.saved_step != self.progress.step or self.saver.failure:
+            self.save()
         self.saver.wait()
         if self.saver.failure:
             raise RunError(f"the last checkpoint could not be saved: {self.saver.failure}. Make room there.")

@@ -11,6 +11,12 @@ import torch
 from torch import Tensor
 
 
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def take_random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """torch's states as tensors; Python's and NumPy's as JSON."""
     tensors = {"cpu": torch.get_rng_state()}

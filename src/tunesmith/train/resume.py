@@ -30,7 +30,7 @@ from tunesmith.train.loop import Progress, Trainer, Window
 from tunesmith.train.metrics import require_trackers
 from tunesmith.train.optim import lr_at, require_optimizer
 from tunesmith.train.plan import Prepared, prepare_data
-from tunesmith.train.randomness import restore_random_states
+from tunesmith.train.randomness import restore_random_states, seed_all
 from tunesmith.train.run import (
     Setting,
     assemble,
@@ -63,10 +63,11 @@ def run_resume(name: str, flags: Mapping[str, Any], allowed: Sequence[str] = (),
     require_optimizer(config.optim.name)
     with locked(run), StopRequest() as stop, started_in(saved["cwd"]):
         for path in leftovers(run):
-            shutil.rmtree(path, ignore_errors=True)
+            path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
         checkpoint = choose_checkpoint(run, name)
         state = checkpoint.load_state() if checkpoint else None
-        if state and is_finished(run, state) and "train.max_steps" not in flags and "train.epochs" not in flags:
+        is_extended = is_finished(run, saved, state)
+        if is_extended and state and "train.max_steps" not in flags and "train.epochs" not in flags:
             print(
                 f"{name} is finished ({state['step']:,} steps); nothing to do. "
                 f"To train it longer: tunesmith resume {name} --train.max_steps N"
@@ -85,17 +86,18 @@ def run_resume(name: str, flags: Mapping[str, Any], allowed: Sequence[str] = (),
             if checkpoint and is_adapter:
                 load_adapter_weights(facts.lm.adapter, checkpoint.load_adapter())
             if state:
-                check_steps(name, before["config"], facts, state, allowed, is_finished(run, state))
+                check_steps(name, facts, state, allowed, is_extended)
             print_summary([("resume", describe_place(name, checkpoint, state, facts)), *summary_lines(facts)])
             saved["guard"] = guard
+            saved.pop("finished_at_step", None)
             write_run_files(run, facts, date, saved)
             trainer = build_trainer(run, facts, stop, saved, state["step"] if state else None)
             running.append(trainer)
-            torch.manual_seed(config.train.seed)
+            seed_all(config.train.seed)
             if checkpoint and state:
-                restore(trainer, checkpoint, state)
+                restore(trainer, checkpoint, state, is_extended)
             train_to_end(trainer)
-            return finish_run(trainer, facts)
+            return finish_run(trainer, facts, saved)
 
 
 _NAMES = ("data.train", "data.eval", "data.chat_template", "model.path", "model.tokenizer")
@@ -152,9 +154,19 @@ def choose_checkpoint(run: Path, name: str) -> Checkpoint | None:
     return checkpoint
 
 
-def is_finished(run: Path, state: Mapping[str, Any]) -> bool:
-    is_done = state["step"] >= state["total_steps"] or state["stopped_early"]
-    return is_done and any((run / name).is_dir() for name in ("model", "adapter"))
+def is_finished(run: Path, saved: Mapping[str, Any], state: Mapping[str, Any] | None) -> bool:
+    """Whether the model in RUN is that of the newest checkpoint.
+
+    Raises:
+        TunesmithError: it has a model, but no checkpoint to go on from.
+    """
+    has_model = any((run / name).is_dir() for name in ("model", "adapter"))
+    if has_model and state is None and "finished_at_step" in saved:
+        raise TunesmithError(
+            f"{run}: is finished, and its checkpoints are gone, so it cannot be made longer. To train its model "
+            f"further: tunesmith train --model {run} --output NEW"
+        )
+    return has_model and state is not None and saved.get("finished_at_step") == state["step"]
 
 
 def keep_threads(threads: int) -> None:
@@ -227,7 +239,6 @@ def relabel(run: Path, config: RunConfig, setting: Setting) -> None:
 
 def check_steps(
     name: str,
-    before: Mapping[str, Any],
     facts: RunFacts,
     state: Mapping[str, Any],
     allowed: Sequence[str],
@@ -260,10 +271,11 @@ def describe_place(name: str, checkpoint: Checkpoint | None, state: Mapping[str,
     return f"{name} from {checkpoint.folder.name}: {facts.plan.total_steps - state['step']:,} steps to go"
 
 
-def restore(trainer: Trainer, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
-    """Everything that a checkpoint holds besides the weights."""
+def restore(trainer: Trainer, checkpoint: Checkpoint, state: Mapping[str, Any], is_extended: bool) -> None:
+    """Everything that a checkpoint holds besides the weights; a run made longer has its patience back."""
     trainer.progress = Progress.from_json(state)
-    if trainer.progress.step < trainer.plan.total_steps and trainer.progress.stopped_early:
+    trainer.saved_step = trainer.progress.step
+    if is_extended:
         trainer.progress.stopped_early, trainer.progress.evals_without_gain = False, 0
     trainer.window = Window.from_json(state["window"])
     restore_optimizer(trainer.lm.model, trainer.optimizer, checkpoint.load_optimizer())

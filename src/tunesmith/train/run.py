@@ -45,6 +45,7 @@ from tunesmith.train.metrics import require_trackers, start_trackers
 from tunesmith.train.optim import build_optimizer, require_optimizer
 from tunesmith.train.plan import Prepared, build_plan, ledger_json, prepare_data, refuse_shared_files
 from tunesmith.train.precision import Precision, choose_precision, make_deterministic, pick_device
+from tunesmith.train.randomness import seed_all
 from tunesmith.train.saver import Saver
 from tunesmith.train.summary import RunFacts, model_card, summary_lines
 
@@ -88,9 +89,9 @@ def run_training(config: RunConfig) -> Path:
         with locked(output):
             trainer = build_trainer(output, facts, stop, facts_of_run)
             running.append(trainer)
-            torch.manual_seed(config.train.seed)  # dropout does not depend on how the model was loaded
+            seed_all(config.train.seed)  # dropout does not depend on how the model was loaded
             train_to_end(trainer)
-            return finish_run(trainer, facts)
+            return finish_run(trainer, facts, facts_of_run)
 
 
 def choose_setting(config: RunConfig, date: datetime.datetime) -> Setting:
@@ -220,6 +221,8 @@ def train_to_end(trainer: Trainer) -> None:
     try:
         trainer.train()
     except BaseException:
+        with contextlib.suppress(Exception):
+            trainer.saver.wait()  # what was taken before is still worth having
         for tracker in trainer.trackers:
             with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
                 tracker.finish()
@@ -231,7 +234,7 @@ def train_to_end(trainer: Trainer) -> None:
         display.close()
 
 
-def finish_run(trainer: Trainer, facts: RunFacts) -> Path:
+def finish_run(trainer: Trainer, facts: RunFacts, facts_of_run: dict[str, Any]) -> Path:
     """Write RUN/model or RUN/adapter: the last step's weights, or the best evaluated ones where those came earlier."""
     progress, run = trainer.progress, trainer.run
     model: Any = trainer.lm.model
@@ -254,6 +257,8 @@ def finish_run(trainer: Trainer, facts: RunFacts) -> Path:
     else:
         initial = run / INITIAL if changes_base(trainer.config.lora) else None
         save_adapter(model, trainer.lm.adapter, facts.encoder, card, run / "adapter", initial)
+    # only now: a run that is made longer has the model of before until here
+    write_text_atomic(run / RUN_FILE, json.dumps(facts_of_run | {"finished_at_step": progress.step}, indent=1))
     if progress.step < trainer.plan.total_steps:
         print(f"stopped early at step {progress.step}: eval_loss no longer fell")
     if progress.skipped:

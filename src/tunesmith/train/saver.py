@@ -57,11 +57,15 @@ class Saver:
                 self.failure = f"checkpoint of step {snapshot.step} does not verify ({damage}); older ones are kept"
                 return
             self.failure = ""
-            prune_checkpoints(self._run, self._keep, best_step)
+            prune_checkpoints(self._run, self._keep, best_step, snapshot.step)
         except BaseException as error:
-            if is_no_room(error):
-                last, _ = newest_valid(self._run)
-                still = f"the last good one is {last.folder.name}" if last else "there is none yet"
-                self.failure = f"no room for the checkpoint of step {snapshot.step}; {still}"
-            else:
+            if not is_no_room(error):
                 self._error = error
+                return
+            self.failure = f"no room for the checkpoint of step {snapshot.step}"
+            try:
+                last, _ = newest_valid(self._run)
+            except OSError:
+                return
+            still = f"the last good one is {last.folder.name}" if last else "there is none yet"
+            self.failure = f"{self.failure}; {still}"

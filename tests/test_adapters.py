@@ -164,6 +164,7 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "no such regex": (("--lora.target_modules", ".*query$"), "target_modules '.*query$' matches no module"),
     "no such module": (("--lora.modules_to_save", "head"), "modules_to_save 'head' matches no module"),
     "no such parameter": (("--lora.target_parameters", "mlp.experts.w1"), "target_parameters 'mlp.experts.w1' matches no weight"),
+    "pissa with more": (("--lora.kind", "pissa", "--lora.modules_to_save", "lm_head"), "kind: pissa is saved as matrices only"),
     "pissa in 4 bits": (("--lora.kind", "pissa", "--lora.quantize", "nf4"), "lora.quantize: pissa changes the base weights"),
 }  # fmt: skip
 

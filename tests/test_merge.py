@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from test_adapters import KINDS, base_of, logits_of, train_words
 from tunesmith.use import merge as merging
+from tunesmith.use.combine import METHODS
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -118,7 +119,7 @@ def two(run: Run, base: Path, chats: Path, tmp_path: Path) -> tuple[Path, Path]:
     )
 
 
-@pytest.mark.parametrize("method", [m for m in merging.METHODS if m != "sequential"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "sequential"])
 def test_two_adapters_by_each_method_equal_pefts_own(
     run: Run, base: Path, two: tuple[Path, Path], tmp_path: Path, method: str
 ) -> None:
@@ -146,7 +147,74 @@ def test_one_after_another(run: Run, base: Path, two: tuple[Path, Path], tmp_pat
     assert (merged_logits(tmp_path / "merged") - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
+@pytest.mark.parametrize("kind", ["dora", "whole modules", "biases"])
+def test_what_peft_does_not_combine_is_refused(run: Run, base: Path, chats: Path, tmp_path: Path, kind: str) -> None:
+    """It would come out as zeros, or half, and agree with itself."""
+    one, two = train(run, base, chats, tmp_path / "one"), train(run, base, chats, tmp_path / "two", kind)
+    code, _, err = run("merge", one, two, "--method", "cat", "--output", tmp_path / "merged")
+    assert code == 1
+    assert "which peft does not combine. Merge them one after another: --method sequential" in err
+    assert run("merge", one, two, "--output", tmp_path / "merged")[0] == 0
+
+
+def test_rslora_is_added_up_at_its_own_scale(run: Run, base: Path, chats: Path, tmp_path: Path) -> None:
+    folders = [
+        train(run, base, chats, tmp_path / name, "rslora", "--train.seed", seed) for seed, name in enumerate("ab")
+    ]
+    assert run("merge", *folders, "--method", "cat", "--output", tmp_path / "cat")[0] == 0
+    assert run("merge", *folders, "--output", tmp_path / "sequential")[0] == 0  # plain sums: the order does not matter
+    one, two = merged_logits(tmp_path / "cat"), merged_logits(tmp_path / "sequential")
+    assert torch.allclose(one, two, atol=1e-4 * one.abs().max().item())
+
+
+@pytest.mark.filterwarnings("ignore")  # peft advises against it
+def test_a_low_rank_head_on_a_tied_base(run: Run, tokenizer: Any, chats: Path, tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", tokenizer, "llama", tie_word_embeddings=True)
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(base, max_shard_size="40KB")
+    (base / "model.safetensors").unlink()
+    trained = train(run, base, chats, tmp_path / "run", "lora", "--lora.target_modules", "q_proj", "lm_head")
+    code, out, err = run("merge", trained, "--output", tmp_path / "merged")
+    assert code == 0, err
+    assert "untied" in out
+    wanted = logits_of(on_base(base, trained))
+    assert torch.allclose(merged_logits(tmp_path / "merged"), wanted, atol=1e-5 * wanted.abs().max().item())
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
+    assert "lm_head.weight" in index["weight_map"]
+
+
+def test_an_adapter_trained_without_a_template_leaves_none(run: Run, base: Path, tmp_path: Path) -> None:
+    from conftest import write_jsonl
+
+    data = write_jsonl(
+        tmp_path / "d.jsonl", [{"prompt": f"What is {i}?\n", "completion": f"It is {i}."} for i in range(40)]
+    )
+    trained = train(run, base, data, tmp_path / "run", "lora", "--data.chat_template", "none")
+    assert run("merge", trained, "--output", tmp_path / "merged")[0] == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template is None
+
+
+def test_a_checkpoint_as_the_base(run: Run, base: Path, chats: Path, tmp_path: Path) -> None:
+    code, _, err = run("train", "--model", base, "--data", chats, "--output", tmp_path / "full", "--data.max_seq_len", 64,
+                       "--train.max_steps", 1)  # fmt: skip
+    assert code == 0, err
+    checkpoint = tmp_path / "full" / "checkpoints" / "step-000001"
+    trained = train(run, checkpoint, chats, tmp_path / "run")
+    assert run("merge", trained, "--output", tmp_path / "merged")[0] == 0
+    assert [path.name for path in (tmp_path / "merged").glob("*.safetensors")] == ["model.safetensors"]
+
+
 # whatever is wrong, nothing is left
+
+
+def test_a_base_cut_short(run: Run, base: Path, chats: Path, tmp_path: Path) -> None:
+    trained = train(run, base, chats, tmp_path / "run")
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code, _, err = run("merge", trained, "--output", tmp_path / "merged")
+    assert code == 1
+    assert "the merge failed, and nothing was kept" in err
+    assert not (tmp_path / "merged").exists()
+    assert run("merge", trained, "--method", "ties", "--output", tmp_path / "merged")[0] == 1
 
 
 def test_a_corrupted_merge_fails_and_cleans_up(

@@ -198,3 +198,13 @@ def test_what_is_no_file_of_another_tool(run: Run, tmp_path: Path) -> None:
         assert words in err
     assert run("convert-config", tmp_path / "none.yaml")[0] == 1
     assert json.dumps(FILES["trl"][1])
+
+
+def test_full_fine_tuning_stays_full_and_odd_values_are_named() -> None:
+    dotted, notes, lost = convert({"model_name_or_path": "m", "finetuning_type": "full", "lora_rank": 8})
+    assert dotted == {"model.path": "m"}
+    assert notes == ["lora.rank: left out; the file trains all weights"]
+    assert convert({"base_model": "m", "adapter": None, "lora_r": 8})[0] == {"model.path": "m"}
+    theirs = {"base_model": "m", "micro_batch_size": "auto", "adam_beta1": "auto", "val_set_size": "5%"}
+    dotted, _, lost = convert(theirs)
+    assert {line.split(":")[0] for line in lost} == {"micro_batch_size", "adam_beta1", "data.eval_split"}

@@ -124,11 +124,12 @@ def test_best_model_and_patience_survive(run: Run, model_folder: Path, chats: Pa
     assert "stopped early" in out
     assert "that model is saved" in out
     last = records(whole)[-1]["step"]
-    part = killed_after(whole, last - 2, tmp_path / "part")
-    code, out, err = run("resume", part)
-    assert code == 0, err
-    assert "stopped early" in out
-    assert (weights(part), records(part)) == (weights(whole), records(whole))
+    for step in (last - 2, last):
+        part = killed_after(whole, step, tmp_path / f"part-{step}")
+        code, out, err = run("resume", part)
+        assert code == 0, err
+        assert "stopped early" in out
+        assert (weights(part), records(part)) == (weights(whole), records(whole))
 
 
 def test_a_finished_run_is_left_alone_or_made_longer(run: Run, model_folder: Path, chats: Path, tmp_path: Path) -> None:
@@ -147,6 +148,33 @@ def test_a_finished_run_is_left_alone_or_made_longer(run: Run, model_folder: Pat
     assert code == 0, err
     assert weights(short) == weights(long)
     assert records(short) == records(long)
+
+
+def test_a_longer_run_is_not_finished_before_its_model_is(
+    run: Run, model_folder: Path, chats: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Ended between the last checkpoint of the extension and its model, while the model of before lies there."""
+    from tunesmith.train import run as running
+
+    words = ("--model", model_folder, "--data", chats, *FAST, "--optim.schedule", "constant")
+    for name, steps in (("short", 2), ("long", 4)):
+        assert run("train", *words, "--output", tmp_path / name, "--train.max_steps", steps)[0] == 0
+
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(running, "save_model", killed)
+        assert run("resume", tmp_path / "short", "--train.max_steps", 4)[0] == 3
+    code, out, err = run("resume", tmp_path / "short")
+    assert code == 0, err
+    assert "nothing to do" not in out
+    assert weights(tmp_path / "short") == weights(tmp_path / "long")
+    shutil.rmtree(tmp_path / "long" / "checkpoints")
+    before = weights(tmp_path / "long")
+    code, _, err = run("resume", tmp_path / "long", "--train.max_steps", 9)
+    assert (code, "its checkpoints are gone" in err) == (1, True)
+    assert weights(tmp_path / "long") == before
 
 
 def test_train_on_an_interrupted_run_says_what_to_type(
@@ -182,9 +210,17 @@ def change_model(model: Path, chats: Path) -> None:
     path.write_text(path.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
 
 
+def change_weights(model: Path, chats: Path) -> None:
+    from safetensors.torch import save_file
+
+    path = model / "model.safetensors"
+    save_file({name: tensor * 1.5 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+
+
 @pytest.mark.parametrize(
     ("part", "change", "words"),
     [
+        ("model", change_weights, "model.safetensors has changed since the run began"),
         ("data", change_data, "chats.jsonl has changed since the run began"),
         ("template", change_template, "the chat template is not the one that the run began with"),
         ("tokenizer", change_tokenizer, "the tokenizer is not the one that the run began with"),

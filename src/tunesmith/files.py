@@ -109,6 +109,17 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_ends(path: Path, size: int = 64 * 2**20) -> str:
+    """Of a file's first and last bytes; of all of a file that is no longer than both."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        digest.update(file.read(size))
+        length = file.seek(0, os.SEEK_END)
+        file.seek(max(size, length - size))
+        digest.update(file.read(size))
+    return digest.hexdigest()
+
+
 def is_no_room(error: BaseException) -> bool:
     """Whether a write failed because the disk is full, over quota or read-only."""
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)

@@ -70,12 +70,15 @@ def keep_differentiable(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def add_adapter(model: nn.Module, lora: LoraSection, base_name: str, new_ids: Sequence[int] = ()) -> Any:
+def add_adapter(
+    model: nn.Module, lora: LoraSection, base_name: str, new_ids: Sequence[int] = (), revision: str | None = None
+) -> Any:
     """Freeze the model and put an adapter into it; returns peft's PeftModel around it.
 
     Args:
         base_name: written into adapter_config.json, where peft looks for the base.
         new_ids: added tokens, whose rows of embedding and head are trained.
+        revision: of a hub base, kept for those who open the adapter.
 
     Raises:
         ConfigError: a target that stands for nothing, or a kind that the model's layers do not take.
@@ -85,7 +88,7 @@ def add_adapter(model: nn.Module, lora: LoraSection, base_name: str, new_ids: Se
     targets, parameters = choose_targets(model, lora)
     problem = _find_problem(model, lora, targets, parameters)
     if changes_base(lora) and (lora.modules_to_save or lora.bias != "none" or new_ids):
-        problem = f"kind: peft's conversion of {lora.kind} keeps its matrices only; without modules_to_save, bias and add_tokens"
+        problem = f"kind: {lora.kind} is saved as matrices only, without modules_to_save, bias and add_tokens; use lora"
     if problem:
         raise ConfigError("lora", [problem])
     config = LoraConfig(
@@ -110,6 +113,7 @@ def add_adapter(model: nn.Module, lora: LoraSection, base_name: str, new_ids: Se
         except (ValueError, NotImplementedError, RuntimeError) as error:
             raise ConfigError("lora", [f"peft cannot put it into this model: {error}"]) from None
     wrapped.peft_config["default"].base_model_name_or_path = base_name
+    wrapped.peft_config["default"].revision = revision
     return wrapped
 
 

@@ -26,7 +26,7 @@ def load_config(section: ModelSection, tokenizer: Any) -> PretrainedConfig:
         return build_preset_config(source.name, section.config, tokenizer)
     try:
         return AutoConfig.from_pretrained(
-            source.name, revision=section.revision, trust_remote_code=section.trust_remote_code
+            source.name, revision=source.revision or section.revision, trust_remote_code=section.trust_remote_code
         )
     except Exception as error:
         raise explain_load_error(section.path, "its config", error) from None
@@ -59,7 +59,7 @@ def load_model(
             source.name,
             config=copy.deepcopy(config),
             dtype=dtype,
-            revision=section.revision,
+            revision=source.revision or section.revision,
             trust_remote_code=section.trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below by name; transformers' own error names none

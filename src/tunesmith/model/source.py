@@ -20,11 +20,13 @@ class ModelSource:
     kind: "local", "hub" or "preset".
     name: the folder, hub id or preset name; of an adapter, its base's.
     adapter: the PEFT folder that goes onto it.
+    revision: of the hub base that the adapter was trained on.
     """
 
     kind: str
     name: str
     adapter: Path | None = None
+    revision: str | None = None
 
 
 def find_model(path: str) -> ModelSource:
@@ -56,7 +58,8 @@ def find_model(path: str) -> ModelSource:
 
 
 def _find_base(adapter: Path) -> ModelSource:
-    base = read_adapter_config(adapter).get("base_model_name_or_path")
+    config = read_adapter_config(adapter)
+    base = config.get("base_model_name_or_path")
     if not base:
         raise ModelError(f"{adapter}: names no base model in {ADAPTER_CONFIG} (base_model_name_or_path).")
     try:
@@ -65,7 +68,7 @@ def _find_base(adapter: Path) -> ModelSource:
         raise ModelError(f"{adapter}: its base model cannot be found: {error}") from None
     if source.adapter:
         raise ModelError(f"{adapter}: its base {base} is an adapter itself. Merge that one first: tunesmith merge.")
-    return ModelSource(source.kind, source.name, adapter)
+    return ModelSource(source.kind, source.name, adapter, config.get("revision") if source.kind == "hub" else None)
 
 
 def open_path(path: str) -> Path:

@@ -21,12 +21,14 @@ from tunesmith.config import DataSection, RunConfig
 from tunesmith.data.encode import Encoder
 from tunesmith.data.read import find_sources
 from tunesmith.errors import TunesmithError
-from tunesmith.files import sha256_file, sha256_text
+from tunesmith.files import sha256_ends, sha256_file, sha256_text
+from tunesmith.model.source import find_model
 
 PARTS = (
     "data", "template", "tokenizer", "model", "optimizer", "lora", "schedule", "batch", "seed", "precision", "versions",
 )  # fmt: skip
 RELABELS = ("data", "template", "tokenizer")  # what the tokens on disk were made with
+_WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "pytorch_model*.bin")
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft")
 _FREE = (  # keys that change nothing of what is learnt
     "train.output_dir", "train.log_steps", "train.eval_steps", "train.save_steps", "train.save_minutes",
@@ -64,8 +66,11 @@ def describe_run(
     return {
         "data": files,
         "template": sha256_text(json.dumps([template.text, dict(template.kwargs)]) if template else "none"),
-        "tokenizer": sha256_text(encoder.tokenizer.backend_tokenizer.to_str()),
+        "tokenizer": sha256_text(
+            encoder.tokenizer.backend_tokenizer.to_str() + json.dumps(encoder.tokenizer.special_tokens_map, default=str)
+        ),
         "model": sha256_text(json.dumps(own, sort_keys=True, default=str)),
+        "weights": describe_weights(config, model_config),
         "config": config.model_dump(mode="json"),
         "threads": torch.get_num_threads(),
         "versions": {name: _version(name) for name in _PACKAGES},
@@ -80,6 +85,18 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def describe_weights(config: RunConfig, model_config: PretrainedConfig) -> dict[str, Any]:
+    """The files of a local model, by size, time and SHA-256 of their ends; the commit of a hub model."""
+    source = find_model(config.model.path)
+    if source.kind == "preset":
+        return {}
+    if source.kind == "hub":
+        return {source.name: getattr(model_config, "_commit_hash", None)}
+    folders = [Path(source.name), *([source.adapter] if source.adapter else [])]
+    files = [path for folder in folders for pattern in _WEIGHTS for path in sorted(folder.glob(pattern))]
+    return {str(path.resolve()): {"size": path.stat().st_size, "ends": sha256_ends(path)} for path in files}
 
 
 def describe_files(data: DataSection) -> dict[str, list[dict[str, Any]]]:
@@ -146,6 +163,10 @@ def find_named(data: DataSection) -> list[Path]:
 def compare_runs(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """(reasons to refuse, each beginning with its part, as in "template: ..."; remarks)."""
     refusals, notes = [], []
+    for name, was in before["weights"].items():
+        if now["weights"].get(name) != was:
+            what = "has changed since the run began" if name in now["weights"] else "is not the model's any more"
+            refusals.append(f"model: {name} {what}")
     for part in ("template", "tokenizer", "model"):
         if before[part] != now[part]:
             what = {"template": "the chat template", "tokenizer": "the tokenizer", "model": "the model's config"}[part]

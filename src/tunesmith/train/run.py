@@ -146,7 +146,7 @@ def assemble(config: RunConfig, setting: Setting, prepared: Prepared, weights: M
     adapter = None
     if is_adapter:
         torch.manual_seed(config.train.seed)
-        adapter = add_adapter(model, config.lora, name_of_base(config.model.path), new_ids)
+        adapter = add_adapter(model, config.lora, name_of_base(config.model.path), new_ids, config.model.revision)
         if precision.autocast:
             cast_trained(model, precision.weights)
     isolation = set_up_attention(model, setting.max_seq_len, setting.capacity)

@@ -96,7 +96,7 @@ def load_speaker(section: ModelSection, chat_template: str | None = None, more: 
     if device.type == "cpu":
         dtype = torch.float32  # half precision is slow or missing on CPUs
     source = find_model(section.path)
-    plain = section.model_copy(update={"path": source.name}) if source.adapter else section
+    plain = section.model_copy(update={"path": source.name, "revision": source.revision}) if source.adapter else section
     model = load_model(plain, config, dtype, seed=0)
     adapter = open_all(model, source, [section.path, *more]) if source.adapter or more else None
     model.to(device).eval()

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +21,12 @@ from tunesmith.files import atomic_directory, is_no_room
 from tunesmith.model.adapters import (
     find_adapter,
     open_adapter,
-    quiet_peft,
     read_adapter_config,
-    write_adapter,
 )
 from tunesmith.model.deltas import Delta
-from tunesmith.model.source import find_model, open_path
+from tunesmith.model.source import explain_load_error, find_model, open_path, telling_text
+from tunesmith.use.combine import MergePlan, deltas_of
 
-METHODS = ("linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",
-           "magnitude_prune", "magnitude_prune_svd", "sequential")  # fmt: skip
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 _PROMPTS = (
@@ -43,29 +37,20 @@ _PROMPTS = (
     "请介绍一下你自己。",
 )
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_SETTINGS = ("generation_config.json",)
+_TOKENIZER = (
+    "tokenizer",
+    "chat_template",
+    "vocab",
+    "merges",
+    "special_tokens",
+    "added_tokens",
+    "spiece",
+    "sentencepiece",
+)
+_HEAD = "lm_head.weight"
 _DATA_FILES = ("config.json", "generation_config.json", "tokenizer", "chat_template", "vocab", "merges",
                "special_tokens", "added_tokens", "spiece", "sentencepiece")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class MergePlan:
-    """What is merged.
-
-    Attributes:
-        base: folder of the base's files.
-        adapters: PEFT folders, in order.
-        method: one of METHODS; how several become one, or sequential.
-        weights: of each adapter.
-        density: share of the values that TIES, DARE and pruning keep.
-        seed: of DARE's choice.
-    """
-
-    base: Path
-    adapters: tuple[Path, ...]
-    method: str
-    weights: tuple[float, ...]
-    density: float
-    seed: int
 
 
 def run_merge(
@@ -87,8 +72,10 @@ def run_merge(
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise TunesmithError(f"{output}: exists already; give --output a new folder.")
     adapters = tuple(_find_adapter(name) for name in names)
-    if weights and (method == "sequential" or len(adapters) == 1):
-        raise TunesmithError("--weights: needs several adapters and a --method that adds them up, such as linear.")
+    if (weights or method != "sequential") and len(adapters) == 1:
+        raise TunesmithError("--method and --weights: are for several adapters; this is one.")
+    if weights and method == "sequential":
+        raise TunesmithError("--weights: needs a --method that adds adapters up, such as linear.")
     weights = tuple(weights or [1.0] * len(adapters))
     if len(weights) != len(adapters):
         raise TunesmithError(f"--weights: {len(weights)} numbers for {len(adapters)} adapters; give one for each.")
@@ -97,12 +84,14 @@ def run_merge(
     try:
         with deltas_of(plan) as (deltas, combined), atomic_directory(folder.resolve()) as partial:
             changed = merge_files(plan.base, deltas, partial)
-            _copy_rest(plan, deltas, partial)
+            _copy_rest(plan, partial)
             said = prove(plan, combined, partial)
-    except (OSError, RuntimeError) as error:
+    except TunesmithError:
+        raise
+    except Exception as error:  # a file of the base cut short, code of its own, a tokenizer that is none
         if is_no_room(error):
             raise RunError(f"{output}: no room left on the disk; nothing was kept.") from None
-        raise
+        raise ModelError(f"{plan.base}: the merge failed, and nothing was kept: {telling_text(error)}.") from None
     _tell(plan, changed, said, output)
     return folder
 
@@ -142,9 +131,12 @@ def _find_base(adapters: Sequence[Path], base: str | None) -> Path:
     if source.kind == "hub":
         from huggingface_hub import snapshot_download
 
-        folder = Path(
-            snapshot_download(source.name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"])
-        )
+        wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+        revisions = {read_adapter_config(adapter).get("revision") for adapter in adapters}
+        try:
+            folder = Path(snapshot_download(source.name, revision=next(iter(revisions)), allow_patterns=wanted))
+        except Exception as error:
+            raise explain_load_error(source.name, "the base", error) from None
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "quantization_config" in config:
         raise ModelError(
@@ -165,63 +157,13 @@ def require_room(base: Path, output: Path) -> None:
 
 
 def _weight_files(base: Path) -> list[Path]:
-    files = sorted(base.glob("*.safetensors"))
+    files = [base / _SINGLE] if (base / _SINGLE).exists() else []  # a checkpoint holds other files of this kind
     if (base / _INDEX).exists():
         index = json.loads((base / _INDEX).read_text(encoding="utf-8"))
         files = [base / name for name in sorted(set(index["weight_map"].values()))]
     if not files:
         raise ModelError(f"{base}: has no safetensors weights. Save it with save_pretrained first.")
     return files
-
-
-@contextmanager
-def deltas_of(plan: MergePlan) -> Iterator[tuple[list[Delta], list[Path]]]:
-    """The changes to make, one after another, and PEFT folders that do the same on the base."""
-    if len(plan.adapters) == 1 or plan.method == "sequential":
-        yield [Delta(folder) for folder in plan.adapters], list(plan.adapters)
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = combine(plan, Path(temporary) / "combined")
-        yield [Delta(folder)], [folder]
-
-
-def combine(plan: MergePlan, folder: Path) -> Path:
-    """One adapter out of several, by peft's add_weighted_adapter, on a model without weights."""
-    config = AutoConfig.from_pretrained(plan.base)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    weightless(model)
-    from peft import PeftModel
-
-    names = [f"adapter_{index}" for index in range(len(plan.adapters))]
-    options: dict[str, Any] = {} if plan.method in ("linear", "cat", "svd") else {"density": plan.density}
-    torch.manual_seed(plan.seed)
-    try:
-        with quiet_peft():
-            wrapped = PeftModel.from_pretrained(model, plan.adapters[0], adapter_name=names[0], low_cpu_mem_usage=True)
-            for name, adapter in zip(names[1:], plan.adapters[1:], strict=True):
-                wrapped.load_adapter(adapter, adapter_name=name, low_cpu_mem_usage=True)
-            wrapped.base_model.add_weighted_adapter(
-                names, list(plan.weights), "default", combination_type=plan.method, **options
-            )
-            wrapped.peft_config["default"].base_model_name_or_path = str(plan.base)
-            from peft import get_peft_model_state_dict
-
-            state = get_peft_model_state_dict(wrapped, adapter_name="default", save_embedding_layers=False)
-    except (ValueError, NotImplementedError, RuntimeError) as error:
-        raise ModelError(
-            f"these adapters cannot be combined by {plan.method}: {' '.join(str(error).split())}"
-        ) from None
-    write_adapter(wrapped, folder, {name: tensor.contiguous() for name, tensor in state.items()})
-    return folder
-
-
-def weightless(model: nn.Module) -> None:
-    """Every weight a single zero shown in all places: on the CPU, where peft adds adapters up, but without memory."""
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            zeros = torch.zeros(1, dtype=parameter.dtype).expand(parameter.shape)
-            module.register_parameter(name, nn.Parameter(zeros, requires_grad=False))
 
 
 def merge_files(base: Path, deltas: Sequence[Delta], output: Path) -> int:
@@ -234,33 +176,42 @@ def merge_files(base: Path, deltas: Sequence[Delta], output: Path) -> int:
     wanted = {name for delta in deltas for name in delta.names()}
     if any(delta.has_experts for delta in deltas):
         return _merge_in_memory(base, deltas, output)
-    left = set(wanted)
+    left, embedding = set(wanted), None
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    names = _NameMap(base, config)
-    for file in _weight_files(base):
+    names, files = _NameMap(base), _weight_files(base)
+    placed: dict[str, str] = {}
+    size = 0
+    for file in files:
         tensors = load_file(file)
         for key, tensor in tensors.items():
             name = names.in_model(key, wanted)
+            original = tensor
             if name in wanted:
                 for delta in deltas:
                     tensor = delta.apply(name, tensor, name in names.transposed)
                 tensors[key] = tensor
                 left.discard(name)
-        if file == _weight_files(base)[-1]:
-            left = _place_tied(left, deltas, tensors, output, config)
+            if key.endswith(_EMBEDDINGS):
+                embedding = original, tensor
+        if file == files[-1] and left == {_HEAD} and embedding is not None:
+            left = _untie(deltas, embedding, tensors, config)
         _write_and_compare(tensors, output / file.name)
-    _grow_vocabulary(config, deltas, output)
+        placed |= dict.fromkeys(tensors, file.name)
+        size += sum(tensor.nbytes for tensor in tensors.values())
     if left:
         raise ModelError(f"the base {base} has no tensor {sorted(left)[0]}; the adapter belongs to another model.")
+    _grow_vocabulary(config, deltas)
+    (output / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     if (base / _INDEX).exists():
-        shutil.copyfile(base / _INDEX, output / _INDEX)
+        index = {"metadata": {"total_size": size}, "weight_map": placed}
+        (output / _INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     return len(wanted)
 
 
 class _NameMap:
     """Names in a file -> names in the model: hub files of some models leave the base prefix out (GPT-2's)."""
 
-    def __init__(self, base: Path, config: dict[str, Any]) -> None:
+    def __init__(self, base: Path) -> None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
         self._prefix = f"{model.base_model_prefix}."
@@ -270,32 +221,31 @@ class _NameMap:
         return key if key in wanted else f"{self._prefix}{key}"
 
 
-def _place_tied(
-    left: set[str], deltas: Sequence[Delta], tensors: dict[str, Tensor], output: Path, config: Any
+def _untie(
+    deltas: Sequence[Delta], embedding: tuple[Tensor, Tensor], tensors: dict[str, Tensor], config: dict[str, Any]
 ) -> set[str]:
-    """A head of its own, where the base's is its embedding: it becomes a tensor of its own."""
-    for name in [n for n in left if n == "lm_head.weight"]:
-        whole = next(delta.whole[name] for delta in reversed(deltas) if name in delta.whole)
-        embedding = next((t for key, t in tensors.items() if key.endswith(_EMBEDDINGS)), None)
-        if embedding is None or not torch.equal(embedding, whole.to(embedding.dtype)):
-            tensors[name] = whole.to(embedding.dtype if embedding is not None else whole.dtype)
-            config["tie_word_embeddings"] = False
-            (output / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-            print(
-                "note: the base's head is tied to its embedding, and the adapter has trained a head of its own: untied"
-            )
-        left = left - {name}
-    return left
+    """A head of its own, where the base's is its embedding; equal to the embedding, it stays that.
+
+    Args:
+        embedding: before and after the merge.
+    """
+    head, merged = embedding
+    for delta in deltas:
+        head = delta.apply(_HEAD, head)
+    if not (head.shape == merged.shape and torch.equal(head, merged)):
+        tensors[_HEAD] = head.contiguous().clone()
+        config["tie_word_embeddings"] = False
+        print("note: the base's head is tied to its embedding, and the adapter changes it alone: untied")
+    return set()
 
 
-def _grow_vocabulary(config: dict[str, Any], deltas: Sequence[Delta], output: Path) -> None:
+def _grow_vocabulary(config: dict[str, Any], deltas: Sequence[Delta]) -> None:
     """Added tokens make the embedding longer than the base's config says."""
     own = config if "vocab_size" in config else config.get("text_config", {})
     ends = [max(numbers) + 1 for delta in deltas for numbers, _ in delta.rows.values()]
     ends += [len(tensor) for delta in deltas for name, tensor in delta.whole.items() if name.endswith(_EMBEDDINGS)]
     if max(ends, default=0) > own.get("vocab_size", 0):
         own["vocab_size"] = max(ends)
-        (output / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _write_and_compare(tensors: dict[str, Tensor], path: Path) -> None:
@@ -314,6 +264,7 @@ def _merge_in_memory(base: Path, deltas: Sequence[Delta], output: Path) -> int:
         model = open_adapter(model, delta.folder).merge_and_unload()
     changed = sum(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     model.save_pretrained(output)
+    # what we write is compared with what is read back
     again = AutoModelForCausalLM.from_pretrained(output, dtype="auto").state_dict()
     for name, tensor in model.state_dict().items():
         if not torch.equal(again[name], tensor):
@@ -321,12 +272,14 @@ def _merge_in_memory(base: Path, deltas: Sequence[Delta], output: Path) -> int:
     return changed
 
 
-def _copy_rest(plan: MergePlan, deltas: Sequence[Delta], output: Path) -> None:
-    """Config of the base; tokenizer and template that the last adapter was trained with, else the base's."""
-    for source in (plan.base, plan.adapters[-1]):
+def _copy_rest(plan: MergePlan, output: Path) -> None:
+    """Tokenizer and template that the last adapter was trained with, where it has them, else the base's."""
+    trained = plan.adapters[-1]
+    has_own = (trained / "tokenizer_config.json").is_file()
+    sources = [(plan.base, _SETTINGS if has_own else (*_SETTINGS, *_TOKENIZER)), (trained, (*_SETTINGS, *_TOKENIZER))]
+    for source, names in sources:
         for file in sorted(source.iterdir()):
-            is_wanted = file.is_file() and file.name.startswith(_DATA_FILES)
-            if is_wanted and not (file.name == "config.json" and (output / "config.json").exists()):
+            if file.is_file() and file.name.startswith(names):
                 shutil.copyfile(file, output / file.name)
 
 
@@ -343,12 +296,11 @@ def prove(plan: MergePlan, combined: Sequence[Path], output: Path) -> str:
     Raises:
         RunError: they differ by more than rounding explains.
     """
-    tokenizer = AutoTokenizer.from_pretrained(output)
     dtype = _dtype_of(output)
     size = sum(path.stat().st_size for path in _weight_files(plan.base)) * (4 / dtype.itemsize)
     if 2.5 * size > available_memory():
         return "too large for this memory, so its logits were not compared; its tensors were"
-    prompts = [torch.tensor(tokenizer(text)["input_ids"]) for text in _PROMPTS]
+    prompts = encode_prompts(output)
     model: Any = AutoModelForCausalLM.from_pretrained(plan.base, dtype=torch.float32)
     if len(plan.adapters) > 1 and plan.method == "sequential":
         for folder in combined:
@@ -370,6 +322,14 @@ def prove(plan: MergePlan, combined: Sequence[Path], output: Path) -> str:
         f"logits on {len(_PROMPTS)} prompts differ by {difference:.1e} of the largest (allowed for "
         f"{str(dtype).removeprefix('torch.')}: {TOLERANCE[dtype]:.0e}); the likeliest token is the same at {same:.1%}"
     )
+
+
+def encode_prompts(folder: Path) -> list[Tensor]:
+    """Real text where the model has a tokenizer, else its first ids."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return [torch.arange(start, start + 16) for start in range(0, 80, 16)]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return [torch.tensor(tokenizer(text)["input_ids"]) for text in _PROMPTS]
 
 
 def _dtype_of(folder: Path) -> torch.dtype:

@@ -1,0 +1,121 @@
+"""Several adapters as one, by peft's add_weighted_adapter, without the base's weights."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tunesmith.errors import ModelError, RunError
+from tunesmith.model.adapters import quiet_peft, read_adapter_config, write_adapter
+from tunesmith.model.deltas import Delta
+
+METHODS = ("linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",
+           "magnitude_prune", "magnitude_prune_svd", "sequential")  # fmt: skip
+_NOT_COMBINED = {
+    "use_dora": "is a DoRA adapter",
+    "trainable_token_indices": "has rows of added tokens",
+    "modules_to_save": "has modules trained whole",
+    "bias": "has trained biases",
+}
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What is merged.
+
+    Attributes:
+        base: folder of the base's files.
+        adapters: PEFT folders, in order.
+        method: one of METHODS; how several become one, or sequential.
+        weights: of each adapter.
+        density: share of the values that TIES, DARE and pruning keep.
+        seed: of DARE's choice.
+    """
+
+    base: Path
+    adapters: tuple[Path, ...]
+    method: str
+    weights: tuple[float, ...]
+    density: float
+    seed: int
+
+
+@contextmanager
+def deltas_of(plan: MergePlan) -> Iterator[tuple[list[Delta], list[Path]]]:
+    """The changes to make, one after another, and PEFT folders that do the same on the base."""
+    if len(plan.adapters) == 1 or plan.method == "sequential":
+        yield [Delta(folder) for folder in plan.adapters], list(plan.adapters)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = combine(plan, Path(temporary) / "combined")
+        yield [Delta(folder)], [folder]
+
+
+def combine(plan: MergePlan, folder: Path) -> Path:
+    """One adapter out of several, by peft's add_weighted_adapter, on a model without weights."""
+    for adapter in plan.adapters:
+        own = read_adapter_config(adapter)
+        for key, what in _NOT_COMBINED.items():
+            if own.get(key) not in (None, False, "none", [], {}):
+                raise ModelError(
+                    f"{adapter}: {what}, which peft does not combine. Merge them one after another: --method sequential"
+                )
+    config = AutoConfig.from_pretrained(plan.base)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    weightless(model)
+    from peft import PeftModel
+
+    names = [f"adapter_{index}" for index in range(len(plan.adapters))]
+    options: dict[str, Any] = {} if plan.method in ("linear", "cat", "svd") else {"density": plan.density}
+    torch.manual_seed(plan.seed)
+    try:
+        with quiet_peft():
+            wrapped = PeftModel.from_pretrained(model, plan.adapters[0], adapter_name=names[0], low_cpu_mem_usage=True)
+            for name, adapter in zip(names[1:], plan.adapters[1:], strict=True):
+                wrapped.load_adapter(adapter, adapter_name=name, low_cpu_mem_usage=True)
+            wrapped.base_model.add_weighted_adapter(
+                names, list(plan.weights), "default", combination_type=plan.method, **options
+            )
+            made = wrapped.peft_config["default"]
+            made.base_model_name_or_path = str(plan.base)
+            made.use_rslora = False  # its alpha is its rank already
+            from peft import get_peft_model_state_dict
+
+            state = get_peft_model_state_dict(wrapped, adapter_name="default", save_embedding_layers=False)
+    except (ValueError, NotImplementedError, RuntimeError) as error:
+        raise ModelError(
+            f"these adapters cannot be combined by {plan.method}: {' '.join(str(error).split())}"
+        ) from None
+    write_adapter(wrapped, folder, {name: tensor.contiguous() for name, tensor in state.items()})
+    if plan.method == "cat":
+        _compare_sum(plan, folder)
+    return folder
+
+
+def _compare_sum(plan: MergePlan, folder: Path) -> None:
+    """Concatenated adapters are the weighted sum of their changes, which can be known without peft."""
+    combined, singles = Delta(folder), [Delta(adapter) for adapter in plan.adapters]
+    for name, parts in combined.parts.items():
+        wanted = torch.zeros(len(parts["lora_B"]), parts["lora_A"].shape[1])
+        for weight, single in zip(plan.weights, singles, strict=True):
+            if name in single.parts:
+                wanted = wanted + weight * single.apply(name, torch.zeros_like(wanted))
+        if not torch.allclose(combined.apply(name, torch.zeros_like(wanted)), wanted, rtol=1e-4, atol=1e-6):
+            raise RunError(f"{name}: the combined adapter is not the sum of the adapters. Nothing was kept.")
+
+
+def weightless(model: nn.Module) -> None:
+    """Every weight a single zero shown in all places: on the CPU, where peft adds adapters up, but without memory."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            zeros = torch.zeros(1, dtype=parameter.dtype).expand(parameter.shape)
+            module.register_parameter(name, nn.Parameter(zeros, requires_grad=False))

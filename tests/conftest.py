@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,41 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
 
 def chat_row(question: str, answer: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def killed_after(finished: Path, step: int, to: Path) -> Path:
+    """What a kill leaves some time after the checkpoint of a step: later lines, the last one torn."""
+    shutil.copytree(finished, to)
+    for name in ("model", "adapter"):
+        shutil.rmtree(to / name, ignore_errors=True)
+    (to / "report.html").unlink()
+    for folder in (to / "checkpoints").iterdir():
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+    half = to / "checkpoints" / ".step-000099.0a.partial"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    with (to / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "lo')
+    return to
+
+
+@pytest.fixture
+def make_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """A file system of a size, as tmpfs says it ("400k")."""
+    folder = tmp_path / "disk"
+
+    def make(size: str) -> Path:
+        folder.mkdir()
+        words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        mounted = subprocess.run(words, capture_output=True, check=False)
+        if mounted.returncode:
+            pytest.skip(f"mounts are not allowed here: {mounted.stderr.decode().strip()}")
+        return folder
+
+    yield make
+    if folder.is_mount():
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture

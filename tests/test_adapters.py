@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import build_model, save_folder, tiny_config
+from conftest import build_model, killed_after, save_folder, tiny_config
 from tunesmith.config import LoraSection, ModelSection
 from tunesmith.model.adapters import choose_targets
 
@@ -87,11 +86,7 @@ def test_each_kind_trains_resumes_exactly_and_opens_in_peft(
     assert not (checkpoint / "model.safetensors").exists()
     assert (checkpoint / "adapter_model.safetensors").stat().st_size < 200_000
     # killed after step 4
-    part = tmp_path / "part"
-    shutil.copytree(output, part)
-    shutil.rmtree(part / "adapter")
-    for step in (6, 8):
-        shutil.rmtree(part / "checkpoints" / f"step-{step:06d}")
+    part = killed_after(output, 4, tmp_path / "part")
     code, _, err = run("resume", part)
     assert code == 0, err
     assert adapter_bytes(part) == adapter_bytes(output)

@@ -14,6 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from conftest import killed_after
 from test_adapters import KINDS, base_of, logits_of, train_words
 from tunesmith.use import merge as merging
 from tunesmith.use.combine import METHODS
@@ -306,23 +307,13 @@ def test_what_is_no_adapter(run: Run, base: Path, tmp_path: Path) -> None:
     assert (code, "is no adapter" in err) == (1, True)
 
 
-def test_no_room(run: Run, base: Path, chats: Path, tmp_path: Path) -> None:
-    import subprocess
-
+def test_no_room(run: Run, base: Path, chats: Path, tmp_path: Path, make_disk: Any) -> None:
     trained = train(run, base, chats, tmp_path / "run")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True, check=False
-    ).returncode:
-        pytest.skip("mounts are not allowed here")
-    try:
-        code, _, err = run("merge", trained, "--output", disk / "merged")
-        assert code == 4
-        assert "MiB are free" in err
-        assert not (disk / "merged").exists()
-    finally:
-        subprocess.run(["umount", disk], check=True)
+    disk = make_disk("64k")
+    code, _, err = run("merge", trained, "--output", disk / "merged")
+    assert code == 4
+    assert "MiB are free" in err
+    assert not (disk / "merged").exists()
 
 
 def test_an_adapter_as_the_model_of_everything(run: Run, base: Path, chats: Path, tmp_path: Path) -> None:
@@ -386,11 +377,7 @@ def test_added_tokens_train_their_rows_alone(run: Run, tokenizer: Any, chats: Pa
     deltas = {key: tensor for key, tensor in saved.items() if "trainable_tokens_delta" in key}
     assert len(deltas) == (2 if name == "llama" else 1)
     assert all(len(tensor) == 2 for tensor in deltas.values())
-    part = tmp_path / "part"
-    shutil.copytree(trained, part)
-    shutil.rmtree(part / "adapter")
-    for step in (6, 8):
-        shutil.rmtree(part / "checkpoints" / f"step-{step:06d}")
+    part = killed_after(trained, 4, tmp_path / "part")
     code, _, err = run("resume", part)
     assert code == 0, err
     assert (part / "adapter" / "adapter_model.safetensors").read_bytes() == (
@@ -419,9 +406,7 @@ def test_added_tokens_in_full_fine_tuning(run: Run, tokenizer: Any, chats: Path,
     assert code == 0, err
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path / "run" / "model"))
-    shutil.copytree(tmp_path / "run", tmp_path / "part")
-    shutil.rmtree(tmp_path / "part" / "model")
-    shutil.rmtree(tmp_path / "part" / "checkpoints" / "step-000004")
+    killed_after(tmp_path / "run", 2, tmp_path / "part")
     code, _, err = run("resume", tmp_path / "part")
     assert code == 0, err
     names = [tmp_path / folder / "model" / "model.safetensors" for folder in ("run", "part")]

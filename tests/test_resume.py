@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import chat_row, save_folder, tiny_config, write_jsonl
+from conftest import chat_row, killed_after, save_folder, tiny_config, write_jsonl
 from tunesmith.train.checkpoint import MANIFEST, find_damage, newest_valid, read_checkpoint, write_manifest
 from tunesmith.train.interrupt import StopRequest
 from tunesmith.train.loop import Progress
@@ -44,22 +44,6 @@ def weights(folder: Path) -> bytes:
 
 def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
-
-
-def killed_after(finished: Path, step: int, to: Path) -> Path:
-    """What a kill leaves some time after the checkpoint of a step: later lines, the last one torn."""
-    shutil.copytree(finished, to)
-    shutil.rmtree(to / "model")
-    (to / "report.html").unlink()
-    for folder in (to / "checkpoints").iterdir():
-        if int(folder.name.removeprefix("step-")) > step:
-            shutil.rmtree(folder)
-    half = to / "checkpoints" / ".step-000099.0a.partial"
-    half.mkdir()
-    (half / "model.safetensors").write_bytes(b"half")
-    with (to / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 13, "lo')
-    return to
 
 
 @pytest.fixture
@@ -327,6 +311,19 @@ def test_names_are_read_from_where_they_were_meant(
     assert run("resume", "again", "--output", "other")[0] == 1
 
 
+@pytest.mark.parametrize("name", ["run.json", "data_ledger.json"])
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"date": 1}'])
+def test_damaged_files_of_a_run(run: Run, straight: Path, tmp_path: Path, name: str, text: str | None) -> None:
+    killed = killed_after(straight, 4, tmp_path / "part")
+    (killed / name).unlink()
+    if text is not None:
+        (killed / name).write_text(text)
+    code, _, err = run("resume", killed)
+    assert code == 1
+    assert name in err
+    assert "Traceback" not in err
+
+
 def test_what_is_no_run(run: Run, tmp_path: Path, model_folder: Path) -> None:
     for name, words in ((tmp_path / "none", "no such folder"), (model_folder, "is not a run that can be gone on with")):
         code, _, err = run("resume", name)
@@ -542,17 +539,8 @@ def test_chaos(tmp_path: Path, name: str, kills: int) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path):
-    """A file system of 4 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"mounts are not allowed here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+def small_disk(make_disk: Any) -> Path:
+    return make_disk("4m")
 
 
 def fill_up(path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -466,21 +465,8 @@ def test_a_failed_run_leaves_no_parent_folders(run, model_folder: Path, tmp_path
     assert "cannot be used as --output" in err
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path):
-    """A file system of a few hundred KB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"mounts are not allowed here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_full_disk_while_the_data_is_prepared(run, model_folder: Path, chats: Path, small_disk: Path) -> None:
+def test_a_full_disk_while_the_data_is_prepared(run, model_folder: Path, chats: Path, make_disk: Any) -> None:
+    small_disk = make_disk("400k")
     (small_disk / "ballast").write_bytes(b"x" * 390 * 1024)
     code, _, err = run(
         "train", "--model", model_folder, "--data", chats, "--output", small_disk / "run", *FAST, "--train.max_steps", 1

@@ -1,8 +1,8 @@
 """What a LoRA adapter does to each weight of its base, tensor by tensor, without the model around them.
 
 W' = W + (alpha / rank) B A (Hu et al. 2021); rsLoRA: alpha / sqrt(rank) (Kalajdzievski 2023); DoRA: each output row of
-that sum brought to a learnt length (Liu et al. 2024). Sums are made in fp32, for fp64
-weights in fp64, and rounded once.
+that sum brought to a learnt length (Liu et al. 2024). Sums are made in fp32,
+for fp64 weights in fp64, and rounded once.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ def find_named(data: DataSection) -> list[Path]:
 def compare_runs(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """(reasons to refuse, each beginning with its part, as in "template: ..."; remarks)."""
     refusals, notes = [], []
-    for name, was in before["weights"].items():
+    for name, was in before.get("weights", {}).items():
         if now["weights"].get(name) != was:
             what = "has changed since the run began" if name in now["weights"] else "is not the model's any more"
             refusals.append(f"model: {name} {what}")

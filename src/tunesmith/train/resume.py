@@ -55,7 +55,7 @@ def run_resume(name: str, flags: Mapping[str, Any], allowed: Sequence[str] = (),
     if "train.output_dir" in flags:
         raise TunesmithError(f"--output: a run goes on in its own folder, {name}; leave the flag out.")
     flags = {key: absolute(value) if key in _NAMES else value for key, value in flags.items()}
-    saved = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
+    saved = read_json(run / RUN_FILE, ("cwd", "date", "id", "guard"))
     config = resolve_config(RunConfig, run / "config.yaml", flags, list(unknown))
     config = config.model_copy(update={"train": config.train.model_copy(update={"output_dir": name})})
     require_trackers(list(config.train.trackers))
@@ -122,6 +122,30 @@ def find_run(name: str) -> Path:
     if not (run / RUN_FILE).is_file():
         raise TunesmithError(f"{name}: is not a run that can be gone on with (no {RUN_FILE} in it).")
     return run.resolve()
+
+
+def read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """A file that the run wrote.
+
+    Raises:
+        TunesmithError: it is gone, damaged, or lacks a key.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        lacking = [key for key in keys if key not in content]
+    except OSError as error:
+        raise TunesmithError(f"{path}: cannot be read: {error.strerror}. {_WITHOUT_IT}") from None
+    except (ValueError, TypeError):
+        raise TunesmithError(f"{path}: is damaged. {_WITHOUT_IT}") from None
+    if lacking:
+        raise TunesmithError(f"{path}: is damaged: it has no {lacking[0]}. {_WITHOUT_IT}")
+    return content
+
+
+_WITHOUT_IT = (
+    "The run cannot go on without it; its checkpoints are model folders, and tunesmith train --model CHECKPOINT "
+    "begins a new run from one."
+)
 
 
 @contextlib.contextmanager
@@ -197,7 +221,7 @@ def take_up(
     else:
         refuse_damaged_store(run, name, before["store"])
         now["data"] = before["data"]
-    ledger = json.loads((run / "data_ledger.json").read_text(encoding="utf-8"))
+    ledger = read_json(run / "data_ledger.json", ("train", "eval"))
     has_eval = (run / "eval_tokens").is_dir()
     return Prepared(
         open_store(run / "tokens"),

@@ -619,14 +619,14 @@ def test_room_is_known_before_step_1(run: Run, model_folder: Path, chats: Path, 
 
 @pytest.fixture
 def poisoned(tmp_path: Path, tokenizer: Any) -> Path:
-    """A model in which one token's embedding is infinite."""
+    """A model in which one token's embedding gives gradients that are not finite."""
     config = tiny_config("qwen3", initializer_range=0.02, tie_word_embeddings=False)
     folder = save_folder(tmp_path / "poisoned", config, tokenizer)
     from safetensors.torch import save_file
 
     tensors = load_file(folder / "model.safetensors")
     [token] = tokenizer("~")["input_ids"]
-    tensors["model.embed_tokens.weight"][token] = float("inf")
+    tensors["model.embed_tokens.weight"][token] = 3e38  # its square is infinite
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,18 +54,78 @@ def sync_path(path: Path) -> None:
         os.close(fd)
 
 
+def require_written(path: Path, sha256: str) -> None:
+    """Read a file back and compare it with what was meant.
+
+    Raises:
+        OSError: a write was lost without an error, as some libraries and network disks let happen.
+    """
+    if sha256_file(path) != sha256:
+        raise lost_write(path)
+
+
+def lost_write(path: Path) -> OSError:
+    return OSError(errno.EIO, "was read back otherwise than it was written", str(path))
+
+
 def write_text_atomic(path: Path, text: str) -> None:
     """Replace `path` by `text`; a reader sees the old text or the new one, never a part."""
+    data = text.encode("utf-8")
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        require_written(partial, hashlib.sha256(data).hexdigest())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     sync_path(path.parent)
+
+
+def sealed(content: Mapping[str, Any]) -> str:
+    """JSON that carries its own hash, under "sha256"; `read_sealed` knows when it was changed."""
+    plain = json.loads(json.dumps(content))  # as it will be read: keys that are text
+    return json.dumps({**plain, "sha256": seal_of(plain)}, indent=1)
+
+
+def seal_of(content: Mapping[str, Any]) -> str:
+    return sha256_text(json.dumps(content, sort_keys=True))
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `sealed` made; files of earlier versions have no hash.
+
+    Raises:
+        ValueError: it is no such object, or was changed since.
+    """
+    content = json.loads(path.read_bytes())
+    if not isinstance(content, dict):
+        raise ValueError("is no JSON object")
+    seal = content.pop("sha256", None)
+    if seal is not None and seal != seal_of(content):
+        raise ValueError("was changed: its own hash does not fit")
+    return content
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+def _read_umask() -> int:
+    mask = os.umask(0o022)  # there is no way to ask without setting it
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _read_umask()  # at import, while there is one thread
+
+
+def usual_modes(folder: Path) -> None:
+    """Every file as the person's umask wants it: safetensors leaves its own to their owner alone."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~_UMASK)
 
 
 @contextmanager
@@ -87,6 +149,7 @@ def atomic_directory(path: Path, seal: Callable[[Path], None] | None = None) -> 
             seal(partial)
             for file in sorted(set(partial.rglob("*")) - set(written)):
                 sync_path(file)
+        usual_modes(partial)
         sync_path(partial)
         if path.exists():  # rename cannot replace a folder that holds files
             old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
@@ -120,10 +183,20 @@ def sha256_ends(path: Path, size: int = 64 * 2**20) -> str:
     return digest.hexdigest()
 
 
-def is_no_room(error: BaseException) -> bool:
-    """Whether a write failed because the disk is full, over quota or read-only."""
-    codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+def system_error(error: BaseException) -> OSError | None:
+    """The system's own error in what was raised; safetensors and tokenizers wrap it, with the number in their text."""
     if isinstance(error, OSError):
-        return error.errno in codes
-    # safetensors and tokenizers wrap the system's error in one of their own, with the number in its text
-    return any(f"(os error {code})" in str(error) for code in codes)
+        return error
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+
+
+def is_no_room(error: BaseException) -> bool:
+    """Whether a write failed because the disk is full or over quota."""
+    found = system_error(error)
+    return found is not None and found.errno in NO_ROOM
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; torch's allocator on the CPU says so in a RuntimeError."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)

@@ -26,6 +26,8 @@ def read_folder(folder: Path, split: str | None) -> tuple[list[Path], list[Path]
     Raises:
         DataError: no data, no such split, or only splits that no training should read unasked.
     """
+    if is_run(folder):
+        raise DataError(f"{folder}: is a run of tunesmith, not data. Name the files or the folder that it was made of.")
     saved = _saved_files(folder)
     if saved is not None:
         chosen = _choose_split(saved, folder, split)
@@ -89,6 +91,11 @@ def load_object(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is what `train` made as --output."""
+    return all((folder / name).is_file() for name in ("run.json", "data_ledger.json", "config.yaml"))
+
+
 def _list_folder(folder: Path, depth: int = 0) -> tuple[list[Path], list[Path]]:
     """Files of a folder and of its layout (data/, train/, data/train/); and the other subfolders."""
     files, subfolders = [], []
@@ -98,6 +105,8 @@ def _list_folder(folder: Path, depth: int = 0) -> tuple[list[Path], list[Path]]:
                 continue
             if not path.is_dir():
                 files.append(path)
+            elif is_run(path):
+                subfolders.append(path)  # its metrics and ledger are JSON too, and no data
             elif depth < 2 and (path.name.lower() == "data" or _SPLIT_WORD.search(path.name.lower())):
                 files_below, subfolders_below = _list_folder(path, depth + 1)
                 files += files_below

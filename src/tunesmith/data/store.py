@@ -6,6 +6,9 @@ targets, file and row it came from) and files.json (the names behind the file nu
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,7 @@ import numpy.typing as npt
 
 from tunesmith.data.labels import Sample
 from tunesmith.data.ledger import LabelledRow
+from tunesmith.files import require_written
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,13 +57,18 @@ class TokenStore:
 
 
 class StoreWriter:
-    """Appends samples; the store is readable once the `with` block has ended."""
+    """Appends samples; the store is readable once the `with` block has ended.
+
+    Attributes:
+        sha256: file name -> hash of the bytes that were meant, after the block; the files were read back and compared.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         self.folder = folder
-        self._tokens = (folder / "tokens.bin").open("wb")
-        self._mask = (folder / "loss_mask.bin").open("wb")
+        self.sha256: dict[str, str] = {}
+        self._tokens = _Appended(folder / "tokens.bin")
+        self._mask = _Appended(folder / "loss_mask.bin")
         self._offsets = [0]
         self._num_targets: list[int] = []
         self._file_numbers: list[int] = []
@@ -69,8 +78,8 @@ class StoreWriter:
     def add(self, row: LabelledRow) -> None:
         file_number = self._files.setdefault(row.file, len(self._files))
         for sample in row.samples:
-            sample.input_ids.tofile(self._tokens)
-            sample.loss_mask.tofile(self._mask)
+            self._tokens.append(np.asarray(sample.input_ids, np.uint32).tobytes())
+            self._mask.append(np.asarray(sample.loss_mask, np.uint8).tobytes())
             self._offsets.append(self._offsets[-1] + len(sample.input_ids))
             self._num_targets.append(sample.num_targets)
             self._file_numbers.append(file_number)
@@ -82,17 +91,54 @@ class StoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._tokens.close()
-        self._mask.close()
-        if kind is None:
-            np.savez(
-                self.folder / "index.npz",
-                offsets=np.array(self._offsets, dtype=np.int64),
-                num_targets=np.array(self._num_targets, dtype=np.int64),
-                file_numbers=np.array(self._file_numbers, dtype=np.int64),
-                row_numbers=np.array(self._row_numbers, dtype=np.int64),
-            )
-            (self.folder / "files.json").write_text(json.dumps(list(self._files)), encoding="utf-8")
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._tokens.abandon()
+            self._mask.abandon()
+
+    def _finish(self) -> None:
+        index = io.BytesIO()
+        np.savez(
+            index,
+            offsets=np.array(self._offsets, dtype=np.int64),
+            num_targets=np.array(self._num_targets, dtype=np.int64),
+            file_numbers=np.array(self._file_numbers, dtype=np.int64),
+            row_numbers=np.array(self._row_numbers, dtype=np.int64),
+        )
+        names = _Appended(self.folder / "files.json")
+        names.append(json.dumps(list(self._files)).encode())
+        table = _Appended(self.folder / "index.npz")
+        table.append(index.getbuffer())
+        for written in (self._tokens, self._mask, table, names):
+            self.sha256[written.path.name] = written.close()
+
+
+class _Appended:
+    """A file that grows, and the hash of what it is meant to hold.
+
+    Not `ndarray.tofile`: it loses what does not fit on the disk without an error, and goes on once there is room.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("wb")
+        self._digest = hashlib.sha256()
+
+    def append(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+
+    def close(self) -> str:
+        """The hash, once the file was read back and is what was meant."""
+        self._file.close()
+        require_written(self.path, self._digest.hexdigest())
+        return self._digest.hexdigest()
+
+    def abandon(self) -> None:
+        with contextlib.suppress(OSError):  # what went wrong before is what is told
+            self._file.close()
 
 
 def open_store(folder: Path) -> TokenStore:

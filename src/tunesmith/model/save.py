@@ -10,11 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import GenerationConfig
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from tunesmith.data.encode import Encoder
 from tunesmith.files import atomic_directory
 from tunesmith.model.adapters import write_adapter
+from tunesmith.model.tensors import require_tensors
 
 
 def write_trained(
@@ -67,8 +69,24 @@ def write_model(model: nn.Module, encoder: Encoder, folder: Path, weights: Mappi
     """
     set_stop_token(model, encoder)
     logging.disable_progress_bar()  # a bar of its own would cut through ours
-    model.save_pretrained(folder, state_dict=dict(weights) if weights is not None else None)
+    meant = dict(weights) if weights is not None else model.state_dict()
+    model.save_pretrained(folder, state_dict=dict(meant))
+    _compare_saved(model, meant, folder)
     write_tokenizer(encoder, folder)
+
+
+def _compare_saved(model: nn.Module, meant: Mapping[str, Tensor], folder: Path) -> None:
+    """Each tensor in the files against the one it was made of.
+
+    Raises:
+        OSError: a write was lost without an error.
+    """
+    files = sorted(folder.glob("model*.safetensors"))
+    others = [file for file in files if require_tensors(file, meant) - set(meant)]
+    if others:  # a mixture's experts lie in files one by one, as transformers turns them
+        turned = revert_weight_conversion(model, dict(meant))
+        for file in others:
+            require_tensors(file, turned)
 
 
 def write_tokenizer(encoder: Encoder, folder: Path) -> None:

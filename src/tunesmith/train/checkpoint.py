@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tunesmith.data.encode import Encoder
-from tunesmith.files import atomic_directory, sha256_file, sha256_text
+from tunesmith.files import atomic_directory, seal_of, sealed, sha256_file
 from tunesmith.model.adapters import ADAPTER_WEIGHTS, adapter_weights
 from tunesmith.model.loss import SupervisedLM
 from tunesmith.model.save import write_trained
+from tunesmith.model.tensors import write_tensors
 
 FORMAT = 1
 _NUMBER = "#number"
@@ -139,9 +140,9 @@ def write_checkpoint(
     with atomic_directory(folder, seal) as partial:
         write_trained(lm.model, lm.adapter, encoder, partial, snapshot.weights)
         _wait_if_asked()
-        save_file(snapshot.optimizer, partial / _OPTIMIZER)
+        write_tensors(partial / _OPTIMIZER, snapshot.optimizer)
         _wait_if_asked()
-        save_file(snapshot.random, partial / _RANDOM)
+        write_tensors(partial / _RANDOM, snapshot.random)
         (partial / _STATE).write_text(json.dumps(snapshot.state, indent=1), encoding="utf-8")
     return folder
 
@@ -156,18 +157,12 @@ def write_manifest(folder: Path, step: int, guard: Mapping[str, Any]) -> None:
         name: {"size": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in _names(folder)
     }
     content = {"format": FORMAT, "step": step, "files": files, "guard": guard}
-    (folder / MANIFEST).write_text(
-        json.dumps({**content, "sha256": sha256_text(_canonical(content))}, indent=1), encoding="utf-8"
-    )
+    (folder / MANIFEST).write_text(sealed(content), encoding="utf-8")
 
 
 def _names(folder: Path) -> list[str]:
     paths = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     return sorted(path.relative_to(folder).as_posix() for path in paths)
-
-
-def _canonical(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, sort_keys=True)
 
 
 class DamagedError(Exception):
@@ -181,11 +176,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         DamagedError: it is missing, unreadable, changed, or of a later format.
     """
     try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        own = content.pop("sha256")
+        content = json.loads((folder / MANIFEST).read_bytes())
+        seal = content.pop("sha256")
         if content["format"] > FORMAT:
             raise DamagedError(f"{MANIFEST} is of format {content['format']}; this tunesmith reads up to {FORMAT}")
-        is_whole = sha256_text(_canonical(content)) == own
+        is_whole = seal_of(content) == seal
+        checkpoint = Checkpoint(folder, content["step"], content["files"], content["guard"])
     except FileNotFoundError:
         raise DamagedError(f"{MANIFEST} is missing") from None
     except OSError as error:
@@ -194,7 +190,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise DamagedError(f"{MANIFEST} is damaged") from None
     if not is_whole:
         raise DamagedError(f"{MANIFEST} is damaged: its own hash does not fit")
-    return Checkpoint(folder, content["step"], content["files"], content["guard"])
+    return checkpoint
 
 
 def find_damage(checkpoint: Checkpoint) -> str:

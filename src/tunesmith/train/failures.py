@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,8 +10,8 @@ from pathlib import Path
 import torch
 
 from tunesmith.config import RunConfig
-from tunesmith.errors import InterruptedRun, RunError
-from tunesmith.files import is_no_room
+from tunesmith.errors import InterruptedRun, RunError, TunesmithError
+from tunesmith.files import NO_ROOM, is_out_of_memory, system_error
 from tunesmith.train.checkpoint import newest_valid
 from tunesmith.train.loop import Trainer
 
@@ -37,13 +38,27 @@ def explained_failures(run: Path, config: RunConfig, capacity: int) -> Iterator[
     except InterruptedRun as stopped:
         raise InterruptedRun(f"{stopped} {how_to_go_on(run)}") from None
     except torch.OutOfMemoryError:
-        raise RunError(f"{explain_out_of_memory(config, capacity)} {how_to_go_on(run)}") from None
+        raise RunError(f"the GPU is out of memory. {explain_memory(config, capacity)} {how_to_go_on(run)}") from None
     except RunError as error:
         raise RunError(f"{error} {how_to_go_on(run)}") from None
+    except TunesmithError:
+        raise
     except Exception as error:
-        if not is_no_room(error):
+        if is_out_of_memory(error):
+            text = f"the memory of this machine is not enough, {where()}. {explain_memory(config, capacity)}"
+            raise RunError(f"{text} {how_to_go_on(run)}") from error
+        reason = system_error(error)
+        if reason is None:
             raise
-        raise RunError(f"{run}: no room left on the disk {where()}. Make room there. {how_to_go_on(run)}") from None
+        raise RunError(f"{explain_system(reason, run, where())} {how_to_go_on(run)}") from error
+
+
+def explain_system(error: OSError, run: Path, where: str) -> str:
+    """What the system refused, to which file, and when."""
+    file = os.fspath(error.filename) if isinstance(error.filename, (str, os.PathLike)) else run
+    if error.errno in NO_ROOM:
+        return f"{run}: no room left on the disk {where}. Make room there."
+    return f"{file}: {error.strerror or error}, {where}."
 
 
 def how_to_go_on(run: Path) -> str:
@@ -54,7 +69,7 @@ def how_to_go_on(run: Path) -> str:
     return f"{stands} Go on with: tunesmith resume {run}"
 
 
-def explain_out_of_memory(config: RunConfig, capacity: int) -> str:
+def explain_memory(config: RunConfig, capacity: int) -> str:
     """What to lower and by how much; halving the forward and doubling the accumulation trains the same."""
     train = config.train
     half, longest = capacity // 2, config.data.max_seq_len or capacity
@@ -70,4 +85,4 @@ def explain_out_of_memory(config: RunConfig, capacity: int) -> str:
         advice.append("set train.gradient_checkpointing true")
     if train.precision != "bf16_pure":
         advice.append("set train.precision bf16_pure (half the weights and optimizer state)")
-    return f"the GPU is out of memory. In this order: {'; '.join(advice)}."
+    return f"In this order: {'; '.join(advice)}."

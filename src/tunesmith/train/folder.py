@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import uuid
@@ -11,11 +12,14 @@ from pathlib import Path
 
 from tunesmith.config import RunConfig
 from tunesmith.errors import TunesmithError
+from tunesmith.files import sync_path, usual_modes, write_text_atomic
 from tunesmith.model.loss import SupervisedLM
 from tunesmith.train.checkpoint import estimate_bytes
 from tunesmith.train.console import format_bytes
 from tunesmith.train.failures import RUN_FILE
 from tunesmith.train.loop import DEFAULT_SAVE_STEPS
+
+_MOVING = "moving"  # a list of what is about to get its name in RUN
 
 
 def resolve_output(name: str) -> Path:
@@ -26,11 +30,13 @@ def resolve_output(name: str) -> Path:
     """
     try:
         output = Path(name).expanduser().resolve()
-        if output.is_file():
+        if output.is_dir():
+            remove_abandoned(output, output.name)
+            if any(output.iterdir()):
+                raise TunesmithError(_explain_taken(name, output))
+        elif output.exists():
             raise TunesmithError(f"{name}: is a file; give --output a folder that does not exist yet.")
-        if output.is_dir() and any(output.iterdir()):
-            raise TunesmithError(_explain_taken(name, output))
-    except (OSError, RuntimeError) as error:  # RuntimeError: ~somebody without a home
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: ~somebody without a home; ValueError: NUL
         reason = getattr(error, "strerror", None) or error
         raise TunesmithError(f"{name[:80]}: cannot be used as --output: {reason}") from None
     return output
@@ -42,19 +48,22 @@ def _explain_taken(name: str, output: Path) -> str:
             f"{name}: holds a run that has not finished. Go on with it: tunesmith resume {name}. Or give --output a "
             "new folder."
         )
+    if any(is_partial(path, output.name) for path in output.iterdir()):
+        return f"{name}: another process prepares a run there. Let it end first, or give --output a new folder."
     what = "holds another run" if (output / "config.yaml").exists() else "is not empty"
     return f"{name}: {what}; give --output a new folder, or remove this one."
 
 
 @contextmanager
 def staged_folder(output: Path) -> Iterator[Path]:
-    """A hidden folder to prepare in, whose contents become RUN at the end of the block; on any error nothing stays.
+    """A hidden folder to prepare in, which becomes RUN at the end of the block; on any error nothing stays.
 
-    It lies beside RUN, or inside it where RUN exists already and is empty (it may be a mount of its own).
+    It lies beside RUN, also where that exists already and is empty. Only where RUN is a mount of its own, or nothing
+    may be made beside it, it lies inside.
     """
     name = f".{output.name}.{uuid.uuid4().hex[:8]}.partial"
-    is_there = output.is_dir()
-    staging = output / name if is_there else output.with_name(name)
+    is_inside = output.is_dir() and (output.is_mount() or not os.access(output.parent, os.W_OK))
+    staging = output / name if is_inside else output.with_name(name)
     missing = [parent for parent in staging.parents if not parent.exists()]
     try:
         staging.mkdir(parents=True)
@@ -64,12 +73,11 @@ def staged_folder(output: Path) -> Iterator[Path]:
         with locked(staging):
             remove_abandoned(staging.parent, output.name)
             yield staging
-        if is_there:
-            for child in sorted(staging.iterdir(), key=lambda path: path.name == RUN_FILE):  # it makes a run of it
-                child.rename(output / child.name)
-            staging.rmdir()
+        usual_modes(staging)
+        if is_inside:
+            _move_in(staging, output)
         else:
-            staging.rename(output)
+            _take_name(staging, output)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         for parent in missing:
@@ -78,15 +86,57 @@ def staged_folder(output: Path) -> Iterator[Path]:
         raise
 
 
+def _move_in(staging: Path, output: Path) -> None:
+    """Each part by itself; run.json, which makes a run of them, comes last."""
+    parts = sorted(staging.iterdir(), key=lambda path: path.name == RUN_FILE)
+    write_text_atomic(staging / _MOVING, "\n".join(path.name for path in parts))
+    for path in parts:
+        path.rename(output / path.name)
+    shutil.rmtree(staging)
+
+
+def _take_name(staging: Path, output: Path) -> None:
+    """One rename, which replaces an empty folder and no other.
+
+    Raises:
+        TunesmithError: another process was faster.
+    """
+    try:
+        if os.name == "nt" and output.is_dir():
+            output.rmdir()
+        staging.rename(output)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise TunesmithError(
+            f"{output}: another process made it while this run was prepared. Give --output a new folder."
+        ) from None
+    sync_path(output.parent)
+
+
+def is_partial(path: Path, name: str) -> bool:
+    """Whether a folder is where some process prepares, or prepared, what is to be called `name`."""
+    return path.name.startswith(f".{name}.") and path.name.endswith(".partial")
+
+
 def remove_abandoned(parent: Path, name: str) -> None:
-    """What killed processes left when they prepared the same run; a living one holds its lock."""
+    """What killed processes left when they prepared the same folder; a living one holds its lock.
+
+    Inside a folder that was there before, a kill may have struck while the parts got their names: without run.json they
+    are no run, and go too.
+    """
     for folder in parent.iterdir():
-        if folder.name.startswith(f".{name}.") and folder.name.endswith(".partial"):
-            try:
-                with locked(folder):
-                    shutil.rmtree(folder, ignore_errors=True)
-            except (OSError, TunesmithError):
-                continue
+        if not is_partial(folder, name):
+            continue
+        try:
+            with locked(folder):
+                if (folder / _MOVING).is_file() and not (parent / RUN_FILE).exists():
+                    for part in (folder / _MOVING).read_text(encoding="utf-8").splitlines():
+                        moved = parent / Path(part).name
+                        shutil.rmtree(moved) if moved.is_dir() else moved.unlink(missing_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)
+        except (OSError, TunesmithError):
+            continue
 
 
 @contextmanager

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from tunesmith.errors import ConfigError
-from tunesmith.files import is_no_room, write_text_atomic
+from tunesmith.files import write_text_atomic
 
 Record = dict[str, Any]
 
@@ -23,7 +24,7 @@ class Tracker(Protocol):
 
 
 class MetricsFile:
-    """Appends records, a line each; on a full disk they wait in memory until there is room.
+    """Appends records, a line each; where the disk takes none they wait in memory until it does.
 
     Args:
         last_step: of the checkpoint that the run goes on from; lines of later steps are taken out, since these steps
@@ -31,7 +32,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, last_step: int | None = None) -> None:
-        kept = [line for line in _whole_lines(path) if last_step is not None and json.loads(line)["step"] <= last_step]
+        kept = [line for line, step in _whole_lines(path) if last_step is not None and step <= last_step]
         if path.exists():
             write_text_atomic(path, "".join(f"{line}\n" for line in kept))
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -41,23 +42,17 @@ class MetricsFile:
         # NaN is not JSON; null keeps the line readable everywhere
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._waiting += (json.dumps(clean) + "\n").encode()
-        try:
+        with contextlib.suppress(OSError):
             self._write()
-        except OSError as error:
-            if not is_no_room(error):
-                raise
 
     def _write(self) -> None:
         while self._waiting:
             self._waiting = self._waiting[os.write(self._fd, self._waiting) :]
 
     def sync(self) -> None:
-        try:
+        with contextlib.suppress(OSError):
             self._write()
             os.fsync(self._fd)
-        except OSError as error:
-            if not is_no_room(error):
-                raise
 
     def finish(self) -> None:
         try:
@@ -66,16 +61,49 @@ class MetricsFile:
             os.close(self._fd)
 
 
-def _whole_lines(path: Path) -> Iterator[str]:
-    """Lines that are JSON; a kill may have cut the last one."""
+def read_metrics(path: Path) -> list[Record]:
+    """The records of metrics.jsonl, as far as its lines are whole."""
+    return [json.loads(line) for line, _ in _whole_lines(path)]
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[str, int]]:
+    """Lines that are records, and their steps; a kill may have cut the last one."""
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            json.loads(line)
-        except ValueError:
+            step = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
-        yield line
+        if isinstance(step, int):
+            yield line, step
+
+
+class OutsideTracker:
+    """A tracker of somebody else's: what goes wrong in it is told once, and does not end the run."""
+
+    def __init__(self, name: str, tracker: Tracker) -> None:
+        self._name, self._tracker = name, tracker
+        self._is_alive = True
+
+    def _try(self, call: Callable[[], None]) -> None:
+        if not self._is_alive:
+            return
+        try:
+            call()
+        except Exception as error:
+            self._is_alive = False
+            reason = " ".join(str(error).split()) or type(error).__name__
+            print(f"note: {self._name} failed and gets no more of this run: {reason}. metrics.jsonl has all of it.")
+
+    def log(self, record: Record) -> None:
+        self._try(lambda: self._tracker.log(record))
+
+    def sync(self) -> None:
+        self._try(self._tracker.sync)
+
+    def finish(self) -> None:
+        self._try(self._tracker.finish)
 
 
 class TensorBoardTracker:
@@ -179,14 +207,11 @@ def start_trackers(
         run_id: under which wandb and swanlab find the run again.
         last_step: of the checkpoint that the run goes on from.
     """
+    start: dict[str, Callable[[], Tracker]] = {
+        "tensorboard": lambda: TensorBoardTracker(folder, last_step),
+        "wandb": lambda: WandbTracker(folder, run_id, config),
+        "swanlab": lambda: SwanlabTracker(folder, run_id, config),
+        "trackio": lambda: TrackioTracker(folder, config),
+    }
     trackers: list[Tracker] = [MetricsFile(folder / "metrics.jsonl", last_step)]
-    for name in names:
-        if name == "tensorboard":
-            trackers.append(TensorBoardTracker(folder, last_step))
-        elif name == "wandb":
-            trackers.append(WandbTracker(folder, run_id, config))
-        elif name == "swanlab":
-            trackers.append(SwanlabTracker(folder, run_id, config))
-        elif name == "trackio":
-            trackers.append(TrackioTracker(folder, config))
-    return trackers
+    return trackers + [OutsideTracker(name, start[name]()) for name in names]

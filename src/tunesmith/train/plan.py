@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,25 @@ from tunesmith.data.encode import Encoder
 from tunesmith.data.ledger import Ledger
 from tunesmith.data.pack import plan_epoch
 from tunesmith.data.prepare import label_rows
-from tunesmith.data.read import find_sources, read_rows
+from tunesmith.data.read import Sources, find_sources, read_rows
 from tunesmith.data.store import StoreWriter, TokenStore, open_store
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import DataError, TunesmithError
 from tunesmith.files import sha256_text
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Data on disk, ready to train."""
+    """Data on disk, ready to train.
+
+    Attributes:
+        sha256: folder of a store -> its files -> the hash of what was meant to be in them.
+    """
 
     train: TokenStore
     ledger: Ledger
     eval: TokenStore | None
     eval_ledger: Ledger | None
+    sha256: Mapping[str, Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -96,24 +101,41 @@ def refuse_shared_files(data: DataSection) -> None:
 
 def prepare_data(data: DataSection, encoder: Encoder, max_seq_len: int, folder: Path) -> Prepared:
     """Label all rows into stores below `folder`; too many bad rows end it here."""
-    sources = find_sources(data.train)
-    eval_sources = find_sources(data.eval) if data.eval else None
+    sources, held_out = find_sources(data.train), find_sources(data.eval or [])
+    train, ledger, hashes = _label_into(folder / "tokens", sources, data, encoder, max_seq_len)
+    if not data.eval:
+        return Prepared(train, ledger, None, None, {"tokens": hashes})
+    unlimited = data.model_copy(update={"limit": None})
+    store, eval_ledger, eval_hashes = _label_into(folder / "eval_tokens", held_out, unlimited, encoder, max_seq_len)
+    return Prepared(train, ledger, store, eval_ledger, {"tokens": hashes, "eval_tokens": eval_hashes})
+
+
+def _label_into(
+    folder: Path, sources: Sources, data: DataSection, encoder: Encoder, max_seq_len: int
+) -> tuple[TokenStore, Ledger, dict[str, str]]:
+    """All rows of the sources in a store, what became of them, and the hashes of the store's files.
+
+    Raises:
+        DataError: too many rows are bad, or a file changed while it was read.
+    """
+    before = _stamps(sources.files)
     ledger = Ledger(passed_over=[str(path) for path in sources.passed_over])
-    with StoreWriter(folder / "tokens") as writer:
+    writer = StoreWriter(folder)
+    with writer:
         for row in label_rows(read_rows(sources, data.encoding, data.max_row_mb), encoder, data, max_seq_len):
             ledger.add(row)
             writer.add(row)
     ledger.raise_if_unusable(data.max_refused)
-    if eval_sources is None:
-        return Prepared(open_store(folder / "tokens"), ledger, None, None)
-    eval_ledger = Ledger(passed_over=[str(path) for path in eval_sources.passed_over])
-    unlimited = data.model_copy(update={"limit": None})
-    with StoreWriter(folder / "eval_tokens") as writer:
-        for row in label_rows(read_rows(eval_sources, data.encoding, data.max_row_mb), encoder, unlimited, max_seq_len):
-            eval_ledger.add(row)
-            writer.add(row)
-    eval_ledger.raise_if_unusable(data.max_refused)
-    return Prepared(open_store(folder / "tokens"), ledger, open_store(folder / "eval_tokens"), eval_ledger)
+    for path, stamp in _stamps(sources.files).items():
+        if stamp != before[path]:
+            raise DataError(f"{path}: was changed while it was read. Train once nothing writes to it any more.")
+    return open_store(folder), ledger, writer.sha256
+
+
+def _stamps(files: Sequence[Path]) -> dict[Path, tuple[int, int] | None]:
+    """Size and time of each file; None where it is gone."""
+    stats = ((path, path.stat()) if path.exists() else (path, None) for path in files)
+    return {path: (stat.st_size, stat.st_mtime_ns) if stat else None for path, stat in stats}
 
 
 def split_eval(store: TokenStore, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -162,14 +184,16 @@ def count_steps(plan: Plan, epochs: float) -> int:
     return max(1, round(total))
 
 
-def ledger_json(prepared: Prepared, plan: Plan, encoder: Encoder, date: datetime.datetime) -> dict[str, Any]:
-    template, store = encoder.template, prepared.train
+def ledger_json(
+    ledger: Ledger, eval_ledger: Ledger | None, plan: Plan, encoder: Encoder, date: datetime.datetime
+) -> dict[str, Any]:
+    template, store = encoder.template, plan.train
     trained = set(plan.train_ids.tolist())
     return {
         # rows of the training files that data.eval_split holds out (pieces of rows, where one long text was split)
         "held_out": [store.where(index) for index in range(len(store)) if index not in trained],
-        "train": prepared.ledger.to_json(),
-        "eval": prepared.eval_ledger.to_json() if prepared.eval_ledger else None,
+        "train": ledger.to_json(),
+        "eval": eval_ledger.to_json() if eval_ledger else None,
         "template": {
             "source": template.source if template else "none",
             "sha256": sha256_text(template.text) if template else None,

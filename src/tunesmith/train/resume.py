@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import os
 import shutil
 import uuid
@@ -18,13 +17,14 @@ from tunesmith.config import ModelSection, RunConfig
 from tunesmith.data.ledger import Ledger
 from tunesmith.data.store import open_store
 from tunesmith.errors import TunesmithError
+from tunesmith.files import read_sealed, sealed, sync_path, write_text_atomic
 from tunesmith.model.adapters import load_adapter_weights, require_quantization
 from tunesmith.runfile import resolve_config
 from tunesmith.train.checkpoint import Checkpoint, leftovers, newest_valid, restore_optimizer
 from tunesmith.train.console import print_summary
 from tunesmith.train.failures import RUN_FILE, explained_failures
 from tunesmith.train.folder import locked
-from tunesmith.train.guard import RELABELS, compare_files, compare_runs, describe_store, refuse_changes
+from tunesmith.train.guard import RELABELS, compare_files, compare_runs, describe_files, describe_store, refuse_changes
 from tunesmith.train.interrupt import StopRequest
 from tunesmith.train.loop import Progress, Trainer, Window
 from tunesmith.train.metrics import require_trackers
@@ -66,8 +66,10 @@ def run_resume(name: str, flags: Mapping[str, Any], allowed: Sequence[str] = (),
             path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
         checkpoint = choose_checkpoint(run, name)
         state = checkpoint.load_state() if checkpoint else None
-        is_extended = is_finished(run, saved, state)
-        if is_extended and state and "train.max_steps" not in flags and "train.epochs" not in flags:
+        is_done = is_finished(run, saved, state)
+        # from here on it is made longer; a kill before its first new checkpoint must not forget that
+        is_extended = is_done or (state is not None and saved.get("extended_from_step") == state["step"])
+        if is_done and state and "train.max_steps" not in flags and "train.epochs" not in flags:
             print(
                 f"{name} is finished ({state['step']:,} steps); nothing to do. "
                 f"To train it longer: tunesmith resume {name} --train.max_steps N"
@@ -90,6 +92,8 @@ def run_resume(name: str, flags: Mapping[str, Any], allowed: Sequence[str] = (),
             print_summary([("resume", describe_place(name, checkpoint, state, facts)), *summary_lines(facts)])
             saved["guard"] = guard
             saved.pop("finished_at_step", None)
+            if is_extended and state:
+                saved["extended_from_step"] = state["step"]
             write_run_files(run, facts, date, saved)
             trainer = build_trainer(run, facts, stop, saved, state["step"] if state else None)
             running.append(trainer)
@@ -131,12 +135,13 @@ def read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:
         TunesmithError: it is gone, damaged, or lacks a key.
     """
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = read_sealed(path)
         lacking = [key for key in keys if key not in content]
     except OSError as error:
         raise TunesmithError(f"{path}: cannot be read: {error.strerror}. {_WITHOUT_IT}") from None
-    except (ValueError, TypeError):
-        raise TunesmithError(f"{path}: is damaged. {_WITHOUT_IT}") from None
+    except (ValueError, RecursionError) as error:
+        reason = f" (it {error})" if "its own hash" in str(error) else ""
+        raise TunesmithError(f"{path}: is damaged{reason}. {_WITHOUT_IT}") from None
     if lacking:
         raise TunesmithError(f"{path}: is damaged: it has no {lacking[0]}. {_WITHOUT_IT}")
     return content
@@ -209,26 +214,35 @@ def take_up(
         TunesmithError: something that changes the mathematics is not what it was, and not allowed to be.
     """
     refusals, notes = compare_files(before["data"], config.data)
-    now = make_guard(config, setting, run)
+    now = make_guard(config, setting, before["store"], before["data"])
     more, others = compare_runs(before, now)
     changed = refuse_changes([*refusals, *more], allowed, name)
     for note in [*notes, *others]:
         print(f"note: {note}")
     if set(changed) & set(RELABELS):
         print(f"the data is read again, because of changed {', '.join(changed)}")
-        relabel(run, config, setting)
-        now = make_guard(config, setting, run)
+        stores = relabel(run, config, setting)
+        now = make_guard(config, setting, stores, describe_files(config.data))
     else:
         refuse_damaged_store(run, name, before["store"])
-        now["data"] = before["data"]
-    ledger = read_json(run / "data_ledger.json", ("train", "eval"))
-    has_eval = (run / "eval_tokens").is_dir()
-    return Prepared(
-        open_store(run / "tokens"),
-        Ledger.from_json(ledger["train"]),
-        open_store(run / "eval_tokens") if has_eval else None,
-        Ledger.from_json(ledger["eval"]) if has_eval else None,
-    ), now
+    return open_prepared(run, now["store"]), now
+
+
+def open_prepared(run: Path, stores: Mapping[str, Mapping[str, str]]) -> Prepared:
+    """The run's tokens and what became of its rows.
+
+    Raises:
+        TunesmithError: the ledger is damaged.
+    """
+    file, has_eval = run / "data_ledger.json", "eval_tokens" in stores
+    saved = read_json(file, ("train", "eval"))
+    try:
+        ledger = Ledger.from_json(saved["train"])
+        eval_ledger = Ledger.from_json(saved["eval"]) if has_eval else None
+    except (TypeError, KeyError, ValueError, AttributeError):
+        raise TunesmithError(f"{file}: is damaged. {_WITHOUT_IT}") from None
+    eval_store = open_store(run / "eval_tokens") if has_eval else None
+    return Prepared(open_store(run / "tokens"), ledger, eval_store, eval_ledger, stores)
 
 
 def refuse_damaged_store(run: Path, name: str, stores: Mapping[str, Mapping[str, str]]) -> None:
@@ -243,8 +257,11 @@ def refuse_damaged_store(run: Path, name: str, stores: Mapping[str, Mapping[str,
                 )
 
 
-def relabel(run: Path, config: RunConfig, setting: Setting) -> None:
-    """New tokens in place of the old ones, with the ledger that goes with them."""
+def relabel(run: Path, config: RunConfig, setting: Setting) -> Mapping[str, Mapping[str, str]]:
+    """New tokens in place of the old ones, with the ledger that goes with them; the hashes of the new ones.
+
+    A kill in between leaves tokens that do not fit run.json: the same command reads the data again.
+    """
     staging = run / f".tokens.{uuid.uuid4().hex[:8]}.partial"
     staging.mkdir()
     try:
@@ -252,11 +269,13 @@ def relabel(run: Path, config: RunConfig, setting: Setting) -> None:
         ledger = {"train": prepared.ledger.to_json(), "eval": None}
         if prepared.eval_ledger:
             ledger["eval"] = prepared.eval_ledger.to_json()
-        (run / "data_ledger.json").write_text(json.dumps(ledger), encoding="utf-8")
+        write_text_atomic(run / "data_ledger.json", sealed(ledger))
         for folder in ("tokens", "eval_tokens"):
             shutil.rmtree(run / folder, ignore_errors=True)
             if (staging / folder).is_dir():
                 (staging / folder).rename(run / folder)
+        sync_path(run)
+        return prepared.sha256
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

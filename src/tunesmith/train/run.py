@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from tunesmith.config import ModelSection, RunConfig
 from tunesmith.data.encode import Encoder
 from tunesmith.errors import ModelError, TunesmithError
-from tunesmith.files import write_text_atomic
+from tunesmith.files import sealed, write_text_atomic
 from tunesmith.model.adapters import (
     add_adapter,
     cast_trained,
@@ -33,13 +33,14 @@ from tunesmith.model.loss import SupervisedLM
 from tunesmith.model.reopen import require_one_reading
 from tunesmith.model.save import save_adapter, save_model
 from tunesmith.model.source import find_model
+from tunesmith.model.tensors import find_not_finite
 from tunesmith.model.tokenizer import load_encoder
 from tunesmith.runfile import dump_yaml
 from tunesmith.train.checkpoint import Checkpoint, DamagedError, checkpoint_path, find_damage, read_checkpoint
 from tunesmith.train.console import StepDisplay, print_summary
 from tunesmith.train.failures import RUN_FILE, explained_failures
 from tunesmith.train.folder import locked, require_room, resolve_output, staged_folder
-from tunesmith.train.guard import describe_files, describe_run, describe_store, run_id
+from tunesmith.train.guard import describe_files, describe_run, run_id
 from tunesmith.train.interrupt import StopRequest
 from tunesmith.train.loop import Trainer
 from tunesmith.train.metrics import require_trackers, start_trackers
@@ -85,8 +86,9 @@ def run_training(config: RunConfig) -> Path:
                 save_initial(facts.lm.adapter, staging / INITIAL)
             room = require_room(staging, facts.lm, config, facts.plan.total_steps)
             print_summary([*summary_lines(facts), ("room", room)])
+            guard = make_guard(config, setting, prepared.sha256, describe_files(config.data))
             facts_of_run = {"id": run_id(output, date.isoformat()), "date": date.isoformat(), "cwd": os.getcwd(),
-                            "guard": make_guard(config, setting, staging)}  # fmt: skip
+                            "guard": guard}  # fmt: skip
             write_run_files(staging, facts, date, facts_of_run)
         with locked(output):
             trainer = build_trainer(output, facts, stop, facts_of_run)
@@ -145,6 +147,7 @@ def assemble(config: RunConfig, setting: Setting, prepared: Prepared, weights: M
     if quantization is None:
         model.to(setting.device)
     own_memory(model)
+    refuse_not_finite(config.model.path, model)
     adapter = None
     if is_adapter:
         torch.manual_seed(config.train.seed)
@@ -170,6 +173,17 @@ def own_memory(model: nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
+def refuse_not_finite(name: str, model: nn.Module) -> None:
+    """Raises:
+    ModelError: the model's own weights hold NaN or infinities.
+    """
+    if found := find_not_finite(model.state_dict()):
+        raise ModelError(
+            f"{name}: its weights are not finite ({found} holds NaN or an infinity), and no training mends that. The "
+            "file is damaged, or was saved by a run that had failed."
+        )
+
+
 def build_lm(model: nn.Module, isolation: Isolation, config: RunConfig, adapter: Any) -> SupervisedLM:
     lm = SupervisedLM(model, isolation.is_isolated, adapter)
     if config.train.gradient_checkpointing:
@@ -184,20 +198,24 @@ def build_lm(model: nn.Module, isolation: Isolation, config: RunConfig, adapter:
     return lm
 
 
-def make_guard(config: RunConfig, setting: Setting, folder: Path) -> dict[str, Any]:
-    """What the run is made of; `folder` holds its tokens."""
-    stores = {path.name: describe_store(path) for path in sorted(folder.glob("*tokens")) if path.is_dir()}
-    files = describe_files(config.data)
+def make_guard(
+    config: RunConfig, setting: Setting, stores: Mapping[str, Mapping[str, str]], files: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the run is made of.
+
+    Args:
+        stores: hashes of its tokens, as in Prepared.sha256.
+        files: its data, from describe_files.
+    """
     return describe_run(config, setting.encoder, setting.model_config, files) | {"store": stores}
 
 
 def write_run_files(folder: Path, facts: RunFacts, date: datetime.datetime, facts_of_run: dict[str, Any]) -> None:
     """config.yaml, data_ledger.json, and run.json: what makes the folder a run that can be gone on with."""
-    prepared = Prepared(facts.plan.train, facts.ledger, facts.plan.eval, facts.eval_ledger)
-    ledger = ledger_json(prepared, facts.plan, facts.encoder, date)
-    write_text_atomic(folder / "data_ledger.json", json.dumps(ledger, indent=1))
+    ledger = ledger_json(facts.ledger, facts.eval_ledger, facts.plan, facts.encoder, date)
+    write_text_atomic(folder / "data_ledger.json", sealed(ledger))
     write_text_atomic(folder / "config.yaml", dump_yaml(facts.config))
-    write_text_atomic(folder / RUN_FILE, json.dumps(facts_of_run, indent=1))
+    write_text_atomic(folder / RUN_FILE, sealed(facts_of_run))
 
 
 def build_trainer(
@@ -260,7 +278,7 @@ def finish_run(trainer: Trainer, facts: RunFacts, facts_of_run: dict[str, Any]) 
         initial = run / INITIAL if changes_base(trainer.config.lora) else None
         save_adapter(model, trainer.lm.adapter, facts.encoder, card, run / "adapter", initial)
     # only now: a run that is made longer has the model of before until here
-    write_text_atomic(run / RUN_FILE, json.dumps(facts_of_run | {"finished_at_step": progress.step}, indent=1))
+    write_text_atomic(run / RUN_FILE, sealed(facts_of_run | {"finished_at_step": progress.step}))
     if progress.step < trainer.plan.total_steps:
         print(f"stopped early at step {progress.step}: eval_loss no longer fell")
     if progress.skipped:

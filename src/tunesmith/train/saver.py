@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.data.encode import Encoder
-from tunesmith.files import is_no_room
+from tunesmith.errors import RunError
+from tunesmith.files import is_no_room, system_error
 from tunesmith.model.loss import SupervisedLM
+from tunesmith.model.tensors import find_not_finite
 from tunesmith.train.checkpoint import (
     Snapshot,
     find_damage,
@@ -23,8 +25,9 @@ from tunesmith.train.checkpoint import (
 class Saver:
     """Writes snapshots in a thread of its own.
 
-    A disk without room does not end the run: `failure` then says what could not be saved and what still stands, and
-    the next snapshot is tried as if nothing had happened.
+    A disk that takes no writes does not end the run: `failure` then says what could not be saved, why, and what still
+    stands, and the next snapshot is tried as if nothing had happened. Weights that are not finite do: a checkpoint of
+    them would push out a good one.
     """
 
     def __init__(self, run: Path, lm: SupervisedLM, encoder: Encoder, guard: Mapping[str, Any], keep: int) -> None:
@@ -51,6 +54,7 @@ class Saver:
 
     def _write(self, snapshot: Snapshot, best_step: int | None) -> None:
         try:
+            require_finite(snapshot)
             folder = write_checkpoint(self._run, snapshot, self._lm, self._encoder, self._guard)
             damage = find_damage(read_checkpoint(folder))  # before an older one is deleted
             if damage:
@@ -59,13 +63,30 @@ class Saver:
             self.failure = ""
             prune_checkpoints(self._run, self._keep, best_step, snapshot.step)
         except BaseException as error:
-            if not is_no_room(error):
+            reason = system_error(error)
+            if reason is None:
                 self._error = error
                 return
-            self.failure = f"no room for the checkpoint of step {snapshot.step}"
+            why = "no room" if is_no_room(error) else (reason.strerror or "the disk failed").lower()
+            self.failure = f"{why} for the checkpoint of step {snapshot.step}"
             try:
                 last, _ = newest_valid(self._run)
             except OSError:
                 return
             still = f"the last good one is {last.folder.name}" if last else "there is none yet"
             self.failure = f"{self.failure}; {still}"
+
+
+def require_finite(snapshot: Snapshot) -> None:
+    """Raises:
+    RunError: a weight or an average of the optimizer is NaN or infinite, so no step after it can mend it.
+    """
+    name = find_not_finite(snapshot.weights)
+    what = f"the weights are not finite any more ({name})"
+    if not name and (name := find_not_finite(snapshot.optimizer)):
+        what = f"the optimizer's averages are not finite any more ({name})"
+    if name:
+        raise RunError(
+            f"step {snapshot.step}: {what}, so it is not saved. Lower optim.lr, set optim.max_grad_norm 1, or train in "
+            "fp32 or bf16 instead of fp16."
+        )

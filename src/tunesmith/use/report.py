@@ -11,10 +11,11 @@ from typing import Any
 from tunesmith.config import ModelSection, RunConfig
 from tunesmith.data.labels import Sample
 from tunesmith.data.store import open_store
-from tunesmith.errors import TunesmithError
 from tunesmith.files import write_text_atomic
 from tunesmith.model.load import count_parameters
+from tunesmith.model.source import telling_text
 from tunesmith.runfile import read_yaml
+from tunesmith.train.metrics import read_metrics
 from tunesmith.train.plan import split_eval
 from tunesmith.use.charts import CHART_CSS, Series, line_chart
 from tunesmith.use.generate import Sampling, Speaker, decode_reply, generate_ids, load_speaker
@@ -40,9 +41,7 @@ def write_report(run: Path, outcome: str = "finished") -> Path:
         outcome: how the run ended, in words, for the head of the page.
     """
     config = read_yaml(run / "config.yaml")
-    metrics_file = run / "metrics.jsonl"
-    lines = metrics_file.read_text(encoding="utf-8").splitlines() if metrics_file.exists() else []
-    records = [json.loads(line) for line in lines if line.strip()]
+    records = read_metrics(run / "metrics.jsonl")
     ledger = json.loads((run / "data_ledger.json").read_text(encoding="utf-8"))
     samples, remark = sample_replies(run, RunConfig.model_validate(config))
     page = render_page(run, outcome, records, ledger, samples, remark)
@@ -188,5 +187,5 @@ def write_report_quietly(run: Path, outcome: str) -> None:
         return
     try:
         print(f"report: {write_report(run, outcome)}")
-    except (OSError, TunesmithError, ValueError, RuntimeError) as error:
-        print(f"report.html could not be written: {error}")
+    except Exception as error:
+        print(f"report.html could not be written: {telling_text(error)}")

@@ -1,0 +1,52 @@
+"""Tensors in safetensors files, each read back and compared bit by bit with what was meant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tunesmith.files import lost_write
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Raises:
+    OSError: a write was lost without an error.
+    """
+    save_file(dict(tensors), path, dict(metadata) if metadata else None)
+    if require_tensors(path, tensors) != set(tensors):
+        raise lost_write(path)
+
+
+def require_tensors(path: Path, meant: Mapping[str, Tensor]) -> set[str]:
+    """Compare those tensors of a file that `meant` has; returns all names in the file.
+
+    Raises:
+        OSError: one of them is another than was meant.
+    """
+    with safe_open(path, "pt") as file:
+        names = set(file.keys())
+        for name in names & set(meant):
+            if not is_same_bits(file.get_tensor(name), meant[name]):
+                raise lost_write(path)
+    return names
+
+
+def is_same_bits(one: Tensor, other: Tensor) -> bool:
+    """As torch.equal, but NaN equals itself and 0 is not -0."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    flat = [tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)]
+    return torch.equal(*flat)
+
+
+def find_not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """The name of a tensor that holds NaN or an infinity; empty where all are finite."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return name
+    return ""

@@ -64,6 +64,14 @@ def require_written(path: Path, sha256: str) -> None:
         raise lost_write(path)
 
 
+def write_bytes(path: Path, data: bytes) -> str:
+    """Write a file and read it back; the SHA-256 of what was meant."""
+    sha256 = hashlib.sha256(data).hexdigest()
+    path.write_bytes(data)
+    require_written(path, sha256)
+    return sha256
+
+
 def lost_write(path: Path) -> OSError:
     return OSError(errno.EIO, "was read back otherwise than it was written", str(path))
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from tunesmith.data.labels import Sample
 from tunesmith.data.ledger import LabelledRow
-from tunesmith.files import require_written
+from tunesmith.files import require_written, write_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,12 +107,11 @@ class StoreWriter:
             file_numbers=np.array(self._file_numbers, dtype=np.int64),
             row_numbers=np.array(self._row_numbers, dtype=np.int64),
         )
-        names = _Appended(self.folder / "files.json")
-        names.append(json.dumps(list(self._files)).encode())
-        table = _Appended(self.folder / "index.npz")
-        table.append(index.getbuffer())
-        for written in (self._tokens, self._mask, table, names):
-            self.sha256[written.path.name] = written.close()
+        for appended in (self._tokens, self._mask):
+            self.sha256[appended.path.name] = appended.close()
+        names = json.dumps(list(self._files)).encode()
+        for name, data in (("index.npz", index.getvalue()), ("files.json", names)):
+            self.sha256[name] = write_bytes(self.folder / name, data)
 
 
 class _Appended:
@@ -126,7 +125,7 @@ class _Appended:
         self._file = path.open("wb")
         self._digest = hashlib.sha256()
 
-    def append(self, data: bytes | memoryview) -> None:
+    def append(self, data: bytes) -> None:
         self._file.write(data)
         self._digest.update(data)
 

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import jinja2
 import jinja2.ext
 from jinja2 import nodes
 
-_MARK, _OPEN, _CLOSE = "tunesmith_turn_done", "tunesmith_generation", "tunesmith_endgeneration"
+from tunesmith.data.program import run_template
+from tunesmith.data.sandbox import CLOSE, OPEN, TURN, call_internal
+
 _ASK = "add_generation_prompt"
 _BEYOND = 1 << 30
 _WRITES = (nodes.Output, nodes.ExprStmt, nodes.CallBlock, nodes.FilterBlock, nodes.Include, nodes.Import)
@@ -34,6 +35,14 @@ class WatchedMessages(Sequence[Any]):
     @property
     def seen(self) -> int:
         return self._watch[0]
+
+    @property
+    def total(self) -> int:
+        """Their number, without a look at them."""
+        return max(0, len(self._turns) - self._start)
+
+    def unwatched(self) -> list[Any]:
+        return list(self._turns[self._start :])
 
     def _see(self, count: int) -> None:
         if count > self._watch[0]:
@@ -81,19 +90,10 @@ class GenerationTag(jinja2.ext.Extension):
 
     tags = {"generation"}  # noqa: RUF012
 
-    def __init__(self, environment: jinja2.Environment) -> None:
-        super().__init__(environment)
-        environment.globals[_OPEN] = environment.globals[_CLOSE] = str
-
     def parse(self, parser: jinja2.parser.Parser) -> list[nodes.Node]:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return [_call(_OPEN, [], line), *body, _call(_CLOSE, [], line)]
-
-
-def _call(name: str, arguments: list[nodes.Expr], line: int) -> nodes.ExprStmt:
-    call = nodes.Call(nodes.Name(name, "load", lineno=line), arguments, [], None, None, lineno=line)
-    return nodes.ExprStmt(call, lineno=line)
+        return [call_internal(OPEN, [], line), *body, call_internal(CLOSE, [], line)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,30 +120,26 @@ def render_watched(
         variables: all that the template reads besides messages.
     """
     places = {id(turn): index for index, turn in enumerate(turns)}
-    messages, chunks, done = WatchedMessages(turns), [""], {}
+    messages, done = WatchedMessages(turns), {}
     opened: list[int] = []
     closed: list[int] = []
 
-    def mark(message: Any) -> str:
-        index = places.get(id(message))
-        if index is not None and messages.seen <= index + 1:
-            done[index + 1] = len(chunks)
-        return ""
+    def watch(event: str, value: Any, written: int) -> None:
+        if event == OPEN:
+            opened.append(written)
+        elif event == CLOSE:
+            closed.append(written)
+        else:
+            index = places.get(id(value))
+            if index is not None and messages.seen <= index + 1:
+                done[index + 1] = written
 
-    watching = {
-        "messages": messages,
-        _MARK: mark,
-        _OPEN: lambda: opened.append(len(chunks)),
-        _CLOSE: lambda: closed.append(len(chunks)),
-    }
-    for chunk in template.generate(**{**variables, **watching}):
-        chunks.append(chunk)  # the watchers read its length on the way
-    lengths = list(accumulate(map(len, chunks)))
+    text, lengths = run_template(template, {**variables, "messages": messages}, watch)
     ends = {count: lengths[written - 1] for count, written in done.items()}
     pairs = zip(opened, closed, strict=True) if len(opened) == len(closed) else ()
     # a mark inside a macro is met before its text is written, so it comes out empty, and says nothing
     marks = tuple((lengths[a - 1], lengths[b - 1]) for a, b in pairs if lengths[b - 1] > lengths[a - 1])
-    return Watched("".join(chunks), ends, marks)
+    return Watched(text, ends, marks)
 
 
 def compile_watched(environment: jinja2.Environment, text: str) -> jinja2.Template:
@@ -153,8 +149,6 @@ def compile_watched(environment: jinja2.Environment, text: str) -> jinja2.Templa
     loops = [node for node in tree.body if isinstance(node, nodes.For) and _writes(node)]
     if loops and (mark := _turn_mark(tree, loops[-1])):
         loops[-1].body.append(mark)
-        for node in tree.find_all(nodes.Node):
-            node.environment = environment
     return environment.from_string(tree)
 
 
@@ -164,7 +158,7 @@ def _turn_mark(tree: nodes.Template, loop: nodes.For) -> nodes.ExprStmt | None:
         return None
     if not _is_constant(tree.body[place + 1 :], tree) or any(_reads_ask(node) for node in tree.body[: place + 1]):
         return None
-    return _call(_MARK, [nodes.Name(loop.target.name, "load", lineno=loop.lineno)], loop.lineno)
+    return call_internal(TURN, [nodes.Name(loop.target.name, "load", lineno=loop.lineno)], loop.lineno)
 
 
 def _writes(node: nodes.Node) -> bool:

@@ -16,8 +16,11 @@ import jinja2
 from jinja2 import nodes
 
 from tunesmith.data.beginnings import GenerationTag
+from tunesmith.data.budget import OverLimit
 from tunesmith.data.conversation import Message
 from tunesmith.data.jsontext import load_json
+from tunesmith.data.program import cut
+from tunesmith.errors import ModelError
 
 if TYPE_CHECKING:
     from tunesmith.data.template import ChatTemplate
@@ -41,6 +44,16 @@ PROBE_TOOL = {
 
 class TemplateRefused(Exception):
     """The template itself rejects these messages (raise_exception, a missing key)."""
+
+
+class TemplateOverLimit(TemplateRefused):
+    """The template computes or writes too much for these messages."""
+
+
+def refusal_of(error: Exception) -> TemplateRefused:
+    """What a template's program raised, as a refusal."""
+    text = cut(str(error) or type(error).__name__)
+    return TemplateOverLimit(text) if isinstance(error, OverLimit) else TemplateRefused(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +156,11 @@ def _try(
 ) -> str | None:
     try:
         return template.render_turns(turns, [PROBE_TOOL] if tools else [], ask)
+    except TemplateOverLimit as error:  # no chat is shorter than these
+        raise ModelError(
+            f"chat template {template.source}: {error}, in a chat of {len(turns)} short messages. Correct the "
+            "template or name another one with --data.chat_template."
+        ) from None
     except TemplateRefused:
         return None
 
@@ -216,7 +234,7 @@ def find_text_calls(source: str) -> Iterator[tuple[str, list[str]]]:
     """Name and constant texts of every method call and filter in a template's source."""
     try:
         tree = jinja2.Environment(extensions=[GenerationTag, "jinja2.ext.loopcontrols"]).parse(source)
-    except jinja2.TemplateSyntaxError:
+    except (jinja2.TemplateSyntaxError, RecursionError):
         return
     for filtered in tree.find_all(nodes.Filter):
         yield filtered.name, _constant_texts(filtered.args)

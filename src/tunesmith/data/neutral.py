@@ -23,9 +23,12 @@ from jinja2.runtime import Macro
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
+from tunesmith.data.beginnings import GenerationTag
 from tunesmith.data.conversation import Message
 from tunesmith.data.habits import TemplateRefused
-from tunesmith.data.template import ChatTemplate, Sandbox, build_environment
+from tunesmith.data.program import build_environment, run_template
+from tunesmith.data.sandbox import Sandbox
+from tunesmith.data.template import ChatTemplate
 
 STAND_IN = "qx{}xq"
 _STAND_IN = re.compile(r"qx\d+xq")
@@ -118,7 +121,8 @@ class _Watching(Sandbox):
 
     def watch(self) -> None:
         """To be called once all filters are there."""
-        self.filters = {name: self._watch_filter(name, found) for name, found in self.filters.items()}
+        own = {name: found for name, found in self.filters.items() if name.startswith(" ")}  # look at nothing
+        self.filters = {name: self._watch_filter(name, found) for name, found in self.filters.items()} | own
         tests: Mapping[str, Any] = self.tests
         self.tests = {name: _watch_test(name, found) for name, found in tests.items()}
         self._own: dict[str, Callable[..., Any]] = {
@@ -145,7 +149,9 @@ class _Watching(Sandbox):
         return super().call_unop(context, operator, arg)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        is_free = __obj in __self._own.values() or isinstance(__obj, Macro) or __obj in (Namespace, dict)
+        is_free = (
+            __obj in __self._own.values() or isinstance(__obj, Macro) or __obj in (Namespace, __self.globals["dict"])
+        )
         if not is_free:
             named = {
                 key: value for key, value in kwargs.items() if key not in ("_loop_vars", "_block_vars")
@@ -327,15 +333,13 @@ class Watcher:
 
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
-        self._made = build_environment(_Watching)
+        self._made = build_environment(_Watching, GenerationTag)
         self._made.watch()
         self._program: jinja2.Template | None = None
         try:
             tree = _Instrument().visit(self._made.parse(template.text))
-            for node in tree.find_all(nodes.Node):
-                node.environment = self._made
             self._program = self._made.from_string(tree)
-        except (_Looked, jinja2.TemplateError):
+        except (_Looked, jinja2.TemplateError, RecursionError, SyntaxError):
             pass
 
     def find_terms(self, messages: Sequence[Message]) -> Terms | None:
@@ -362,5 +366,5 @@ class Watcher:
         if self._program is None or (asks and (count == len(messages) or messages[count].role != "assistant")):
             return self._program is not None
         turns = self._template.to_turns(messages[:count])
-        text = self._program.render(messages=turns, **self._template.variables((), asks))
+        text, _ = run_template(self._program, {"messages": turns, **self._template.variables((), asks)})
         return text == self._template.render_turns(turns, (), asks)

@@ -3,66 +3,34 @@
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import jinja2
-import jinja2.ext
 import jinja2.meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tunesmith.data.beginnings import GenerationTag, Watched, compile_watched, render_watched
+from tunesmith.data.budget import OverLimit
 from tunesmith.data.conversation import Message
-from tunesmith.data.habits import CallForm, Habits, TemplateRefused, find_habits
+from tunesmith.data.habits import CallForm, Habits, find_habits, refusal_of
+from tunesmith.data.program import build_environment, compile_program, run_template
+from tunesmith.data.sandbox import Helper, Sandbox
 from tunesmith.data.trace import Trace, Turns, trace_rendering
 from tunesmith.errors import ModelError
 
 BUILT_IN = ("chatml", "alpaca")
 NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
-Made = TypeVar("Made", bound="Sandbox")
 _PROVEN = 32  # beginnings that are rendered by themselves before a template is trusted
 
 
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
 @lru_cache(maxsize=1)
-def environment() -> jinja2.Environment:
-    return build_environment(Sandbox)
-
-
-def build_environment(kind: type[Made]) -> Made:
-    """Sandboxed: a template from a hub is unknown code."""
-    made = kind(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols])
-    made.filters["tojson"] = _to_json
-    made.globals["raise_exception"] = _raise_exception
-    return made
-
-
-class Sandbox(ImmutableSandboxedEnvironment):
-    """With a short way for `message.role`: an item of a plain dict needs none of the checks that attributes need."""
-
-    def getattr(self, obj: Any, attribute: str) -> Any:
-        if type(obj) is dict and attribute in obj and not hasattr(dict, attribute):
-            return obj[attribute]
-        return super().getattr(obj, attribute)
+def environment() -> Sandbox:
+    return build_environment(Sandbox, GenerationTag)
 
 
 @dataclass(frozen=True)
@@ -87,17 +55,12 @@ class ChatTemplate:
 
     @cached_property
     def _compiled(self) -> jinja2.Template:
-        try:
-            return environment().from_string(self.text)
-        except jinja2.TemplateSyntaxError as error:
-            raise ModelError(
-                f"chat template {self.source}, line {error.lineno}: {error.message}. Mend the template or name "
-                "another one with --data.chat_template."
-            ) from None
+        return compile_program(self.text, environment().from_string, self.source)
 
     @cached_property
     def _watched(self) -> _Watched:
-        return _Watched(compile_watched(environment(), self.text))
+        made = compile_program(self.text, lambda text: compile_watched(environment(), text), self.source)
+        return _Watched(made)
 
     def render(
         self,
@@ -125,12 +88,13 @@ class ChatTemplate:
     ) -> str:
         """As `render`, of messages that already have the form that this template reads (`to_turns`)."""
         template = self._compiled
+        given = {"messages": list(turns), **self.variables(tools, add_generation_prompt, variables)}
         try:
-            return template.render(messages=list(turns), **self.variables(tools, add_generation_prompt, variables))
+            return run_template(template, given)[0]
         except MemoryError:
             raise
         except Exception as error:  # a template is a program: it may divide by zero or recurse without end
-            raise TemplateRefused(str(error) or type(error).__name__) from None
+            raise refusal_of(error) from None
 
     def variables(
         self,
@@ -142,7 +106,7 @@ class ChatTemplate:
         return {
             "tools": list(tools) or None,
             "documents": None,
-            "strftime_now": self.date.strftime,
+            "strftime_now": Helper("strftime_now", self.date.strftime),
             **self.special_tokens,
             **self.kwargs,
             **variables,
@@ -162,6 +126,7 @@ class ChatTemplate:
     @cached_property
     def reads(self) -> frozenset[str]:
         """Names of the variables that the template reads."""
+        _ = self._compiled  # says what is wrong with it
         return frozenset(jinja2.meta.find_undeclared_variables(environment().parse(self.text)))
 
     def render_beginnings(
@@ -176,10 +141,13 @@ class ChatTemplate:
             TemplateRefused: with the template's own reason.
         """
         turns = self.to_turns(messages)
+        watched = self._watched
         try:
-            seen = render_watched(self._watched.template, turns, self.variables(tools, False, variables))
+            seen = render_watched(watched.template, turns, self.variables(tools, False, variables))
         except MemoryError:
             raise
+        except OverLimit as error:
+            raise refusal_of(error) from None
         except Exception:  # then it is rendered as it always is, and that says what is wrong
             seen = Watched(self.render_turns(turns, tools, False, variables), {}, ())
         return Beginnings(self, turns, tools, variables, seen)

@@ -1,0 +1,262 @@
+"""How much a chat template may compute and write for one chat.
+
+Steps are counted, not seconds, so that the same chat is accepted or refused on every machine, however busy it is.
+A step is one node of the template's program. Once a template has made a large text, each step counts for more, since
+any of them may go through that text. All limits are far above what real templates need for the largest rows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jinja2.utils import Namespace
+
+MAX_STEPS = 100_000_000  # some seconds of Python; a chat of a thousand turns needs less than a million
+MAX_TEXT = 32 * 2**20  # characters of one text, or 8 times those of the row where these are more
+MAX_MADE = 2**30  # characters of all texts that are made on the way, or 256 times those of the row
+MAX_DEPTH = 100  # macros that call macros
+_PER_NODE = 16  # characters that a number, or the marks around an item, count as
+_FIRST_STEPS = 10_000  # then the row is measured
+_LARGE = 16_384  # characters that are gone through in about the time of one step
+_MAX_BITS = 65_536  # of a whole number
+_MAX_WIDTH = 100_000  # of a padded text
+_MAX_GROUPS = 1_000_000
+_MAX_DIGITS = 300
+_PERCENT = re.compile(r"%(?:\([^)]*\))?[-#0 +]*(\*|\d+)?(?:\.(\*|\d+))?")
+
+Arguments = Sequence[Any]
+Named = Mapping[str, Any]
+
+
+class OverLimit(Exception):
+    """The template computes or writes more than any chat needs."""
+
+
+class Budget:
+    """What is left to one rendering.
+
+    Attributes:
+        left: steps, at the price that they have now.
+        depth: macros that are being called.
+    """
+
+    __slots__ = ("_given", "_is_measured", "_made", "_max_made", "_price", "_source", "depth", "left", "max_text")
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self._given = given
+        self.left, self.depth, self.max_text = _FIRST_STEPS, 0, MAX_TEXT
+        self._is_measured, self._price, self._made, self._max_made = False, 1, 0, MAX_MADE
+
+    def spend(self, steps: int) -> None:
+        self.left -= steps
+        if self.left < 0:
+            self.refill()
+
+    def refill(self) -> None:
+        """Grant the rest of the steps once; after that there are no more."""
+        if self._is_measured:
+            raise OverLimit(
+                f"the template takes more than {MAX_STEPS:,} steps for this chat; a loop or macro in it may not end"
+            )
+        self._measure()
+        self.spend(0)
+
+    def _measure(self) -> None:
+        self._is_measured = True
+        self.left += (MAX_STEPS - _FIRST_STEPS) // self._price
+        size, largest = measure(list(self._given.values()), None)
+        self.max_text = max(MAX_TEXT, 8 * size)
+        self._max_made = max(MAX_MADE, 256 * size)
+        self._raise_price(largest)
+
+    def _raise_price(self, size: int) -> None:
+        price = 1 + size // _LARGE
+        if price > self._price:
+            self.left = self.left * self._price // price
+            self._price = price
+
+    def grow(self, size: int) -> None:
+        """Count a text or list that was made."""
+        self._made += size
+        if size < _LARGE and self._made <= self._max_made:
+            return
+        self._raise_price(size)
+        if size > self.max_text or self._made > self._max_made:
+            if not self._is_measured:
+                self._measure()
+            self.require(size)
+            if self._made > self._max_made:
+                raise OverLimit(f"the template makes more than {self._max_made:,} characters on its way")
+
+    def require(self, size: int) -> None:
+        """Refuse a text of this many characters, before it is made."""
+        if size > self.max_text and not self._is_measured:
+            self._measure()
+        if size > self.max_text:
+            raise OverLimit(f"the template makes a text of more than {self.max_text:,} characters")
+
+    def weigh(self, value: Any) -> int:
+        """Characters that a value takes when written; a list that holds another one many times counts each."""
+        size, _ = measure([value], self)
+        return size
+
+
+def measure(values: list[Any], budget: Budget | None) -> tuple[int, int]:
+    """Characters of all texts below these values, and of the largest.
+
+    Args:
+        budget: pays for it, and bounds it; without one, the values are known to be finite.
+    """
+    size = largest = count = 0
+    while values:
+        value = values.pop()
+        kind = type(value)
+        count += 1
+        if isinstance(value, str):
+            size += len(value)
+            largest = max(largest, len(value))
+        elif value is None or kind in (int, float, bool):
+            pass
+        elif kind is dict:
+            values += value.keys()
+            values += value.values()
+        elif kind in (list, tuple):
+            values += value
+        elif kind is Namespace:
+            values.append(object.__getattribute__(value, "_Namespace__attrs"))
+        elif hasattr(kind, "unwatched"):  # messages that remember who looked at them
+            values += value.unwatched()
+        size += _PER_NODE
+        if budget is not None and not count % 1024:
+            budget.spend(1024)
+            budget.require(size)
+    if budget is not None:
+        budget.spend(count)
+        budget.require(size)
+    return size, largest
+
+
+def require_small(value: Any) -> None:
+    """For a list or tuple that serves as a key."""
+    values = [value]
+    for _ in range(1000):
+        if not values:
+            return
+        item = values.pop()
+        if isinstance(item, (list, tuple)):
+            values += item
+    raise OverLimit("the template uses a list of more than 1,000 parts as a key")
+
+
+def _argument(args: Arguments, named: Named, place: int, name: str, default: Any) -> Any:
+    return args[place] if len(args) > place else named.get(name, default)
+
+
+def _require_at_most(value: Any, largest: int, what: str) -> None:
+    if isinstance(value, (int, float)) and abs(value) > largest:
+        raise OverLimit(f"the template asks for {what} of more than {largest:,}")
+
+
+def _guard_width(budget: Budget, value: Any, args: Arguments, named: Named) -> None:
+    _require_at_most(_argument(args, named, 0, "width", 80), _MAX_WIDTH, "a width")
+
+
+def _guard_tabs(budget: Budget, value: Any, args: Arguments, named: Named) -> None:
+    width = _argument(args, named, 0, "tabsize", 8)
+    _require_at_most(width, _MAX_WIDTH, "a width")
+    if isinstance(width, int):
+        budget.require(len(value) + str(value).count("\t") * max(0, width))
+
+
+def _guard_indent(budget: Budget, value: Any, args: Arguments, named: Named) -> None:
+    width = _argument(args, named, 0, "width", 4)
+    _require_at_most(width, _MAX_WIDTH, "a width")
+    each = len(width) if isinstance(width, str) else width if isinstance(width, int) else 0
+    text = str(value)
+    budget.require(len(text) + len(text.splitlines()) * max(0, each))
+
+
+def _guard_replace(budget: Budget, value: Any, args: Arguments, named: Named) -> None:
+    old, new = str(_argument(args, named, 0, "old", "")), str(_argument(args, named, 1, "new", ""))
+    if len(new) > len(old):
+        text = str(value)
+        budget.require(len(text) + text.count(old) * (len(new) - len(old)))
+
+
+def _guard_digits(budget: Budget, value: Any, args: Arguments, named: Named) -> None:
+    _require_at_most(_argument(args, named, 0, "precision", 0), _MAX_DIGITS, "a precision")
+
+
+def _guard_groups(budget: Budget, value: Any, args: Arguments, named: Named) -> None:
+    _require_at_most(args[0] if args else next(iter(named.values()), 0), _MAX_GROUPS, "a number of groups")
+
+
+def _guard_json(budget: Budget, value: Any, args: Arguments, named: Named) -> None:
+    indent = _argument(args, named, 1, "indent", None)
+    separators = _argument(args, named, 2, "separators", None)
+    width = len(indent) if isinstance(indent, str) else indent if isinstance(indent, int) else 0
+    sizes = [width, *(len(text) for text in separators or () if isinstance(text, str))]
+    _require_at_most(max(sizes), 64, "an indent or separator")
+
+
+def _guard_tags(budget: Budget, value: Any, args: Arguments, named: Named) -> None:
+    text = str(value)
+    budget.spend(text.count("<") * len(text) // 1024)  # each tag is cut out of the whole text
+
+
+def guard_percent(budget: Budget, value: Any, args: Any) -> None:
+    """'%1000000000s' % x, and '%(x)s%(x)s...' of a large x."""
+    given = list(args.values()) if isinstance(args, Mapping) else list(args) if isinstance(args, tuple) else [args]
+    sizes = [budget.weigh(item) for item in given] or [0]
+    widths = [width for found in _PERCENT.findall(str(value)) for width in found if width]
+    if "*" in widths:
+        raise OverLimit("the template formats a text with a width that it computes (%*d)")
+    for width in widths:
+        _require_at_most(int(width) if len(width) < 10 else _MAX_WIDTH + 1, _MAX_WIDTH, "a width")
+    repeats = str(value).count("%") if isinstance(args, Mapping) else 1
+    budget.require(len(value) + sum(map(int, widths)) + repeats * sum(sizes))
+
+
+def _guard_format(budget: Budget, value: Any, args: Arguments, named: Named) -> None:
+    guard_percent(budget, value, dict(named) if named else tuple(args))
+
+
+def guard_spec(spec: str) -> None:
+    """'{:>1000000000}'."""
+    for number in re.findall(r"\d+", spec):
+        _require_at_most(int(number) if len(number) < 10 else _MAX_WIDTH + 1, _MAX_WIDTH, "a width")
+
+
+Guard = Callable[[Budget, Any, Arguments, Named], None]
+GROWING_METHODS: Mapping[str, Guard] = {
+    "center": _guard_width, "ljust": _guard_width, "rjust": _guard_width, "zfill": _guard_width,
+    "expandtabs": _guard_tabs, "replace": _guard_replace,
+}  # fmt: skip
+"""Methods of a text whose result may be far larger than the text."""
+
+GROWING_FILTERS: Mapping[str, Guard] = {
+    "center": _guard_width, "indent": _guard_indent, "replace": _guard_replace, "round": _guard_digits,
+    "batch": _guard_groups, "slice": _guard_groups, "tojson": _guard_json, "format": _guard_format,
+    "striptags": _guard_tags,
+}  # fmt: skip
+
+
+def guard_product(budget: Budget, left: Any, right: Any) -> None:
+    for one, other in ((left, right), (right, left)):
+        if isinstance(one, (str, list, tuple)) and isinstance(other, int):
+            budget.require(len(one) * max(0, other))
+            return
+    if isinstance(left, int) and isinstance(right, int):
+        _require_bits(left.bit_length() + right.bit_length())
+
+
+def guard_power(left: Any, right: Any) -> None:
+    if isinstance(left, int) and isinstance(right, int):
+        _require_bits(left.bit_length() * max(0, right))
+
+
+def _require_bits(bits: int) -> None:
+    if bits > _MAX_BITS:
+        raise OverLimit("the template computes a number of many thousand digits")

@@ -1,0 +1,367 @@
+"""Where chat templates run: a template from a hub is unknown code, and a row decides what it does.
+
+Three fences around jinja2's own sandbox:
+- A template reaches only the attributes that are listed here, of values that are data, and calls only what it is
+  given. jinja2 blocks names that begin with an underscore instead, so whatever leads elsewhere has to be known to it.
+- Loops, macros, calls and all operations whose result may be large are counted (budget.py).
+- What is random, or takes the square of a text's length, does not exist here; no known chat template uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import BuiltinMethodType, FunctionType, MethodType
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
+from jinja2.exceptions import SecurityError
+from jinja2.runtime import BlockReference, Context, LoopContext, Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
+from jinja2.utils import Cycler, Joiner, Namespace
+from markupsafe import EscapeFormatter, Markup
+
+from tunesmith.data.budget import (
+    GROWING_METHODS,
+    MAX_DEPTH,
+    Budget,
+    OverLimit,
+    guard_percent,
+    guard_power,
+    guard_product,
+    guard_spec,
+    require_small,
+)  # fmt: skip
+
+_COUNTED = 256  # shorter texts are not worth counting
+_LONG_LOOP = 100_000  # steps
+SCALARS = frozenset({str, int, float, bool, type(None)})
+SIZED = (list, tuple, dict, str, range)
+
+_OF_TEXT = frozenset(name for name in dir(str) if name[0] != "_") - {"encode", "translate", "maketrans"}
+_OF_LIST, _OF_DICT = frozenset({"index", "count", "copy"}), frozenset({"get", "items", "keys", "values", "copy"})
+_ATTRIBUTES: Mapping[type, frozenset[str]] = {
+    list: _OF_LIST,
+    tuple: _OF_LIST,
+    range: _OF_LIST,
+    int: frozenset({"bit_length", "real", "imag"}),
+    float: frozenset({"is_integer", "real", "imag"}),
+    LoopContext: frozenset({
+        "index", "index0", "first", "last", "length", "previtem", "nextitem", "revindex", "revindex0", "depth",
+        "depth0", "cycle", "changed",
+    }),
+    Cycler: frozenset({"next", "current", "reset"}),
+    Macro: frozenset({"name", "arguments", "catch_kwargs", "catch_varargs", "caller"}),
+    BlockReference: frozenset({"super"}),
+}  # fmt: skip
+_CALLED = (Macro, LoopContext, Joiner, BlockReference, MethodType)
+
+
+class Helper:
+    """A function that templates may call, and nothing else: it shows none of what Python's functions lead to."""
+
+    __slots__ = ("_function", "_name")
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self._name, self._function = name, function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<function {self._name}>"
+
+
+class BoundedContext(Context):
+    """One rendering: its variables and its budget. Compiled templates call these methods by the names in `_NAMES`.
+
+    Attributes:
+        watcher: told what the program passes, as `watcher(event, value)`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.budget = Budget(self.parent)
+        self.watcher: Callable[[str, Any], None] | None = None
+
+    def derived(self, locals: dict[str, Any] | None = None) -> Context:
+        made = super().derived(locals)
+        assert isinstance(made, BoundedContext)
+        made.budget, made.watcher = self.budget, self.watcher
+        return made
+
+    def add(self, left: Any, right: Any) -> Any:
+        made = left + right
+        if type(made) is not str:
+            return self.counted(made)
+        if len(made) > _COUNTED:
+            self.budget.grow(len(made))
+        return made
+
+    def counted(self, made: Any) -> Any:
+        if isinstance(made, (str, list, tuple)) and len(made) > _COUNTED:
+            self.budget.grow(len(made))
+        return made
+
+    def text(self, value: Any) -> str:
+        """As `str`; of a list, once it is known to have a bounded length."""
+        return value if type(value) is str else str(self.plain(value))
+
+    def plain(self, value: Any) -> Any:
+        """A value that may be compared, hashed and written."""
+        if type(value) not in SCALARS:
+            self.budget.weigh(value)
+        return value
+
+    def join(self, values: Sequence[Any]) -> str:
+        return self.concat([self.text(value) for value in values])
+
+    def join_by(self, separator: str, texts: list[Any]) -> str:
+        size = sum(len(text) for text in texts if isinstance(text, str)) + len(separator) * len(texts)
+        self.budget.require(size)
+        return separator.join(texts)
+
+    def each(self, value: Any, price: int) -> Any:
+        """What a loop goes through, paid for: at once where that is little, else item by item, as a loop may break."""
+        count = len(value) if isinstance(value, SIZED) else value.total if hasattr(type(value), "unwatched") else None
+        if count is not None and count * price < _LONG_LOOP:
+            self.budget.spend(count * price)
+            return value
+        return self.pay(value, price)
+
+    def pay(self, value: Iterable[Any], price: int) -> Iterator[Any]:
+        budget = self.budget
+        for item in value:
+            budget.left -= price
+            if budget.left < 0:
+                budget.refill()
+            yield item
+
+    def concat(self, texts: Iterable[str]) -> str:
+        texts = list(texts)
+        size = sum(map(len, texts))
+        if size > _COUNTED:
+            self.budget.require(size)
+            self.budget.grow(size)
+        return "".join(texts)
+
+
+_NAMES = {"add": "add", "str_join": "join", "concat": "concat", "text": "text", "plain": "plain", "counted": "counted"}
+"""Methods of the context by the names that compiled templates call them."""
+
+
+class _Compiler(CodeGenerator):
+    """jinja2's compiler, with the operations that may take long or grow large handed to the context."""
+
+    def write_commons(self) -> None:
+        super().write_commons()
+        for name, method in _NAMES.items():
+            self.writeline(f"{name} = context.{method}")
+
+    def visit_Add(self, node: nodes.Add, frame: Frame) -> None:  # type: ignore[override]  # noqa: N802
+        if isinstance(self.environment, Sandbox) and "+" in self.environment.intercepted_binops:
+            super().visit_Add(node, frame)
+            return
+        self.write("add(")
+        self.visit(node.left, frame)
+        self.write(", ")
+        self.visit(node.right, frame)
+        self.write(")")
+
+    def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:  # noqa: N802
+        operands = [node.expr, *(op.expr for op in node.ops)]
+        is_cheap = len(operands) == 2 and any(isinstance(operand, nodes.Const) for operand in operands)
+        self.write("(")
+        self._visit_operand(node.expr, frame, is_cheap)
+        for op in node.ops:
+            self.write(f" {_OPERATORS[op.op]} ")
+            self._visit_operand(op.expr, frame, is_cheap)
+        self.write(")")
+
+    def _visit_operand(self, node: nodes.Expr, frame: Frame, is_cheap: bool) -> None:
+        if is_cheap or isinstance(node, nodes.Const):
+            self.visit(node, frame)
+            return
+        self.write("plain(")
+        self.visit(node, frame)
+        self.write(")")
+
+    def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:  # noqa: N802
+        is_slice = isinstance(node.arg, nodes.Slice)
+        if is_slice:
+            self.write("counted(")
+        super().visit_Getitem(node, frame)
+        if is_slice:
+            self.write(")")
+
+    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:  # noqa: N802
+        self.write("{")
+        for place, item in enumerate(node.items):
+            if place:
+                self.write(", ")
+            self._visit_operand(item.key, frame, is_cheap=False)  # a key is hashed
+            self.write(": ")
+            self.visit(item.value, frame)
+        self.write("}")
+
+    def _output_child_pre(self, node: nodes.Expr, frame: Frame, finalize: Any) -> None:
+        if frame.eval_ctx.volatile or frame.eval_ctx.autoescape:
+            super()._output_child_pre(node, frame, finalize)
+            return
+        self.write("text(")
+        if finalize.src is not None:
+            self.write(finalize.src)
+
+
+_OPERATORS = {
+    "eq": "==", "ne": "!=", "gt": ">", "gteq": ">=", "lt": "<", "lteq": "<=", "in": "in", "notin": "not in",
+}  # fmt: skip
+
+
+class _Formatter(SandboxedFormatter):
+    """str.format with bounded widths."""
+
+    def __init__(self, sandbox: Sandbox, **options: Any) -> None:
+        super().__init__(sandbox, **options)
+        self._budget, self._size = Budget({}), 0
+
+    def convert_field(self, value: Any, conversion: Any) -> Any:
+        self._budget.weigh(value)
+        return super().convert_field(value, conversion)
+
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        guard_spec(format_spec)
+        self._budget.weigh(value)
+        made = super().format_field(value, format_spec)
+        self._size += len(made)
+        self._budget.require(self._size)
+        return made
+
+
+class _EscapeFormatter(_Formatter, EscapeFormatter):
+    """The same for a text that is marked as HTML."""
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """jinja2's sandbox with a list of what may be reached instead of one of what may not."""
+
+    code_generator_class = _Compiler
+    context_class = BoundedContext
+    intercepted_binops = frozenset(["*", "**", "%"])
+
+    def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
+        for loop in source.find_all(nodes.For):
+            price = nodes.Const(_count_nodes(loop.body))
+            loop.iter = nodes.Filter(loop.iter, EACH, [price], [], None, None, lineno=loop.lineno)
+        for kind in (nodes.Macro, nodes.CallBlock, nodes.Block):
+            for part in source.find_all(kind):
+                body: list[nodes.Node] = part.body  # type: ignore[attr-defined]  # all three have one
+                body.insert(0, call_internal(SPEND, [nodes.Const(_count_nodes(body))], part.lineno))
+        for node in source.find_all(nodes.Node):
+            node.environment = self
+        return super()._generate(source, *args, **kwargs)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        kind = type(obj)
+        if kind is dict:  # the short way for `message.role`
+            if attribute in obj and not hasattr(dict, attribute):
+                return obj[attribute]
+        elif kind is str and attribute in _OF_TEXT and attribute not in ("format", "format_map"):
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        if type(argument) not in SCALARS:  # it is hashed or compared
+            require_small(argument)
+        return super().getitem(obj, argument)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        if attr.startswith("_"):
+            return False
+        if isinstance(obj, str):
+            return attr in _OF_TEXT
+        if isinstance(obj, Mapping):
+            return attr in _OF_DICT
+        if isinstance(obj, (Namespace, jinja2.Undefined)):
+            return True
+        allowed = _ATTRIBUTES.get(type(obj))
+        return attr in (_OF_LIST if allowed is None and isinstance(obj, Sequence) else allowed or ())
+
+    def is_safe_callable(self, obj: Any) -> bool:
+        if isinstance(obj, (*_CALLED, BuiltinMethodType, Helper, jinja2.Undefined)):
+            return True  # methods come from `getattr` alone, which gives those that are listed
+        if isinstance(obj, (type, FunctionType)):
+            return any(obj is given for given in self.globals.values())
+        return not callable(obj)  # the call itself says that it is none
+
+    def wrap_str_format(self, value: Any) -> Helper | None:
+        if not isinstance(value, (MethodType, BuiltinMethodType)) or value.__name__ not in ("format", "format_map"):
+            return None
+        text = value.__self__
+        if not isinstance(text, str):
+            return None
+        formatter = _EscapeFormatter(self, escape=text.escape) if isinstance(text, Markup) else _Formatter(self)
+        kind = type(text)
+        if value.__name__ == "format_map":
+            return Helper("format_map", lambda named: kind(formatter.vformat(text, (), named)))
+        return Helper("format", lambda *args, **named: kind(formatter.vformat(text, args, named)))
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        budget = __context.budget
+        budget.spend(10)
+        if isinstance(__obj, BuiltinMethodType):
+            kwargs.pop("_loop_vars", None)
+            kwargs.pop("_block_vars", None)
+            return __context.counted(_call_method(__context, __obj, args, kwargs))
+        if not __self.is_safe_callable(__obj):
+            raise SecurityError(f"{type(__obj).__name__} is not safely callable")
+        if isinstance(__obj, LoopContext) and args:  # a recursive loop
+            args = (__context.each(args[0], 100), *args[1:])
+        budget.spend(100)  # about what jinja2's own way to a macro takes
+        if budget.depth >= MAX_DEPTH:
+            raise OverLimit(f"the template's macros call one another more than {MAX_DEPTH} deep")
+        budget.depth += 1
+        try:
+            return __context.counted(__context.call(__obj, *args, **kwargs))
+        finally:
+            budget.depth -= 1
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        budget = context.budget
+        if operator == "*":
+            guard_product(budget, left, right)
+        elif operator == "**":
+            guard_power(left, right)
+        elif operator == "%" and isinstance(left, str):
+            guard_percent(budget, left, right)
+        return context.counted(super().call_binop(context, operator, left, right))
+
+
+def _call_method(context: BoundedContext, method: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """A method of a text, list or dict."""
+    of, name = method.__self__, method.__name__
+    if args and type(args[0]) not in SCALARS:
+        context.budget.weigh(args)
+    if isinstance(of, str):
+        if name == "join" and len(args) == 1:
+            return context.join_by(of, list(context.each(args[0], 1)))
+        if guard := GROWING_METHODS.get(name):
+            guard(context.budget, of, args, named)
+    return method(*args, **named)
+
+
+def _count_nodes(body: Iterable[nodes.Node]) -> int:
+    return 1 + sum(1 for part in body for _ in part.find_all(nodes.Node)) + sum(1 for _ in body)
+
+
+def call_internal(name: str, arguments: list[nodes.Expr], line: int) -> nodes.ExprStmt:
+    """A statement that calls an internal filter, by a name that no template can spell."""
+    first = arguments[0] if arguments else nodes.Const(None)
+    filtered = nodes.Filter(first, name, arguments[1:], [], None, None, lineno=line)
+    return nodes.ExprStmt(filtered, lineno=line)
+
+
+EACH, SPEND = " each", " spend"
+TURN, OPEN, CLOSE = " turn", " open", " close"
+"""What a program tells its watcher: that a turn is written, and where a {% generation %} block begins and ends."""

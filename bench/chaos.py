@@ -1,12 +1,15 @@
-"""Kills a training run with SIGKILL at random moments, resumes it each time, and compares where it ends.
+"""Kills training runs with SIGKILL at random moments, resumes them each time, and compares where they end.
 
 Usage: chaos.py [--kills N] [--seed S] [--folder DIR] [--steps N] [--signal KILL|TERM|INT] [--deterministic]
 
-A small GPT-2 with dropout is trained on packed chats with accumulation and evaluation in between, once without a kill.
-Then runs of the same config are killed and resumed until N kills are made; TUNESMITH_SLOW_SAVE makes the writer slow,
-so that many of them fall inside a save. Each finished run must have the very same weights (SHA-256 of
-model.safetensors) and the same lines in metrics.jsonl, apart from tokens_per_s. Exit code 1 where one has not. On a GPU
-this is promised with train.deterministic only: give --deterministic there.
+Three kinds of run take turns: a GPT-2 with dropout trained whole, a LoRA adapter on a Qwen3 whose best evaluated step
+is kept, and a PiSSA adapter. Each trains packed chats with accumulation and evaluation, finishes, and is then made half
+as long again. Both parts are done once without a kill; then runs of the same config are killed and resumed until N
+kills are made: at any moment, in the first moments of a resume, and several times within a second. TUNESMITH_SLOW_SAVE
+makes the writers slow, so that many kills fall inside a save or inside the finish; what each has hit is counted. Each
+finished part must have the very same weights (SHA-256) and the same lines in metrics.jsonl, apart from tokens_per_s, as
+the part that was left alone. Exit code 1 where one has not. On a GPU this is promised with train.deterministic only:
+give --deterministic there.
 
 The child processes are forked from this one, which has imported torch and used it for nothing: so a start costs
 milliseconds, and what is killed is a whole process.
@@ -19,12 +22,15 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +43,6 @@ import transformers
 
 from tunesmith.cli import main
 from tunesmith.model.tokenizer import train_tokenizer
-
-SLOWEST_S = 300.0
 
 
 def in_child(work: Callable[[], int], log: Path) -> int:
@@ -62,7 +66,7 @@ def wait(number: int) -> int:
 
 
 def make_inputs(folder: Path) -> int:
-    """A tiny model with dropout, its tokenizer, and chats of many lengths."""
+    """Two tiny models, their tokenizer, and chats of many lengths."""
     words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "says", "hello"]
     rng = random.Random(0)
     rows = []
@@ -73,19 +77,49 @@ def make_inputs(folder: Path) -> int:
     for name, part in (("train", rows[:50]), ("eval", rows[50:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     tokenizer = train_tokenizer([" ".join(words)] * 20, vocab_size=300)
-    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, vocab_size=len(tokenizer),
-                                     bos_token_id=0, eos_token_id=2, resid_pdrop=0.1, attn_pdrop=0.1, embd_pdrop=0.1)  # fmt: skip
-    transformers.set_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    size = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 2}
+    configs = {
+        "gpt2": transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, resid_pdrop=0.1,
+                                        attn_pdrop=0.1, embd_pdrop=0.1, **size),
+        "qwen3": transformers.Qwen3Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+                                          num_key_value_heads=2, intermediate_size=64, max_position_embeddings=128,
+                                          **size),
+    }  # fmt: skip
+    for name, config in configs.items():
+        transformers.set_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
     return 0
 
 
-def train_words(folder: Path, run: Path, steps: int) -> list[str]:
-    return ["train", "--model", str(folder / "model"), "--data", str(folder / "train.jsonl"), "--eval-data",
-            str(folder / "eval.jsonl"), "--output", str(run), "--data.max_seq_len", "96", "--train.micro_batch_tokens",
-            "128", "--train.grad_accum_steps", "2", "--train.max_steps", str(steps), "--train.eval_steps", "7",
-            "--train.save_steps", "3", "--train.log_steps", "2", "--optim.lr", "1e-3", "--train.keep_checkpoints", "2",
+BUSY = ("--data.max_seq_len", "96", "--train.micro_batch_tokens", "128", "--train.grad_accum_steps", "2",
+        "--train.eval_steps", "7", "--train.save_steps", "3", "--train.log_steps", "2", "--optim.lr", "1e-3",
+        "--train.keep_checkpoints", "2")  # fmt: skip
+KINDS = {
+    "full": ("gpt2",),
+    "lora": ("qwen3", "--lora.kind", "lora", "--lora.rank", "4", "--lora.dropout", "0.1"),
+    "pissa": ("qwen3", "--lora.kind", "pissa", "--lora.rank", "4"),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a kind's life, and how it ends when nobody interrupts it.
+
+    Attributes:
+        words: the command that begins it.
+        steps: at its end.
+    """
+
+    words: Callable[[Path], list[str]]
+    steps: int
+    wanted: tuple[str, list[dict[str, Any]]]
+
+
+def train_words(folder: Path, kind: str, steps: int, run: Path) -> list[str]:
+    model, *flags = KINDS[kind]
+    return ["train", "--model", str(folder / model), "--data", str(folder / "train.jsonl"), "--eval-data",
+            str(folder / "eval.jsonl"), "--output", str(run), "--train.max_steps", str(steps), *BUSY, *flags,
             "--train.deterministic", os.environ.get("CHAOS_DETERMINISTIC", "false")]  # fmt: skip
 
 
@@ -94,65 +128,139 @@ def outcome(run: Path) -> tuple[str, list[dict[str, Any]]]:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         record.pop("tokens_per_s", None)
-    return hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest(), records
+    [weights] = [
+        path for name in ("model/model", "adapter/adapter_model") if (path := run / f"{name}.safetensors").exists()
+    ]
+    return hashlib.sha256(weights.read_bytes()).hexdigest(), records
 
 
-def run_until_done(
-    folder: Path, run: Path, steps: int, rng: random.Random, span_s: float, left: int, number: signal.Signals
-) -> dict[str, int]:
-    """One run, killed and resumed until it ends or `left` kills are made; how many, and what they hit."""
-    counts = {"kills": 0, "in a save": 0, "before step 1": 0}
-    log = run.with_suffix(".log")
-    while True:
-        is_run = (run / "run.json").exists()
-        words = ["resume", str(run)] if is_run else train_words(folder, run, steps)
-        child = in_child(lambda words=words: main(words), log)
-        deadline = time.monotonic() + (rng.uniform(0, span_s) if counts["kills"] < left else SLOWEST_S)
-        code = None
-        while time.monotonic() < deadline and code is None:
+def learn_parts(folder: Path, kind: str, steps: int) -> list[Part]:
+    """Both parts of a kind, done once without a kill."""
+    run, longer = folder / f"straight-{kind}", steps + steps // 2
+    parts = []
+    for end, words in (
+        (steps, lambda run: train_words(folder, kind, steps, run)),
+        (longer, lambda run: ["resume", str(run), "--train.max_steps", str(longer)]),
+    ):
+        if wait(in_child(lambda words=words: main(words(run)), run.with_suffix(".log"))):
+            raise SystemExit(run.with_suffix(".log").read_text())
+        parts.append(Part(words, end, outcome(run)))
+        print(f"{kind}, without a kill: {end} steps, weights {parts[-1].wanted[0][:16]}", flush=True)
+    return parts
+
+
+def read_facts(run: Path) -> dict[str, Any]:
+    return json.loads((run / "run.json").read_text()) if (run / "run.json").exists() else {}
+
+
+def newest_step(run: Path) -> int:
+    newest = max((run / "checkpoints").glob("step-*"), default=None)
+    return int(newest.name.removeprefix("step-")) if newest else 0
+
+
+def logged_step(run: Path) -> int:
+    file = run / "metrics.jsonl"
+    steps = [found[1] for found in re.finditer(r'"step": (\d+),', file.read_text())] if file.exists() else []
+    return max(map(int, steps), default=0)
+
+
+def half_saves(run: Path) -> set[Path]:
+    return set((run / "checkpoints").glob(".*.partial"))
+
+
+def moment_of(run: Path, steps: int, began_at: int | None, before: set[Path]) -> str:
+    """What a kill has hit, from what lies in the folder.
+
+    Args:
+        before: half saves that an earlier kill had left.
+        began_at: the newest checkpoint's step when a resume began; None where the run was begun.
+    """
+    facts, newest = read_facts(run), newest_step(run)
+    if not facts:
+        return "while preparing"
+    if half_saves(run) - before:
+        return "inside a save"
+    if facts.get("finished_at_step") == steps:
+        return "inside the report"
+    if newest == steps:
+        return "inside the finish"
+    if newest and facts.get("extended_from_step") == newest:
+        return "extended, before its first save"
+    if began_at == newest:
+        return "inside a resume, before its first save"
+    return "between saves" if newest else "before the first save"
+
+
+def draw_aim(rng: random.Random, run: Path, steps: int, burst: int) -> Callable[[], bool]:
+    """What to wait for before the kill: a while, a step, a save, the finish, or the first moments of a start."""
+    kind = "start" if burst else rng.choice(["while", "step", "step", "save", "finish", "start"])
+    began = time.monotonic()
+    if kind in ("while", "start"):
+        deadline = began + rng.uniform(0, 0.8 if kind == "start" else 6.0)
+        return lambda: time.monotonic() >= deadline
+    if kind == "step":
+        step = rng.randint(logged_step(run), steps)
+        return lambda: logged_step(run) >= step
+    if kind == "save":
+        before = half_saves(run)
+        return lambda: bool(half_saves(run) - before)
+    return lambda: newest_step(run) == steps
+
+
+def run_part(part: Part, run: Path, rng: random.Random, left: int, number: signal.Signals, hit: Counter[str]) -> None:
+    """One part, killed and resumed until it ends; at most `left` kills, counted in `hit` by what they struck."""
+    log, start, burst = run.with_suffix(".log"), hit.total(), 0
+    while read_facts(run).get("finished_at_step") != part.steps:
+        facts = read_facts(run)
+        words = part.words(run) if not facts or "finished_at_step" in facts else ["resume", str(run)]
+        began_at = newest_step(run) if words[0] == "resume" else None
+        burst = max(0, burst - 1) or (rng.randint(2, 4) if rng.random() < 0.1 else 0)
+        is_due = draw_aim(rng, run, part.steps, burst) if hit.total() - start < left else lambda: False
+        delay, before = rng.uniform(0, 0.1), half_saves(run)
+        child, code = in_child(lambda words=words: main(words), log), None
+        while code is None and not is_due():
             done, status = os.waitpid(child, os.WNOHANG)
             code = os.waitstatus_to_exitcode(status) if done else None
             time.sleep(0.002)
         if code is None:
+            time.sleep(delay)
             os.kill(child, number)
             code = wait(child)
             if code == 0:  # it had just ended by itself
-                return counts
+                continue
             if number != signal.SIGKILL and code not in (3, -number):  # -number: it was not listening yet
                 raise SystemExit(f"exit code {code} after {number.name}; see {log}:\n{log.read_text()[-2000:]}")
-            counts["kills"] += 1
-            counts["in a save"] += any((run / "checkpoints").glob(".*.partial"))
-            counts["before step 1"] += not (run / "metrics.jsonl").exists()
-        elif code == 0:
-            return counts
-        else:
+            hit[moment_of(run, part.steps, began_at, before)] += 1
+        elif code:
             raise SystemExit(f"exit code {code}; see {log}:\n{log.read_text()[-2000:]}")
 
 
 def run_chaos(kills: int, seed: int, folder: Path, steps: int, number: signal.Signals) -> int:
     if wait(in_child(lambda: make_inputs(folder), folder / "inputs.log")):
         raise SystemExit((folder / "inputs.log").read_text())
-    began = time.monotonic()
-    if wait(in_child(lambda: main(train_words(folder, folder / "straight", steps)), folder / "straight.log")):
-        raise SystemExit((folder / "straight.log").read_text())
-    span_s = time.monotonic() - began
-    wanted = outcome(folder / "straight")
-    print(f"without a kill: {steps} steps in {span_s:.1f} s, weights {wanted[0][:16]}", flush=True)
-    rng = random.Random(seed)
-    total, runs, wrong = {"kills": 0, "in a save": 0, "before step 1": 0}, 0, 0
-    while total["kills"] < kills:
+    kinds = list(KINDS)[: max(1, kills // 5)]  # a handful of kills is not worth three kinds
+    learnt = {kind: learn_parts(folder, kind, steps) for kind in kinds}
+    rng, hit = random.Random(seed), Counter[str]()
+    runs = wrong = 0
+    while hit.total() < kills:
         runs += 1
-        run = folder / f"run-{runs}"
-        counts = run_until_done(folder, run, steps, rng, 0.9 * span_s, kills - total["kills"], number)
-        total = {name: total[name] + counts[name] for name in total}
-        is_same = outcome(run) == wanted
+        kind = kinds[runs % len(kinds)]
+        run, before = folder / f"run-{runs}", hit.total()
+        is_same = True
+        for part in learnt[kind]:
+            run_part(part, run, rng, min(kills - hit.total(), 5), number, hit)
+            is_same = is_same and outcome(run) == part.wanted
         wrong += not is_same
-        print(f"run {runs}: {counts['kills']} kills, {'the same' if is_same else 'NOT THE SAME'}", flush=True)
+        print(
+            f"run {runs}, {kind}: {hit.total() - before} kills, {'the same' if is_same else 'NOT THE SAME'}", flush=True
+        )
         if is_same:
             shutil.rmtree(run)
+    for moment, count in hit.most_common():
+        print(f"{count:5} {moment}")
     print(
-        f"{total['kills']} kills ({total['in a save']} inside a save, {total['before step 1']} before step 1) over "
-        f"{runs} runs, {runs - wrong} of them with the weights and metrics of the uninterrupted one"
+        f"{hit.total()} kills over {runs} runs of {len(kinds)} kinds, {runs - wrong} of them with the weights and metrics "
+        "of the uninterrupted one, both when finished and when made longer"
     )
     return 1 if wrong else 0
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -159,9 +160,11 @@ def atomic_directory(path: Path, seal: Callable[[Path], None] | None = None) -> 
                 sync_path(file)
         usual_modes(partial)
         sync_path(partial)
+        wait_if_asked()
         if path.exists():  # rename cannot replace a folder that holds files
             old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
             path.rename(old)
+            wait_if_asked()
             partial.rename(path)
             shutil.rmtree(old)
         else:
@@ -169,6 +172,11 @@ def atomic_directory(path: Path, seal: Callable[[Path], None] | None = None) -> 
         sync_path(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def wait_if_asked() -> None:
+    """TUNESMITH_SLOW_SAVE, in seconds, makes writers slow for bench/chaos.py, which kills them half-way."""
+    time.sleep(float(os.environ.get("TUNESMITH_SLOW_SAVE", "0")))
 
 
 def sha256_text(text: str) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tunesmith.data.encode import Encoder
-from tunesmith.files import atomic_directory, seal_of, sealed, sha256_file
+from tunesmith.files import atomic_directory, seal_of, sealed, sha256_file, wait_if_asked
 from tunesmith.model.adapters import ADAPTER_WEIGHTS, adapter_weights
 from tunesmith.model.loss import SupervisedLM
 from tunesmith.model.save import write_trained
@@ -134,22 +133,17 @@ def write_checkpoint(
     folder = checkpoint_path(run, snapshot.step)
 
     def seal(partial: Path) -> None:
-        _wait_if_asked()
+        wait_if_asked()
         write_manifest(partial, snapshot.step, guard)
 
     with atomic_directory(folder, seal) as partial:
         write_trained(lm.model, lm.adapter, encoder, partial, snapshot.weights)
-        _wait_if_asked()
+        wait_if_asked()
         write_tensors(partial / _OPTIMIZER, snapshot.optimizer)
-        _wait_if_asked()
+        wait_if_asked()
         write_tensors(partial / _RANDOM, snapshot.random)
         (partial / _STATE).write_text(json.dumps(snapshot.state, indent=1), encoding="utf-8")
     return folder
-
-
-def _wait_if_asked() -> None:
-    """TUNESMITH_SLOW_SAVE, in seconds, makes the writer slow for bench/chaos.py, which kills it half-way."""
-    time.sleep(float(os.environ.get("TUNESMITH_SLOW_SAVE", "0")))
 
 
 def write_manifest(folder: Path, step: int, guard: Mapping[str, Any]) -> None:

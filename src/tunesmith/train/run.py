@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from tunesmith.config import ModelSection, RunConfig
 from tunesmith.data.encode import Encoder
 from tunesmith.errors import ModelError, TunesmithError
-from tunesmith.files import sealed, write_text_atomic
+from tunesmith.files import sealed, wait_if_asked, write_text_atomic
 from tunesmith.model.adapters import (
     add_adapter,
     cast_trained,
@@ -277,6 +277,7 @@ def finish_run(trainer: Trainer, facts: RunFacts, facts_of_run: dict[str, Any]) 
     else:
         initial = run / INITIAL if changes_base(trainer.config.lora) else None
         save_adapter(model, trainer.lm.adapter, facts.encoder, card, run / "adapter", initial)
+    wait_if_asked()
     # only now: a run that is made longer has the model of before until here
     write_text_atomic(run / RUN_FILE, sealed(facts_of_run | {"finished_at_step": progress.step}))
     if progress.step < trainer.plan.total_steps:

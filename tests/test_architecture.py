@@ -13,6 +13,7 @@ PACKAGE = Path(tunesmith.__file__).parent
 # a room may import the rooms before it, and itself
 ORDER = [
     "errors",
+    "reading",
     "files",
     "config",
     "foreign",
@@ -23,6 +24,8 @@ ORDER = [
     "use",
     "demo",
     "parser",
+    "streams",
+    "boundary",
     "cli",
     "__main__",
 ]

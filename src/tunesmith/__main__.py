@@ -1,3 +1,7 @@
-from tunesmith.cli import main
+try:
+    from tunesmith.cli import main
 
-raise SystemExit(main())
+    code = main()
+except KeyboardInterrupt:  # before main has begun, or behind its end
+    code = 3
+raise SystemExit(code)

@@ -6,18 +6,18 @@ Nothing here imports torch or transformers: `--help` and every config error answ
 from __future__ import annotations
 
 import argparse
-import errno
-import io
 import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import InterruptedRun, RunError, TunesmithError, UsageError
+from tunesmith.boundary import end_at_next_interrupt, report_failure, taken_signals
+from tunesmith.errors import InterruptedRun, RunError, UsageError
 from tunesmith.parser import build_parser
+from tunesmith.streams import lasting_streams
 
 
 def _take_open_maps(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -172,9 +172,15 @@ def _reported(output: Path) -> Iterator[None]:
     try:
         yield
     except (RunError, InterruptedRun) as error:
-        write_report_quietly(output.expanduser(), f"not finished: {error}")
+        with suppress(KeyboardInterrupt):  # how the run ended is said all the same
+            write_report_quietly(output.expanduser(), f"not finished: {error}")
         raise
-    write_report_quietly(output.expanduser(), "finished")
+    try:
+        write_report_quietly(output.expanduser(), "finished")
+    except KeyboardInterrupt:
+        raise InterruptedRun(
+            f"interrupted while report.html was made; {output} is finished, without a report"
+        ) from None
 
 
 def _print_recipes() -> None:
@@ -220,25 +226,48 @@ def _quiet_libraries() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code of the command contract."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character gets its number, not a traceback
-            stream.reconfigure(errors="backslashreplace")
+    words = list(sys.argv[1:] if argv is None else argv)
+    with lasting_streams() as output, taken_signals() as signals:
+        output.ends_without_reader, output.ends_when_full = _needs_output(words)
+        try:
+            _require_text(words)
+            code = _exit_code(words)
+            sys.stdout.flush()
+        except BaseException as error:
+            code = report_failure(signals.cause_of(error), words)
+        if argv is None:  # a process of its own: at its end, Ctrl-C has nothing left to stop
+            end_at_next_interrupt(code)
+    return code
+
+
+def _exit_code(words: list[str]) -> int:
+    """Of a command that ends by itself, argparse's --help and usage errors among them."""
     try:
-        run_command(list(sys.argv[1:] if argv is None else argv))
-    except InterruptedRun as error:
-        print(str(error), file=sys.stderr)
-        return error.exit_code
-    except TunesmithError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; nothing was left behind", file=sys.stderr)
-        return InterruptedRun.exit_code
-    except BrokenPipeError:  # the reader (head, less) has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        print(f"error: {str(error.filename)[:60]}...: {error.strerror}; give a shorter name.", file=sys.stderr)
-        return TunesmithError.exit_code
+        run_command(words)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     return 0
+
+
+def _needs_output(words: list[str]) -> tuple[bool, bool]:
+    """Whether the command ends when nobody reads what it prints, and when that cannot be written.
+
+    What makes files goes on in both cases. `check` is for its exit code too, which `| head` must not hide.
+    """
+    command = words[0] if words else ""
+    makes_files = command in ("train", "resume", "merge", "tokenizer", "demo") and "--json-schema" not in words
+    if makes_files or any(word.partition("=")[0] == "--html" for word in words):
+        return False, False
+    return command != "check", True
+
+
+def _require_text(words: list[str]) -> None:
+    """Names go into JSON, YAML and pages, which hold text only."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            shown = word if len(word) <= 200 else f"{word[:200]}..."
+            raise UsageError(
+                f"{shown!a}: is not UTF-8 text. Rename the file or folder, or link to it by another name."
+            ) from None

@@ -21,8 +21,10 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _refuse_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _refuse_bool_as_number_and_nothing(cls, value: Any, info: ValidationInfo) -> Any:
         """Python counts true as 1, so `lr: yes` would train at a learning rate of 1."""
+        if isinstance(value, str) and not value.strip():  # a shell variable that is not set
+            raise ValueError("needs a value")
         has_bool = any(isinstance(item, bool) for item in (value if isinstance(value, list | tuple) else [value]))
         if has_bool and _means_number(cls.model_fields[info.field_name or ""].annotation):
             raise ValueError("must be a number; YAML reads yes, no, on and off as true and false")

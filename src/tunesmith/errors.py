@@ -52,3 +52,7 @@ class InterruptedRun(TunesmithError):
 
 class RunError(TunesmithError):
     exit_code = 4
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, or the terminal was closed: as Ctrl-C, but a chat ends as well."""

@@ -17,6 +17,8 @@ from typing import Any
 
 import yaml
 
+from tunesmith.reading import open_file, read_text, require_regular
+
 
 class StrictLoader(yaml.SafeLoader):
     """YAML, but a key that stands twice is an error instead of a silent win of the second, and dates stay text."""
@@ -78,7 +80,16 @@ def lost_write(path: Path) -> OSError:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Replace `path` by `text`; a reader sees the old text or the new one, never a part."""
+    """Replace `path` by `text`; a reader sees the old text or the new one, never a part.
+
+    Where the path is a link, what it leads to is replaced.
+
+    Raises:
+        OSError: there is something else than a file, which a rename would destroy (/dev/null, a pipe).
+    """
+    path = Path(os.path.realpath(path))
+    if os.path.lexists(path):
+        require_regular(path, path.lstat().st_mode)
     data = text.encode("utf-8")
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
@@ -109,7 +120,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is no such object, or was changed since.
     """
-    content = json.loads(path.read_bytes())
+    content = json.loads(read_text(path))
     if not isinstance(content, dict):
         raise ValueError("is no JSON object")
     seal = content.pop("sha256", None)
@@ -184,14 +195,14 @@ def sha256_text(text: str) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_ends(path: Path, size: int = 64 * 2**20) -> str:
     """Of a file's first and last bytes; of all of a file that is no longer than both."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_file(path) as file:
         digest.update(file.read(size))
         length = file.seek(0, os.SEEK_END)
         file.seek(max(size, length - size))

@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config_flags(train, ("model", "data", "optim", "lora", "train"))
     train.add_argument("--json-schema", action="store_true", help="print the JSON schema of run.yaml for editors")
     resume = _add_command(commands, "resume", "go on with an interrupted run, or train a finished one longer")
-    resume.add_argument("run", metavar="RUN", help="the folder that train was given as --output")
+    resume.add_argument("run", type=_name, metavar="RUN", help="the folder that train was given as --output")
     resume.add_argument(
         "--allow", nargs="+", default=[], choices=RESUME_PARTS, metavar="PART",
         help=f"what may differ from how the run began: {', '.join(RESUME_PARTS)}",
@@ -81,17 +81,17 @@ def build_parser() -> argparse.ArgumentParser:
     preview.add_argument("--rows", type=_positive, default=5, metavar="N", help="how many rows (default: 5)")
     output = preview.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="one JSON object a row")
-    output.add_argument("--html", type=Path, metavar="FILE", help="write a page to read and forward")
+    output.add_argument("--html", type=_path, metavar="FILE", help="write a page to read and forward")
     check = _add_command(commands, "check", "read a whole data set and say what is wrong or odd about it")
     _add_config_flags(check, ("model", "data"))
     check.add_argument("--strict", action="store_true", help="exit 1 for warnings too")
     output = check.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="one JSON object")
-    output.add_argument("--html", type=Path, metavar="FILE", help="also write a page to read and forward")
+    output.add_argument("--html", type=_path, metavar="FILE", help="also write a page to read and forward")
     tokenizer = _add_command(commands, "tokenizer", "train a byte-level BPE tokenizer on your texts")
     _add_config_flags(tokenizer, ("data",))
     tokenizer.add_argument("--vocab-size", type=_positive, default=6400, metavar="N", help="tokens (default: 6400)")
-    tokenizer.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to make")
+    tokenizer.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder to make")
     _add_use_commands(commands)
     return parser
 
@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_use_commands(commands: Any) -> None:
     """What is done with a model once it is trained."""
     chat = _add_command(commands, "chat", "talk to a model or a finished run")
-    chat.add_argument("model", metavar="MODEL_OR_RUN", help="folder of a run or model, or a hub id")
+    chat.add_argument("model", type=_name, metavar="MODEL_OR_RUN", help="folder of a run or model, or a hub id")
     chat.add_argument("more", metavar="ADAPTER", nargs="*", help="further adapters of the same base, to switch to")
     chat.add_argument("--prompt", metavar="TEXT", help="answer once and exit")
     chat.add_argument("--system", metavar="TEXT", help="system prompt")
@@ -111,8 +111,10 @@ def _add_use_commands(commands: Any) -> None:
     )
     chat.add_argument("--trust-remote-code", action="store_true", help="run Python code in the model's folder")
     merge = _add_command(commands, "merge", "put adapters into their base model, and prove that it is the same")
-    merge.add_argument("adapters", nargs="+", metavar="ADAPTER", help="PEFT folders, or runs that trained an adapter")
-    merge.add_argument("--output", required=True, metavar="DIR", help="folder to make")
+    merge.add_argument(
+        "adapters", type=_name, nargs="+", metavar="ADAPTER", help="PEFT folders, or runs that trained an adapter"
+    )
+    merge.add_argument("--output", required=True, type=_name, metavar="DIR", help="folder to make")
     merge.add_argument(
         "--method", choices=MERGE_METHODS, default="sequential",
         help="how several adapters become one (default: sequential, one after another)",
@@ -122,12 +124,16 @@ def _add_use_commands(commands: Any) -> None:
         "--density", type=_share, default=0.5, metavar="X", help="share of values that ties, dare and prune keep (0.5)"
     )
     merge.add_argument("--seed", type=_seed, default=0, metavar="N", help="of dare's choice (default: 0)")
-    merge.add_argument("--base", metavar="M", help="the base in full precision, where the adapter names another")
+    merge.add_argument(
+        "--base", type=_name, metavar="M", help="the base in full precision, where the adapter names another"
+    )
     _add_command(commands, "recipes", "list the run files in the package, for train recipe:NAME")
     convert = _add_command(commands, "convert-config", "turn a TRL, LLaMA-Factory or Axolotl YAML into a run file")
-    convert.add_argument("file", type=Path, metavar="FILE", help="their YAML; ours goes to standard output")
+    convert.add_argument("file", type=_path, metavar="FILE", help="their YAML; ours goes to standard output")
     demo = _add_command(commands, "demo", "fine-tune the base model in the package in a few minutes and ask it")
-    demo.add_argument("--output", default="runs/demo", metavar="RUN", help="folder to make (default: runs/demo)")
+    demo.add_argument(
+        "--output", type=_name, default="runs/demo", metavar="RUN", help="folder to make (default: runs/demo)"
+    )
 
 
 def _add_command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
@@ -141,6 +147,17 @@ def _add_command(commands: Any, name: str, summary: str) -> argparse.ArgumentPar
         allow_abbrev=False,
     )
     return parser
+
+
+def _name(text: str) -> str:
+    """Of a file, folder or model; an empty one comes from a shell variable that is not set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; give a name")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_name(text))
 
 
 def _positive(text: str) -> int:
@@ -193,7 +210,7 @@ def _add_config_flags(parser: argparse.ArgumentParser, sections: tuple[str, ...]
     from tunesmith.runfile import OPEN_MAPS, SHORTHANDS, leaf_fields, takes_list
 
     if has_file:
-        parser.add_argument("run_yaml", nargs="?", type=Path, metavar="run.yaml", help="the config; flags win over it")
+        parser.add_argument("run_yaml", nargs="?", type=_path, metavar="run.yaml", help="the config; flags win over it")
     short = {dotted: flag for flag, dotted in SHORTHANDS.items()}
     groups = {name: parser.add_argument_group(name) for name in sections}
     for dotted, field in leaf_fields(RunConfig).items():

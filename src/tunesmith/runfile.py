@@ -15,6 +15,7 @@ from tunesmith.config import RunConfig, Section
 from tunesmith.errors import ConfigError
 from tunesmith.files import StrictLoader
 from tunesmith.foreign import convert, explain_key, nest
+from tunesmith.reading import read_text_or_pipe
 
 SHORTHANDS = {
     "--model": "model.path",
@@ -69,7 +70,7 @@ def find_recipe(path: Path) -> Path:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The sections of a run file."""
     try:
-        text = find_recipe(path).read_text(encoding="utf-8")
+        text = read_text_or_pipe(find_recipe(path))
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(str(path), [f"cannot be read: {reason}. Give the path of a YAML run file."]) from None

@@ -28,6 +28,8 @@ def read_file(path: Path, encoding: str = "utf-8", max_row_mb: float = DEFAULT_M
         DataError: a file that is unreadable, empty, broken or of unknown kind ends the reading at once.
     """
     file = DataFile(path, encoding, max_row_mb)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise DataError(f"{path}: is a pipe or a device, and data are read more than once. Save them to a file first.")
     if file.container is None:
         raise DataError(f"{path}: unknown kind of file. Known: {', '.join(SUFFIXES)}, plain or .gz.")
     number = 0

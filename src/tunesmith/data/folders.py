@@ -10,6 +10,7 @@ from typing import Any
 
 from tunesmith.data.datafile import SUFFIXES, container_of
 from tunesmith.errors import DataError
+from tunesmith.reading import read_text
 
 TEXT_SUFFIXES = (".txt", ".md")
 _SPLITS = {
@@ -85,7 +86,7 @@ def _saved_files(folder: Path) -> list[Path] | None:
 def load_object(path: Path) -> dict[str, Any]:
     """The JSON object in a small file; empty where there is no such thing."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from tunesmith.data.labels import Sample
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.files import require_written, write_bytes
+from tunesmith.reading import open_file, read_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,12 +142,13 @@ class _Appended:
 
 
 def open_store(folder: Path) -> TokenStore:
-    with np.load(folder / "index.npz", allow_pickle=False) as index:
+    with open_file(folder / "index.npz") as file, np.load(file, allow_pickle=False) as index:
         arrays = {name: index[name] for name in index.files}
-    files = json.loads((folder / "files.json").read_text(encoding="utf-8"))
+    files = json.loads(read_text(folder / "files.json"))
     if arrays["offsets"][-1] == 0:  # an empty file cannot be mapped
         empty = np.zeros(0, np.uint32), np.zeros(0, np.uint8)
         return TokenStore(*empty, **arrays, files=files)
-    tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r")
-    loss_mask = np.memmap(folder / "loss_mask.bin", dtype=np.uint8, mode="r")
+    with open_file(folder / "tokens.bin") as ids, open_file(folder / "loss_mask.bin") as mask:
+        tokens = np.memmap(ids, dtype=np.uint32, mode="r")
+        loss_mask = np.memmap(mask, dtype=np.uint8, mode="r")
     return TokenStore(tokens, loss_mask, **arrays, files=files)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -73,7 +74,11 @@ def run_demo(output: Path, num_chats: int = NUM_CHATS, shuffle_answers: bool = F
         chats = [replace(task, answer=answer) for task, answer in zip(chats, answers, strict=True)]
     folder = output.with_name(f"{output.name}-data")
     resolve_output(str(folder))
-    data, eval_data = _write_chats(folder / "chats.jsonl", chats), _write_chats(folder / "held-out.jsonl", held_out)
+    try:
+        data, eval_data = _write_chats(folder / "chats.jsonl", chats), _write_chats(folder / "held-out.jsonl", held_out)
+    except BaseException:  # a full disk, Ctrl-C: the demo can be begun again under the same name
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     print(f"{len(chats):,} chats of {len(SHARES)} kinds, {len(held_out)} questions held out: {folder}\n")
     before = ask(base_folder(), held_out)
     run_training(demo_config(data, eval_data, output))

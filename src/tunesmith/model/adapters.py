@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tunesmith.config import LoraSection
 from tunesmith.errors import ConfigError, ModelError
+from tunesmith.reading import open_file
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _INITS: dict[str, Any] = {"pissa": "pissa", "olora": "olora"}
@@ -291,6 +292,7 @@ def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
     ModelError: the file is missing or cut short.
     """
     try:
+        open_file(folder / ADAPTER_WEIGHTS).close()  # a pipe would be waited for
         return load_file(folder / ADAPTER_WEIGHTS)
     except FileNotFoundError:
         raise ModelError(f"{folder}: has no {ADAPTER_WEIGHTS}.") from None

@@ -16,6 +16,7 @@ from tunesmith.data.read import find_sources, read_rows
 from tunesmith.data.rowsize import RowTooLarge
 from tunesmith.errors import DataError, ModelError
 from tunesmith.files import atomic_directory
+from tunesmith.model.source import open_path
 from tunesmith.model.tokenizer import CONTROL_TOKENS, train_tokenizer
 
 MIN_VOCAB_SIZE = 256 + len(CONTROL_TOKENS)
@@ -34,7 +35,8 @@ def run_tokenizer(data: DataSection, vocab_size: int, output: Path) -> None:
             f"--vocab-size {vocab_size}: needs {MIN_VOCAB_SIZE} or more, for the 256 bytes and the control tokens "
             f"{', '.join(CONTROL_TOKENS)}."
         )
-    if output.exists() and (output.is_file() or any(output.iterdir())):
+    output = open_path(str(output))
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ModelError(f"{output}: already exists; give --output a new folder.")
     sample = LineSample(_SAMPLE_LINES)
     tokenizer = train_tokenizer((sample.keep(text) for text in iterate_texts(data)), vocab_size)

@@ -80,12 +80,29 @@ def load_model(
             f"{', ...' if len(missing) > 3 else ''}); training would start from random values there. The folder is "
             "incomplete, or its config.json belongs to another model."
         )
+    require_token_ids(section.path, model.generation_config)
     if quantization is not None:
         keep_differentiable(model)
     if source.adapter:
         wrapped = open_adapter(model, source.adapter)
         return wrapped.merge_and_unload().requires_grad_(True)
     return model
+
+
+def require_token_ids(path: str, generation_config: Any) -> None:
+    """transformers takes whatever generation_config.json says, and fails once a reply is to end.
+
+    Raises:
+        ModelError: one of its ids is no number of a token.
+    """
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(generation_config, name, None)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(number) is int and number >= 0 for number in ids):
+            raise ModelError(
+                f"{path}: generation_config.json: {name} is {str(value)[:80]!r}, not the number of a token. Correct "
+                "it, or remove the file."
+            )
 
 
 def choose_max_seq_len(config: PretrainedConfig, wanted: int | None) -> tuple[int, str]:

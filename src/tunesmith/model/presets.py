@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, RunError, TunesmithError
+from tunesmith.files import is_out_of_memory
 from tunesmith.model.source import telling_text
 
 _MINIMIND_3: dict[str, Any] = {
@@ -141,6 +142,10 @@ def _try_shapes(config: PretrainedConfig) -> None:
         model(torch.zeros(1, 2, dtype=torch.long))
 
 
-def explain_overrides(name: str, overrides: dict[str, Any], error: Exception) -> ModelError:
+def explain_overrides(name: str, overrides: dict[str, Any], error: Exception) -> TunesmithError:
+    if is_out_of_memory(error):
+        return RunError(
+            f"new:{name} with these sizes does not fit into memory. Lower model.config.hidden_size or others."
+        )
     given = ", ".join(f"model.config.{key} {value}" for key, value in overrides.items())
     return ModelError(f"{given or 'model.config'}: new:{name} cannot be built so: {telling_text(error)}.")

@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, RunError, TunesmithError
+from tunesmith.files import is_out_of_memory
 from tunesmith.model.adapters import ADAPTER_CONFIG, find_adapter, read_adapter_config
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -115,8 +116,10 @@ def telling_text(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
-def explain_load_error(name: str, what: str, error: Exception) -> ModelError:
+def explain_load_error(name: str, what: str, error: Exception) -> TunesmithError:
     """transformers' and huggingface_hub's errors in our words: what is wrong and what to do."""
+    if is_out_of_memory(error):
+        return RunError(f"{name}: {what} do not fit into memory. End other programs, or give a smaller model.")
     causes = _causes(error)
     kinds = {type(cause).__name__ for cause in causes}
     chain = " ".join(str(cause) for cause in causes).lower()

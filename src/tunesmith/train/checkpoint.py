@@ -27,6 +27,7 @@ from tunesmith.model.adapters import ADAPTER_WEIGHTS, adapter_weights
 from tunesmith.model.loss import SupervisedLM
 from tunesmith.model.save import write_trained
 from tunesmith.model.tensors import write_tensors
+from tunesmith.reading import open_file, read_text
 
 FORMAT = 1
 _NUMBER = "#number"
@@ -66,7 +67,7 @@ class Checkpoint:
     guard: Mapping[str, Any]
 
     def load_state(self) -> dict[str, Any]:
-        state: dict[str, Any] = json.loads((self.folder / _STATE).read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads(read_text(self.folder / _STATE))
         return state
 
     def load_random(self) -> dict[str, Tensor]:
@@ -170,7 +171,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         DamagedError: it is missing, unreadable, changed, or of a later format.
     """
     try:
-        content = json.loads((folder / MANIFEST).read_bytes())
+        content = json.loads(read_text(folder / MANIFEST))
         seal = content.pop("sha256")
         if content["format"] > FORMAT:
             raise DamagedError(f"{MANIFEST} is of format {content['format']}; this tunesmith reads up to {FORMAT}")
@@ -192,7 +193,7 @@ def find_damage(checkpoint: Checkpoint) -> str:
     for name, wanted in checkpoint.files.items():
         path = checkpoint.folder / name
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 size = os.fstat(file.fileno()).st_size
             if size != wanted["size"]:
                 return f"{name} has {size:,} bytes instead of {wanted['size']:,}"

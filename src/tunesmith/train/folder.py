@@ -35,7 +35,7 @@ def resolve_output(name: str) -> Path:
             if any(output.iterdir()):
                 raise TunesmithError(_explain_taken(name, output))
         elif output.exists():
-            raise TunesmithError(f"{name}: is a file; give --output a folder that does not exist yet.")
+            raise TunesmithError(f"{name}: is not a folder; give --output a folder that does not exist yet.")
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: ~somebody without a home; ValueError: NUL
         reason = getattr(error, "strerror", None) or error
         raise TunesmithError(f"{name[:80]}: cannot be used as --output: {reason}") from None

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from tunesmith.errors import ConfigError
 from tunesmith.files import write_text_atomic
+from tunesmith.reading import read_text
 
 Record = dict[str, Any]
 
@@ -70,7 +71,7 @@ def _whole_lines(path: Path) -> Iterator[tuple[str, int]]:
     """Lines that are records, and their steps; a kill may have cut the last one."""
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_text(path, errors="replace").splitlines():
         try:
             step = json.loads(line)["step"]
         except (ValueError, TypeError, KeyError, RecursionError):

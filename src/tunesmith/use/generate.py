@@ -17,7 +17,7 @@ from tunesmith.data.encode import Encoder
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters import open_adapter
 from tunesmith.model.load import load_config, load_model
-from tunesmith.model.source import ModelSource, find_model
+from tunesmith.model.source import ModelSource, find_model, telling_text
 from tunesmith.model.tokenizer import build_encoder, load_tokenizer
 from tunesmith.runfile import read_yaml
 from tunesmith.train.precision import pick_device
@@ -153,14 +153,23 @@ def generate_ids(
     stops = [*speaker.encoder.stop_ids, *(stops if isinstance(stops, list) else [stops])]
     pad = config.pad_token_id if config.pad_token_id is not None else speaker.encoder.stop.id
     ids = torch.tensor([prompt], device=next(speaker.model.parameters()).device)
-    output = speaker.model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        eos_token_id=sorted(set(stops)),
-        pad_token_id=pad,
-        streamer=_TokenStreamer(on_token) if on_token else None,
-        **options,
-    )
+    try:
+        output = speaker.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            eos_token_id=sorted(set(stops)),
+            pad_token_id=pad,
+            streamer=_TokenStreamer(on_token) if on_token else None,
+            **options,
+        )
+    except (ValueError, TypeError, AttributeError) as error:  # settings of generation_config.json that make no sense
+        raise ModelError(
+            f"the model's generation_config.json cannot be used: {telling_text(error)}. Correct or remove it."
+        ) from None
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise ModelError("the model computes no probabilities (inf or nan): its weights are damaged.") from None
     return output[0, len(prompt) :].tolist()
 
 

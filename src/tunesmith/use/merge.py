@@ -157,8 +157,8 @@ def require_room(base: Path, output: Path) -> None:
 
 
 def _weight_files(base: Path) -> list[Path]:
-    files = [base / _SINGLE] if (base / _SINGLE).exists() else []  # a checkpoint holds other files of this kind
-    if (base / _INDEX).exists():
+    files = [base / _SINGLE] if (base / _SINGLE).is_file() else []  # a checkpoint holds other files of this kind
+    if (base / _INDEX).is_file():
         index = json.loads((base / _INDEX).read_text(encoding="utf-8"))
         files = [base / name for name in sorted(set(index["weight_map"].values()))]
     if not files:
@@ -202,7 +202,7 @@ def merge_files(base: Path, deltas: Sequence[Delta], output: Path) -> int:
         raise ModelError(f"the base {base} has no tensor {sorted(left)[0]}; the adapter belongs to another model.")
     _grow_vocabulary(config, deltas)
     (output / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    if (base / _INDEX).exists():
+    if (base / _INDEX).is_file():
         index = {"metadata": {"total_size": size}, "weight_map": placed}
         (output / _INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     return len(wanted)

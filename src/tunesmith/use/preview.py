@@ -51,6 +51,8 @@ def run_preview(config: PreviewConfig, num_rows: int, as_json: bool, html_path: 
 
 def require_writable(path: Path) -> None:
     """Asked before the work, so that it is not lost at its end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UsageError(f"--html {path}: is a pipe or a device, which the page would replace; name a file.")
     if path.is_dir():
         raise UsageError(f"--html {path}: is a folder; give the name of a file in it, as in {path / 'preview.html'}.")
     if not path.parent.is_dir():

@@ -14,6 +14,7 @@ from tunesmith.data.store import open_store
 from tunesmith.files import write_text_atomic
 from tunesmith.model.load import count_parameters
 from tunesmith.model.source import telling_text
+from tunesmith.reading import read_text
 from tunesmith.runfile import read_yaml
 from tunesmith.train.metrics import read_metrics
 from tunesmith.train.plan import split_eval
@@ -42,7 +43,7 @@ def write_report(run: Path, outcome: str = "finished") -> Path:
     """
     config = read_yaml(run / "config.yaml")
     records = read_metrics(run / "metrics.jsonl")
-    ledger = json.loads((run / "data_ledger.json").read_text(encoding="utf-8"))
+    ledger = json.loads(read_text(run / "data_ledger.json"))
     samples, remark = sample_replies(run, RunConfig.model_validate(config))
     page = render_page(run, outcome, records, ledger, samples, remark)
     write_text_atomic(run / "report.html", page)
@@ -149,7 +150,7 @@ def render_page(
         ledger=_ledger_table(ledger),
         remark=html.escape(remark),
         samples=f'<table class="even">{head}{rows}</table>' if rows else "",
-        config=html.escape((run / "config.yaml").read_text(encoding="utf-8")),
+        config=html.escape(read_text(run / "config.yaml")),
     )
 
 

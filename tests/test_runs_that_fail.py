@@ -28,6 +28,7 @@ from tunesmith.errors import RunError
 from tunesmith.files import require_written, write_text_atomic
 from tunesmith.model.tensors import is_same_bits, require_tensors, write_tensors
 from tunesmith.train.failures import explained_failures
+from tunesmith.train.folder import staged_folder
 from tunesmith.train.metrics import OutsideTracker
 
 FAST = ("--data.max_seq_len", 64, "--train.micro_batch_tokens", 128, "--optim.lr", 3e-3)
@@ -230,6 +231,15 @@ def test_two_runs_into_one_new_folder(
     assert (code, "another process made it while this run was prepared" in err) == (1, True)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
     assert [p.name for p in output.iterdir()] == ["run.json"]
+
+
+def test_a_second_process_that_prepares_the_same_run(run: Run, model_folder: Path, chats: Path, tmp_path: Path) -> None:
+    with staged_folder(tmp_path / "run") as staging:
+        (staging / "tokens").mkdir()
+        code, _, err = run("train", "--model", model_folder, "--data", chats, "--output", tmp_path / "run", *FAST)
+        assert (code, "another process prepares this run" in err) == (1, True)
+        assert [path for path in tmp_path.iterdir() if path.name.endswith(".partial")] == [staging]
+    assert (tmp_path / "run").is_dir()
 
 
 def test_an_empty_folder_whose_run_was_killed(

@@ -57,6 +57,13 @@ def sync_path(path: Path) -> None:
         os.close(fd)
 
 
+def sync_tree(folder: Path) -> None:
+    """Every file and folder in it, then the folder itself."""
+    for path in sorted(folder.rglob("*")):
+        sync_path(path)
+    sync_path(folder)
+
+
 def require_written(path: Path, sha256: str) -> None:
     """Read a file back and compare it with what was meant.
 

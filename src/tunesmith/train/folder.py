@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from tunesmith.config import RunConfig
 from tunesmith.errors import TunesmithError
-from tunesmith.files import sync_path, usual_modes, write_text_atomic
+from tunesmith.files import sync_path, sync_tree, usual_modes, write_text_atomic
 from tunesmith.model.loss import SupervisedLM
 from tunesmith.train.checkpoint import estimate_bytes
 from tunesmith.train.console import format_bytes
@@ -61,7 +62,8 @@ def staged_folder(output: Path) -> Iterator[Path]:
     It lies beside RUN, also where that exists already and is empty. Only where RUN is a mount of its own, or nothing
     may be made beside it, it lies inside.
     """
-    name = f".{output.name}.{uuid.uuid4().hex[:8]}.partial"
+    # names in the order of time: of two processes, the first one goes on
+    name = f".{output.name}.{time.time_ns():020}-{uuid.uuid4().hex[:8]}.partial"
     is_inside = output.is_dir() and (output.is_mount() or not os.access(output.parent, os.W_OK))
     staging = output / name if is_inside else output.with_name(name)
     missing = [parent for parent in staging.parents if not parent.exists()]
@@ -72,8 +74,10 @@ def staged_folder(output: Path) -> Iterator[Path]:
     try:
         with locked(staging):
             remove_abandoned(staging.parent, output.name)
+            refuse_second(staging, output)
             yield staging
         usual_modes(staging)
+        sync_tree(staging)
         if is_inside:
             _move_in(staging, output)
         else:
@@ -84,6 +88,15 @@ def staged_folder(output: Path) -> Iterator[Path]:
             with suppress(OSError):  # somebody else has put something there
                 parent.rmdir()
         raise
+
+
+def refuse_second(staging: Path, output: Path) -> None:
+    """Raises:
+    TunesmithError: another process began to prepare the same run before; what is left beside ours is alive.
+    """
+    partial = [path for path in staging.parent.iterdir() if is_partial(path, output.name)]
+    if min(partial) != staging:
+        raise TunesmithError(f"{output}: another process prepares this run. Let it end, or give --output a new folder.")
 
 
 def _move_in(staging: Path, output: Path) -> None:

@@ -14,6 +14,7 @@ PACKAGE = Path(tunesmith.__file__).parent
 ORDER = [
     "errors",
     "reading",
+    "display",
     "files",
     "config",
     "foreign",

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from tunesmith.display import shorten
 from tunesmith.errors import InterruptedRun, RunError, Terminated, TunesmithError
 from tunesmith.files import is_out_of_memory, system_error
 from tunesmith.streams import OutputLost
@@ -70,7 +71,7 @@ def report_failure(error: BaseException, words: list[str]) -> int:
     if os.environ.get(_DEBUG):
         print("".join(traceback.format_exception(_unsuppressed(error))), file=sys.stderr)
     text, code = explain(error, words)
-    print(text, file=sys.stderr)
+    print(shorten(text), file=sys.stderr)
     return code
 
 

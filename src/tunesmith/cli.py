@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.boundary import end_at_next_interrupt, report_failure, taken_signals
+from tunesmith.display import visible_streams
 from tunesmith.errors import InterruptedRun, RunError, UsageError
 from tunesmith.parser import build_parser
 from tunesmith.streams import lasting_streams
@@ -227,7 +228,7 @@ def _quiet_libraries() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code of the command contract."""
     words = list(sys.argv[1:] if argv is None else argv)
-    with lasting_streams() as output, taken_signals() as signals:
+    with lasting_streams() as output, visible_streams(), taken_signals() as signals:
         output.ends_without_reader, output.ends_when_full = _needs_output(words)
         try:
             _require_text(words)

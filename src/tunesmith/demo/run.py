@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from rich.text import Text
 
 from tunesmith.config import ModelSection, RunConfig
 from tunesmith.demo.tasks import HeldOut, Task, draw_chats, draw_held_out
+from tunesmith.display import raw_stream, visible
 from tunesmith.runfile import resolve_config
 from tunesmith.train.folder import resolve_output
 from tunesmith.train.run import run_training
@@ -140,14 +142,15 @@ def _share_right(tasks: Sequence[Task], replies: Sequence[Reply]) -> float:
 
 
 def print_result(result: DemoResult, tasks: Sequence[Task], before: Sequence[Reply], after: Sequence[Reply]) -> None:
-    console = Console(width=None if Console().is_terminal else 120)
+    stream = raw_stream(sys.stdout)
+    console = Console(file=stream, width=None if Console(file=stream).is_terminal else 120)
     shown = Table("held-out question", "before", "after", title="replies to questions that were never trained")
     for index, task in enumerate(tasks):
         if index % NUM_HELD_OUT < _NUM_SHOWN:
             reply = after[index].text
             mark = "right" if reply == task.answer else f"wrong: {task.answer}"
             cells = (task.question, _shorten(before[index].text), f"{reply}  ({mark})")
-            shown.add_row(*(Text(cell) for cell in cells))
+            shown.add_row(*(Text(visible(cell)) for cell in cells))
     console.print(shown)
     table = Table("kind", "right", "best constant answer", title="exact match on held-out questions")
     for line in result.scores:

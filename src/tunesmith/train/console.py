@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tunesmith.display import cover_streams, raw_stream, visible
+
 _PLAIN_LINES = 20  # lines of a run whose output goes to a file
 
 
@@ -51,21 +53,22 @@ class StepDisplay:
                 TextColumn("training"),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[line]}"),
+                TextColumn("{task.fields[line]}", markup=False),
                 TimeRemainingColumn(),
-                console=Console(),
+                console=Console(file=raw_stream(sys.stdout)),
             )
             self._task = self._bar.add_task("", total=total_steps, completed=first_step, line="")
             self._bar.start()
+            cover_streams()  # rich has put streams of its own in their place
 
     def show(self, record: dict[str, Any], remark: str = "") -> None:
         """A record as a line; `remark` stands at the end of each line for as long as it holds."""
-        line = "  ".join(part for part in (format_record(record), remark) if part)
+        line = visible("  ".join(part for part in (format_record(record), remark) if part))
         step = record["step"]
         if self._bar:
             self._bar.update(self._task, completed=step, line=line)
             if "eval_loss" in record or "rows" in record:
-                self._bar.console.print(f"step {step}: {line}", highlight=False)
+                self._bar.console.print(f"step {step}: {line}", highlight=False, markup=False)
         elif step >= self._next_line or step == self.total_steps or remark or {"eval_loss", "rows"} & set(record):
             self._next_line = step + max(1, self.total_steps // _PLAIN_LINES)
             print(f"step {step}/{self.total_steps}  {line}{self._time_left(step)}", flush=True)

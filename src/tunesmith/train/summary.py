@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import torch
+import yaml
 from torch import nn
 
 from tunesmith import __version__
 from tunesmith.config import RunConfig
 from tunesmith.data.encode import Encoder
 from tunesmith.data.ledger import Ledger
+from tunesmith.display import to_markdown, visible
 from tunesmith.model.adapters import describe_adapter
 from tunesmith.model.isolation import Isolation
 from tunesmith.model.load import count_parameters
@@ -176,15 +177,21 @@ def _vocabulary(model: nn.Module) -> int:
 def model_card(facts: RunFacts, progress: RunProgress) -> str:
     """RUN/model/README.md: what it was made of, in a form the hub reads."""
     config = facts.config
-    base = f"base_model: {json.dumps(config.model.path)}\n" if not config.model.path.startswith("new:") else ""
+    front: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if not config.model.path.startswith("new:"):
+        front["base_model"] = visible(config.model.path)
+    front["tags"] = ["tunesmith", "sft"]
+    head = yaml.safe_dump(front, sort_keys=False, default_flow_style=None)
     last = f"step {progress.step}, {progress.epoch:.2f} epochs, {progress.supervised_tokens:,} supervised tokens"
     if progress.best_step is not None:
         last += f"; weights of step {progress.best_step}, the best evaluated (eval_loss {progress.best_eval_loss:.4f})"
-    rows = "\n".join(f"- {name or '  '} {text}".rstrip() for name, text in summary_lines(facts) if name != "memory")
+    rows = "\n".join(
+        f"- {name or '  '} {to_markdown(text)}".rstrip() for name, text in summary_lines(facts) if name != "memory"
+    )
     return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{base}tags: [tunesmith, sft]\n---\n"
-        f"# {facts.config.train.output_dir.rstrip('/').rsplit('/', 1)[-1]}\n\n"
+        f"---\n{head}---\n"
+        f"# {to_markdown(config.train.output_dir.rstrip('/').rsplit('/', 1)[-1])}\n\n"
         f"Trained with tunesmith {__version__}: {last}.\n\n{rows}\n\n"
         f"Learning rate {config.optim.lr:g} ({config.optim.schedule}), seed {config.train.seed}. "
-        f"Replies stop at `{facts.encoder.stop.text}` (generation_config.json).\n"
+        f"Replies stop at {to_markdown(facts.encoder.stop.text)} (generation_config.json).\n"
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import html
 import json
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,6 +19,7 @@ from tunesmith.data.check import Check, Finding, check_rows
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.data.prepare import label_rows
 from tunesmith.data.read import find_sources, read_rows
+from tunesmith.display import raw_stream, to_html, visible
 from tunesmith.errors import DataError
 from tunesmith.files import write_text_atomic
 from tunesmith.model.load import choose_max_seq_len, load_config
@@ -74,7 +75,7 @@ def count(number: int, what: str) -> str:
 
 def with_progress(rows: Iterable[LabelledRow]) -> Iterator[LabelledRow]:
     """A line that counts, where somebody watches."""
-    console = Console(stderr=True)
+    console = Console(file=raw_stream(sys.stderr))
     if not console.is_terminal:
         yield from rows
         return
@@ -111,9 +112,10 @@ def facts(check: Check) -> list[tuple[str, str]]:
 
 
 def show_check(check: Check) -> None:
-    console = Console(width=None if Console().is_terminal else 140)
+    stream = raw_stream(sys.stdout)
+    console = Console(file=stream, width=None if Console(file=stream).is_terminal else 140)
     for name, value in facts(check):
-        console.print(Text(f"{name:<10} {value}"))
+        console.print(Text(visible(f"{name:<10} {value}")))
     findings = check.findings.sorted()
     if not findings:
         console.print("No problems found; every row is used.")
@@ -123,7 +125,7 @@ def show_check(check: Check) -> None:
         style = "bold red" if finding.level == "error" else ""
         where = "\n".join(finding.rows[:_SHOWN]) + ("\n..." if finding.count > _SHOWN and finding.rows else "")
         cells = (finding.level, f"{finding.count:,}", finding.what, where, finding.advice)
-        table.add_row(*(Text(cell) for cell in cells), style=style)
+        table.add_row(*(Text(visible(cell)) for cell in cells), style=style)
     console.print(table)
 
 
@@ -150,8 +152,8 @@ td:nth-child(-n+2), th:nth-child(-n+2) {{ white-space: nowrap; overflow-wrap: no
 def render_page(check: Check, config: PreviewConfig) -> str:
     findings = check.findings.sorted()
     return _PAGE.format(
-        data=html.escape(f"{', '.join(config.data.train)} for {config.model.path}"),
-        facts="".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts(check)),
+        data=to_html(f"{', '.join(config.data.train)} for {config.model.path}"),
+        facts="".join(f"<tr><th>{to_html(k)}</th><td>{to_html(v)}</td></tr>" for k, v in facts(check)),
         errors=check.num_errors,
         warnings=len(findings) - check.num_errors,
         findings="\n".join(map(_row, findings)),
@@ -159,7 +161,7 @@ def render_page(check: Check, config: PreviewConfig) -> str:
 
 
 def _row(finding: Finding) -> str:
-    where = html.escape("\n".join(finding.rows)) + ("\n..." if finding.count > len(finding.rows) > 0 else "")
+    where = to_html("\n".join(finding.rows)) + ("\n..." if finding.count > len(finding.rows) > 0 else "")
     cells = (finding.level, f"{finding.count:,}", finding.what)
-    tds = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-    return f'<tr class="{finding.level}">{tds}<td><code>{where}</code></td><td>{html.escape(finding.advice)}</td></tr>'
+    tds = "".join(f"<td>{to_html(cell)}</td>" for cell in cells)
+    return f'<tr class="{finding.level}">{tds}<td><code>{where}</code></td><td>{to_html(finding.advice)}</td></tr>'

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import datetime
-import html
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from tunesmith.data.labels import Sample
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.data.prepare import label_rows
 from tunesmith.data.read import find_sources, read_rows
+from tunesmith.display import raw_stream, to_html, visible
 from tunesmith.errors import UsageError
 from tunesmith.files import write_text_atomic
 from tunesmith.model.load import choose_max_seq_len, load_config
@@ -97,13 +98,14 @@ def describe_row(row: LabelledRow) -> str:
 
 def show_rows(rows: list[LabelledRow], encoder: Encoder) -> None:
     """Trained text on a green ground; in ⟦ ⟧ as well where the output has no colours."""
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(file=raw_stream(sys.stdout), soft_wrap=True, highlight=False)
     coloured = console.is_terminal and not console.no_color
     for row in rows:
-        console.print(Text(describe_row(row), style="bold"))
+        console.print(Text(visible(describe_row(row)), style="bold"))
         for sample in row.samples:
             text = Text()
-            for piece, is_trained in iterate_runs(sample, encoder):
+            for decoded, is_trained in iterate_runs(sample, encoder):
+                piece = visible(decoded)
                 if is_trained:
                     text.append(piece if coloured else f"⟦{piece}⟧", style=_TRAINED)
                 else:
@@ -112,7 +114,7 @@ def show_rows(rows: list[LabelledRow], encoder: Encoder) -> None:
             console.print()
     if rows:
         console.print(
-            f"trained: {'green' if coloured else '⟦ ⟧'}; replies end with {encoder.stop.text}",
+            f"trained: {'green' if coloured else '⟦ ⟧'}; replies end with {visible(encoder.stop.text)}",
             style="dim",
             markup=False,
         )
@@ -142,11 +144,11 @@ def render_page(rows: list[LabelledRow], encoder: Encoder) -> str:
     parts = []
     for row in rows:
         kind = ' class="refused"' if row.status == "refused" else ""
-        parts.append(f"<h2{kind}>{html.escape(describe_row(row))}</h2>")
+        parts.append(f"<h2{kind}>{to_html(describe_row(row))}</h2>")
         for sample in row.samples:
             pieces = (
-                f"<mark>{html.escape(text)}</mark>" if is_trained else html.escape(text)
+                f"<mark>{to_html(text)}</mark>" if is_trained else to_html(text)
                 for text, is_trained in iterate_runs(sample, encoder)
             )
             parts.append(f"<pre>{''.join(pieces)}</pre>")
-    return _PAGE.format(stop=html.escape(encoder.stop.text), rows="\n".join(parts))
+    return _PAGE.format(stop=to_html(encoder.stop.text), rows="\n".join(parts))

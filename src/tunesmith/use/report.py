@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from tunesmith.config import ModelSection, RunConfig
 from tunesmith.data.labels import Sample
 from tunesmith.data.store import open_store
+from tunesmith.display import to_html
 from tunesmith.files import write_text_atomic
 from tunesmith.model.load import count_parameters
 from tunesmith.model.source import telling_text
@@ -132,25 +132,25 @@ def render_page(
 ) -> str:
     """The page; every text that comes from data is escaped."""
     last = next((r for r in reversed(records) if "loss" in r), None)
-    summary = html.escape(outcome)
+    summary = to_html(outcome)
     if last:
         summary += (
             f"; step {last['step']:,}, {last['epoch']:.2f} epochs, {last['supervised_tokens']:,} supervised tokens"
         )
     rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(_cut(text))}</td>" for text in (s.prompt, s.reply, s.wanted)) + "</tr>"
+        "<tr>" + "".join(f"<td>{to_html(_cut(text))}</td>" for text in (s.prompt, s.reply, s.wanted)) + "</tr>"
         for s in samples
     )
     head = "<tr><th>prompt, as the model gets it</th><th>its reply</th><th>in the data</th></tr>"
     return _PAGE.format(
-        title=html.escape(run.resolve().name),
+        title=to_html(run.resolve().name),
         chart_css=CHART_CSS,
         summary=summary,
         charts=draw_charts(records) or "<p>No step was logged.</p>",
         ledger=_ledger_table(ledger),
-        remark=html.escape(remark),
+        remark=to_html(remark),
         samples=f'<table class="even">{head}{rows}</table>' if rows else "",
-        config=html.escape(read_text(run / "config.yaml")),
+        config=to_html(read_text(run / "config.yaml")),
     )
 
 
@@ -165,9 +165,9 @@ def _ledger_table(ledger: dict[str, Any]) -> str:
             reasons += [f"{note}: {len(numbers)}" for note, numbers in entry["notes"].items()]
             refused = sum(len(numbers) for numbers in entry["refused"].values())
             rows.append(
-                f'<tr><td>{name}</td><td>{html.escape(file)}</td><td class="n">{entry["rows"]:,}</td>'
+                f'<tr><td>{name}</td><td>{to_html(file)}</td><td class="n">{entry["rows"]:,}</td>'
                 f'<td class="n">{entry["used"]:,}</td><td class="n">{refused:,}</td>'
-                f"<td>{html.escape(chr(10).join(reasons[:20]))}</td></tr>"
+                f"<td>{to_html(chr(10).join(reasons[:20]))}</td></tr>"
             )
     numbers = "".join(f'<th class="n">{name}</th>' for name in ("rows", "used", "refused"))
     head = f"<tr><th></th><th>file</th>{numbers}<th>why, and notes</th></tr>"

@@ -144,6 +144,8 @@ def run_command(argv: list[str]) -> None:
             options.density,
             options.seed,
             options.base,
+            options.allow_changed_base,
+            options.trust_remote_code,
         )
     elif options.command == "demo":
         from tunesmith.demo.run import run_demo

@@ -110,6 +110,7 @@ def _add_use_commands(commands: Any) -> None:
         "--chat-template", metavar="T", help="a .jinja file, chatml, alpaca or none; default: the model's"
     )
     chat.add_argument("--trust-remote-code", action="store_true", help="run Python code in the model's folder")
+    chat.add_argument("--allow-changed-base", action="store_true", help="open an adapter on a base that has changed")
     merge = _add_command(commands, "merge", "put adapters into their base model, and prove that it is the same")
     merge.add_argument(
         "adapters", type=_name, nargs="+", metavar="ADAPTER", help="PEFT folders, or runs that trained an adapter"
@@ -125,8 +126,12 @@ def _add_use_commands(commands: Any) -> None:
     )
     merge.add_argument("--seed", type=_seed, default=0, metavar="N", help="of dare's choice (default: 0)")
     merge.add_argument(
-        "--base", type=_name, metavar="M", help="the base in full precision, where the adapter names another"
+        "--base", type=_name, metavar="M", help="the base in full precision, where it lies elsewhere by now"
     )
+    merge.add_argument(
+        "--allow-changed-base", action="store_true", help="merge into a base that is not the one that was trained on"
+    )
+    merge.add_argument("--trust-remote-code", action="store_true", help="run Python code in the base's folder")
     _add_command(commands, "recipes", "list the run files in the package, for train recipe:NAME")
     convert = _add_command(commands, "convert-config", "turn a TRL, LLaMA-Factory or Axolotl YAML into a run file")
     convert.add_argument("file", type=_path, metavar="FILE", help="their YAML; ours goes to standard output")

@@ -12,20 +12,20 @@ import io
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.config import LoraSection
 from tunesmith.errors import ConfigError, ModelError
-from tunesmith.reading import open_file
+from tunesmith.model.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PatternError, is_name, select_modules
+from tunesmith.model.base import write_record
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _INITS: dict[str, Any] = {"pissa": "pissa", "olora": "olora"}
 _EXPERTS = re.compile(r"mlp\.experts\.(gate_up_proj|down_proj)$")
 
@@ -72,7 +72,12 @@ def keep_differentiable(model: nn.Module) -> None:
 
 
 def add_adapter(
-    model: nn.Module, lora: LoraSection, base_name: str, new_ids: Sequence[int] = (), revision: str | None = None
+    model: nn.Module,
+    lora: LoraSection,
+    base_name: str,
+    new_ids: Sequence[int] = (),
+    revision: str | None = None,
+    base_record: Mapping[str, Any] | None = None,
 ) -> Any:
     """Freeze the model and put an adapter into it; returns peft's PeftModel around it.
 
@@ -80,62 +85,104 @@ def add_adapter(
         base_name: written into adapter_config.json, where peft looks for the base.
         new_ids: added tokens, whose rows of embedding and head are trained.
         revision: of a hub base, kept for those who open the adapter.
+        base_record: from model/base.py, saved wherever the adapter is.
 
     Raises:
         ConfigError: a target that stands for nothing, or a kind that the model's layers do not take.
     """
     from peft import LoraConfig, get_peft_model
 
-    targets, parameters = choose_targets(model, lora)
-    problem = _find_problem(model, lora, targets, parameters)
-    if changes_base(lora) and (lora.modules_to_save or lora.bias != "none" or new_ids):
-        problem = f"kind: {lora.kind} is saved as matrices only, without modules_to_save, bias and add_tokens; use lora"
+    try:
+        targets, parameters = choose_targets(model, lora)
+    except PatternError as error:
+        raise ConfigError("lora", [f"target_modules: {error}"]) from None
+    problem = find_problem(model, lora, targets, parameters) or find_tying_problem(model, lora, targets, bool(new_ids))
     if problem:
         raise ConfigError("lora", [problem])
+    whole, is_tied = choose_whole(model, lora)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
         lora_alpha=int(lora.scale_alpha) if float(lora.scale_alpha).is_integer() else lora.scale_alpha,
         lora_dropout=lora.dropout,
-        target_modules=targets,
+        target_modules=list(targets),
         target_parameters=parameters or None,
-        modules_to_save=lora.modules_to_save,
-        trainable_token_indices=_token_rows(model, lora, new_ids),
+        modules_to_save=list(whole) or None,
+        trainable_token_indices=_token_rows(model, whole, new_ids),
         bias=lora.bias,
         use_rslora=lora.kind == "rslora",
         use_dora=lora.kind == "dora",
         init_lora_weights=_INITS.get(lora.kind, True),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        ensure_weight_tying=bool(lora.modules_to_save) and bool(model.config.get_text_config().tie_word_embeddings),
+        ensure_weight_tying=is_tied,
     )
     with quiet_peft():
         try:
             wrapped = get_peft_model(model, config)
         except (ValueError, NotImplementedError, RuntimeError) as error:
             raise ConfigError("lora", [f"peft cannot put it into this model: {error}"]) from None
-    wrapped.peft_config["default"].base_model_name_or_path = base_name
-    wrapped.peft_config["default"].revision = revision
+    made = wrapped.peft_config["default"]
+    made.base_model_name_or_path, made.revision = base_name, revision
+    made.target_modules, made.modules_to_save = set(targets), list(whole) or None  # peft has its own words for them
+    wrapped.base_record = base_record
     return wrapped
 
 
-def _token_rows(model: nn.Module, lora: LoraSection, new_ids: Sequence[int]) -> dict[str, list[int]] | None:
+@dataclass(frozen=True)
+class Ends:
+    """Names of the embedding and the head, and whether they are one weight."""
+
+    embedding: str
+    head: str | None
+    is_tied: bool
+
+    def among(self, chosen: Iterable[str]) -> set[str]:
+        """Which of the two are meant: names, or endings of names."""
+        ends = [name for name in (self.embedding, self.head) if name]
+        return set(select_modules(list(chosen), ends))
+
+
+def find_ends(model: Any) -> Ends:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    is_tied = head is not None and bool(model.config.get_text_config().tie_word_embeddings)
+    return Ends(names[id(embedding)], names.get(id(head)), is_tied)
+
+
+def choose_whole(model: nn.Module, lora: LoraSection) -> tuple[list[str], bool]:
+    """(modules to train whole; whether embedding and head among them stay one weight).
+
+    peft ties what it knows by the name lm_head or embed_tokens, so the head stands for both where the embedding has
+    another name (GPT-2's wte).
+    """
+    ends, whole = find_ends(model), list(lora.modules_to_save or [])
+    if not (ends.is_tied and ends.head and ends.among(whole)):
+        return whole, False
+    others = [name for name in whole if not ends.among([name])]
+    knows = ends.embedding.rpartition(".")[2] == "embed_tokens"
+    return [*others, ends.embedding if knows else ends.head], True
+
+
+def _token_rows(model: nn.Module, whole: Sequence[str], new_ids: Sequence[int]) -> dict[str, list[int]] | None:
     """Which rows of which embeddings are trained; a tied head follows its embedding."""
-    layers = [model.get_input_embeddings()]
-    if not model.config.get_text_config().tie_word_embeddings:
-        layers.append(model.get_output_embeddings())
-    names = {
-        name.rpartition(".")[2] for name, module in model.named_modules() if any(module is layer for layer in layers)
-    }
-    rows = {name: list(new_ids) for name in sorted(names - set(lora.modules_to_save or []))}
-    return rows if rows and new_ids else None
+    ends = find_ends(model)
+    trained = ends.among(whole)
+    if not new_ids or (ends.is_tied and trained):
+        return None
+    names = {ends.embedding} if ends.is_tied or not ends.head else {ends.embedding, ends.head}
+    return {name.rpartition(".")[2]: list(new_ids) for name in sorted(names - trained)} or None
 
 
-def choose_targets(model: nn.Module, lora: LoraSection) -> tuple[Any, list[str]]:
-    """(module names or one regex, as peft takes them; names of parameters that are no modules)."""
+def choose_targets(model: nn.Module, lora: LoraSection) -> tuple[list[str], list[str]]:
+    """(names of modules, or endings of names; names of parameters that are not modules).
+
+    Raises:
+        PatternError: a regular expression that cannot be compiled, or does not come to an end.
+    """
     parameters = list(lora.target_parameters or [])
     if lora.target_modules != ["all-linear"]:
-        is_regex = len(lora.target_modules) == 1 and not re.fullmatch(r"[\w.]+", lora.target_modules[0])
-        return (lora.target_modules[0] if is_regex else lora.target_modules), parameters
+        is_regex = len(lora.target_modules) == 1 and not is_name(lora.target_modules[0])
+        return (_names_for(lora.target_modules[0], model) if is_regex else list(lora.target_modules)), parameters
     head = model.get_output_embeddings()
     linear = [
         name for name, m in model.named_modules() if _is_linear(m) and m is not head and not is_router(name, model)
@@ -144,6 +191,14 @@ def choose_targets(model: nn.Module, lora: LoraSection) -> tuple[Any, list[str]]
         experts = [found[0] for name, _ in model.named_parameters() if (found := _EXPERTS.search(name))]
         parameters = sorted(set(experts))
     return sorted({name.rpartition(".")[2] for name in linear}), parameters
+
+
+def _names_for(pattern: str, model: nn.Module) -> list[str]:
+    """What a regular expression matches, as plain names: their last words where these mean the same modules."""
+    names = [name for name, _ in model.named_modules() if name]
+    chosen = select_modules(pattern, names)
+    short = sorted({name.rpartition(".")[2] for name in chosen})
+    return short if select_modules(short, names) == chosen else sorted(chosen)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -157,19 +212,20 @@ def is_router(name: str, model: nn.Module) -> bool:
     return is_mixture and name.rpartition(".")[2] in ("gate", "router", "shared_expert_gate")
 
 
-def _find_problem(model: nn.Module, lora: LoraSection, targets: Any, parameters: list[str]) -> str:
+def find_problem(model: nn.Module, lora: LoraSection, targets: Sequence[str], parameters: Sequence[str]) -> str:
+    """Why the settings do not fit the model's layers; empty where they do."""
     names = [name for name, _ in model.named_modules()]
     known = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if _is_linear(m)})
     advice = f"the model's linear layers are {', '.join(known)}"
-    if isinstance(targets, str):
-        if not any(re.fullmatch(targets, name) for name in names):
-            return f"target_modules {targets!r} matches no module; {advice}"
-    else:
-        for target in targets:
-            if not any(name == target or name.endswith(f".{target}") for name in names):
-                return f"target_modules {target!r} matches no module; {advice}"
+    if not targets and not parameters:
+        return f"target_modules {lora.target_modules[0]!r} matches no module; {advice}"
+    for target in targets:
+        if not is_name(target):
+            return f"target_modules {target!r} is not the name of a module; give names, or one regular expression alone"
+        if not select_modules([target], names):
+            return f"target_modules {target!r} matches no module; {advice}"
     for name in lora.modules_to_save or []:
-        if not any(module == name or module.endswith(f".{name}") for module in names):
+        if not is_name(name) or not select_modules([name], names):
             return f"modules_to_save {name!r} matches no module of this model"
     for parameter in parameters:
         if not any(name.endswith(parameter) for name, _ in model.named_parameters()):
@@ -177,9 +233,42 @@ def _find_problem(model: nn.Module, lora: LoraSection, targets: Any, parameters:
     if changes_base(lora) and any(isinstance(module, Conv1D) for module in model.modules()):
         return f"kind: peft cannot begin {lora.kind} in GPT-2's transposed layers; use lora, rslora or dora"
     if parameters and lora.dropout:
-        return f"dropout: peft knows none for weights that are no modules ({parameters[0]}); set it to 0"
+        return f"dropout: peft has no dropout for weights that are not modules ({parameters[0]}); set it to 0"
     if parameters and lora.kind == "dora":
-        return f"kind: dora does not reach weights that are no modules ({parameters[0]}); use lora"
+        return f"kind: dora does not reach weights that are not modules ({parameters[0]}); use lora"
+    return ""
+
+
+def find_tying_problem(model: nn.Module, lora: LoraSection, targets: Sequence[str], has_new: bool) -> str:
+    """Why embedding and head cannot be trained as asked; empty where they can.
+
+    What is refused here trains in peft, and then opens as another model than was trained, or not at all.
+    """
+    ends, kind = find_ends(model), lora.kind
+    names = [name for name, _ in model.named_modules()]
+    low, whole = ends.among(targets), ends.among(lora.modules_to_save or [])
+    both = set(select_modules(targets, names)) & set(select_modules(lora.modules_to_save or [], names))
+    if changes_base(lora) and (lora.modules_to_save or lora.bias != "none" or has_new):
+        return f"kind: {kind} is saved as matrices only, without modules_to_save, bias and add_tokens; use lora"
+    if both:
+        return f"modules_to_save and target_modules both name {min(both)}; keep it in one of the two"
+    if ends.is_tied and low and whole:
+        return (
+            f"{ends.embedding} and {ends.head} are one weight in this model (tied); name it in modules_to_save or in "
+            "target_modules, not in both"
+        )
+    if has_new and low:
+        return (
+            f"target_modules names {min(low)}, of which model.add_tokens trains whole rows; name it in modules_to_save "
+            "instead, or leave it out"
+        )
+    if ends.embedding in low and kind in ("dora", "pissa", "olora"):
+        return f"kind: {kind} does not reach embeddings ({ends.embedding}); use lora or rslora, or modules_to_save"
+    if ends.is_tied and low and kind in ("dora", "pissa", "olora"):
+        return (
+            f"kind: {kind} cannot part {ends.head} from {ends.embedding}, which are one weight in this model (tied); "
+            "use lora or rslora, or modules_to_save"
+        )
     return ""
 
 
@@ -228,14 +317,28 @@ def write_adapter(
                 folder, path_initial_model_for_weight_conversion=str(initial), save_embedding_layers=False
             )
             (folder / "README.md").unlink(missing_ok=True)
-            return
-        config = wrapped.peft_config["default"]
-        was, config.inference_mode = config.inference_mode, True
-        config.save_pretrained(folder)
-        config.inference_mode = was
-    save_file(
-        dict(weights) if weights is not None else adapter_weights(wrapped), folder / ADAPTER_WEIGHTS, {"format": "pt"}
-    )
+        else:
+            config = wrapped.peft_config["default"]
+            was, config.inference_mode = config.inference_mode, True
+            config.save_pretrained(folder)
+            config.inference_mode = was
+    _sort_names(folder / ADAPTER_CONFIG)
+    write_record(getattr(wrapped, "base_record", None), folder)
+    if initial is None:
+        save_file(
+            dict(weights) if weights is not None else adapter_weights(wrapped),
+            folder / ADAPTER_WEIGHTS,
+            {"format": "pt"},
+        )
+
+
+def _sort_names(path: Path) -> None:
+    """peft keeps names in sets, whose order differs from process to process."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("target_modules", "modules_to_save", "exclude_modules"):
+        if isinstance(config.get(key), list):
+            config[key] = sorted(config[key])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def save_initial(wrapped: Any, folder: Path) -> None:
@@ -261,90 +364,3 @@ def describe_adapter(wrapped: Any) -> str:
 def changes_base(lora: LoraSection) -> bool:
     """PiSSA and OLoRA take their first matrices out of the base's weights."""
     return lora.kind in _INITS
-
-
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of a PEFT folder.
-
-    Raises:
-        ModelError: it cannot be read, or is no LoRA adapter.
-    """
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        kind = config["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ModelError(f"{folder}: its {ADAPTER_CONFIG} cannot be read. The adapter was not saved whole.") from None
-    if kind != "LORA":
-        raise ModelError(f"{folder}: is a {kind} adapter; tunesmith knows LoRA and its relatives.")
-    return dict(config)
-
-
-def find_adapter(path: Path) -> Path | None:
-    """The PEFT folder that a path stands for (itself, or RUN/adapter), if any."""
-    for folder in (path, path / "adapter"):
-        if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
-            return folder
-    return None
-
-
-def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
-    """Raises:
-    ModelError: the file is missing or cut short.
-    """
-    try:
-        open_file(folder / ADAPTER_WEIGHTS).close()  # a pipe would be waited for
-        return load_file(folder / ADAPTER_WEIGHTS)
-    except FileNotFoundError:
-        raise ModelError(f"{folder}: has no {ADAPTER_WEIGHTS}.") from None
-    except Exception as error:
-        raise ModelError(
-            f"{folder / ADAPTER_WEIGHTS}: cannot be read: {error}. The file is cut short or damaged."
-        ) from None
-
-
-def rows_needed(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> int:
-    """Rows of the embedding that an adapter with added tokens takes; 0 where it leaves the embedding alone."""
-    indices = config.get("trainable_token_indices") or []
-    lists = indices.values() if isinstance(indices, dict) else [indices]
-    rows = [max(ids) + 1 for ids in lists if ids]
-    rows += [
-        len(t) for key, t in weights.items() if key.endswith(("embed_tokens.weight", "wte.weight", "lm_head.weight"))
-    ]
-    return max(rows, default=0)
-
-
-def open_adapter(model: nn.Module, folder: Path, name: str = "default", onto: Any = None) -> Any:
-    """Put a saved adapter into its base, frozen.
-
-    Args:
-        onto: the PeftModel to add it to under `name`, where the model has one already.
-
-    Raises:
-        ModelError: it belongs to another base, or is damaged.
-    """
-    from peft import PeftModel, get_peft_model_state_dict
-
-    config, weights = read_adapter_config(folder), read_adapter_weights(folder)
-    rows = rows_needed(config, weights)
-    if rows > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(rows, mean_resizing=False)
-    try:
-        with quiet_peft():
-            if onto is None:
-                wrapped = PeftModel.from_pretrained(model, folder, adapter_name=name)
-            else:
-                onto.load_adapter(folder, adapter_name=name)
-                wrapped = onto
-            placed = get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False)
-    except Exception as error:
-        text = " ".join(str(error).split())
-        raise ModelError(
-            f"{folder}: does not fit this base ({config.get('base_model_name_or_path')} was its own): {text[:300]}"
-        ) from None
-    lost = [key for key, tensor in weights.items() if key not in placed or placed[key].shape != tensor.shape]
-    if lost:
-        raise ModelError(
-            f"{folder}: does not fit this base ({config.get('base_model_name_or_path')} was its own): it has no place "
-            f"for {lost[0]}."
-        )
-    return wrapped

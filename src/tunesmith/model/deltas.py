@@ -11,17 +11,16 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tunesmith.errors import ModelError
-from tunesmith.model.adapters import read_adapter_config, read_adapter_weights
+from tunesmith.model.adapter_config import ADAPTER_CONFIG, PatternError, read_adapter_config, resolve_pattern
+from tunesmith.model.open_adapter import PREFIX, read_adapter_weights
 
-_PREFIX = "base_model.model."
 _ROWS = ".token_adapter.trainable_tokens_delta"
-_PART = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)(\.weight)?$")
+_PART = re.compile(r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?$")
 
 
 class Delta:
@@ -31,7 +30,8 @@ class Delta:
         folder: the PEFT folder.
         whole: tensors that replace the base's (modules_to_save, trained biases).
         rows: tensor name -> (row numbers, rows [n, width]) of added tokens.
-        parts: tensor name -> {"lora_A": [rank, in], "lora_B": [out, rank], "lora_magnitude_vector": [out]}.
+        parts: tensor name -> {"lora_A": [rank, in], "lora_B": [out, rank], "lora_magnitude_vector": [out]}; of an
+            embedding {"lora_embedding_A": [rank, rows], "lora_embedding_B": [width, rank]}.
 
     Raises:
         ModelError: the adapter is damaged, or changes weights in a way that has no rule here.
@@ -43,7 +43,7 @@ class Delta:
         self.rows: dict[str, tuple[list[int], Tensor]] = {}
         self.parts: dict[str, dict[str, Tensor]] = {}
         for key, tensor in (weights if weights is not None else read_adapter_weights(folder)).items():
-            name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
             if name.endswith(_ROWS):
                 module = name.removesuffix(_ROWS)
                 self.rows[f"{module}.weight"] = self._row_numbers(module), tensor
@@ -51,11 +51,21 @@ class Delta:
                 self.parts.setdefault(f"{name[: found.start()]}.weight", {})[found[1]] = tensor
             else:
                 self.whole[name] = tensor
+        try:
+            self._alphas = resolve_pattern(
+                self._config.alpha_pattern, [name.removesuffix(".weight") for name in self.parts]
+            )
+        except PatternError as error:
+            raise ModelError(f"{folder / ADAPTER_CONFIG}: {error}.") from None
 
     @property
     def has_experts(self) -> bool:
-        """Whether it changes weights that are no module's own (a mixture's fused experts)."""
-        return bool(self._config.get("target_parameters"))
+        """Whether it changes weights that are not modules of their own (a mixture's fused experts)."""
+        return bool(self._config.target_parameters)
+
+    def ties_head(self, embedding: str) -> bool:
+        """Whether a head that is one weight with the embedding changes with it."""
+        return embedding in self.rows or (embedding in self.whole and self._config.ensure_weight_tying)
 
     def names(self) -> Iterator[str]:
         yield from self.parts
@@ -85,8 +95,11 @@ class Delta:
             return base
         wide = torch.float64 if base.dtype == torch.float64 else torch.float32
         parts = {part: tensor.to(wide) for part, tensor in self.parts[name].items()}
-        delta = self._scaling(name) * (parts["lora_B"] @ parts["lora_A"])
-        delta = delta.T if is_transposed else delta
+        if "lora_embedding_A" in parts:
+            delta = (parts["lora_embedding_B"] @ parts["lora_embedding_A"]).T
+        else:
+            delta = parts["lora_B"] @ parts["lora_A"]
+        delta = self._scaling(name, parts) * (delta.T if is_transposed else delta)
         changed = base.to(wide) + self._fit(name, delta, base)
         if (magnitude := parts.get("lora_magnitude_vector")) is not None:
             rows = changed.T if is_transposed else changed
@@ -95,15 +108,13 @@ class Delta:
         return changed.to(base.dtype).contiguous()
 
     def _row_numbers(self, module: str) -> list[int]:
-        indices = self._config["trainable_token_indices"]
-        return list(indices[module.rpartition(".")[2]] if isinstance(indices, dict) else indices)
+        return list(self._config.token_indices(module))
 
-    def _scaling(self, name: str) -> float:
-        """alpha and rank may differ from module to module (rank_pattern, alpha_pattern)."""
-        module = name.removesuffix(".weight")
-        rank = _by_pattern(self._config.get("rank_pattern"), module, self._config["r"])
-        alpha = _by_pattern(self._config.get("alpha_pattern"), module, self._config["lora_alpha"])
-        return float(alpha / math.sqrt(rank) if self._config.get("use_rslora") else alpha / rank)
+    def _scaling(self, name: str, parts: Mapping[str, Tensor]) -> float:
+        """alpha may differ from module to module (alpha_pattern), and so may the rank, which the matrices show."""
+        rank = len(parts.get("lora_A", parts.get("lora_embedding_A")))
+        alpha = self._alphas.get(name.removesuffix(".weight"), self._config.lora_alpha)
+        return float(alpha / math.sqrt(rank) if self._config.use_rslora else alpha / rank)
 
     def _fit(self, name: str, tensor: Tensor, base: Tensor) -> Tensor:
         if tensor.shape != base.shape:
@@ -112,10 +123,3 @@ class Delta:
                 f"for {list(tensor.shape)}."
             )
         return tensor
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, usual: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return usual

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from transformers.utils import logging
 
 from tunesmith.config import ModelSection
 from tunesmith.errors import ModelError
-from tunesmith.model.adapters import keep_differentiable, open_adapter
+from tunesmith.model.adapters import keep_differentiable
+from tunesmith.model.base import hub_folder, require_base
+from tunesmith.model.open_adapter import merge_adapter, open_adapter
 from tunesmith.model.presets import build_preset_config, explain_overrides
-from tunesmith.model.source import explain_load_error, find_model
+from tunesmith.model.source import ModelSource, explain_load_error, find_model
 
 DEFAULT_MAX_SEQ_LEN = 2048
 
@@ -84,8 +87,8 @@ def load_model(
     if quantization is not None:
         keep_differentiable(model)
     if source.adapter:
-        wrapped = open_adapter(model, source.adapter)
-        return wrapped.merge_and_unload().requires_grad_(True)
+        require_own_base(source, False, _ON_CHANGED)
+        return merge_adapter(open_adapter(model, source.adapter)).requires_grad_(True)
     return model
 
 
@@ -103,6 +106,22 @@ def require_token_ids(path: str, generation_config: Any) -> None:
                 f"{path}: generation_config.json: {name} is {str(value)[:80]!r}, not the number of a token. Correct "
                 "it, or remove the file."
             )
+
+
+_ON_CHANGED = (
+    "To train on this one all the same, merge first: tunesmith merge ADAPTER --allow-changed-base --output MERGED."
+)
+
+
+def require_own_base(source: ModelSource, is_allowed: bool, advice: str) -> str:
+    """Refuse an adapter whose base, loaded just now, is not the one that it was trained on; a remark for the person.
+
+    Raises:
+        ModelError: it is another base.
+    """
+    assert source.adapter is not None
+    folder = Path(source.name) if source.kind == "local" else hub_folder(source.name, source.revision)
+    return require_base(source.adapter, folder, is_allowed, advice) if folder else ""
 
 
 def choose_max_seq_len(config: PretrainedConfig, wanted: int | None) -> tuple[int, str]:

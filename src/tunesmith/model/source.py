@@ -9,7 +9,8 @@ from pathlib import Path
 
 from tunesmith.errors import ModelError, RunError, TunesmithError
 from tunesmith.files import is_out_of_memory
-from tunesmith.model.adapters import ADAPTER_CONFIG, find_adapter, read_adapter_config
+from tunesmith.model.adapter_config import ADAPTER_CONFIG, find_adapter, read_adapter_config
+from tunesmith.model.base import read_record
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _NO_NETWORK = ("couldn't connect", "offline", "name or service", "connection", "timed out", "requested files")
@@ -59,17 +60,22 @@ def find_model(path: str) -> ModelSource:
 
 
 def _find_base(adapter: Path) -> ModelSource:
-    config = read_adapter_config(adapter)
-    base = config.get("base_model_name_or_path")
+    config, record = read_adapter_config(adapter), read_record(adapter)
+    base = config.base_model_name_or_path
     if not base:
         raise ModelError(f"{adapter}: names no base model in {ADAPTER_CONFIG} (base_model_name_or_path).")
+    if base.startswith("new:"):
+        raise ModelError(f"{adapter}: its base {base} had random weights, which were saved nowhere.")
     try:
-        source = find_model(str(base))
+        folder = open_path(base)
+        if folder.is_dir() and find_adapter(folder):
+            raise ModelError(f"{base} is an adapter itself. Merge that one first: tunesmith merge.")
+        source = find_model(base)
     except ModelError as error:
         raise ModelError(f"{adapter}: its base model cannot be found: {error}") from None
-    if source.adapter:
-        raise ModelError(f"{adapter}: its base {base} is an adapter itself. Merge that one first: tunesmith merge.")
-    return ModelSource(source.kind, source.name, adapter, config.get("revision") if source.kind == "hub" else None)
+    # a hub model's main branch moves on; the commit that was trained on stays
+    revision = (record or {}).get("commit") or config.revision
+    return ModelSource(source.kind, source.name, adapter, revision if source.kind == "hub" else None)
 
 
 def open_path(path: str) -> Path:
@@ -116,7 +122,9 @@ def telling_text(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
-def explain_load_error(name: str, what: str, error: Exception) -> TunesmithError:
+def explain_load_error(
+    name: str, what: str, error: Exception, trust_flag: str = "--model.trust_remote_code true"
+) -> TunesmithError:
     """transformers' and huggingface_hub's errors in our words: what is wrong and what to do."""
     if is_out_of_memory(error):
         return RunError(f"{name}: {what} do not fit into memory. End other programs, or give a smaller model.")
@@ -130,10 +138,7 @@ def explain_load_error(name: str, what: str, error: Exception) -> TunesmithError
     elif "RevisionNotFoundError" in kinds:
         reason = "the hub model has no such model.revision"
     elif "trust_remote_code" in chain or "custom code" in chain:
-        reason = (
-            "the model brings Python code of its own. Read that code, and if you trust it: "
-            "--model.trust_remote_code true"
-        )
+        reason = f"the model brings Python code of its own. Read that code, and if you trust it: {trust_flag}"
     elif any(word in chain for word in _NO_NETWORK):
         reason = (
             "it is not a local folder, and the hub cannot be reached. Check the spelling and the network, or give a "

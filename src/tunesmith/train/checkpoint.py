@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from tunesmith.data.encode import Encoder
 from tunesmith.files import atomic_directory, seal_of, sealed, sha256_file, wait_if_asked
-from tunesmith.model.adapters import ADAPTER_WEIGHTS, adapter_weights
+from tunesmith.model.adapter_config import ADAPTER_WEIGHTS
+from tunesmith.model.adapters import adapter_weights
 from tunesmith.model.loss import SupervisedLM
 from tunesmith.model.save import write_trained
 from tunesmith.model.tensors import write_tensors

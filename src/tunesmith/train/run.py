@@ -27,12 +27,13 @@ from tunesmith.model.adapters import (
     require_quantization,
     save_initial,
 )
+from tunesmith.model.base import record_base
 from tunesmith.model.isolation import Isolation, set_up_attention
 from tunesmith.model.load import check_vocabulary, choose_max_seq_len, extend_vocabulary, load_config, load_model
 from tunesmith.model.loss import SupervisedLM
 from tunesmith.model.reopen import require_one_reading
 from tunesmith.model.save import save_adapter, save_model
-from tunesmith.model.source import find_model
+from tunesmith.model.source import ModelSource, find_model
 from tunesmith.model.tensors import find_not_finite
 from tunesmith.model.tokenizer import load_encoder
 from tunesmith.runfile import dump_yaml
@@ -130,11 +131,9 @@ def assemble(config: RunConfig, setting: Setting, prepared: Prepared, weights: M
         weights: where the model's weights come from: the model that was named, or a checkpoint.
     """
     precision, is_adapter = setting.precision, config.lora.kind != "none"
-    if is_adapter and find_model(config.model.path).adapter:
-        raise ModelError(
-            f"{config.model.path}: is an adapter, and an adapter on it would have no base that others know. Merge it "
-            f"first: tunesmith merge {config.model.path} --output MERGED; then train on MERGED."
-        )
+    source = find_model(config.model.path)
+    if is_adapter:
+        require_real_base(config.model.path, source)
     # frozen weights need no fp32 copy: autocast computes with their half precision anyway
     dtype = precision.autocast if is_adapter and precision.autocast else precision.weights
     quantization = quantization_config(config.lora, dtype)
@@ -151,7 +150,8 @@ def assemble(config: RunConfig, setting: Setting, prepared: Prepared, weights: M
     adapter = None
     if is_adapter:
         torch.manual_seed(config.train.seed)
-        adapter = add_adapter(model, config.lora, name_of_base(config.model.path), new_ids, config.model.revision)
+        base = record_base(source.kind, source.name, getattr(setting.model_config, "_commit_hash", None))
+        adapter = add_adapter(model, config.lora, name_of_base(config.model.path), new_ids, config.model.revision, base)
         if precision.autocast:
             cast_trained(model, precision.weights)
     isolation = set_up_attention(model, setting.max_seq_len, setting.capacity)
@@ -159,6 +159,22 @@ def assemble(config: RunConfig, setting: Setting, prepared: Prepared, weights: M
     plan = build_plan(config, prepared, setting.capacity)
     return RunFacts(config, setting.encoder, prepared.ledger, prepared.eval_ledger, lm, plan, isolation,
                     setting.precision, setting.device, setting.max_seq_len, setting.length_remark)  # fmt: skip
+
+
+def require_real_base(path: str, source: ModelSource) -> None:
+    """Raises:
+    ModelError: nobody else could open the adapter, because its base lies nowhere.
+    """
+    if source.adapter:
+        raise ModelError(
+            f"{path}: is already an adapter; peft and other tools cannot load a second adapter on top of it. Merge it "
+            f"first: tunesmith merge {path} --output MERGED; then train on MERGED."
+        )
+    if source.kind == "preset":
+        raise ModelError(
+            f"{path}: has random weights that are saved nowhere, so an adapter on them could never be opened. Train it "
+            "in full (--lora.kind none), and an adapter on that."
+        )
 
 
 def name_of_base(path: str) -> str:

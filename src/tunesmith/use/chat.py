@@ -17,7 +17,7 @@ HELP = "/reset forgets the conversation, /system TEXT sets the system prompt (an
 
 def run_chat(options: argparse.Namespace) -> None:
     section = ModelSection(path=options.model, trust_remote_code=options.trust_remote_code)
-    speaker = load_speaker(section, options.chat_template, options.more)
+    speaker = load_speaker(section, options.chat_template, options.more, options.allow_changed_base)
     template = speaker.encoder.template
     if template is not None and template.is_fallback:
         print(

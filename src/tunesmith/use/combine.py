@@ -14,8 +14,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tunesmith.errors import ModelError, RunError
-from tunesmith.model.adapters import quiet_peft, read_adapter_config, write_adapter
+from tunesmith.model.adapter_config import read_adapter_config
+from tunesmith.model.adapters import quiet_peft, write_adapter
 from tunesmith.model.deltas import Delta
+from tunesmith.model.open_adapter import open_adapter
 
 METHODS = ("linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",
            "magnitude_prune", "magnitude_prune_svd", "sequential")  # fmt: skip
@@ -38,6 +40,7 @@ class MergePlan:
         weights: of each adapter.
         density: share of the values that TIES, DARE and pruning keep.
         seed: of DARE's choice.
+        trust_remote_code: run Python code in the base's folder.
     """
 
     base: Path
@@ -46,6 +49,7 @@ class MergePlan:
     weights: tuple[float, ...]
     density: float
     seed: int
+    trust_remote_code: bool = False
 
 
 @contextmanager
@@ -64,24 +68,22 @@ def combine(plan: MergePlan, folder: Path) -> Path:
     for adapter in plan.adapters:
         own = read_adapter_config(adapter)
         for key, what in _NOT_COMBINED.items():
-            if own.get(key) not in (None, False, "none", [], {}):
+            if getattr(own, key) not in (None, False, "none", [], {}):
                 raise ModelError(
                     f"{adapter}: {what}, which peft does not combine. Merge them one after another: --method sequential"
                 )
-    config = AutoConfig.from_pretrained(plan.base)
+    config = AutoConfig.from_pretrained(plan.base, trust_remote_code=plan.trust_remote_code)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=plan.trust_remote_code)
     weightless(model)
-    from peft import PeftModel
-
     names = [f"adapter_{index}" for index in range(len(plan.adapters))]
     options: dict[str, Any] = {} if plan.method in ("linear", "cat", "svd") else {"density": plan.density}
     torch.manual_seed(plan.seed)
+    wrapped: Any = None
+    for name, adapter in zip(names, plan.adapters, strict=True):
+        wrapped = open_adapter(model, adapter, name, onto=wrapped, is_weightless=True)
     try:
         with quiet_peft():
-            wrapped = PeftModel.from_pretrained(model, plan.adapters[0], adapter_name=names[0], low_cpu_mem_usage=True)
-            for name, adapter in zip(names[1:], plan.adapters[1:], strict=True):
-                wrapped.load_adapter(adapter, adapter_name=name, low_cpu_mem_usage=True)
             wrapped.base_model.add_weighted_adapter(
                 names, list(plan.weights), "default", combination_type=plan.method, **options
             )

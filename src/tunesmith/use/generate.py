@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from tunesmith.config import ModelSection
 from tunesmith.data.conversation import Message
 from tunesmith.data.encode import Encoder
 from tunesmith.errors import ModelError
-from tunesmith.model.adapters import open_adapter
-from tunesmith.model.load import load_config, load_model
+from tunesmith.model.load import load_config, load_model, require_own_base
+from tunesmith.model.open_adapter import open_adapter
 from tunesmith.model.source import ModelSource, find_model, telling_text
 from tunesmith.model.tokenizer import build_encoder, load_tokenizer
 from tunesmith.runfile import read_yaml
@@ -30,16 +31,18 @@ class Speaker:
     Attributes:
         context: tokens that a prompt and its reply may have together; None: no limit is known.
         adapter: peft's PeftModel around the model, where adapters were opened.
+        adapters: name of an opened adapter, as it is shown -> its name in peft.
     """
 
     model: nn.Module
     encoder: Encoder
     context: int | None = None
     adapter: Any = None
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def adapter_names(self) -> list[str]:
-        return list(self.adapter.peft_config) if self.adapter is not None else []
+        return list(self.adapters)
 
     def switch(self, name: str) -> None:
         """Answer with another of the opened adapters; "base": with none."""
@@ -47,7 +50,7 @@ class Speaker:
             self.adapter.base_model.disable_adapter_layers()
         else:
             self.adapter.base_model.enable_adapter_layers()
-            self.adapter.set_adapter(name)
+            self.adapter.set_adapter(self.adapters[name])
 
     def room_for_reply(self, prompt_tokens: int, wanted: int) -> int:
         """New tokens that still fit behind a prompt, at most `wanted`.
@@ -74,11 +77,17 @@ class Sampling:
     seed: int = 0
 
 
-def load_speaker(section: ModelSection, chat_template: str | None = None, more: Sequence[str] = ()) -> Speaker:
+def load_speaker(
+    section: ModelSection,
+    chat_template: str | None = None,
+    more: Sequence[str] = (),
+    allow_changed_base: bool = False,
+) -> Speaker:
     """Open a model for talking; a run is talked to with the template and its variables that it was trained with.
 
     Args:
         more: further adapters of the same base, to switch to.
+        allow_changed_base: open adapters on a base that is not the one they were trained on any more.
     """
     if section.path.startswith("new:"):
         raise ModelError(
@@ -98,34 +107,44 @@ def load_speaker(section: ModelSection, chat_template: str | None = None, more: 
     source = find_model(section.path)
     plain = section.model_copy(update={"path": source.name, "revision": source.revision}) if source.adapter else section
     model = load_model(plain, config, dtype, seed=0)
-    adapter = open_all(model, source, [section.path, *more]) if source.adapter or more else None
+    adapter, names = None, {}
+    if source.adapter or more:
+        adapter, names = open_all(model, source, [section.path, *more], allow_changed_base)
     model.to(device).eval()
     learnt = getattr(config.get_text_config(), "max_position_embeddings", None)
     context = max(learnt, trained.get("max_seq_len") or 0) if learnt else None  # a run may have gone beyond
-    return Speaker(model, encoder, context, adapter)
+    return Speaker(model, encoder, context, adapter, names)
 
 
-def open_all(model: nn.Module, first: ModelSource, paths: Sequence[str]) -> Any:
-    """Adapters of one base, each under the name of its run or folder; the first is active.
+def open_all(
+    model: nn.Module, first: ModelSource, paths: Sequence[str], allow_changed_base: bool = False
+) -> tuple[Any, dict[str, str]]:
+    """(peft's PeftModel with adapters of one base, the first active; name of its run or folder -> peft's name of it).
 
     Raises:
-        ModelError: one of them is no adapter, or has another base.
+        ModelError: one of them is not an adapter, or has another base.
     """
-    wrapped = None
+    wrapped, names = None, {}
     for path in paths:
         source = find_model(path)
         if source.adapter is None:
             raise ModelError(f"{path}: is no adapter, so it cannot be switched to beside others.")
         if source.name != first.name:
             raise ModelError(f"{path}: its base is {source.name}, not {first.name} as that of {paths[0]}.")
+        if remark := require_own_base(source, allow_changed_base, _ON_CHANGED):
+            print(f"note: {remark}", file=sys.stderr)
         folder = source.adapter.resolve()
         name = folder.parent.name if folder.name == "adapter" else folder.name
-        name = name.replace(".", "-")  # torch takes no dots in names of modules
-        taken = wrapped.peft_config if wrapped is not None else {}
-        name = name if name not in taken else f"{name}-{len(taken) + 1}"
-        wrapped = open_adapter(model, source.adapter, name, onto=wrapped)
-    wrapped.set_adapter(next(iter(wrapped.peft_config)))
-    return wrapped
+        name = name if name not in (*names, "base") else f"{name}-{len(names) + 1}"
+        # a name of ours inside: peft looks for it in names of parameters, where "bias" or "lora" stand already
+        names[name] = f"adapter_{len(names) + 1}_of_chat"
+        wrapped = open_adapter(model, source.adapter, names[name], onto=wrapped)
+    assert wrapped is not None
+    wrapped.set_adapter(next(iter(names.values())))
+    return wrapped, names
+
+
+_ON_CHANGED = "To talk to the adapter on this one all the same: --allow-changed-base."
 
 
 def _trained_data_section(path: Path) -> dict[str, Any]:

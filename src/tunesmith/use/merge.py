@@ -12,45 +12,32 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import ModelError, RunError, TunesmithError
 from tunesmith.files import atomic_directory, is_no_room
-from tunesmith.model.adapters import (
-    find_adapter,
-    open_adapter,
-    read_adapter_config,
-)
+from tunesmith.model.adapter_config import find_adapter, read_adapter_config
+from tunesmith.model.adapters import find_ends
+from tunesmith.model.base import require_base, weight_files
 from tunesmith.model.deltas import Delta
-from tunesmith.model.source import explain_load_error, find_model, open_path, telling_text
+from tunesmith.model.open_adapter import merge_adapter, open_adapter
+from tunesmith.model.source import ModelSource, explain_load_error, find_model, open_path, telling_text
+from tunesmith.train.folder import locked, remove_abandoned
 from tunesmith.use.combine import MergePlan, deltas_of
+from tunesmith.use.proof import prove
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
-_PROMPTS = (
-    "Who are you?",
-    "Write a short poem about the sea.",
-    "1, 2, 3, 4,",
-    "def add(a, b):\n",
-    "请介绍一下你自己。",
-)
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_INDEX = "model.safetensors.index.json"
 _SETTINGS = ("generation_config.json",)
 _TOKENIZER = (
-    "tokenizer",
-    "chat_template",
-    "vocab",
-    "merges",
-    "special_tokens",
-    "added_tokens",
-    "spiece",
-    "sentencepiece",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+    "vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model",
+    "sentencepiece.bpe.model", "bpe.codes", "tekken.json",
+)  # fmt: skip
+_ON_CHANGED = (
+    "Where it lies elsewhere by now: --base FOLDER. To merge into this one all the same: --allow-changed-base."
 )
-_HEAD = "lm_head.weight"
-_DATA_FILES = ("config.json", "generation_config.json", "tokenizer", "chat_template", "vocab", "merges",
-               "special_tokens", "added_tokens", "spiece", "sentencepiece")  # fmt: skip
 
 
 def run_merge(
@@ -61,16 +48,19 @@ def run_merge(
     density: float = 0.5,
     seed: int = 0,
     base: str | None = None,
+    allow_changed_base: bool = False,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Merge, prove, save.
+
+    Args:
+        allow_changed_base: merge into a base that is not the one that was trained on, too.
 
     Raises:
         ModelError: adapters or base are not what they should be.
         RunError: the proof failed, or there is no room; nothing is left then.
     """
-    folder = Path(output).expanduser()
-    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise TunesmithError(f"{output}: exists already; give --output a new folder.")
+    folder = resolve_target(output)
     adapters = tuple(_find_adapter(name) for name in names)
     if (weights or method != "sequential") and len(adapters) == 1:
         raise TunesmithError("--method and --weights: are for several adapters; this is one.")
@@ -79,20 +69,50 @@ def run_merge(
     weights = tuple(weights or [1.0] * len(adapters))
     if len(weights) != len(adapters):
         raise TunesmithError(f"--weights: {len(weights)} numbers for {len(adapters)} adapters; give one for each.")
-    plan = MergePlan(_find_base(adapters, base), adapters, method, weights, density, seed)
+    source = _find_base(adapters, base)
+    folder_of_base = _fetch_base(source, adapters, trust_remote_code)
+    plan = MergePlan(folder_of_base, adapters, method, weights, density, seed, trust_remote_code)
+    remarks = [require_base(a, plan.base, allow_changed_base, _ON_CHANGED, reads_all=True) for a in adapters]
     require_room(plan.base, folder)
     try:
-        with deltas_of(plan) as (deltas, combined), atomic_directory(folder.resolve()) as partial:
-            changed = merge_files(plan.base, deltas, partial)
+        with atomic_directory(folder) as partial, locked(partial), deltas_of(plan) as (deltas, combined):
+            remove_abandoned(partial.parent, folder.name)
+            changed = merge_files(plan, deltas, partial)
             _copy_rest(plan, partial)
             said = prove(plan, combined, partial)
     except TunesmithError:
         raise
-    except Exception as error:  # a file of the base cut short, code of its own, a tokenizer that is none
+    except Exception as error:  # a file of the base cut short, code of its own, a tokenizer that cannot be read
         if is_no_room(error):
             raise RunError(f"{output}: no room left on the disk; nothing was kept.") from None
         raise ModelError(f"{plan.base}: the merge failed, and nothing was kept: {telling_text(error)}.") from None
+    for remark in filter(None, remarks):
+        print(f"note: {remark}")
     _tell(plan, changed, said, output)
+    return folder
+
+
+def resolve_target(output: str) -> Path:
+    """The real path of a folder to make.
+
+    Raises:
+        TunesmithError: it exists, or cannot be made there.
+    """
+    shown = output if len(output) <= 80 else f"{output[:80]}..."
+    try:
+        output.encode("utf-8")
+        folder = Path(output).expanduser().resolve()
+        if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+            raise TunesmithError(f"{shown}: exists already; give --output a new folder.")
+        parent = next(path for path in folder.parents if path.exists())
+    except UnicodeEncodeError:
+        raise TunesmithError(f"{shown!r}: is not UTF-8; give --output a name that is.") from None
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: ~somebody without a home
+        reason = getattr(error, "strerror", None) or error
+        raise TunesmithError(f"{shown}: cannot be used as --output: {reason}.") from None
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        what = "is not writable" if parent.is_dir() else "is not a folder"
+        raise TunesmithError(f"{shown}: cannot be used as --output: {parent} {what}.")
     return folder
 
 
@@ -114,31 +134,39 @@ def _find_adapter(name: str) -> Path:
     return folder
 
 
-def _find_base(adapters: Sequence[Path], base: str | None) -> Path:
-    """A folder with the base's files; fetched from the hub where it is not a local one."""
-    named = {str(read_adapter_config(adapter).get("base_model_name_or_path")) for adapter in adapters}
+def _find_base(adapters: Sequence[Path], base: str | None) -> ModelSource:
+    named = {str(read_adapter_config(adapter).base_model_name_or_path) for adapter in adapters}
     if base is None and len(named) > 1:
         raise ModelError(
-            f"the adapters have different bases ({', '.join(sorted(named))}); if they are one, name it: --base"
+            f"the adapters have different bases ({', '.join(sorted(named))}); if they are one model, name it: --base"
         )
-    try:
-        source = find_model(base or next(iter(named)))
-    except ModelError as error:
-        raise ModelError(f"{adapters[0]}: its base model cannot be found: {error} Name it: --base") from None
-    if source.adapter or source.kind == "preset":
-        raise ModelError(f"{base}: is no base model.")
+    if base is not None:
+        source = find_model(base)
+        if source.adapter or source.kind == "preset":
+            raise ModelError(f"{base}: is not a base model. Give --base a model folder or a hub id.")
+        return source
+    sources = []
+    for adapter in adapters:
+        try:
+            sources.append(find_model(str(adapter)))
+        except ModelError as error:
+            raise ModelError(f"{error} Name it: --base") from None
+    return sources[0]
+
+
+def _fetch_base(source: ModelSource, adapters: Sequence[Path], trust_remote_code: bool) -> Path:
+    """A folder with the base's files; fetched from the hub where it is not a local one."""
     folder = Path(source.name)
     if source.kind == "hub":
         from huggingface_hub import snapshot_download
 
-        wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-        revisions = {read_adapter_config(adapter).get("revision") for adapter in adapters}
+        wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", *(["*.py"] if trust_remote_code else [])]
+        revision = source.revision or read_adapter_config(adapters[0]).revision
         try:
-            folder = Path(snapshot_download(source.name, revision=next(iter(revisions)), allow_patterns=wanted))
+            folder = Path(snapshot_download(source.name, revision=revision, allow_patterns=wanted))
         except Exception as error:
             raise explain_load_error(source.name, "the base", error) from None
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if "quantization_config" in config:
+    if "quantization_config" in describe_base_config(folder, trust_remote_code):
         raise ModelError(
             f"{folder}: is stored quantised, and a merge into rounded weights would be another model. Name the "
             "original in full precision: --base"
@@ -146,8 +174,22 @@ def _find_base(adapters: Sequence[Path], base: str | None) -> Path:
     return folder
 
 
+def describe_base_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
+    """config.json, once transformers accepts it.
+
+    Raises:
+        ModelError: it cannot be read, or brings code that is not trusted.
+    """
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except Exception as error:
+        raise explain_load_error(str(folder), "its config", error, "--trust-remote-code") from None
+    return config
+
+
 def require_room(base: Path, output: Path) -> None:
-    needed = sum(path.stat().st_size for path in _weight_files(base))
+    needed = sum(path.stat().st_size for path in _safetensors_of(base))
     parent = next(folder for folder in (output.resolve(), *output.resolve().parents) if folder.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
@@ -156,94 +198,127 @@ def require_room(base: Path, output: Path) -> None:
         )
 
 
-def _weight_files(base: Path) -> list[Path]:
-    files = [base / _SINGLE] if (base / _SINGLE).is_file() else []  # a checkpoint holds other files of this kind
-    if (base / _INDEX).is_file():
-        index = json.loads((base / _INDEX).read_text(encoding="utf-8"))
-        files = [base / name for name in sorted(set(index["weight_map"].values()))]
-    if not files:
+def _safetensors_of(base: Path) -> list[Path]:
+    files = weight_files(base)
+    if not files or files[0].suffix != ".safetensors":
         raise ModelError(f"{base}: has no safetensors weights. Save it with save_pretrained first.")
+    if missing := [path for path in files if not path.is_file()]:
+        raise ModelError(f"{missing[0]}: is missing. Download or copy the model again.")
     return files
 
 
-def merge_files(base: Path, deltas: Sequence[Delta], output: Path) -> int:
+def merge_files(plan: MergePlan, deltas: Sequence[Delta], output: Path) -> int:
     """Base weights with the changes, one file in memory at a time; the number of tensors changed.
 
     Raises:
         ModelError: an adapter changes what the base has not.
         RunError: what was read back is not what was to be written.
     """
-    wanted = {name for delta in deltas for name in delta.names()}
+    base = plan.base
     if any(delta.has_experts for delta in deltas):
-        return _merge_in_memory(base, deltas, output)
-    left, embedding = set(wanted), None
+        return _merge_in_memory(plan, deltas, output)
+    wanted = {name for delta in deltas for name in delta.names()}
+    left, names = set(wanted), _NameMap(plan)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    names, files = _NameMap(base), _weight_files(base)
+    files = _safetensors_of(base)
+    ends: _TiedEnds | None = None
     placed: dict[str, str] = {}
     size = 0
     for file in files:
         tensors = load_file(file)
         for key, tensor in tensors.items():
+            _require_finite(file, key, tensor)
             name = names.in_model(key, wanted)
-            original = tensor
-            if name in wanted:
-                for delta in deltas:
-                    tensor = delta.apply(name, tensor, name in names.transposed)
-                tensors[key] = tensor
-                left.discard(name)
-            if key.endswith(_EMBEDDINGS):
-                embedding = original, tensor
-        if file == files[-1] and left == {_HEAD} and embedding is not None:
-            left = _untie(deltas, embedding, tensors, config)
+            if name == names.embedding:
+                ends = _TiedEnds(names, deltas, tensor)
+            for delta in deltas:
+                tensor = delta.apply(name, tensor, name in names.transposed)
+            tensors[key] = tensor
+            left.discard(name)
+            placed[key] = file.name
+        if file == files[-1] and names.is_tied and ends is not None and names.head not in placed:
+            left.discard(names.head)
+            if not ends.are_one:
+                tensors[names.head] = ends.head.contiguous().clone()
+                placed[names.head] = file.name
+                _untie(config)
         _write_and_compare(tensors, output / file.name)
-        placed |= dict.fromkeys(tensors, file.name)
         size += sum(tensor.nbytes for tensor in tensors.values())
     if left:
         raise ModelError(f"the base {base} has no tensor {sorted(left)[0]}; the adapter belongs to another model.")
-    _grow_vocabulary(config, deltas)
+    _grow_vocabulary(config, deltas, names.embedding)
     (output / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    if (base / _INDEX).is_file():
+    if (base / _INDEX).is_file() and len(files) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": placed}
         (output / _INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     return len(wanted)
 
 
-class _NameMap:
-    """Names in a file -> names in the model: hub files of some models leave the base prefix out (GPT-2's)."""
+def _require_finite(file: Path, key: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise ModelError(
+            f"{file}: {key} holds NaN or infinite values, so the base is damaged. Download or copy it again."
+        )
 
-    def __init__(self, base: Path) -> None:
+
+class _NameMap:
+    """Names in a file -> names in the model: hub files of some models leave the base prefix out (GPT-2's).
+
+    Attributes:
+        embedding, head: names of these two weights in the model.
+        is_tied: whether they are one, by the base's config.
+        transposed: weights that lie as [in, out].
+    """
+
+    def __init__(self, plan: MergePlan) -> None:
+        trust = plan.trust_remote_code
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+            config = AutoConfig.from_pretrained(plan.base, trust_remote_code=trust)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+        ends = find_ends(model)
         self._prefix = f"{model.base_model_prefix}."
+        self._names = set(model.state_dict())
+        self.embedding, self.head = f"{ends.embedding}.weight", f"{ends.head}.weight"
+        self.is_tied = ends.is_tied
         self.transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
     def in_model(self, key: str, wanted: set[str]) -> str:
-        return key if key in wanted else f"{self._prefix}{key}"
+        return key if key in wanted or key in self._names else f"{self._prefix}{key}"
 
 
-def _untie(
-    deltas: Sequence[Delta], embedding: tuple[Tensor, Tensor], tensors: dict[str, Tensor], config: dict[str, Any]
-) -> set[str]:
-    """A head of its own, where the base's is its embedding; equal to the embedding, it stays that.
+class _TiedEnds:
+    """Embedding and head that are one weight in the base, each with what the adapters do to it.
 
-    Args:
-        embedding: before and after the merge.
+    Attributes:
+        head: the head's weight after the merge.
+        are_one: whether it is still the embedding.
     """
-    head, merged = embedding
-    for delta in deltas:
-        head = delta.apply(_HEAD, head)
-    if not (head.shape == merged.shape and torch.equal(head, merged)):
-        tensors[_HEAD] = head.contiguous().clone()
-        config["tie_word_embeddings"] = False
-        print("note: the base's head is tied to its embedding, and the adapter changes it alone: untied")
-    return set()
+
+    def __init__(self, names: _NameMap, deltas: Sequence[Delta], weight: Tensor) -> None:
+        embedding = self.head = weight
+        self.are_one = names.is_tied
+        for delta in deltas:
+            changed = delta.apply(names.embedding, embedding)
+            if names.head in set(delta.names()):
+                self.head = delta.apply(names.head, self.head)
+            elif self.are_one and delta.ties_head(names.embedding):
+                self.head = changed
+            embedding = changed
+            self.are_one = self.are_one and self.head.shape == embedding.shape and torch.equal(self.head, embedding)
 
 
-def _grow_vocabulary(config: dict[str, Any], deltas: Sequence[Delta]) -> None:
+def _untie(config: dict[str, Any]) -> None:
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            part["tie_word_embeddings"] = False
+    print("note: the base's head is tied to its embedding, and the adapter changes one of them alone: untied")
+
+
+def _grow_vocabulary(config: dict[str, Any], deltas: Sequence[Delta], embedding: str) -> None:
     """Added tokens make the embedding longer than the base's config says."""
     own = config if "vocab_size" in config else config.get("text_config", {})
     ends = [max(numbers) + 1 for delta in deltas for numbers, _ in delta.rows.values()]
-    ends += [len(tensor) for delta in deltas for name, tensor in delta.whole.items() if name.endswith(_EMBEDDINGS)]
+    ends += [len(delta.whole[embedding]) for delta in deltas if embedding in delta.whole]
     if max(ends, default=0) > own.get("vocab_size", 0):
         own["vocab_size"] = max(ends)
 
@@ -256,17 +331,24 @@ def _write_and_compare(tensors: dict[str, Tensor], path: Path) -> None:
                 raise RunError(f"{path.name}: {key} was read back otherwise than it was written. Nothing was kept.")
 
 
-def _merge_in_memory(base: Path, deltas: Sequence[Delta], output: Path) -> int:
+def _merge_in_memory(plan: MergePlan, deltas: Sequence[Delta], output: Path) -> int:
     """For fused experts, which lie in the files one by one: peft merges in the model."""
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    trust = plan.trust_remote_code
+    model: Any = AutoModelForCausalLM.from_pretrained(plan.base, dtype="auto", trust_remote_code=trust)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, tensor in before.items():
+        _require_finite(plan.base, name, tensor)
+    was_tied = find_ends(model).is_tied
     for delta in deltas:
-        model = open_adapter(model, delta.folder).merge_and_unload()
-    changed = sum(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+        model = merge_adapter(open_adapter(model, delta.folder))
+    after = model.state_dict()
+    changed = sum(not torch.equal(before[name], after[name]) for name in before)
+    if was_tied and not find_ends(model).is_tied:
+        print("note: the base's head is tied to its embedding, and the adapter changes one of them alone: untied")
     model.save_pretrained(output)
     # what we write is compared with what is read back
-    again = AutoModelForCausalLM.from_pretrained(output, dtype="auto").state_dict()
-    for name, tensor in model.state_dict().items():
+    again = AutoModelForCausalLM.from_pretrained(output, dtype="auto", trust_remote_code=trust).state_dict()
+    for name, tensor in after.items():
         if not torch.equal(again[name], tensor):
             raise RunError(f"{name} was read back otherwise than it was written. Nothing was kept.")
     return changed
@@ -276,70 +358,25 @@ def _copy_rest(plan: MergePlan, output: Path) -> None:
     """Tokenizer and template that the last adapter was trained with, where it has them, else the base's."""
     trained = plan.adapters[-1]
     has_own = (trained / "tokenizer_config.json").is_file()
-    sources = [(plan.base, _SETTINGS if has_own else (*_SETTINGS, *_TOKENIZER)), (trained, (*_SETTINGS, *_TOKENIZER))]
-    for source, names in sources:
-        for file in sorted(source.iterdir()):
-            if file.is_file() and file.name.startswith(names):
-                shutil.copyfile(file, output / file.name)
+    _copy_files(plan.base, _SETTINGS if has_own else (*_SETTINGS, *_TOKENIZER), output)
+    _copy_files(trained, (*_SETTINGS, *_TOKENIZER), output)
+    if plan.trust_remote_code:
+        _copy_files(plan.base, [path.name for path in sorted(plan.base.glob("*.py"))], output)
 
 
-@torch.no_grad()
-def logits_of(model: nn.Module, prompts: Sequence[Tensor]) -> Tensor:
-    """[all tokens, vocabulary], fp32."""
-    model.eval()
-    return torch.cat([model(input_ids=ids[None]).logits[0].float() for ids in prompts])
-
-
-def prove(plan: MergePlan, combined: Sequence[Path], output: Path) -> str:
-    """Logits of base and adapters against those of the merged model as it lies on the disk.
+def _copy_files(source: Path, names: Sequence[str], output: Path) -> None:
+    """Regular files alone; a link only where it stays in the folder, or in the hub cache's folder of this model.
 
     Raises:
-        RunError: they differ by more than rounding explains.
+        ModelError: a link leads elsewhere; its target may be anybody's.
     """
-    dtype = _dtype_of(output)
-    size = sum(path.stat().st_size for path in _weight_files(plan.base)) * (4 / dtype.itemsize)
-    if 2.5 * size > available_memory():
-        return "too large for this memory, so its logits were not compared; its tensors were"
-    prompts = encode_prompts(output)
-    model: Any = AutoModelForCausalLM.from_pretrained(plan.base, dtype=torch.float32)
-    if len(plan.adapters) > 1 and plan.method == "sequential":
-        for folder in combined:
-            model = open_adapter(model, folder).merge_and_unload()
-        wrapped = model
-    else:
-        wrapped = open_adapter(model, combined[0])
-    wanted = logits_of(wrapped, prompts)
-    del model, wrapped
-    found = logits_of(AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32), prompts)
-    difference = ((wanted - found).abs().max() / wanted.abs().max()).item()
-    if not difference <= TOLERANCE[dtype]:
-        raise RunError(
-            f"the merged model's logits differ from base and adapter by {difference:.1e} of the largest, more than the "
-            f"{TOLERANCE[dtype]:.0e} that rounding to {str(dtype).removeprefix('torch.')} explains. Nothing was kept."
-        )
-    same = (wanted.argmax(-1) == found.argmax(-1)).float().mean().item()
-    return (
-        f"logits on {len(_PROMPTS)} prompts differ by {difference:.1e} of the largest (allowed for "
-        f"{str(dtype).removeprefix('torch.')}: {TOLERANCE[dtype]:.0e}); the likeliest token is the same at {same:.1%}"
-    )
-
-
-def encode_prompts(folder: Path) -> list[Tensor]:
-    """Real text where the model has a tokenizer, else its first ids."""
-    if not (folder / "tokenizer_config.json").is_file():
-        return [torch.arange(start, start + 16) for start in range(0, 80, 16)]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return [torch.tensor(tokenizer(text)["input_ids"]) for text in _PROMPTS]
-
-
-def _dtype_of(folder: Path) -> torch.dtype:
-    with safe_open(_weight_files(folder)[0], "pt") as file:
-        dtypes = [file.get_tensor(key).dtype for key in list(file.keys())[:4]]
-    return min((d for d in dtypes if d in TOLERANCE), key=lambda d: d.itemsize, default=torch.float32)
-
-
-def available_memory() -> float:
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return float("inf")
+    is_cache = source.parent.name == "snapshots" and (source.parent.parent / "blobs").is_dir()
+    root = (source.parent.parent if is_cache else source).resolve()
+    for name in names:
+        file = source / name
+        if file.is_symlink() and not file.resolve().is_relative_to(root):
+            raise ModelError(
+                f"{file}: is a link out of its folder. Put the file itself there, if it belongs to the model."
+            )
+        if file.is_file():
+            shutil.copyfile(file, output / name)

@@ -1,0 +1,208 @@
+"""adapter_config.json of others and of ours, checked before anything acts on it; module patterns that always end."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import regex
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tunesmith.errors import ModelError
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_NAME = regex.compile(r"[\w.]+")
+_MATCH_S = 1.0  # for one pattern on all names of a model; an ordinary one takes milliseconds
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# fields that only said how training began, or what runs it
+_NO_MATTER = ("auto_mapping", "eva_config", "megatron_core", "peft_version", "runtime_config", "qalora_group_size")
+_TASKS = (None, "CAUSAL_LM")
+
+_Names = list[str]
+_Rank = Field(ge=1, le=2**20)
+
+
+class PatternError(ValueError):
+    """A pattern that is no regular expression, or that does not come to an end."""
+
+
+class AdapterConfig(BaseModel):
+    """The fields of peft's LoraConfig that decide what an adapter does."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+    r: int = _Rank
+    lora_alpha: float = 8
+    lora_dropout: float = Field(default=0.0, ge=0.0, le=1.0)
+    use_rslora: bool = False
+    use_dora: bool = False
+    fan_in_fan_out: bool = False
+    ensure_weight_tying: bool = False
+    bias: str = "none"
+    target_modules: str | _Names | None = None
+    exclude_modules: str | _Names | None = None
+    target_parameters: _Names | None = None
+    modules_to_save: _Names | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | _Names | None = None
+    init_lora_weights: bool | str | None = True
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+
+    def token_indices(self, module: str) -> list[int]:
+        """Rows of an embedding that are trained."""
+        indices = self.trainable_token_indices or []
+        return indices.get(module.rpartition(".")[2], []) if isinstance(indices, dict) else indices
+
+    def all_token_indices(self) -> list[list[int]]:
+        indices = self.trainable_token_indices or []
+        return list(indices.values()) if isinstance(indices, dict) else [indices]
+
+
+def find_adapter(path: Path) -> Path | None:
+    """The PEFT folder that a path stands for (itself, or RUN/adapter), if any."""
+    for folder in (path, path / "adapter"):
+        if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+            return folder
+    return None
+
+
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """Parse adapter_config.json of a PEFT folder.
+
+    Raises:
+        ModelError: it cannot be read, is not a LoRA adapter, or says what cannot be.
+    """
+    path = folder / ADAPTER_CONFIG
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        raise ModelError(f"{folder}: its {ADAPTER_CONFIG} cannot be read. The adapter was not saved whole.") from None
+    if not isinstance(content, dict) or "peft_type" not in content:
+        raise ModelError(f"{path}: names no peft_type, so it is not the config of an adapter.")
+    if content["peft_type"] != "LORA":
+        raise ModelError(f"{folder}: is a {content['peft_type']!r} adapter; tunesmith opens LoRA and its relatives.")
+    try:
+        config = AdapterConfig(**{key: value for key, value in content.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"][:1])
+        raise ModelError(f"{path}: {field} is {_short(content.get(field))}: {first['msg'].lower()}.") from None
+    problem = _find_problem(config)
+    if problem:
+        raise ModelError(f"{path}: {problem}")
+    return config
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _find_problem(config: AdapterConfig) -> str:
+    if config.task_type not in _TASKS:
+        return f"task_type is {_short(config.task_type)}; tunesmith opens adapters of CAUSAL_LM, which generate text."
+    if config.bias not in ("none", "all", "lora_only"):
+        return f"bias is {_short(config.bias)}; it is none, all or lora_only."
+    for field in ("target_parameters", "modules_to_save"):
+        for name in getattr(config, field) or []:
+            if not _NAME.fullmatch(name):
+                return f"{field} holds {_short(name)}, which is not the name of a module."
+    indices = config.trainable_token_indices
+    names = list(indices) if isinstance(indices, dict) else []
+    if any(not _NAME.fullmatch(name) for name in names):
+        return f"trainable_token_indices names {_short(names)}, which are not names of modules."
+    if any(not 0 <= number < 2**31 for numbers in config.all_token_indices() for number in numbers):
+        return "trainable_token_indices holds a number that cannot be a token's id."
+    if any(not 1 <= rank <= 2**20 for rank in (config.rank_pattern or {}).values()):
+        return "rank_pattern holds a number that cannot be a rank."
+    begun = config.init_lora_weights
+    if isinstance(begun, str) and begun.lower().startswith(_CHANGES_BASE):
+        return (
+            f"init_lora_weights is {_short(begun)}: these matrices fit a base that {begun} has changed, not the base "
+            "that others have. A run that has finished holds the converted adapter: give the RUN folder, or finish it "
+            "with tunesmith resume RUN. One of peft's own is converted by save_pretrained with "
+            "path_initial_model_for_weight_conversion."
+        )
+    return _find_unknown(config)
+
+
+def _find_unknown(config: AdapterConfig) -> str:
+    """A field that is set, and whose effect nothing here knows."""
+    from dataclasses import MISSING, fields
+
+    from peft import LoraConfig
+
+    defaults = {
+        field.name: field.default_factory() if field.default_factory is not MISSING else field.default
+        for field in fields(LoraConfig)
+    }
+    for name, value in (config.model_extra or {}).items():
+        if name in _NO_MATTER or name in ("peft_type", "inference_mode", "megatron_config"):
+            continue
+        if value not in (None, False, [], {}) and value != defaults.get(name):
+            return f"{name} is {_short(value)}, and tunesmith does not know what that does to the weights."
+    return ""
+
+
+def is_name(pattern: str) -> bool:
+    """A plain module name, rather than a regular expression."""
+    return _NAME.fullmatch(pattern) is not None
+
+
+def match_names(pattern: str, names: Iterable[str]) -> list[str]:
+    """The names that a regular expression matches from end to end.
+
+    peft matches by Python's re, which a pattern such as (a+)+$ keeps busy for ever. Here matching has a time limit, and
+    peft is given the names that matched instead of the pattern.
+
+    Raises:
+        PatternError: it cannot be compiled, or takes too long.
+    """
+    deadline = time.monotonic() + _MATCH_S
+    try:
+        compiled = regex.compile(pattern)
+        return [name for name in names if compiled.fullmatch(name, timeout=max(deadline - time.monotonic(), 1e-3))]
+    except TimeoutError:
+        raise PatternError(
+            f"{_short(pattern)} takes too long to match; repeat nothing that is repeated itself"
+        ) from None
+    except (regex.error, OverflowError, RecursionError, MemoryError) as error:
+        raise PatternError(f"{_short(pattern)} is not a regular expression: {error}") from None
+
+
+def select_modules(targets: str | Iterable[str] | None, names: Iterable[str]) -> list[str]:
+    """The modules that peft's target_modules means: a regular expression of whole names, or endings of names."""
+    names = list(names)
+    if targets is None:
+        return []
+    if isinstance(targets, str):
+        return match_names(targets, names)
+    wanted = set(targets)
+    return [name for name in names if any(ending in wanted for ending in _endings(name))]
+
+
+def _endings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[index:]) for index in range(len(parts))]
+
+
+def resolve_pattern(patterns: Mapping[str, Any] | None, names: Iterable[str]) -> dict[str, Any]:
+    """Values of rank_pattern or alpha_pattern for each name that they match; of several the first wins, as in peft."""
+    chosen: dict[str, Any] = {}
+    names = list(names)
+    for pattern, value in (patterns or {}).items():
+        if is_name(pattern):
+            matched = [name for name in names if pattern in _endings(name)]
+        else:
+            matched = match_names(rf"(.*\.)?({pattern})", names)
+        for name in matched:
+            chosen.setdefault(name, value)
+    return chosen

@@ -1,0 +1,188 @@
+"""Which base an adapter was trained on: its config and its weight files by SHA-256, kept beside the adapter.
+
+An adapter on another base than its own is another model, and no comparison of logits can tell: both sides of it would
+have the wrong base. What decides is what the files hold, never where they lie.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import ModelError
+from tunesmith.files import sha256_file
+
+BASE_RECORD = "base.json"
+FORMAT = 1
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SINGLES = ("model.safetensors", "pytorch_model.bin")
+_VOLATILE = ("transformers_version", "dtype", "torch_dtype", "attn_implementation", "use_cache")
+
+
+def describe_base(folder: Path, commit: str | None = None, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Config and weight files of a model folder, as JSON.
+
+    Args:
+        commit: of a hub model.
+        known: an earlier record; a file that the system says is untouched since is not read again.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    try:
+        files = [*weight_files(folder), *sorted(folder.glob("*.py"))]
+        before = (known or {}).get("files") or {}
+        with ThreadPoolExecutor(4) as pool:
+            entries = list(pool.map(lambda path: _describe(path, before.get(path.name)), files))
+        config = _read_config(folder)
+    except OSError as error:
+        raise ModelError(f"{error.filename}: cannot be read: {error.strerror}.") from None
+    named = {path.name: entry for path, entry in zip(files, entries, strict=True)}
+    return {"format": FORMAT, "commit": commit, "config": config, "files": named}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that from_pretrained reads the weights from.
+
+    Raises:
+        ModelError: the index is damaged.
+    """
+    for single, index in zip(_SINGLES, _INDEXES, strict=True):
+        if (folder / single).is_file():
+            return [folder / single]
+        if (folder / index).is_file():
+            return [folder / name for name in read_index(folder / index)]
+    return []
+
+
+def read_index(path: Path) -> list[str]:
+    """Names of the files that hold a model's tensors.
+
+    Raises:
+        ModelError: it is damaged, or names what does not lie beside it.
+    """
+    try:
+        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        is_whole = all(Path(name).name == name for name in names)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise ModelError(f"{path}: cannot be read. Download or copy the model again.") from None
+    if not is_whole:
+        raise ModelError(f"{path}: names files outside its folder. Download or copy the model again.")
+    return names
+
+
+def _describe(path: Path, before: Any) -> dict[str, Any]:
+    stat = path.stat()
+    entry: dict[str, Any] = {"size": stat.st_size, "untouched": [stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]}
+    if isinstance(before, Mapping) and {**before, "sha256": ""} == {**entry, "sha256": ""}:
+        return {**entry, "sha256": before["sha256"]}
+    return {**entry, "sha256": sha256_file(path)}
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return {key: value for key, value in content.items() if key not in _VOLATILE and not key.startswith("_")}
+    except (ValueError, AttributeError):
+        raise ModelError(f"{folder / 'config.json'}: cannot be read. Download or copy the model again.") from None
+
+
+def hub_folder(name: str, revision: str | None) -> Path | None:
+    """Where the hub's cache has a model."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent if isinstance(found, str | os.PathLike) else None
+
+
+def record_base(kind: str, name: str, commit: str | None) -> dict[str, Any] | None:
+    """What is kept with an adapter that is trained on a local or a hub model."""
+    folder = Path(name) if kind == "local" else hub_folder(name, commit) if kind == "hub" else None
+    return describe_base(folder, commit) if folder is not None else None
+
+
+def write_record(record: Mapping[str, Any] | None, adapter: Path) -> None:
+    if record is not None:
+        (adapter / BASE_RECORD).write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def read_record(adapter: Path) -> dict[str, Any] | None:
+    """None for an adapter of another tool.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    path = adapter / BASE_RECORD
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        is_ours = (
+            record["format"] <= FORMAT and isinstance(record["config"], dict) and isinstance(record["files"], dict)
+        )
+        is_ours = is_ours and all(isinstance(entry["sha256"], str) for entry in record["files"].values())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        is_ours = False
+    if not is_ours:
+        raise ModelError(
+            f"{path}: cannot be read; it says which base the adapter was trained on. Copy the adapter's folder again."
+        )
+    return record
+
+
+def find_changes(record: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """How a base differs from the recorded one, in words."""
+    was, config = record["config"], now["config"]
+    changes = [
+        f"config.json has {key} {_short(config.get(key))} instead of {_short(was.get(key))}"
+        for key in sorted(set(was) | set(config))
+        if was.get(key) != config.get(key)
+    ]
+    hashes = {name: entry["sha256"] for name, entry in record["files"].items()}
+    for name, entry in now["files"].items():
+        if name not in hashes:
+            changes.append(f"{name} was not there")
+        elif entry["sha256"] != hashes[name]:
+            changes.append(f"{name} holds other bytes")
+    return changes + [f"{name} is missing" for name in hashes if name not in now["files"]]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def require_base(adapter: Path, base: Path, is_allowed: bool, advice: str, reads_all: bool = False) -> str:
+    """Compare a base with the one that the adapter was trained on; a remark for the person.
+
+    Args:
+        is_allowed: differences are remarked on only.
+        advice: how to allow them.
+        reads_all: trust nothing but the files' bytes.
+
+    Raises:
+        ModelError: it is another base.
+    """
+    record = read_record(adapter)
+    if record is None:
+        return f"{adapter} does not say which weights it was trained on; only names and shapes can be compared"
+    changes = find_changes(record, describe_base(base, known=None if reads_all else record))
+    if not changes:
+        return ""
+    shown = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
+    if is_allowed:
+        return f"{base} is not the base that {adapter} was trained on ({shown}); used all the same"
+    raise ModelError(
+        f"{adapter}: was trained on another base than {base} is now: {shown}. Put back the base that it was trained "
+        f"on. {advice}"
+    )
+
+
+def same_base(adapter: Path, record: Mapping[str, Any] | None) -> Sequence[str]:
+    """How the base differs now from when the adapter in a folder was saved; none without records."""
+    before = read_record(adapter)
+    return find_changes(before, record) if before and record else []

@@ -15,6 +15,7 @@ ORDER = [
     "errors",
     "reading",
     "display",
+    "plainyaml",
     "files",
     "config",
     "foreign",

@@ -23,9 +23,7 @@ from tunesmith.streams import lasting_streams
 
 def _take_open_maps(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Cut --model.config.KEY VALUE and --data.template_kwargs.KEY VALUE out; their keys are the person's own."""
-    import yaml
-
-    from tunesmith.files import StrictLoader
+    from tunesmith.plainyaml import load
     from tunesmith.runfile import OPEN_MAPS
 
     rest: list[str] = []
@@ -41,8 +39,8 @@ def _take_open_maps(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
             if value.startswith("--"):
                 raise UsageError(f"--{name}: needs a value; one that starts with -- is given as --{name}=VALUE")
         try:
-            taken[name] = yaml.load(value, Loader=StrictLoader)  # 256 is a number, false is false, text is text
-        except (yaml.YAMLError, ValueError, RecursionError):
+            taken[name] = load(value)  # 256 is a number, false is false, text is text
+        except ValueError:
             taken[name] = value
     return rest, taken
 

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from tunesmith.plainyaml import require_plain
+
 
 class Section(BaseModel):
     """A frozen group of keys; an unknown key is an error."""
@@ -48,6 +50,12 @@ class ModelSection(Section):
     """Tokens that the tokenizer gets in addition; with an adapter, of the embedding only their rows are trained."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Overrides of a preset's transformers config, as in --model.config.hidden_size 256."""
+
+    @field_validator("config")
+    @classmethod
+    def _keep_config(cls, overrides: dict[str, Any]) -> dict[str, Any]:
+        require_plain(overrides)
+        return overrides
 
 
 class FieldsSection(Section):
@@ -133,6 +141,15 @@ class DataSection(Section):
     """Encoding of text files (CSV, JSON, text): gb18030, cp1252, utf-16 or another name that Python knows."""
     max_row_mb: float = Field(default=16.0, gt=0.0, le=1000.0)
     """Largest row in MB; a larger one is refused and never parsed. A .txt or .md file may have any size."""
+
+    @field_validator("template_kwargs")
+    @classmethod
+    def _keep_template_kwargs(cls, variables: dict[str, Any]) -> dict[str, Any]:
+        require_plain(variables)
+        ours = ("messages", "tools", "add_generation_prompt", "strftime_now", "raise_exception")
+        if own := [name for name in ours if name in variables]:
+            raise ValueError(f"sets {own[0]}, which tunesmith sets itself")
+        return variables
 
     @field_validator("encoding")
     @classmethod

@@ -1,4 +1,4 @@
-"""Files written as if the power failed next: a new name, synced, then one rename. YAML read without surprises."""
+"""Files written as if the power failed next: a new name, synced, then one rename."""
 
 from __future__ import annotations
 
@@ -15,32 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tunesmith.reading import open_file, read_text, require_regular
-
-
-class StrictLoader(yaml.SafeLoader):
-    """YAML, but a key that stands twice is an error instead of a silent win of the second, and dates stay text."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Checked here, because later `<<: *other` has put the other's keys among the mapping's own."""
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
-                )
-            seen.add(key.value)
-        return node
 
 
 def sync_path(path: Path) -> None:

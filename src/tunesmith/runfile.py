@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from tunesmith.config import RunConfig, Section
 from tunesmith.errors import ConfigError
-from tunesmith.files import StrictLoader
 from tunesmith.foreign import convert, explain_key, nest
+from tunesmith.plainyaml import dump, load, show
 from tunesmith.reading import read_text_or_pipe
 
 SHORTHANDS = {
@@ -77,11 +76,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise ConfigError(str(path), ["is not UTF-8 text, so not a YAML run file"]) from None
     try:
-        loaded = yaml.load(text, Loader=StrictLoader)  # a SafeLoader: plain data only
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark else ""
-        raise ConfigError(str(path), [f"{where}{getattr(error, 'problem', None) or error}"]) from None
+        loaded = load(text)
+    except ValueError as error:
+        raise ConfigError(str(path), [str(error)]) from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -112,7 +109,7 @@ def _unknown_keys(tree: Mapping[str, Any], known: list[str], prefix: str = "") -
             elif value is not None:
                 hint = explain_key(dotted)
                 problems.append(
-                    f"{dotted}: is a section and needs keys below it, not {value!r}" + (f"; {hint}" if hint else "")
+                    f"{dotted}: is a section and needs keys below it, not {show(value)}" + (f"; {hint}" if hint else "")
                 )
         elif isinstance(value, Mapping) and not prefix:
             guess = difflib.get_close_matches(dotted, sections, n=1)
@@ -150,14 +147,14 @@ def _explain(error: ValidationError) -> list[str]:
         elif item["type"] == "value_error" and not dotted:
             problems += str(item["ctx"]["error"]).split("\n")
         elif item["type"] == "value_error":
-            problems.append(f"{dotted}: {item['ctx']['error']}, not {item['input']!r}")
+            problems.append(f"{dotted}: {item['ctx']['error']}, not {show(item['input'])}")
         elif item["type"] == "literal_error":
             expected = item["ctx"]["expected"].replace("'", "")
             guess = difflib.get_close_matches(str(item["input"]), expected.replace(" or ", ", ").split(", "), n=1)
             hint = f"; did you mean {guess[0]}?" if guess else ""
-            problems.append(f"{dotted}: {item['input']!r} is not one of {expected}{hint}")
+            problems.append(f"{dotted}: {show(item['input'])} is not one of {expected}{hint}")
         else:
-            problems.append(f"{dotted}: {item['msg'][0].lower()}{item['msg'][1:]}, not {item['input']!r}")
+            problems.append(f"{dotted}: {item['msg'][0].lower()}{item['msg'][1:]}, not {show(item['input'])}")
     return list(dict.fromkeys(problems))
 
 
@@ -238,7 +235,7 @@ def convert_config(path: Path) -> tuple[str, list[str]]:
     dotted, notes, lost = convert(read_yaml(path))
     if not dotted:
         raise ConfigError(str(path), ["holds no key of TRL, LLaMA-Factory or Axolotl that is known here"])
-    text = yaml.safe_dump(nest(dotted), sort_keys=False, allow_unicode=True)
+    text = dump(nest(dotted))
     remarks = [*(f"note: {note}" for note in notes), *(f"no counterpart: {key}" for key in lost)]
     problems = []
     try:
@@ -250,7 +247,7 @@ def convert_config(path: Path) -> tuple[str, list[str]]:
 
 def dump_yaml(config: Section) -> str:
     """The resolved config as YAML; reads back to the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump(config.model_dump(mode="json"))
 
 
 def json_schema() -> dict[str, Any]:

@@ -88,7 +88,7 @@ class ChatTemplate:
     ) -> str:
         """As `render`, of messages that already have the form that this template reads (`to_turns`)."""
         template = self._compiled
-        given = {"messages": list(turns), **self.variables(tools, add_generation_prompt, variables)}
+        given = {**self.variables(tools, add_generation_prompt, variables), "messages": list(turns)}
         try:
             return run_template(template, given)[0]
         except MemoryError:

@@ -177,7 +177,8 @@ def test_run_files_and_templates(run: Run, model_folder: Path, chats: Path, tmp_
         "{{ raise_exception(messages[0].content) }}",
     ):
         jinja.write_text(source, encoding="utf-8")
-        _, out, err = run("preview", "--model", model_folder, "--data", chats, "--chat-template", jinja)
+        _, out, err = run("preview", "--model", model_folder, "--data", chats, "--data.chat_template", jinja)
+        assert "EVIL" in out + err or "messages[0]" in source
         clean(out, err)
 
 

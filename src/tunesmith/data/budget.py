@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2.utils import Namespace
 
-MAX_STEPS = 100_000_000  # some seconds of Python; a chat of a thousand turns needs less than a million
+MAX_STEPS = 50_000_000  # some seconds of Python; a chat of a thousand turns needs less than a million
 MAX_TEXT = 32 * 2**20  # characters of one text, or 8 times those of the row where these are more
 MAX_MADE = 2**30  # characters of all texts that are made on the way, or 256 times those of the row
 MAX_DEPTH = 100  # macros that call macros

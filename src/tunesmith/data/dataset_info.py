@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,8 +105,8 @@ def _parse_entry(where: str, said: dict[str, Any]) -> Entry:
             "Give its file itself (--data FILE); `tunesmith check` then names the mapping that trains the chosen side."
         )
     num_samples = said.get("num_samples")
-    if num_samples is not None and (type(num_samples) is not int or num_samples < 1):
-        raise DataError(f"{where}: num_samples is {num_samples!r}, not a positive number.")
+    if num_samples is not None and (type(num_samples) is not int or not 1 <= num_samples <= sys.maxsize):
+        raise DataError(f"{where}: num_samples is {str(num_samples)[:40]}, not a positive number.")
     return Entry(
         where=where,
         hub=_hub_of(where, said),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -18,10 +19,11 @@ from tunesmith.data.beginnings import GenerationTag, Watched, compile_watched, r
 from tunesmith.data.budget import OverLimit
 from tunesmith.data.conversation import Message
 from tunesmith.data.habits import CallForm, Habits, find_habits, refusal_of
-from tunesmith.data.program import build_environment, compile_program, run_template
+from tunesmith.data.program import MAX_SOURCE, build_environment, compile_program, run_template
 from tunesmith.data.sandbox import Helper, Sandbox
 from tunesmith.data.trace import Trace, Turns, trace_rendering
 from tunesmith.errors import ModelError
+from tunesmith.reading import open_file
 
 BUILT_IN = ("chatml", "alpaca")
 NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
@@ -231,7 +233,7 @@ class Beginnings:
 
 
 def find_template(
-    choice: str | None, own: str | Mapping[str, str] | None, special_tokens: Mapping[str, str], add_bos: bool
+    choice: str | None, own: Any, special_tokens: Mapping[str, str], add_bos: bool
 ) -> tuple[str, str, bool]:
     """The text, source and is_fallback of the template that a run uses.
 
@@ -242,21 +244,57 @@ def find_template(
     """
     if choice is None:
         if own:
-            text = own if isinstance(own, str) else own.get("default") or next(iter(own.values()))
-            return text, "the model's own", False
+            return _own_text(own), "the model's own", False
         return load_built_in("alpaca", add_bos), "alpaca", True
     if choice in BUILT_IN:
         return load_built_in(choice, add_bos), choice, False
     path = Path(choice).expanduser()
-    if not path.is_file():
+    if not path.exists():
         raise ModelError(
             f"data.chat_template {choice}: no such file, and no built-in template of that name "
             f"({', '.join(BUILT_IN)}, none)."
         )
     try:
-        return path.read_text(encoding="utf-8"), str(path), False
+        with open_file(path) as file:
+            text = file.read(4 * MAX_SOURCE + 1).decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"data.chat_template {choice}: cannot be read: {error}.") from None
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise ModelError(f"data.chat_template {choice}: cannot be read: {reason}. Give a .jinja file.") from None
+    return text, str(path), False
+
+
+def _own_text(own: Any) -> str:
+    """Of what tokenizer_config.json holds as chat_template: one text, or several by name.
+
+    Raises:
+        ModelError: it is something else, or leaves open which one is meant.
+    """
+    text = own
+    if isinstance(own, Mapping):
+        if len(own) > 1 and "default" not in own:
+            names = ", ".join(sorted(map(str, own)))
+            raise ModelError(
+                f"the model has several chat templates ({names}) and no default. Save the right one as a .jinja file "
+                "and name it with --data.chat_template."
+            )
+        text = own["default"] if "default" in own else next(iter(own.values()))
+    if not isinstance(text, str):
+        raise ModelError(
+            f"the model's chat_template (tokenizer_config.json) is of type {type(text).__name__}, not a text. Correct "
+            "it, or name a template with --data.chat_template."
+        )
+    return text
+
+
+def require_template_file(folder: str) -> None:
+    """A chat_template.jinja that transformers would pass over without a word.
+
+    Raises:
+        ModelError: it stands there and is no file.
+    """
+    path = Path(folder) / "chat_template.jinja"
+    if os.path.lexists(path) and not path.is_file():
+        raise ModelError(f"{path}: is a folder, a pipe or a broken link, not a file. Put the template's text there.")
 
 
 def load_built_in(name: str, add_bos: bool) -> str:

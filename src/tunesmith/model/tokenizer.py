@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from tunesmith.config import DataSection, ModelSection
 from tunesmith.data.encode import Encoder, bos_ids
-from tunesmith.data.template import ChatTemplate, find_template, load_built_in
+from tunesmith.data.template import ChatTemplate, find_template, load_built_in, require_template_file
 from tunesmith.errors import ModelError
 from tunesmith.model.source import explain_load_error, find_model, open_path
 
@@ -51,6 +51,7 @@ def find_tokenizer(section: ModelSection) -> TokenizerSource:
 def load_tokenizer(section: ModelSection) -> Any:
     """The tokenizer of the run, with model.add_tokens."""
     source, name, trust = find_tokenizer(section), section.tokenizer or section.path, section.trust_remote_code
+    require_template_file(source.folder)
     try:
         if source.is_models:
             AutoConfig.from_pretrained(

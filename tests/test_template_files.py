@@ -1,0 +1,109 @@
+"""Templates and dataset_info.json that are of another type, no text, too large, or no file: an error in words."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.data import budget
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (5, "of type int"), (True, "of type bool"), ({"default": 5}, "of type int"), ({"default": None}, "of type NoneType"),
+        ({"a": {}}, "of type dict"), ([{"name": "default", "template": 5}], "of type int"), (["a"], "cannot be loaded"),
+        ([{"name": "default"}], "cannot be loaded"), ([[]], "cannot be loaded"), ("x" * 1_100_000, "more than 1,000,000"),
+        ([{"name": "a", "template": "x"}, {"name": "b", "template": "y"}], "several chat templates (a, b) and no default"),
+        ("{{ messages", "line 1"), ("{% for x in range(99999) %}{% for y in range(99999) %}{{ x }}{% endfor %}{% endfor %}", "steps"),
+    ],
+)  # fmt: skip
+def test_the_tokenizer_s_template(
+    run: Run, model_folder: Path, chats: Path, value: Any, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "MAX_STEPS", 1_000_000)
+    (model_folder / "chat_template.jinja").unlink()
+    file = model_folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": value}))
+    code, _, err = run("preview", "--model", model_folder, "--data", chats)
+    assert code == 1
+    assert words in err
+    assert len(err) < 1500
+    assert "should not" not in err
+
+
+def make_odd(path: Path, kind: str) -> None:
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "binary":
+        path.write_bytes(bytes(range(256)) * 100)
+    else:
+        path.write_text("x" * 20_000_000)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link", "device", "binary", "large"])
+def test_what_is_no_template_file(run: Run, model_folder: Path, chats: Path, tmp_path: Path, kind: str) -> None:
+    make_odd(tmp_path / "odd.jinja", kind)
+    code, _, err = run(
+        "preview", "--model", model_folder, "--data", chats, "--data.chat_template", tmp_path / "odd.jinja"
+    )
+    assert code == 1
+    assert "odd.jinja" in err
+    (model_folder / "chat_template.jinja").unlink()
+    make_odd(model_folder / "chat_template.jinja", kind)
+    code, _, err = run("preview", "--model", model_folder, "--data", chats)
+    assert code == 1
+    assert len(err) < 1500
+    assert "should not" not in err
+
+
+ENTRIES: list[Any] = [
+    5, [], [1], "x", None, {}, {"a": 1}, {"a": {"file_name": 5}}, {"a": {"file_name": []}}, {"a": {"file_name": "../../etc/passwd"}},
+    {"a": {"file_name": "d.jsonl", "columns": []}}, {"a": {"file_name": "d.jsonl", "columns": {"prompt": {}}}},
+    {"a": {"file_name": "d.jsonl", "formatting": []}}, {"a": {"file_name": "d.jsonl", "formatting": {}}},
+    {"a": {"file_name": "d.jsonl", "tags": 5}}, {"a": {"file_name": "d.jsonl", "tags": {"role_tag": []}}},
+    {"a": {"file_name": "d.jsonl", "num_samples": "x"}}, {"a": {"file_name": "d.jsonl", "num_samples": 10**400}},
+    {"a": {"file_name": "d.jsonl", "num_samples": float("nan")}}, {"a": {"file_name": "\0"}}, {"a": {"file_name": "x" * 5000}},
+    {"a": {"file_name": "d.jsonl", "ranking": {}}}, {"": {"file_name": ""}}, {"\x1b[2J": {"file_name": "\x1b[2J"}},
+    {"a": {"hf_hub_url": {}}}, {"a": {"hf_hub_url": "x/y", "subset": {"a": 1}, "split": []}}, {"a": {"script_url": ["x"] * 1000}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", range(len(ENTRIES)))
+def test_dataset_info_of_other_types(run: Run, model_folder: Path, chats: Path, tmp_path: Path, place: int) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    shutil.copy(chats, folder / "d.jsonl")
+    (folder / "dataset_info.json").write_text(json.dumps(ENTRIES[place]))
+    for data in (folder, f"{folder}:a"):
+        code, out, err = run("preview", "--model", model_folder, "--data", data, "--rows", 1)
+        assert code in (0, 1), err
+        assert "should not" not in err
+        assert "\x1b" not in out + err
+        assert len(err) < 3000
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link", "binary", "large"])
+def test_dataset_info_that_is_no_file(run: Run, model_folder: Path, chats: Path, tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    shutil.copy(chats, folder / "d.jsonl")
+    make_odd(folder / "dataset_info.json", kind)
+    for data in (folder, f"{folder}:a"):
+        code, _, err = run("preview", "--model", model_folder, "--data", data, "--rows", 1)
+        assert code in (0, 1), err
+        assert "should not" not in err

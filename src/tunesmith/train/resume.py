@@ -18,13 +18,15 @@ from tunesmith.data.ledger import Ledger
 from tunesmith.data.store import open_store
 from tunesmith.errors import TunesmithError
 from tunesmith.files import read_sealed, sealed, sync_path, write_text_atomic
-from tunesmith.model.adapters import load_adapter_weights, require_quantization
+from tunesmith.model.adapters import changes_base, load_adapter_weights, require_quantization
+from tunesmith.model.base import same_base
 from tunesmith.runfile import resolve_config
 from tunesmith.train.checkpoint import Checkpoint, leftovers, newest_valid, restore_optimizer
 from tunesmith.train.console import print_summary
 from tunesmith.train.failures import RUN_FILE, explained_failures
 from tunesmith.train.folder import locked
 from tunesmith.train.guard import RELABELS, compare_files, compare_runs, describe_files, describe_store, refuse_changes
+from tunesmith.train.initial import restore_initial
 from tunesmith.train.interrupt import StopRequest
 from tunesmith.train.loop import Progress, Trainer, Window
 from tunesmith.train.metrics import require_trackers
@@ -85,7 +87,11 @@ def run_resume(name: str, flags: Mapping[str, Any], allowed: Sequence[str] = (),
             if checkpoint and not is_adapter:
                 weights = ModelSection(path=str(checkpoint.folder), trust_remote_code=config.model.trust_remote_code)
             facts = assemble(config, setting, prepared, weights)
+            if changes_base(config.lora):
+                restore_initial(facts.lm.adapter, run, saved)
             if checkpoint and is_adapter:
+                changes = same_base(checkpoint.folder, facts.lm.adapter.base_record)
+                refuse_changes([f"model: the base's {change}" for change in changes], allowed, name)
                 load_adapter_weights(facts.lm.adapter, checkpoint.load_adapter())
             if state:
                 check_steps(name, facts, state, allowed, is_extended)

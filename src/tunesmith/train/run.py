@@ -25,7 +25,6 @@ from tunesmith.model.adapters import (
     load_adapter_weights,
     quantization_config,
     require_quantization,
-    save_initial,
 )
 from tunesmith.model.base import record_base
 from tunesmith.model.isolation import Isolation, set_up_attention
@@ -42,6 +41,7 @@ from tunesmith.train.console import StepDisplay, print_summary
 from tunesmith.train.failures import RUN_FILE, explained_failures
 from tunesmith.train.folder import locked, require_room, resolve_output, staged_folder
 from tunesmith.train.guard import describe_files, describe_run, run_id
+from tunesmith.train.initial import INITIAL, keep_initial, require_initial
 from tunesmith.train.interrupt import StopRequest
 from tunesmith.train.loop import Trainer
 from tunesmith.train.metrics import require_trackers, start_trackers
@@ -53,7 +53,6 @@ from tunesmith.train.saver import Saver
 from tunesmith.train.summary import RunFacts, model_card, summary_lines
 
 MIN_MICRO_BATCH_TOKENS = 2048
-INITIAL = "adapter_init"  # first matrices of PiSSA and OLoRA
 
 
 @dataclass(frozen=True)
@@ -83,13 +82,12 @@ def run_training(config: RunConfig) -> Path:
         with staged_folder(output) as staging:
             prepared = prepare_data(config.data, setting.encoder, setting.max_seq_len, staging)
             facts = assemble(config, setting, prepared, config.model)
-            if changes_base(config.lora):
-                save_initial(facts.lm.adapter, staging / INITIAL)
+            first = {INITIAL: keep_initial(facts.lm.adapter, staging)} if changes_base(config.lora) else {}
             room = require_room(staging, facts.lm, config, facts.plan.total_steps)
             print_summary([*summary_lines(facts), ("room", room)])
             guard = make_guard(config, setting, prepared.sha256, describe_files(config.data))
             facts_of_run = {"id": run_id(output, date.isoformat()), "date": date.isoformat(), "cwd": os.getcwd(),
-                            "guard": guard}  # fmt: skip
+                            "guard": guard, **first}  # fmt: skip
             write_run_files(staging, facts, date, facts_of_run)
         with locked(output):
             trainer = build_trainer(output, facts, stop, facts_of_run)
@@ -291,7 +289,7 @@ def finish_run(trainer: Trainer, facts: RunFacts, facts_of_run: dict[str, Any]) 
     if trainer.lm.adapter is None:
         save_model(model, facts.encoder, card, run / "model")
     else:
-        initial = run / INITIAL if changes_base(trainer.config.lora) else None
+        initial = require_initial(run, facts_of_run) if changes_base(trainer.config.lora) else None
         save_adapter(model, trainer.lm.adapter, facts.encoder, card, run / "adapter", initial)
     wait_if_asked()
     # only now: a run that is made longer has the model of before until here

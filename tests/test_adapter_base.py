@@ -1,0 +1,349 @@
+"""An adapter goes onto the base that it was trained on, by what the files hold; hostile adapters end in words."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from conftest import chat_row, save_folder, tiny_config, write_jsonl
+from test_adapter_matrix import train
+from test_adapters import base_of, logits_of
+from tunesmith.config import ModelSection
+from tunesmith.errors import ModelError, TunesmithError
+from tunesmith.model.adapter_config import PatternError, match_names, resolve_pattern
+from tunesmith.train.resume import run_resume
+from tunesmith.use.generate import load_speaker
+
+Run = Callable[..., tuple[int, str, str]]
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def train_adapter(base: Path, output: Path, **flags: Any) -> Path:
+    rows = [chat_row(f"What is {i}?", f"It is {i}.") for i in range(8)]
+    data = write_jsonl(output.parent / f"{output.name}.jsonl", rows)
+    values = {"lora.kind": "lora", "lora.rank": 4, "optim.lr": 1e-2, "train.max_steps": 2, "train.save_steps": 1}
+    values |= {"data.max_seq_len": 64, "train.keep_checkpoints": 9, "data.train": [str(data)]} | flags
+    code, err = train(**values, model__path=str(base), train__output_dir=str(output))
+    assert code == 0, err
+    return output
+
+
+def kill_before_the_end(trained: Path) -> None:
+    shutil.rmtree(trained / "adapter")
+    shutil.rmtree(trained / "checkpoints" / "step-000002")
+
+
+def made_by_peft(base: Path, folder: Path, **changes: Any) -> Path:
+    """An adapter of another tool, whose B matrices do something."""
+    torch.manual_seed(1)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    wrapped.peft_config["default"].base_model_name_or_path = str(base)
+    wrapped.save_pretrained(folder)
+    change_config(folder, **{"init_lora_weights": True} | changes)
+    return folder
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_base(base: Path) -> None:
+    """Other weights in the same place, of the same shapes."""
+    weights = load_file(base / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"})
+
+
+@pytest.fixture
+def base(tmp_path: Path, tokenizer: Any) -> Path:
+    return base_of(tmp_path / "base", tokenizer)
+
+
+# the base
+
+
+def test_a_base_changed_in_place_is_refused_everywhere(run: Run, base: Path, tmp_path: Path) -> None:
+    trained = train_adapter(base, tmp_path / "run")
+    assert (trained / "checkpoints" / "step-000001" / "base.json").is_file()
+    good = tmp_path / "good"
+    shutil.copytree(base, good)
+    stat = (base / "model.safetensors").stat()
+    change_base(base)
+    os.utime(base / "model.safetensors", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    data = ("--data", tmp_path / "run.jsonl", "--data.max_seq_len", 64)
+    for words in (
+        ("merge", trained, "--output", tmp_path / "merged"),
+        ("chat", trained, "--prompt", "Hi"),
+        ("train", "--model", trained, *data, "--output", tmp_path / "further"),
+    ):
+        code, _, err = run(*words)
+        assert code == 1, words
+        assert "was trained on another base than" in err
+        assert "model.safetensors holds other bytes" in err
+        assert "--allow-changed-base" in err
+    assert not (tmp_path / "merged").exists()
+    assert not (tmp_path / "further").exists()
+    # what the files hold decides, not where they lie
+    code, out, err = run("merge", trained, "--base", good, "--output", tmp_path / "merged")
+    assert code == 0, err
+    assert "note:" not in out
+    code, out, err = run("merge", trained, "--allow-changed-base", "--output", tmp_path / "other")
+    assert code == 0, err
+    assert "is not the base that" in out
+    assert run("chat", trained, "--prompt", "Hi", "--allow-changed-base", "--max-new-tokens", 2)[0] == 0
+
+
+def test_a_config_changed_in_place_is_refused(run: Run, base: Path, tmp_path: Path) -> None:
+    trained = train_adapter(base, tmp_path / "run")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5, "transformers_version": "9"}))
+    code, _, err = run("merge", trained, "--output", tmp_path / "merged")
+    assert code == 1
+    assert "config.json has rms_norm_eps 0.5 instead of 1e-06" in err
+
+
+def test_resume_refuses_a_base_changed_in_the_middle(base: Path, tmp_path: Path) -> None:
+    trained = train_adapter(base, tmp_path / "run")
+    kill_before_the_end(trained)
+    change_base(base)
+    with pytest.raises(TunesmithError, match="model"):
+        run_resume(str(trained), {})
+
+
+def test_an_adapter_on_another_architecture(run: Run, tokenizer: Any, tmp_path: Path) -> None:
+    """The same names and shapes; what it was trained on was a Llama."""
+    llama = save_folder(tmp_path / "llama", tiny_config("llama", eos_token_id=0), tokenizer)
+    qwen3 = save_folder(tmp_path / "qwen3", tiny_config("qwen3", eos_token_id=0), tokenizer)
+    trained = train_adapter(llama, tmp_path / "run")
+    code, _, err = run("merge", trained, "--base", qwen3, "--output", tmp_path / "merged")
+    assert code == 1
+    assert "was trained on another base than" in err
+    # other tools leave no record; that is said
+    (trained / "adapter" / "base.json").unlink()
+    code, out, err = run("merge", trained, "--base", qwen3, "--output", tmp_path / "merged")
+    assert code == 0, err
+    assert "does not say which weights it was trained on" in out
+
+
+def test_an_adapter_on_random_weights_is_refused_before_any_work(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    data = write_jsonl(tmp_path / "d.jsonl", [chat_row("a", "b")] * 4)
+    code, err = train(**{"lora.kind": "lora", "model.path": "new:minimind-26m", "data.train": [str(data)],
+                         "model.tokenizer": str(tmp_path / "tokenizer"), "train.output_dir": str(tmp_path / "run")})  # fmt: skip
+    assert code == 1
+    assert "random weights that are saved nowhere" in err
+    assert not (tmp_path / "run").exists()
+
+
+# the first matrices
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_first_matrices_of_pissa_are_verified_and_made_again(base: Path, tmp_path: Path, damage: str) -> None:
+    trained = train_adapter(base, tmp_path / "run", **{"lora.kind": "pissa"})
+    wanted = (trained / "adapter" / WEIGHTS).read_bytes()
+    kill_before_the_end(trained)
+    weights = trained / "adapter_init" / WEIGHTS
+    if damage == "changed":
+        save_file({name: tensor * 2 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    else:
+        shutil.rmtree(trained / "adapter_init")
+    run_resume(str(trained), {})
+    assert (trained / "adapter" / WEIGHTS).read_bytes() == wanted
+
+
+def test_a_checkpoint_of_pissa_is_not_an_adapter(run: Run, base: Path, tmp_path: Path) -> None:
+    trained = train_adapter(base, tmp_path / "run", **{"lora.kind": "pissa"})
+    code, _, err = run("merge", trained / "checkpoints" / "step-000001", "--output", tmp_path / "merged")
+    assert code == 1
+    assert "finish it with tunesmith resume RUN" in err
+
+
+# adapters of others, and what stands in their files
+
+HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
+    "a pattern without end": ({"target_modules": r"(a|a|m|o|d|e|l|\w|\.)*(\w|\.)*(\w+\.?)*!"}, ""),
+    "a broken pattern": ({"target_modules": "(q_proj"}, "is not a regular expression"),
+    "a broken alpha_pattern": ({"alpha_pattern": {"(": 3.0}}, "is not a regular expression"),
+    "r a word": ({"r": "4"}, "r is '4': input should be a valid integer"),
+    "r nothing": ({"r": None}, "r is None: field required"),
+    "r 0": ({"r": 0}, "r is 0: input should be greater than or equal to 1"),
+    "r huge": ({"r": 10**12}, "r is 1000000000000"),
+    "another r": ({"r": 8}, "does not fit this base"),
+    "alpha infinite": ({"lora_alpha": float("inf")}, "lora_alpha is inf"),
+    "lists of lists": ({"target_modules": [["q_proj"]]}, "target_modules is [['q_proj']]"),
+    "a module that is a pattern": ({"modules_to_save": ["(a+)+$"]}, "which is not the name of a module"),
+    "a rank of nothing": ({"rank_pattern": {"q_proj": 0}}, "rank_pattern holds a number that cannot be a rank"),
+    "rows without end": ({"trainable_token_indices": [2**30]}, "it trains row 1,073,741,824"),
+    "another kind": ({"peft_type": "LOHA"}, "is a 'LOHA' adapter"),
+    "another task": ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'"),
+    "layers twice": ({"layer_replication": [[0, 2], [0, 2]]}, "tunesmith does not know what that does"),
+    "a base that changes": ({"init_lora_weights": "pissa_niter_4"}, "these matrices fit a base that"),
+    "no base": ({"base_model_name_or_path": None}, "names no base model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_configs_end_in_words(base: Path, tmp_path: Path, name: str) -> None:
+    changes, words = HOSTILE[name]
+    adapter = made_by_peft(base, tmp_path / "adapter", **changes)
+    began = time.monotonic()
+    with pytest.raises(ModelError) as caught:
+        load_speaker(ModelSection(path=str(adapter)))
+    assert words in str(caught.value)
+    assert time.monotonic() - began < 20
+
+
+def test_what_peft_can_say_is_still_opened(base: Path, tmp_path: Path) -> None:
+    """Patterns, ranks and scales by module: the logits are those that plain peft computes."""
+    from peft import PeftModel
+
+    torch.manual_seed(1)
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=r".*\.(q|v)_proj", rank_pattern={r".*\.0\..*q_proj": 2},
+        alpha_pattern={"v_proj": 32, r"layers\.1\..*q_proj": 3}, init_lora_weights=False, layers_to_transform=None,
+    )  # fmt: skip
+    wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    wrapped.peft_config["default"].base_model_name_or_path = str(base)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    ours = load_speaker(ModelSection(path=str(tmp_path / "adapter"))).model
+    assert torch.allclose(logits_of(ours), logits_of(theirs), atol=1e-5)
+
+
+def test_a_pattern_has_a_time_limit() -> None:
+    began = time.monotonic()
+    with pytest.raises(PatternError, match="takes too long"):
+        match_names(r"(\w|\w\w|\.)*(\w|\w\w|\.)*[^\w]", ["model.layers.0.self_attn.q_proj" * 3])
+    assert time.monotonic() - began < 10
+    assert resolve_pattern({"q_proj": 1, r".*": 2}, ["a.q_proj", "a.v"]) == {"a.q_proj": 1, "a.v": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.to(torch.int8), "is of int8"),
+        (lambda t: t.to(torch.float8_e4m3fn), "is of float8_e4m3fn"),
+        (lambda t: t.to(torch.complex64), "is of complex64"),
+        (lambda t: t * float("nan"), "holds NaN or infinite values"),
+    ],
+)
+def test_what_is_not_a_weight(base: Path, tmp_path: Path, change: Callable[[torch.Tensor], Any], words: str) -> None:
+    adapter = made_by_peft(base, tmp_path / "adapter")
+    weights = load_file(adapter / WEIGHTS)
+    first = min(weights)
+    save_file(weights | {first: change(weights[first]).contiguous()}, adapter / WEIGHTS, {"format": "pt"})
+    with pytest.raises(ModelError, match=words):
+        load_speaker(ModelSection(path=str(adapter)))
+
+
+def test_half_of_an_adapter(base: Path, tmp_path: Path) -> None:
+    adapter = made_by_peft(base, tmp_path / "adapter")
+    weights = load_file(adapter / WEIGHTS)
+    kept = {name: tensor for name, tensor in weights.items() if "layers.1" not in name}
+    save_file(kept, adapter / WEIGHTS, {"format": "pt"})
+    with pytest.raises(ModelError, match="lacks 4 tensors that its config promises"):
+        load_speaker(ModelSection(path=str(adapter)))
+
+
+def test_adapters_that_are_each_others_base(run: Run, base: Path, tmp_path: Path) -> None:
+    one, two = (made_by_peft(base, tmp_path / name) for name in ("one", "two"))
+    for mine, other in ((one, one), (one, two), (two, one)):
+        change_config(mine, base_model_name_or_path=str(other))
+        code, _, err = run("chat", mine, "--prompt", "Hi")
+        assert code == 1
+        assert "is an adapter itself" in err
+
+
+def test_names_of_adapters_do_not_meet_names_of_parameters(base: Path, tmp_path: Path) -> None:
+    names = ("bias", "lora", "default", "weight", "a.b", "model")
+    folders = [made_by_peft(base, tmp_path / name) for name in names]
+    wanted = logits_of(load_speaker(ModelSection(path=str(folders[0]))).model)
+    speaker = load_speaker(ModelSection(path=str(folders[0])), more=[str(folder) for folder in folders[1:]])
+    assert speaker.adapter_names == list(names)
+    for name in names:
+        speaker.switch(name)
+        assert torch.allclose(logits_of(speaker.model), wanted, atol=1e-6)
+    speaker.switch("base")
+    assert not torch.allclose(logits_of(speaker.model), wanted, atol=1e-3)
+
+
+# merge: code, links, outputs
+
+
+def test_code_of_the_base_is_never_run_unasked(run: Run, base: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    adapter = made_by_peft(base, tmp_path / "adapter")
+    (base / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
+    config = json.loads((base / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Config"}}
+    (base / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    code, _, err = run("merge", adapter, "--output", tmp_path / "merged")
+    assert code == 1
+    assert "brings Python code of its own" in err
+    assert "--trust-remote-code" in err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_links_out_of_a_folder_are_not_followed(run: Run, base: Path, tmp_path: Path) -> None:
+    adapter = made_by_peft(base, tmp_path / "adapter")
+    secret = tmp_path / "id_rsa"
+    secret.write_text("secret")
+    (adapter / "vocab_notes.txt").symlink_to(secret)
+    code, _, err = run("merge", adapter, "--output", tmp_path / "merged")
+    assert code == 0, err
+    assert not (tmp_path / "merged" / "vocab_notes.txt").exists()
+    (adapter / "vocab.txt").symlink_to(secret)
+    code, _, err = run("merge", adapter, "--output", tmp_path / "again")
+    assert code == 1
+    assert "is a link out of its folder" in err
+    assert not (tmp_path / "again").exists()
+
+
+def test_what_cannot_be_an_output(run: Run, base: Path, tmp_path: Path) -> None:
+    adapter = made_by_peft(base, tmp_path / "adapter")
+    os.mkfifo(tmp_path / "pipe")
+    for output in (tmp_path / "pipe", "~nosuchuser/x", "/dev/null", "/dev/null/x", tmp_path / "a\udcff"):
+        code, _, err = run("merge", adapter, "--output", output)
+        assert code in (1, 2), output
+        assert "Traceback" not in err
+
+
+def test_what_a_killed_merge_left_is_removed(run: Run, base: Path, tmp_path: Path) -> None:
+    adapter = made_by_peft(base, tmp_path / "adapter")
+    left = tmp_path / ".merged.0123abcd.partial"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    code, _, err = run("merge", adapter, "--output", tmp_path / "merged")
+    assert code == 0, err
+    assert not left.exists()
+
+
+def test_a_base_that_is_not_finite(run: Run, base: Path, tmp_path: Path) -> None:
+    adapter = made_by_peft(base, tmp_path / "adapter")
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    code, _, err = run("merge", adapter, "--output", tmp_path / "merged")
+    assert code == 1
+    assert "model.norm.weight holds NaN or infinite values" in err
+
+
+def test_names_in_adapter_config_are_in_order(base: Path, tmp_path: Path) -> None:
+    trained = train_adapter(base, tmp_path / "run")
+    names = json.loads((trained / "adapter" / CONFIG).read_text())["target_modules"]
+    assert names == sorted(names)

@@ -87,12 +87,8 @@ def run_resume(name: str, flags: Mapping[str, Any], allowed: Sequence[str] = (),
             if checkpoint and not is_adapter:
                 weights = ModelSection(path=str(checkpoint.folder), trust_remote_code=config.model.trust_remote_code)
             facts = assemble(config, setting, prepared, weights)
-            if changes_base(config.lora):
-                restore_initial(facts.lm.adapter, run, saved)
-            if checkpoint and is_adapter:
-                changes = same_base(checkpoint.folder, facts.lm.adapter.base_record)
-                refuse_changes([f"model: the base's {change}" for change in changes], allowed, name)
-                load_adapter_weights(facts.lm.adapter, checkpoint.load_adapter())
+            if is_adapter:
+                take_up_adapter(run, name, facts, checkpoint, saved, allowed)
             if state:
                 check_steps(name, facts, state, allowed, is_extended)
             print_summary([("resume", describe_place(name, checkpoint, state, facts)), *summary_lines(facts)])
@@ -249,6 +245,28 @@ def open_prepared(run: Path, stores: Mapping[str, Mapping[str, str]]) -> Prepare
         raise TunesmithError(f"{file}: is damaged. {_WITHOUT_IT}") from None
     eval_store = open_store(run / "eval_tokens") if has_eval else None
     return Prepared(open_store(run / "tokens"), ledger, eval_store, eval_ledger, stores)
+
+
+def take_up_adapter(
+    run: Path,
+    name: str,
+    facts: RunFacts,
+    checkpoint: Checkpoint | None,
+    saved: Mapping[str, Any],
+    allowed: Sequence[str],
+) -> None:
+    """The checkpoint's weights into the adapter, once its base and its first matrices are those of before.
+
+    Raises:
+        TunesmithError: they are not.
+    """
+    adapter = facts.lm.adapter
+    if changes_base(facts.config.lora):
+        restore_initial(adapter, run, saved)
+    if checkpoint:
+        changes = same_base(checkpoint.folder, adapter.base_record)
+        refuse_changes([f"model: the base's {change}" for change in changes], allowed, name)
+        load_adapter_weights(adapter, checkpoint.load_adapter())
 
 
 def refuse_damaged_store(run: Path, name: str, stores: Mapping[str, Mapping[str, str]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -146,6 +147,33 @@ def test_an_adapter_on_random_weights_is_refused_before_any_work(tokenizer: Any,
     assert code == 1
     assert "random weights that are saved nowhere" in err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_hub_base_is_pinned_to_its_commit(base: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """Trained on what main was; main moves on, and the adapter still opens on what it was trained on."""
+    repo = tmp_path / "hub" / "models--own--tiny"
+    for folder in ("refs", "blobs"):
+        (repo / folder).mkdir(parents=True)
+    commits = ["a" * 40, "b" * 40]
+    for commit, source in zip(commits, (base, base_of(tmp_path / "next", tokenizer, "llama")), strict=True):
+        (repo / "snapshots" / commit).mkdir(parents=True)
+        for file in source.iterdir():
+            blob = repo / "blobs" / f"{commit}-{file.name}"
+            shutil.copy(file, blob)
+            (repo / "snapshots" / commit / file.name).symlink_to(blob)
+    data = write_jsonl(tmp_path / "d.jsonl", [chat_row(f"What is {i}?", f"It is {i}.") for i in range(8)])
+    words = ["train", "--model", "own/tiny", "--data", str(data), "--output", str(tmp_path / "run"), "--lora.kind", "lora",
+             "--train.max_steps", "1", "--data.max_seq_len", "64"]  # fmt: skip
+    merge = ["merge", str(tmp_path / "run"), "--output", str(tmp_path / "merged")]
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    for ref, command in zip(commits, (words, merge), strict=True):
+        (repo / "refs" / "main").write_text(ref)
+        done = subprocess.run(
+            [sys.executable, "-m", "tunesmith", *command], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "adapter" / "base.json").read_text())["commit"] == commits[0]
+    assert f"snapshots/{commits[0]}" in done.stdout
 
 
 # the first matrices

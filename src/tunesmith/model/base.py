@@ -99,10 +99,15 @@ def hub_folder(name: str, revision: str | None) -> Path | None:
     return Path(found).parent if isinstance(found, str | os.PathLike) else None
 
 
-def record_base(kind: str, name: str, commit: str | None) -> dict[str, Any] | None:
-    """What is kept with an adapter that is trained on a local or a hub model."""
-    folder = Path(name) if kind == "local" else hub_folder(name, commit) if kind == "hub" else None
-    return describe_base(folder, commit) if folder is not None else None
+def record_base(kind: str, name: str, revision: str | None) -> dict[str, Any] | None:
+    """What is kept with an adapter that is trained on a local or a hub model, which has been loaded."""
+    if kind == "local":
+        return describe_base(Path(name))
+    folder = hub_folder(name, revision)
+    if folder is None:
+        return None
+    # the cache names a snapshot by its commit, also where a branch or nothing was asked for
+    return describe_base(folder, folder.name if folder.parent.name == "snapshots" else None)
 
 
 def write_record(record: Mapping[str, Any] | None, adapter: Path) -> None:

@@ -148,7 +148,7 @@ def assemble(config: RunConfig, setting: Setting, prepared: Prepared, weights: M
     adapter = None
     if is_adapter:
         torch.manual_seed(config.train.seed)
-        base = record_base(source.kind, source.name, getattr(setting.model_config, "_commit_hash", None))
+        base = record_base(source.kind, source.name, config.model.revision)
         adapter = add_adapter(model, config.lora, name_of_base(config.model.path), new_ids, config.model.revision, base)
         if precision.autocast:
             cast_trained(model, precision.weights)

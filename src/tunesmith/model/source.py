@@ -42,10 +42,13 @@ def find_model(path: str) -> ModelSource:
     folder = open_path(path)
     if folder.is_dir():
         if adapter := find_adapter(folder):
+            require_plain_files(adapter)
             return _find_base(adapter)
         if (folder / "config.json").is_file():
+            require_plain_files(folder)
             return ModelSource("local", str(folder))
         if (folder / "model" / "config.json").is_file():  # a run of ours
+            require_plain_files(folder / "model")
             return ModelSource("local", str(folder / "model"))
         raise ModelError(_explain_folder(folder))
     if folder.is_file():
@@ -76,6 +79,17 @@ def _find_base(adapter: Path) -> ModelSource:
     # a hub model's main branch moves on; the commit that was trained on stays
     revision = (record or {}).get("commit") or config.revision
     return ModelSource(source.kind, source.name, adapter, revision if source.kind == "hub" else None)
+
+
+def require_plain_files(folder: Path) -> None:
+    """transformers would wait for a pipe in a model's folder without end.
+
+    Raises:
+        ModelError: the folder holds something that is neither file nor folder.
+    """
+    for path in folder.iterdir():
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ModelError(f"{path}: is a pipe or a device, not a file. Put the file in its place.")
 
 
 def open_path(path: str) -> Path:

@@ -14,7 +14,7 @@ from tunesmith.config import DataSection, ModelSection
 from tunesmith.data.encode import Encoder, bos_ids
 from tunesmith.data.template import ChatTemplate, find_template, load_built_in, require_template_file
 from tunesmith.errors import ModelError
-from tunesmith.model.source import explain_load_error, find_model, open_path
+from tunesmith.model.source import explain_load_error, find_model, open_path, require_plain_files
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -41,6 +41,7 @@ def find_tokenizer(section: ModelSection) -> TokenizerSource:
         )
     revision = section.revision if name == section.path else None
     if section.tokenizer and open_path(name).is_dir():  # a tokenizer's folder needs no config.json
+        require_plain_files(open_path(name))
         return TokenizerSource(str(open_path(name)), revision, is_models=False)
     source = find_model(name)
     if source.adapter and (source.adapter / "tokenizer_config.json").is_file():

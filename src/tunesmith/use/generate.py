@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith.config import ModelSection
+from tunesmith.config import ModelSection, RunConfig
 from tunesmith.data.conversation import Message
 from tunesmith.data.encode import Encoder
 from tunesmith.errors import ModelError
@@ -20,7 +20,7 @@ from tunesmith.model.load import load_config, load_model, require_own_base
 from tunesmith.model.open_adapter import open_adapter
 from tunesmith.model.source import ModelSource, find_model, telling_text
 from tunesmith.model.tokenizer import build_encoder, load_tokenizer
-from tunesmith.runfile import read_yaml
+from tunesmith.runfile import resolve_config
 from tunesmith.train.precision import pick_device
 
 
@@ -152,7 +152,7 @@ def _trained_data_section(path: Path) -> dict[str, Any]:
     path = path.resolve()
     for folder in (path, *path.parents[:2]):  # RUN, RUN/model, RUN/checkpoints/step-N
         if (folder / "config.yaml").is_file() and (folder / "data_ledger.json").is_file():
-            return read_yaml(folder / "config.yaml").get("data") or {}
+            return resolve_config(RunConfig, folder / "config.yaml", {}).data.model_dump()
     return {}
 
 

@@ -59,9 +59,10 @@ def load_tokenizer(section: ModelSection) -> Any:
                 source.folder, revision=source.revision, trust_remote_code=trust
             )  # one file: fails at once without a network
         tokenizer = AutoTokenizer.from_pretrained(source.folder, revision=source.revision, trust_remote_code=trust)
+        is_usable = len(tokenizer) > 0 and bool(tokenizer("a")["input_ids"])
     except Exception as error:
         raise explain_load_error(name, "its config or tokenizer", error) from None
-    if len(tokenizer) == 0 or not tokenizer("a")["input_ids"]:
+    if not is_usable:
         raise ModelError(f"{name}: the folder holds no usable tokenizer (tokenizer.json or vocab files).")
     # matched as spelled: a normaliser must not turn other texts into them
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in section.add_tokens])

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith.config import ModelSection, RunConfig
+from tunesmith.config import DataSection, ModelSection
 from tunesmith.data.conversation import Message
 from tunesmith.data.encode import Encoder
-from tunesmith.errors import ModelError
+from tunesmith.errors import ConfigError, ModelError
 from tunesmith.model.load import load_config, load_model, require_own_base
 from tunesmith.model.open_adapter import open_adapter
 from tunesmith.model.source import ModelSource, find_model, telling_text
 from tunesmith.model.tokenizer import build_encoder, load_tokenizer
-from tunesmith.runfile import resolve_config
+from tunesmith.runfile import read_yaml
 from tunesmith.train.precision import pick_device
 
 
@@ -152,8 +152,15 @@ def _trained_data_section(path: Path) -> dict[str, Any]:
     path = path.resolve()
     for folder in (path, *path.parents[:2]):  # RUN, RUN/model, RUN/checkpoints/step-N
         if (folder / "config.yaml").is_file() and (folder / "data_ledger.json").is_file():
-            return resolve_config(RunConfig, folder / "config.yaml", {}).data.model_dump()
+            return _data_section(folder / "config.yaml")
     return {}
+
+
+def _data_section(file: Path) -> dict[str, Any]:
+    try:
+        return DataSection.model_validate({"train": ["?"]} | dict(read_yaml(file).get("data") or {})).model_dump()
+    except (ValueError, TypeError) as error:  # pydantic's is a ValueError
+        raise ConfigError(str(file), [f"data: is not what a run writes there: {telling_text(error)}"]) from None
 
 
 @torch.no_grad()

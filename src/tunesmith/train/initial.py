@@ -25,10 +25,12 @@ def keep_initial(adapter: Any, run: Path) -> dict[str, str]:
 
 
 def hash_initial(run: Path) -> dict[str, str]:
-    """SHA-256 of the files that lie there now."""
+    """SHA-256 of the matrices that lie there now; peft writes the config beside them anew when it converts."""
     folder = run / INITIAL
     try:
-        return {path.name: sha256_file(path) for path in sorted(folder.iterdir())} if folder.is_dir() else {}
+        if any(path.is_symlink() or not path.is_file() for path in folder.iterdir()):  # peft would write through a link
+            return {}
+        return {path.name: sha256_file(path) for path in folder.glob("*.safetensors")} if folder.is_dir() else {}
     except OSError:  # what cannot be read is not what was written
         return {}
 

@@ -297,6 +297,13 @@ def test_a_data_file_that_is_gone_at_resume(forks: Forks, folder: Path) -> None:
     assert "chats.jsonl" in text
 
 
+def test_links_that_lead_to_themselves_in_the_base_of_a_run(forks: Forks, folder: Path) -> None:
+    done = forks(*train_words(folder, folder / "own"))
+    assert done["code"] == 0
+    replace(folder / "model" / "model.safetensors", make_loop)
+    plainly(forks("resume", folder / "own", "--train.max_steps", 3), "Symlink loop")
+
+
 # --- names
 
 

@@ -99,6 +99,8 @@ def explain(error: BaseException, words: list[str]) -> tuple[str, int]:
             f"error: {named}: no such user. Write the folder of the user out, or put ./ before the ~ of a file.",
             TunesmithError.exit_code,
         )
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop from"):  # pathlib's resolve
+        return f"error: {error}. {_INPUT[errno.ELOOP]}", TunesmithError.exit_code
     if isinstance(error, RecursionError):
         what = _stage_of(error)
         return f"error: {what}: nested too deep to be read. Flatten it.", TunesmithError.exit_code

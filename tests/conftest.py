@@ -34,7 +34,7 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data f
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread_pool() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(scope="session")

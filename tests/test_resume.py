@@ -360,7 +360,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "flipped bit in the optimizer": ("optimizer.safetensors", flip, "optimizer.safetensors is changed"),
     "missing": ("state.json", Path.unlink, "state.json is missing"),
     "foreign": ("more.bin", lambda p: p.write_bytes(b"x"), "more.bin is a foreign file"),
-    "unreadable": ("random.safetensors", become_folder, "random.safetensors cannot be read: Is a directory"),
+    "unreadable": ("random.safetensors", become_folder, "random.safetensors cannot be read: is a folder, not a file"),
     "newer": (MANIFEST, age, "manifest.json is of format 2; this tunesmith reads up to 1"),
     "no manifest": (MANIFEST, Path.unlink, "manifest.json is missing"),
     "torn manifest": (MANIFEST, lambda p: os.truncate(p, 100), "manifest.json is damaged"),

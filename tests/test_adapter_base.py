@@ -174,6 +174,9 @@ def test_a_hub_base_is_pinned_to_its_commit(base: Path, tokenizer: Any, tmp_path
         assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "adapter" / "base.json").read_text())["commit"] == commits[0]
     assert f"snapshots/{commits[0]}" in done.stdout
+    longer = [sys.executable, "-m", "tunesmith", "resume", str(tmp_path / "run"), "--train.max_steps", "2"]
+    done = subprocess.run(longer, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, "model: own/tiny has changed since the run began" in done.stderr) == (1, True), done.stderr
 
 
 # the first matrices

@@ -25,6 +25,7 @@ from tunesmith.config import LoraSection
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.model.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PatternError, is_name, select_modules
 from tunesmith.model.base import write_record
+from tunesmith.model.tensors import write_tensors
 
 _INITS: dict[str, Any] = {"pissa": "pissa", "olora": "olora"}
 _EXPERTS = re.compile(r"mlp\.experts\.(gate_up_proj|down_proj)$")
@@ -308,8 +309,6 @@ def write_adapter(
         initial: where PiSSA's or OLoRA's first matrices lie; with them the adapter is saved as a plain LoRA of twice
             the rank, which fits the base as everybody has it (peft's conversion).
     """
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     with quiet_peft():
         if initial is not None:
@@ -325,11 +324,8 @@ def write_adapter(
     _sort_names(folder / ADAPTER_CONFIG)
     write_record(getattr(wrapped, "base_record", None), folder)
     if initial is None:
-        save_file(
-            dict(weights) if weights is not None else adapter_weights(wrapped),
-            folder / ADAPTER_WEIGHTS,
-            {"format": "pt"},
-        )
+        tensors = weights if weights is not None else adapter_weights(wrapped)
+        write_tensors(folder / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
 
 
 def _sort_names(path: Path) -> None:

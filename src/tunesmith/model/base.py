@@ -99,6 +99,12 @@ def hub_folder(name: str, revision: str | None) -> Path | None:
     return Path(found).parent if isinstance(found, str | os.PathLike) else None
 
 
+def hub_commit(name: str, revision: str | None) -> str | None:
+    """The commit of a model in the hub's cache, which names its snapshots so, whatever branch was asked for."""
+    folder = hub_folder(name, revision)
+    return folder.name if folder is not None and folder.parent.name == "snapshots" else None
+
+
 def record_base(kind: str, name: str, revision: str | None) -> dict[str, Any] | None:
     """What is kept with an adapter that is trained on a local or a hub model, which has been loaded."""
     if kind == "local":
@@ -106,8 +112,7 @@ def record_base(kind: str, name: str, revision: str | None) -> dict[str, Any] | 
     folder = hub_folder(name, revision)
     if folder is None:
         return None
-    # the cache names a snapshot by its commit, also where a branch or nothing was asked for
-    return describe_base(folder, folder.name if folder.parent.name == "snapshots" else None)
+    return describe_base(folder, hub_commit(name, revision))
 
 
 def write_record(record: Mapping[str, Any] | None, adapter: Path) -> None:

@@ -22,6 +22,7 @@ from tunesmith.data.encode import Encoder
 from tunesmith.data.read import find_sources
 from tunesmith.errors import TunesmithError
 from tunesmith.files import sha256_ends, sha256_file, sha256_text
+from tunesmith.model.base import hub_commit
 from tunesmith.model.source import find_model
 
 PARTS = (
@@ -70,7 +71,7 @@ def describe_run(
             encoder.tokenizer.backend_tokenizer.to_str() + json.dumps(encoder.tokenizer.special_tokens_map, default=str)
         ),
         "model": sha256_text(json.dumps(own, sort_keys=True, default=str)),
-        "weights": describe_weights(config, model_config),
+        "weights": describe_weights(config),
         "config": config.model_dump(mode="json"),
         "threads": torch.get_num_threads(),
         "versions": {name: _version(name) for name in _PACKAGES},
@@ -87,13 +88,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def describe_weights(config: RunConfig, model_config: PretrainedConfig) -> dict[str, Any]:
+def describe_weights(config: RunConfig) -> dict[str, Any]:
     """The files of a local model, by size, time and SHA-256 of their ends; the commit of a hub model."""
     source = find_model(config.model.path)
     if source.kind == "preset":
         return {}
     if source.kind == "hub":
-        return {source.name: getattr(model_config, "_commit_hash", None)}
+        return {source.name: hub_commit(source.name, source.revision or config.model.revision)}
     folders = [Path(source.name), *([source.adapter] if source.adapter else [])]
     files = [path for folder in folders for pattern in _WEIGHTS for path in sorted(folder.glob(pattern))]
     return {str(path.resolve()): {"size": path.stat().st_size, "ends": sha256_ends(path)} for path in files}
@@ -164,7 +165,7 @@ def compare_runs(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[lis
     """(reasons to refuse, each beginning with its part, as in "template: ..."; remarks)."""
     refusals, notes = [], []
     for name, was in before.get("weights", {}).items():
-        if now["weights"].get(name) != was:
+        if was is not None and now["weights"].get(name) != was:  # None: earlier versions did not know a hub's commit
             what = "has changed since the run began" if name in now["weights"] else "is not the model's any more"
             refusals.append(f"model: {name} {what}")
     for part in ("template", "tokenizer", "model"):

@@ -96,7 +96,7 @@ def test_a_wrong_encoding_names_the_line_and_the_right_one(tmp_path: Path) -> No
 def test_an_unknown_encoding_is_an_error_with_a_suggestion(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'gb1803' is not the name of a text encoding; did you mean gb18030"):
         DataSection(train=["x"], encoding="gb1803")
-    for name in ("hex", "rot13", "undefined", "", "a\0b", "Chinese (simplified) please"):
+    for name in ("hex", "rot13", "undefined", "a\0b", "Chinese (simplified) please"):
         with pytest.raises(ValueError, match="is not the name of a text encoding"):
             DataSection(train=["x"], encoding=name)
         (tmp_path / "x.jsonl").write_text("{}")

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-MAX_CHARACTERS = 256 * 1024  # of a run file; the longest recipe has 2,000
-_MAX_SIZE = 1_000_000  # characters of all values once aliases are written out, and 16 for each value
+MAX_CHARACTERS = 8 * 2**20  # of a run file: some 60,000 names of files
+_GROWTH = 20  # times that aliases may make a file larger; each value counts its characters and 16
 _MAX_DEPTH = 50
 _LARGEST = 2**63
 _STR_TAG = "tag:yaml.org,2002:str"
@@ -25,9 +25,10 @@ class StrictLoader(yaml.SafeLoader):
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self._depth = self._size = 0
+        self._max_size = _GROWTH * max(len(stream), 50_000)
         self._sizes: dict[int, int] = {}  # of finished nodes, by id
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -44,8 +45,8 @@ class StrictLoader(yaml.SafeLoader):
             self._size += self._sizes[id(node)]
         else:
             self._sizes[id(node)] = self._size - before
-        if self._size > _MAX_SIZE:
-            raise _problem("too large: a run file holds some thousand characters, aliases written out", event)
+        if self._size > self._max_size:
+            raise _problem("the aliases (*name) repeat too much; write the values out", event)
         self._depth -= 1
         return node
 
@@ -97,7 +98,10 @@ def load(text: str) -> Any:
         ValueError: with the line, in words.
     """
     if len(text) > MAX_CHARACTERS:
-        raise ValueError(f"has {len(text):,} characters; more than {MAX_CHARACTERS:,} are not read")
+        raise ValueError(
+            f"has {len(text):,} characters; more than {MAX_CHARACTERS:,} are not read. Name a folder or a pattern "
+            "(data/*.jsonl in quotes) instead of each file."
+        )
     try:
         return yaml.load(text, Loader=StrictLoader)  # a SafeLoader: plain data only
     except (yaml.YAMLError, ValueError, RecursionError) as error:

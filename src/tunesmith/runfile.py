@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from tunesmith.config import RunConfig, Section
 from tunesmith.errors import ConfigError
 from tunesmith.foreign import convert, explain_key, nest
-from tunesmith.plainyaml import dump, load, show
+from tunesmith.plainyaml import MAX_CHARACTERS, dump, load, show
 from tunesmith.reading import read_text_or_pipe
 
 SHORTHANDS = {
@@ -193,6 +193,11 @@ def resolve_config(
         config = model.model_validate(tree)
     except ValidationError as error:
         problems += _explain(error)
+    if not problems and len(dump_yaml(config)) > MAX_CHARACTERS:
+        problems.append(
+            "the names and settings together are longer than a run file may be, so the run could never be gone on "
+            "with; name a folder or a pattern (in quotes) instead of each file"
+        )
     if problems:
         source = str(yaml_path) if yaml_path else "the command line"
         raise ConfigError(source, problems, exit_code=2 if unknown_flags else 1)

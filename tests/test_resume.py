@@ -473,7 +473,7 @@ def test_every_checkpoint_verifies_and_opens(straight: Path) -> None:
 def test_what_a_kill_left_while_preparing_is_removed(run: Run, model_folder: Path, chats: Path, tmp_path: Path) -> None:
     from tunesmith.train.folder import locked
 
-    left, in_use = tmp_path / ".run.0a.partial", tmp_path / ".run.0b.partial"
+    left, in_use = tmp_path / ".run.0a0a0a0a.partial", tmp_path / ".run.0b0b0b0b.partial"
     for folder in (left, in_use):
         (folder / "tokens").mkdir(parents=True)
     with locked(in_use):

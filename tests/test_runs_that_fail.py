@@ -24,8 +24,8 @@ from tunesmith.config import RunConfig
 from tunesmith.data.labels import Sample
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.data.store import StoreWriter, open_store
-from tunesmith.errors import RunError
-from tunesmith.files import require_written, write_text_atomic
+from tunesmith.errors import RunError, TunesmithError
+from tunesmith.files import atomic_directory, require_written, write_text_atomic
 from tunesmith.model.tensors import is_same_bits, require_tensors, write_tensors
 from tunesmith.train.failures import explained_failures
 from tunesmith.train.folder import staged_folder
@@ -211,7 +211,71 @@ def test_no_run_takes_its_own_files_for_data(
     assert (code, "train: is a run of tunesmith, not data" in err) == (1, True)
 
 
+def test_damaged_tokens_are_made_again(run: Run, model_folder: Path, chats: Path, tmp_path: Path) -> None:
+    """The advice of the refusal is followed as it stands; unchanged data gives the very same run."""
+    words = ("--model", model_folder, "--data", chats, *FAST, "--train.max_steps", 6, "--train.save_steps", 2,
+             "--train.keep_checkpoints", 9)  # fmt: skip
+    assert run("train", *words, "--output", tmp_path / "whole")[0] == 0
+    part = killed_after(tmp_path / "whole", 2, tmp_path / "part")
+    (part / "tokens" / "tokens.bin").unlink()
+    code, _, err = run("resume", part, "--train.log_steps", 2)
+    assert (code, "tokens.bin: is missing since the run began" in err) == (1, True)
+    advice = err.strip().rpartition("To read the data again: tunesmith ")[2].split()
+    assert advice == ["resume", str(part), "--train.log_steps", "2", "--allow", "data"]
+    code, out, err = run(*advice)
+    assert code == 0, err
+    assert "the data is read again, because of " in out
+    assert weights(part) == weights(tmp_path / "whole")
+
+
+def test_a_model_that_lies_elsewhere_now(run: Run, model_folder: Path, chats: Path, tmp_path: Path) -> None:
+    words = ("--model", model_folder, "--data", chats, *FAST, "--train.max_steps", 4, "--train.save_steps", 2,
+             "--train.keep_checkpoints", 9)  # fmt: skip
+    assert run("train", *words, "--output", tmp_path / "whole")[0] == 0
+    part = killed_after(tmp_path / "whole", 2, tmp_path / "part")
+    moved = model_folder.rename(tmp_path / "moved")
+    code, _, err = run("resume", part)
+    assert (code, f"tunesmith resume {part} --model FOLDER" in err) == (1, True)
+    other = shutil.copytree(moved, tmp_path / "other")
+    file = other / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + b"abcd")
+    code, _, err = run("resume", part, "--model", other)
+    assert (code, f"--model.path {other} --allow model" in err) == (1, True)
+    code, _, err = run("resume", part, "--model", moved)
+    assert code == 0, err
+    assert weights(part) == weights(tmp_path / "whole")
+    file.unlink()
+    file.symlink_to(tmp_path / "gone")
+    code, _, err = run("resume", part, "--model", other, "--train.max_steps", 5)
+    assert (code, f"{file}: a link to {tmp_path / 'gone'}, which does not exist" in err) == (1, True)
+
+
 # --- the output folder
+
+
+def test_a_folder_that_somebody_made_meanwhile_stays(tmp_path: Path) -> None:
+
+    def write() -> None:
+        with atomic_directory(tmp_path / "out") as partial:
+            (partial / "ours").write_text("x")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "theirs").write_text("precious")
+
+    with pytest.raises(TunesmithError, match="another process made it meanwhile"):
+        write()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "theirs").read_text() == "precious"
+    (tmp_path / "empty").mkdir()
+    with atomic_directory(tmp_path / "empty") as partial:
+        (partial / "ours").write_text("x")
+    assert (tmp_path / "empty" / "ours").exists()
+
+
+def test_names_that_begin_alike_are_two_runs(tmp_path: Path) -> None:
+    with staged_folder(tmp_path / "exp.0") as first, staged_folder(tmp_path / "exp") as second:
+        assert first.is_dir()
+        assert second.is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["exp", "exp.0"]
 
 
 def test_two_runs_into_one_new_folder(
@@ -228,7 +292,7 @@ def test_two_runs_into_one_new_folder(
 
     monkeypatch.setattr(running, "print_summary", other_is_faster)
     code, _, err = run("train", "--model", model_folder, "--data", chats, "--output", output, *FAST)
-    assert (code, "another process made it while this run was prepared" in err) == (1, True)
+    assert (code, "another process made it meanwhile" in err) == (1, True)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
     assert [p.name for p in output.iterdir()] == ["run.json"]
 

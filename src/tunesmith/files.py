@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tunesmith.errors import TunesmithError
 from tunesmith.reading import open_file, read_text, require_regular
 
 
@@ -131,14 +132,18 @@ def usual_modes(folder: Path) -> None:
 
 
 @contextmanager
-def atomic_directory(path: Path, seal: Callable[[Path], None] | None = None) -> Iterator[Path]:
+def atomic_directory(path: Path, seal: Callable[[Path], None] | None = None, replaces: bool = False) -> Iterator[Path]:
     """A folder that appears under `path` whole or not at all.
 
     Yields a hidden sibling to write into; on success its files are synced and it takes `path`'s name, on any
-    exception it is removed. An existing folder at `path` is replaced.
+    exception it is removed.
 
     Args:
         seal: writes a last file into the folder once all others are synced.
+        replaces: an existing folder at `path`, which is ours, goes; else only an empty one does.
+
+    Raises:
+        TunesmithError: there is such a folder, made by another process meanwhile.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     partial.mkdir(parents=True)
@@ -154,17 +159,34 @@ def atomic_directory(path: Path, seal: Callable[[Path], None] | None = None) -> 
         usual_modes(partial)
         sync_path(partial)
         wait_if_asked()
-        if path.exists():  # rename cannot replace a folder that holds files
+        if replaces and path.exists():  # rename cannot replace a folder that holds files
             old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
             path.rename(old)
             wait_if_asked()
             partial.rename(path)
             shutil.rmtree(old)
+            sync_path(path.parent)
         else:
-            partial.rename(path)
-        sync_path(path.parent)
+            take_name(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def take_name(made: Path, path: Path) -> None:
+    """One rename, which replaces an empty folder and no other.
+
+    Raises:
+        TunesmithError: another process was faster.
+    """
+    try:
+        if os.name == "nt" and path.is_dir():
+            path.rmdir()
+        made.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise TunesmithError(f"{path}: another process made it meanwhile. Give --output a new folder.") from None
+    sync_path(path.parent)
 
 
 def wait_if_asked() -> None:

@@ -50,7 +50,7 @@ def save_adapter(
     Args:
         initial: where the first matrices of PiSSA or OLoRA lie.
     """
-    with atomic_directory(folder) as partial:
+    with atomic_directory(folder, replaces=True) as partial:
         write_adapter(adapter, partial, initial=initial)
         _write_beside_adapter(model, encoder, partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
@@ -58,7 +58,7 @@ def save_adapter(
 
 def save_model(model: nn.Module, encoder: Encoder, card: str, folder: Path) -> None:
     """Write the folder whole or not at all."""
-    with atomic_directory(folder) as partial:
+    with atomic_directory(folder, replaces=True) as partial:
         write_model(model, encoder, partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
 

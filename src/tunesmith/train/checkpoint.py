@@ -138,7 +138,7 @@ def write_checkpoint(
         wait_if_asked()
         write_manifest(partial, snapshot.step, guard)
 
-    with atomic_directory(folder, seal) as partial:
+    with atomic_directory(folder, seal, replaces=True) as partial:
         write_trained(lm.model, lm.adapter, encoder, partial, snapshot.weights)
         wait_if_asked()
         write_tensors(partial / _OPTIMIZER, snapshot.optimizer)

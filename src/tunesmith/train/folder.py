@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
+import re
 import shutil
 import time
 import uuid
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tunesmith.config import RunConfig
 from tunesmith.errors import TunesmithError
-from tunesmith.files import sync_path, sync_tree, usual_modes, write_text_atomic
+from tunesmith.files import sync_tree, take_name, usual_modes, write_text_atomic
 from tunesmith.model.loss import SupervisedLM
 from tunesmith.train.checkpoint import estimate_bytes
 from tunesmith.train.console import format_bytes
@@ -81,7 +81,7 @@ def staged_folder(output: Path) -> Iterator[Path]:
         if is_inside:
             _move_in(staging, output)
         else:
-            _take_name(staging, output)
+            take_name(staging, output)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         for parent in missing:
@@ -108,28 +108,9 @@ def _move_in(staging: Path, output: Path) -> None:
     shutil.rmtree(staging)
 
 
-def _take_name(staging: Path, output: Path) -> None:
-    """One rename, which replaces an empty folder and no other.
-
-    Raises:
-        TunesmithError: another process was faster.
-    """
-    try:
-        if os.name == "nt" and output.is_dir():
-            output.rmdir()
-        staging.rename(output)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise
-        raise TunesmithError(
-            f"{output}: another process made it while this run was prepared. Give --output a new folder."
-        ) from None
-    sync_path(output.parent)
-
-
 def is_partial(path: Path, name: str) -> bool:
     """Whether a folder is where some process prepares, or prepared, what is to be called `name`."""
-    return path.name.startswith(f".{name}.") and path.name.endswith(".partial")
+    return re.fullmatch(rf"\.{re.escape(name)}\.([0-9]{{20}}-)?[0-9a-f]{{8}}\.partial", path.name) is not None
 
 
 def remove_abandoned(parent: Path, name: str) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from tunesmith.config import DataSection, RunConfig
 from tunesmith.data.encode import Encoder
 from tunesmith.data.read import find_sources
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.files import sha256_ends, sha256_file, sha256_text
 from tunesmith.model.base import hub_commit
 from tunesmith.model.source import find_model
@@ -97,6 +97,9 @@ def describe_weights(config: RunConfig) -> dict[str, Any]:
         return {source.name: hub_commit(source.name, source.revision or config.model.revision)}
     folders = [Path(source.name), *([source.adapter] if source.adapter else [])]
     files = [path for folder in folders for pattern in _WEIGHTS for path in sorted(folder.glob(pattern))]
+    for path in files:
+        if not path.exists():
+            raise ModelError(f"{path}: a link to {os.readlink(path)}, which does not exist. Put that file back.")
     return {str(path.resolve()): {"size": path.stat().st_size, "ends": sha256_ends(path)} for path in files}
 
 
@@ -164,10 +167,7 @@ def find_named(data: DataSection) -> list[Path]:
 def compare_runs(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """(reasons to refuse, each beginning with its part, as in "template: ..."; remarks)."""
     refusals, notes = [], []
-    for name, was in before.get("weights", {}).items():
-        if was is not None and now["weights"].get(name) != was:  # None: earlier versions did not know a hub's commit
-            what = "has changed since the run began" if name in now["weights"] else "is not the model's any more"
-            refusals.append(f"model: {name} {what}")
+    refusals += _compare_weights(before.get("weights", {}), now["weights"])
     for part in ("template", "tokenizer", "model"):
         if before[part] != now[part]:
             what = {"template": "the chat template", "tokenizer": "the tokenizer", "model": "the model's config"}[part]
@@ -193,6 +193,19 @@ def compare_runs(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[lis
     return refusals, notes
 
 
+def _compare_weights(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """By what the files hold, for a model may lie elsewhere now."""
+    names = {os.path.basename(name) for name in now}
+    for name, was in before.items():
+        if isinstance(was, Mapping):
+            if was not in now.values():
+                is_there = os.path.basename(name) in names
+                what = "has changed since the run began" if is_there else "is not part of the model now"
+                yield f"model: {name} {what}"
+        elif was is not None and now.get(name) != was:  # None: earlier versions did not know a hub model's commit
+            yield f"model: {name} has changed since the run began (--model.revision {was} is what it was)"
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"train": {"seed": 0}} -> {"train.seed": 0}."""
     flat: dict[str, Any] = {}
@@ -209,8 +222,11 @@ def _show(value: Any) -> str:
     return "unset" if value is None else str(value)
 
 
-def refuse_changes(refusals: Sequence[str], allowed: Sequence[str], run: str) -> list[str]:
+def refuse_changes(refusals: Sequence[str], allowed: Sequence[str], run: Path, again: str) -> list[str]:
     """The parts that are changed and allowed to be.
+
+    Args:
+        again: the command as it was typed.
 
     Raises:
         TunesmithError: for the others, all of them at once.
@@ -221,7 +237,7 @@ def refuse_changes(refusals: Sequence[str], allowed: Sequence[str], run: str) ->
         lines = "\n".join(f"  {line}" for line in forbidden)
         raise TunesmithError(
             f"{run}: it would not go on as the run that it was:\n{lines}\n"
-            f"Put back what has changed, or, if it is meant: tunesmith resume {run} --allow {parts}"
+            f"Put back what has changed, or, if it is meant: {again} --allow {parts}"
         )
     return sorted({line.split(":")[0] for line in refusals})
 

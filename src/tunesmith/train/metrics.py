@@ -36,7 +36,7 @@ class MetricsFile:
         kept = [line for line, step in _whole_lines(path) if last_step is not None and step <= last_step]
         if path.exists():
             write_text_atomic(path, "".join(f"{line}\n" for line in kept))
-        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self._waiting = b""
 
     def log(self, record: Record) -> None:

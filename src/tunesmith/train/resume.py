@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import shlex
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -16,10 +17,11 @@ import torch
 from tunesmith.config import ModelSection, RunConfig
 from tunesmith.data.ledger import Ledger
 from tunesmith.data.store import open_store
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.files import read_sealed, sealed, sync_path, write_text_atomic
 from tunesmith.model.adapters import changes_base, load_adapter_weights, require_quantization
 from tunesmith.model.base import same_base
+from tunesmith.model.source import find_model
 from tunesmith.runfile import resolve_config
 from tunesmith.train.checkpoint import Checkpoint, leftovers, newest_valid, restore_optimizer
 from tunesmith.train.console import print_summary
@@ -56,6 +58,7 @@ def run_resume(name: str, flags: Mapping[str, Any], allowed: Sequence[str] = (),
     run = find_run(name)
     if "train.output_dir" in flags:
         raise TunesmithError(f"--output: a run goes on in its own folder, {name}; leave the flag out.")
+    again = as_typed(name, flags)
     flags = {key: absolute(value) if key in _NAMES else value for key, value in flags.items()}
     saved = read_json(run / RUN_FILE, ("cwd", "date", "id", "guard"))
     config = resolve_config(RunConfig, run / "config.yaml", flags, list(unknown))
@@ -80,15 +83,16 @@ def run_resume(name: str, flags: Mapping[str, Any], allowed: Sequence[str] = (),
         before = checkpoint.guard if checkpoint else saved["guard"]
         keep_threads(before["threads"])
         date = datetime.datetime.fromisoformat(saved["date"])
+        require_model(name, config)
         setting = choose_setting(config, date)
         with explained_failures(run, config, setting.capacity) as running:
-            prepared, guard = take_up(run, name, config, setting, before, allowed)
+            prepared, guard = take_up(run, again, config, setting, before, allowed)
             weights, is_adapter = config.model, config.lora.kind != "none"
             if checkpoint and not is_adapter:
                 weights = ModelSection(path=str(checkpoint.folder), trust_remote_code=config.model.trust_remote_code)
             facts = assemble(config, setting, prepared, weights)
             if is_adapter:
-                take_up_adapter(run, name, facts, checkpoint, saved, allowed)
+                take_up_adapter(run, again, facts, checkpoint, saved, allowed)
             if state:
                 check_steps(name, facts, state, allowed, is_extended)
             print_summary([("resume", describe_place(name, checkpoint, state, facts)), *summary_lines(facts)])
@@ -107,6 +111,24 @@ def run_resume(name: str, flags: Mapping[str, Any], allowed: Sequence[str] = (),
 
 
 _NAMES = ("data.train", "data.eval", "data.chat_template", "model.path", "model.tokenizer")
+
+
+def as_typed(name: str, flags: Mapping[str, Any]) -> str:
+    """The command with the person's flags, to be shown with one more."""
+    words = ["tunesmith", "resume", name]
+    for key, value in flags.items():
+        words += [f"--{key}", *([str(item) for item in value] if isinstance(value, list) else [str(value)])]
+    return shlex.join(words)
+
+
+def require_model(name: str, config: RunConfig) -> None:
+    """Raises:
+    ModelError: the model that the run began from lies elsewhere now.
+    """
+    try:
+        find_model(config.model.path)
+    except ModelError as error:
+        raise ModelError(f"{error} Where it lies elsewhere now: tunesmith resume {name} --model FOLDER") from None
 
 
 def absolute(value: Any) -> Any:
@@ -208,9 +230,12 @@ def keep_threads(threads: int) -> None:
 
 
 def take_up(
-    run: Path, name: str, config: RunConfig, setting: Setting, before: Mapping[str, Any], allowed: Sequence[str]
+    run: Path, again: str, config: RunConfig, setting: Setting, before: Mapping[str, Any], allowed: Sequence[str]
 ) -> tuple[Prepared, dict[str, Any]]:
     """The run's data, after everything that it is made of has been compared with what it began with.
+
+    Args:
+        again: the command as it was typed.
 
     Raises:
         TunesmithError: something that changes the mathematics is not what it was, and not allowed to be.
@@ -218,15 +243,17 @@ def take_up(
     refusals, notes = compare_files(before["data"], config.data)
     now = make_guard(config, setting, before["store"], before["data"])
     more, others = compare_runs(before, now)
-    changed = refuse_changes([*refusals, *more], allowed, name)
+    changed = refuse_changes([*refusals, *more], allowed, run, again)
     for note in [*notes, *others]:
         print(f"note: {note}")
-    if set(changed) & set(RELABELS):
-        print(f"the data is read again, because of changed {', '.join(changed)}")
+    damage = find_store_damage(run, before["store"])
+    if set(changed) & set(RELABELS) or (damage and "data" in allowed):
+        why = [f"changed {part}" for part in changed] or [damage]
+        print(f"the data is read again, because of {', '.join(why)}")
         stores = relabel(run, config, setting)
         now = make_guard(config, setting, stores, describe_files(config.data))
-    else:
-        refuse_damaged_store(run, name, before["store"])
+    elif damage:
+        raise TunesmithError(f"{damage}. To read the data again: {again} --allow data")
     return open_prepared(run, now["store"]), now
 
 
@@ -249,7 +276,7 @@ def open_prepared(run: Path, stores: Mapping[str, Mapping[str, str]]) -> Prepare
 
 def take_up_adapter(
     run: Path,
-    name: str,
+    again: str,
     facts: RunFacts,
     checkpoint: Checkpoint | None,
     saved: Mapping[str, Any],
@@ -265,20 +292,19 @@ def take_up_adapter(
         restore_initial(adapter, run, saved)
     if checkpoint:
         changes = same_base(checkpoint.folder, adapter.base_record)
-        refuse_changes([f"model: the base's {change}" for change in changes], allowed, name)
+        refuse_changes([f"model: the base's {change}" for change in changes], allowed, run, again)
         load_adapter_weights(adapter, checkpoint.load_adapter())
 
 
-def refuse_damaged_store(run: Path, name: str, stores: Mapping[str, Mapping[str, str]]) -> None:
+def find_store_damage(run: Path, stores: Mapping[str, Mapping[str, str]]) -> str:
+    """Which file of the run's tokens is not what it was; empty where all are."""
     for folder, files in stores.items():
         now = describe_store(run / folder) if (run / folder).is_dir() else {}
         for file, sha256 in files.items():
             if now.get(file) != sha256:
                 what = "has changed" if file in now else "is missing"
-                raise TunesmithError(
-                    f"{run / folder / file}: {what} since the run began. To read the data again: "
-                    f"tunesmith resume {name} --allow data"
-                )
+                return f"{run / folder / file}: {what} since the run began"
+    return ""
 
 
 def relabel(run: Path, config: RunConfig, setting: Setting) -> Mapping[str, Mapping[str, str]]:

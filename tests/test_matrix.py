@@ -210,6 +210,6 @@ def test_every_habit_is_right_or_refused(tokenizer: Any) -> None:
 @pytest.mark.skipif(not TEMPLATES.is_dir(), reason="the shared templates are not beside this checkout")
 @pytest.mark.parametrize("name", ["own", *others.NAMES, *others.LONG_NAMES])
 def test_every_cell_is_right_or_refused(tokenizer: Any, name: str) -> None:
-    if name in others.LONG_NAMES and not os.environ.get("TUNESMITH_LONG"):
-        pytest.skip("a large vocabulary; TUNESMITH_LONG=1 runs it")
+    if name in (*others.LONG_NAMES, "gpt2", "llama2") and not os.environ.get("TUNESMITH_LONG"):
+        pytest.skip("takes long; TUNESMITH_LONG=1 runs it")
     assert_matrix(tokenizer if name == "own" else others.build(name), all_templates())

@@ -76,12 +76,12 @@ def staged_folder(output: Path) -> Iterator[Path]:
             remove_abandoned(staging.parent, output.name)
             refuse_second(staging, output)
             yield staging
-        usual_modes(staging)
-        sync_tree(staging)
-        if is_inside:
-            _move_in(staging, output)
-        else:
-            take_name(staging, output)
+            usual_modes(staging)
+            sync_tree(staging)
+            if is_inside:
+                _move_in(staging, output)
+            else:
+                take_name(staging, output)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         for parent in missing:

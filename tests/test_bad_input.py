@@ -194,6 +194,13 @@ def test_weights_of_other_shapes(case: Case) -> None:
                "but [32, 96] is needed")  # fmt: skip
 
 
+@pytest.mark.parametrize("dropout", [-1, 1.5, 1])
+def test_a_dropout_that_is_none(case: Case, dropout: float) -> None:
+    config = json.loads((case.model / "config.json").read_text())
+    (case.model / "config.json").write_text(json.dumps({**config, "attention_dropout": dropout}))
+    case.fails(f"its config.json has attention_dropout {dropout}")
+
+
 def test_a_config_that_transformers_rejects_is_told_in_full(case: Case) -> None:
     config = json.loads((case.model / "config.json").read_text())
     (case.model / "config.json").write_text(json.dumps(config | {"layer_types": ["a", "b"]}))

@@ -28,11 +28,25 @@ def load_config(section: ModelSection, tokenizer: Any) -> PretrainedConfig:
     if source.kind == "preset":
         return build_preset_config(source.name, section.config, tokenizer)
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             source.name, revision=source.revision or section.revision, trust_remote_code=section.trust_remote_code
         )
     except Exception as error:
         raise explain_load_error(section.path, "its config", error) from None
+    _refuse_odd_dropout(section.path, config)
+    return config
+
+
+def _refuse_odd_dropout(name: str, config: PretrainedConfig) -> None:
+    """transformers takes any number here and fails in the first forward, some architectures in the first training one.
+
+    Raises:
+        ModelError: a dropout of the config is no probability.
+    """
+    for key, value in config.get_text_config().to_dict().items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key.endswith(("dropout", "pdrop")) and is_number and not 0 <= value < 1:
+            raise ModelError(f"{name}: its config.json has {key} {value}; it is a share of 0 or more, below 1.")
 
 
 def load_model(

@@ -8,10 +8,15 @@ TUNESMITH_DEBUG=1 prints the traceback as well.
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
+import gzip
+import io
 import json
+import lzma
 import math
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -20,12 +25,13 @@ import traceback
 import zipfile
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from tunesmith.display import shorten
 from tunesmith.errors import InterruptedRun, RunError, Terminated, TunesmithError
-from tunesmith.files import is_out_of_memory, system_error
+from tunesmith.files import is_out_of_memory, lacking_memory, system_error
 from tunesmith.streams import OutputLost
 
 _LONGEST = 2000  # characters of a library's text
@@ -38,7 +44,7 @@ _MACHINE = {
     errno.EFBIG: "The file system or `ulimit -f` allows no file of this size; name another place.",
     errno.EIO: "The disk or network folder fails to read or write; check it, and copy the files to another.",
     errno.ESTALE: "The network folder has gone away; connect it again.",
-    errno.ENOMEM: "Close other programs, or use a machine with more memory.",
+    errno.ENOTCONN: "The network folder has gone away; connect it again.",
     errno.EMFILE: "Raise the limit: ulimit -n 4096.",
     errno.ENFILE: "Close other programs.",
 }
@@ -53,8 +59,27 @@ _INPUT = {
     errno.EEXIST: "Remove it, or give another name.",
     errno.ENOTEMPTY: "Remove what it holds, or give another name.",
 }
-# packages whose errors speak about the file or text that they were given
-_READERS = ("datasets", "huggingface_hub", "httpx", "jinja2", "openpyxl", "peft", "pyarrow", "safetensors", "yaml")
+_NETWORK = "Check the network and HF_ENDPOINT; with HF_HUB_OFFLINE=1 only what is already downloaded is used."
+_UNREACHED = (errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT, errno.EHOSTUNREACH,
+              errno.EHOSTDOWN, errno.ENETUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL)  # fmt: skip
+_CLIENTS = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "aiohttp")
+# packages that read files; what is raised in one of them, or of its kinds, speaks about the file
+_READERS = ("datasets", "jinja2", "openpyxl", "peft", "pyarrow", "safetensors", "tokenizers", "transformers", "yaml")
+# our own modules that read what others wrote; libraries in C and Rust leave no frame of their own
+_READING = frozenset(
+    f"tunesmith.{name}"
+    for name in (
+        "reading", "files", "plainyaml", "runfile", "data.arrow", "data.containers", "data.csvfile", "data.datafile",
+        "data.dataset_info", "data.excel", "data.folders", "data.jsonfile", "data.jsontext", "data.read", "data.store",
+        "model.adapter_config", "model.base", "model.load", "model.open_adapter", "model.reopen", "model.source",
+        "model.tensors", "model.tokenizer", "train.checkpoint", "train.folder", "train.metrics", "use.combine",
+        "use.generate", "use.merge", "use.proof",
+    )
+)  # fmt: skip
+# kinds of the standard library that speak about what was read; tokenizers has none but Exception itself
+_DAMAGED = (UnicodeDecodeError, json.JSONDecodeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, gzip.BadGzipFile,
+            csv.Error, pickle.UnpicklingError, EOFError, RecursionError)  # fmt: skip
+_PLACES = ("path", "file", "folder", "source")  # what our functions call what they read
 _STAGES = {
     "data": "the data",
     "model": "the model or its tokenizer",
@@ -89,10 +114,13 @@ def explain(error: BaseException, words: list[str]) -> tuple[str, int]:
             RunError.exit_code,
         )
     if is_out_of_memory(error):
-        return f"error: {_explain_memory(words)}", RunError.exit_code
+        return f"error: {_explain_memory(error, words)}", RunError.exit_code
     refused = system_error(error)
+    if _is_about_network(error):
+        what = tell(error) if refused is None or not refused.strerror else refused.strerror
+        return f"error: {_stage_of(error)}: the network: {what}. {_NETWORK}", RunError.exit_code
     if refused is not None and refused.errno is not None and refused.strerror:
-        return _explain_system(refused)
+        return _explain_system(refused, _place_of(error))
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's expanduser
         named = ", ".join(word for word in words if word.startswith("~")) or "a name"
         return (
@@ -101,15 +129,16 @@ def explain(error: BaseException, words: list[str]) -> tuple[str, int]:
         )
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop from"):  # pathlib's resolve
         return f"error: {error}. {_INPUT[errno.ELOOP]}", TunesmithError.exit_code
-    if isinstance(error, RecursionError):
-        what = _stage_of(error)
-        return f"error: {what}: nested too deep to be read. Flatten it.", TunesmithError.exit_code
-    if _is_about_input(error):
+    if isinstance(error, RecursionError) and _was_reading(error):
+        return f"error: {_place_of(error)}: nested too deep to be read. Flatten it.", TunesmithError.exit_code
+    if _is_about_input(error) and _was_reading(error):
         return (
-            f"error: {_stage_of(error)}: cannot be read: {tell(error)}. A file is damaged, or is not what its name "
+            f"error: {_place_of(error)}: cannot be read: {tell(error)}. A file is damaged, or is not what its name "
             f"says. Save or download it again; {_DEBUG}=1 shows what was being read.",
             TunesmithError.exit_code,
         )
+    if refused is not None and not isinstance(error, ValueError) and _was_reading(error):  # a library's, in its words
+        return f"error: {_place_of(error)}: {tell(error)}. {_DEBUG}=1 shows more.", TunesmithError.exit_code
     return (
         f"error: tunesmith failed in a way it should not: {tell(error)}\n{_DEBUG}=1 shows where; please report it.",
         RunError.exit_code,
@@ -123,43 +152,103 @@ def tell(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}".rstrip(". :")
 
 
-def _explain_memory(words: list[str]) -> str:
+def _explain_memory(error: BaseException, words: list[str]) -> str:
     command = words[0] if words else ""
+    whose = lacking_memory(error)
+    others = (
+        "end other programs" if whose == "this machine" else "end other programs on the GPU (nvidia-smi lists them)"
+    )
     advice = {
         "train": "lower train.micro_batch_tokens and data.max_seq_len, or train an adapter (--lora.kind lora)",
-        "resume": "end other programs; a run goes on with the model and batch that it began with",
-        "merge": "end other programs, or merge on a machine that holds the base model twice",
+        "resume": f"{others}; a run goes on with the model and batch that it began with",
+        "merge": f"{others}, or merge on a machine that holds the base model twice",
         "chat": "give a smaller model, or a lower --max-new-tokens",
-    }.get(command, "end other programs, or give less data at once")
-    return f"the memory does not suffice. What helps: {advice}."
+    }.get(command, f"{others}, or give less data at once")
+    return f"the memory of {whose} does not suffice. What helps: {advice}."
 
 
-def _explain_system(error: OSError) -> tuple[str, int]:
+def _explain_system(error: OSError, place: str) -> tuple[str, int]:
+    """Args:
+    place: what was worked on, for an error that names no file.
+    """
     number = error.errno or 0
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
-    where = " -> ".join(name if len(name) <= 200 else f"{name[:60]}..." for name in names)
-    advice = _MACHINE.get(number) or _INPUT.get(number) or "Check the file and the disk that it lies on."
+    where = " -> ".join(name if len(name) <= 200 else f"{name[:60]}..." for name in names) or place
+    advice = _MACHINE.get(number) or _INPUT.get(number) or (names and "Check the file and the disk that it lies on.")
+    advice = advice or f"{_DEBUG}=1 shows what was being done."
     code = RunError.exit_code if number in _MACHINE else TunesmithError.exit_code
-    return f"error: {where + ': ' if where else ''}{error.strerror}. {advice}", code
+    return f"error: {where}: {error.strerror}. {advice}", code
+
+
+def _is_about_network(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno is not None:
+        # gaierror's numbers are its own: no such host
+        return error.errno in _UNREACHED or type(error).__name__ == "gaierror"
+    is_clients = any(kind.__module__.split(".")[0] in _CLIENTS for kind in type(error).__mro__)
+    return is_clients or isinstance(error, (ConnectionError, TimeoutError))
 
 
 def _is_about_input(error: BaseException) -> bool:
-    """Whether a library speaks about what it was given to read; other errors come from how we used it."""
-    if type(error) is Exception or isinstance(error, (UnicodeError, json.JSONDecodeError)):  # tokenizers' only kind
-        return True
-    if isinstance(error, (zipfile.BadZipFile, zlib.error, EOFError)):
-        return True
-    return type(error).__module__.split(".")[0] in _READERS
+    """Whether errors of this kind speak about what was given to read."""
+    kinds = type(error).__mro__
+    if "TemplateRuntimeError" in {kind.__name__ for kind in kinds}:  # jinja2's: rendering, not reading
+        return False
+    is_librarys = type(error).__module__.split(".")[0] in _READERS
+    return type(error) is Exception or isinstance(error, _DAMAGED) or is_librarys
+
+
+def _was_reading(error: BaseException) -> bool:
+    """Whether it was raised by a library that reads, or where we read; our own bugs are raised elsewhere."""
+    is_reading = False
+    for name in _modules_of(error):
+        if name.split(".")[0] == "tunesmith":
+            is_reading = name in _READING
+        else:
+            is_reading = is_reading or name.split(".")[0] in _READERS
+    return is_reading
+
+
+def _modules_of(error: BaseException) -> Iterator[str]:
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        yield str(frame.f_globals.get("__name__", ""))
 
 
 def _stage_of(error: BaseException) -> str:
-    """What was being read, by the innermost of our modules on the stack."""
+    """What was being worked on, by the innermost of our modules on the stack."""
     stage = "what was given"
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        parts = str(frame.f_globals.get("__name__", "")).split(".")
+    for name in _modules_of(error):
+        parts = name.split(".")
         if parts[0] == "tunesmith" and len(parts) > 1:
             stage = _STAGES.get(parts[1], stage)
     return stage
+
+
+def _place_of(error: BaseException) -> str:
+    """The file that was being read, where the innermost of our reading functions hold it; else the stage."""
+    place = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        name = str(frame.f_globals.get("__name__", ""))
+        if name in _READING:
+            held = (_as_path(frame.f_locals.get(place_name)) for place_name in _PLACES)
+            place = next(filter(None, held), place)
+        elif name.split(".")[0] == "tunesmith":
+            place = ""
+    return place or _stage_of(error)
+
+
+def _as_path(value: object) -> str:
+    """Of a path, a name of something that is there, or an open file."""
+    value = getattr(value, "name", "") if isinstance(value, io.IOBase) else value
+    if isinstance(value, Path):
+        return str(value)
+    return value if isinstance(value, str) and 0 < len(value) < 1000 and _is_there(value) else ""
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return os.path.lexists(name)
+    except ValueError:  # a null character
+        return False
 
 
 def _unsuppressed(error: BaseException) -> BaseException:

@@ -216,10 +216,12 @@ def sha256_ends(path: Path, size: int = 64 * 2**20) -> str:
 
 def system_error(error: BaseException) -> OSError | None:
     """The system's own error in what was raised; safetensors and tokenizers wrap it, with the number in their text."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         return error
     found = re.search(r"\(os error (\d+)\)", str(error))
-    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+    if found:
+        return OSError(int(found[1]), os.strerror(int(found[1])))
+    return error if isinstance(error, OSError) else None
 
 
 def is_no_room(error: BaseException) -> bool:
@@ -228,6 +230,33 @@ def is_no_room(error: BaseException) -> bool:
     return found is not None and found.errno in NO_ROOM
 
 
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|bad_?alloc|failed to allocate memory"
+    r"|(CUBLAS|CUDNN|CUSPARSE|CUSOLVER)_STATUS_ALLOC_FAILED",
+    re.IGNORECASE,
+)
+_ON_GPU = re.compile(r"\b(CUDA|HIP|XPU|MPS|GPU|NPU)\b|STATUS_ALLOC_FAILED")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out; torch's allocator on the CPU says so in a RuntimeError."""
-    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    """Whether memory ran out, of the machine or of a GPU.
+
+    torch, CUDA's libraries, safetensors and tokenizers say so in the text of a general error. An error of a narrower
+    kind may quote a text of the person's that says the same.
+    """
+    refused = system_error(error)
+    if isinstance(error, MemoryError) or (refused is not None and refused.errno == errno.ENOMEM):
+        return True
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "OutOfMemoryError" in kinds:  # torch's, by name: this is asked where torch was never imported
+        return True
+    is_general = type(error) in (Exception, RuntimeError) or bool(kinds & {"AcceleratorError", "SafetensorError"})
+    return (is_general or (type(error) is OSError and error.errno is None)) and _NO_MEMORY.search(
+        str(error)
+    ) is not None
+
+
+def lacking_memory(error: BaseException) -> str:
+    """Whose memory it was that ran out: "the GPU" or "this machine"."""
+    is_torchs = type(error).__name__ in ("OutOfMemoryError", "AcceleratorError")
+    return "the GPU" if is_torchs or _ON_GPU.search(str(error)) else "this machine"

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import io
 import os
+import select
 import sys
 from collections.abc import Iterator
 
@@ -41,7 +42,10 @@ class Output(io.FileIO):
 
     def write(self, data: object) -> int:
         try:
-            return super().write(data)  # type: ignore[call-overload, no-any-return]
+            # None: the pipe is full, and its other holder set it not to wait (O_NONBLOCK), as node and some CI do
+            while (written := super().write(data)) is None:  # type: ignore[call-overload]
+                select.select([], [self], [])
+            return written  # type: ignore[no-any-return]
         except OSError as error:
             lost = os.open(os.devnull, os.O_WRONLY)
             os.dup2(lost, self.fileno())
@@ -57,6 +61,15 @@ class Output(io.FileIO):
             return len(data)  # type: ignore[arg-type]
 
 
+class Input(io.FileIO):
+    """File 0 where its other holder set it not to wait: what has no text yet is waited for."""
+
+    def readinto(self, buffer: object) -> int:
+        while (size := super().readinto(buffer)) is None:  # type: ignore[arg-type]
+            select.select([self], [], [])
+        return size
+
+
 @contextlib.contextmanager
 def lasting_streams() -> Iterator[Output]:
     """Puts such files under sys.stdout and sys.stderr; yields the one under stdout.
@@ -66,7 +79,7 @@ def lasting_streams() -> Iterator[Output]:
     _open_closed()
     before = sys.stdin, sys.stdout, sys.stderr
     stdout, stderr = Output(1), Output(2)
-    sys.stdin = sys.stdin or open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # stays open
+    sys.stdin = _waiting_stdin()
     sys.stdout, sys.stderr = _over(stdout, sys.stdout), _over(stderr, sys.stderr)
     try:
         yield stdout
@@ -75,6 +88,17 @@ def lasting_streams() -> Iterator[Output]:
             with contextlib.suppress(OutputLost, OSError, ValueError):
                 stream.flush()
         sys.stdin, sys.stdout, sys.stderr = before
+
+
+def _waiting_stdin() -> io.TextIOWrapper:
+    stream = sys.stdin
+    if stream is None:
+        return open(0, encoding="utf-8", closefd=False)  # stays open
+    raw = getattr(getattr(stream, "buffer", None), "raw", None)
+    if os.name == "nt" or not (isinstance(raw, io.FileIO) and raw.fileno() == 0) or os.get_blocking(0):
+        return stream  # type: ignore[return-value]
+    waiting = io.BufferedReader(Input(0, "rb", closefd=False))
+    return io.TextIOWrapper(waiting, encoding=stream.encoding, errors=stream.errors)
 
 
 def _open_closed() -> None:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.errors import ModelError, RunError, TunesmithError
-from tunesmith.files import is_out_of_memory
+from tunesmith.files import is_out_of_memory, lacking_memory
 from tunesmith.model.adapter_config import ADAPTER_CONFIG, find_adapter, read_adapter_config
 from tunesmith.model.base import read_record
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# what transformers passes over without a word where it is no file, or then speaks of something else
+_READ_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja",
+)  # fmt: skip
 _NO_NETWORK = ("couldn't connect", "offline", "name or service", "connection", "timed out", "requested files")
 
 
@@ -50,6 +56,8 @@ def find_model(path: str) -> ModelSource:
         if (folder / "model" / "config.json").is_file():  # a run of ours
             require_plain_files(folder / "model")
             return ModelSource("local", str(folder / "model"))
+        if os.path.lexists(folder / "config.json"):
+            require_plain_files(folder)
         raise ModelError(_explain_folder(folder))
     if folder.is_file():
         raise ModelError(f"{path}: is a file; give the folder that holds config.json and the weights.")
@@ -82,14 +90,19 @@ def _find_base(adapter: Path) -> ModelSource:
 
 
 def require_plain_files(folder: Path) -> None:
-    """transformers would wait for a pipe in a model's folder without end.
+    """transformers would wait for a pipe in a model's folder without end, and does without what is a folder or a link
+    to nothing.
 
     Raises:
-        ModelError: the folder holds something that is neither file nor folder.
+        ModelError: the folder holds something that is neither file nor folder, or one of the files that are read is
+            none.
     """
     for path in folder.iterdir():
         if path.exists() and not path.is_file() and not path.is_dir():
             raise ModelError(f"{path}: is a pipe or a device, not a file. Put the file in its place.")
+        if path.name in _READ_FILES and not path.is_file():
+            kind = "a folder, not a file" if path.is_dir() else "a link that leads to no file"
+            raise ModelError(f"{path}: is {kind}. Put the file in its place.")
 
 
 def open_path(path: str) -> Path:
@@ -141,7 +154,10 @@ def explain_load_error(
 ) -> TunesmithError:
     """transformers' and huggingface_hub's errors in our words: what is wrong and what to do."""
     if is_out_of_memory(error):
-        return RunError(f"{name}: {what} do not fit into memory. End other programs, or give a smaller model.")
+        return RunError(
+            f"{name}: {what} do not fit into the memory of {lacking_memory(error)}. End other programs, or give a "
+            "smaller model."
+        )
     causes = _causes(error)
     kinds = {type(cause).__name__ for cause in causes}
     chain = " ".join(str(cause) for cause in causes).lower()

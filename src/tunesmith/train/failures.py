@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from tunesmith.config import RunConfig
 from tunesmith.errors import InterruptedRun, RunError, TunesmithError
-from tunesmith.files import NO_ROOM, is_out_of_memory, system_error
+from tunesmith.files import NO_ROOM, is_out_of_memory, lacking_memory, system_error
 from tunesmith.train.checkpoint import newest_valid
 from tunesmith.train.loop import Trainer
 
@@ -37,15 +35,13 @@ def explained_failures(run: Path, config: RunConfig, capacity: int) -> Iterator[
         raise InterruptedRun(f"interrupted {where()}. {how_to_go_on(run)}") from None
     except InterruptedRun as stopped:
         raise InterruptedRun(f"{stopped} {how_to_go_on(run)}") from None
-    except torch.OutOfMemoryError:
-        raise RunError(f"the GPU is out of memory. {explain_memory(config, capacity)} {how_to_go_on(run)}") from None
     except RunError as error:
         raise RunError(f"{error} {how_to_go_on(run)}") from None
     except TunesmithError:
         raise
     except Exception as error:
         if is_out_of_memory(error):
-            text = f"the memory of this machine is not enough, {where()}. {explain_memory(config, capacity)}"
+            text = f"the memory of {lacking_memory(error)} is not enough, {where()}. {explain_memory(config, capacity)}"
             raise RunError(f"{text} {how_to_go_on(run)}") from error
         reason = system_error(error)
         if reason is None:

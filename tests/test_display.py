@@ -18,13 +18,16 @@ import yaml
 
 from conftest import chat_row, save_folder, tiny_config, write_jsonl
 from tunesmith.display import shorten, to_html, to_markdown, visible
+from tunesmith.train.console import print_summary
 
 Run = Callable[..., tuple[int, str, str]]
 EVIL = (
     "\x1b]52;c;ZXZpbA==\x07\x1b]8;;http:x\x1b\\\x1b[2J\rEVIL\x9b31m\u202egnp\u2066\x7f\x08<img src=x onerror=alert(1)>"
 )
 NAME = EVIL.replace("/", "")  # for a file or folder
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 def clean(*texts: str) -> None:
@@ -33,8 +36,14 @@ def clean(*texts: str) -> None:
 
 
 def test_visible_shows_numbers_and_keeps_everything_else() -> None:
+    assert visible("\u200e\u200f\u061c 👩\u200d🚀 क्\u200cष") == "\\u200e\\u200f\\u061c 👩\u200d🚀 क्\u200cष"
     assert visible("a\tb\n\x1b[0m\r\x9b\u202e\ud800 龘 🙂 שלום") == "a\tb\n\\x1b[0m\\r\\x9b\\u202e\\ud800 龘 🙂 שלום"
     clean(visible("".join(map(chr, range(0x110000)))))
+
+
+def test_a_name_adds_no_line_to_the_summary(capsys: pytest.CaptureFixture[str]) -> None:
+    print_summary([("model", "run\nmerged     proven\r\n"), ("", "x")])
+    assert capsys.readouterr().out == "model  run\\nmerged     proven\\r\\n\n       x\n"
 
 
 def test_long_messages_are_cut() -> None:

@@ -77,12 +77,19 @@ LEADS = [
 def test_no_value_leads_out(way: str) -> None:
     for root in ROOTS:
         found = [way.format(root=root, lead=lead) for lead in LEADS]
-        tests = [f"{{% if ({path}) is defined and ({path}) is not none %}}OUT {path}{{% endif %}}" for path in found]
+        tests = [
+            f"{{% if n in ({n}, none) and ({path}) is defined and ({path}) is not none %}}OUT {path}{{% endif %}}"
+            for n, path in enumerate(found)
+        ]
         text = "{% macro m() %}{{ caller }}{% endmacro %}{% for x in [1] %}" + "".join(tests) + "{% endfor %}"
-        with contextlib.suppress(TemplateRefused):  # the value itself is not there
-            assert "OUT" not in template(text).render(CHAT)
-        with contextlib.suppress(TemplateRefused):
-            assert "OUT" not in template(text).render_beginnings(CHAT).text
+        made = template(text)
+        for run in (made.render, lambda *args, made=made, **named: made.render_beginnings(*args, **named).text):
+            try:
+                assert "OUT" not in run(CHAT, variables={"n": None})
+            except TemplateRefused:  # the value itself is not there, or one of the attributes may not be looked at
+                for n in range(len(found)):
+                    with contextlib.suppress(TemplateRefused):
+                        assert "OUT" not in run(CHAT, variables={"n": n})
 
 
 ESCAPES = [
@@ -231,6 +238,47 @@ LONG = [
 ]  # fmt: skip
 
 
+# one list in the other, half a million times: Python hashes such a one at the cost of its own stack
+DEEP = (
+    "{% set ns = namespace(t=()) %}{% for i in range(1000) %}{% for j in range(500) %}{% set ns.t = (ns.t,) %}{% endfor %}"
+    "{% endfor %}"
+)
+DEEP_USES = [
+    "{{ messages[0].get(ns.t) }}", "{{ {ns.t: 1}|length }}", "{{ [ns.t]|unique|list|length }}", "{{ ns.t in messages[0] }}",
+    "{{ dict([(ns.t, 1)])|length }}", "{{ dict.fromkeys([ns.t])|length }}", "{{ namespace([(ns.t, 1)]) }}", "{{ messages[0][ns.t] }}",
+    "{{ ns.t == ns.t }}", "{{ ns.t }}", "{{ ns.t|tojson }}", "{{ [ns.t]|groupby(0)|list|length }}", "{{ {1: ns.t}.values() }}",
+    "{% for i in [1] %}{{ loop.changed(ns.t) }}{% endfor %}",
+]  # fmt: skip
+# one operation of C that would take minutes, or many that go through a long list or text each
+SLOW = [
+    "{{ ('a' * 1000000).strip('b' * 1000000 + 'a')|length }}", "{{ ('a' * 1000000).rstrip('b' * 1000000 + 'a')|length }}",
+    "{{ ('a' * 1000000)|trim('b' * 1000000 + 'a')|length }}", "{{ ('a' * 1000000).rfind('ab' + 'a' * 400000) }}",
+    "{{ ('a' * 1000000).rsplit('ab' + 'a' * 400000) }}", "{{ ('f' * 4000000)|int(base=16) // 7 > 1 }}",
+    "{{ ('f' * 4000000)|int(0, 16) is divisibleby(7) }}", "{{ 0x" + "f" * 200_000 + " // 0x" + "e" * 90_000 + " > 1 }}",
+    "{% set ns = namespace(l=[]) %}{% for i in range(30000) %}{% set ns.l = ns.l + [i * 2305843009213693951] %}{% endfor %}{{ ns.l|unique|list|length }}",
+    "{% set ns = namespace(n=1) %}{% for i in range(99999) %}{% set ns.n = ns.n - (0 - ns.n) %}{% endfor %}",
+    *(
+        "{% set l = range(100000)|list %}{% set d = dict(range(50000)|batch(2)) %}{% set f = '{0}' * 5000 %}{% set p = '%s' * 5000 %}"
+        "{% set t = 'aB' * 8000 %}{% set u = 'a' * 4000 + 'b' %}{% set w = [t] * 500 %}"
+        "{% for i in range(100000) %}{% set x = " + use + " %}{% endfor %}"
+        for use in (
+            "'zz' in l", "i + 1000000 in l", "'zz' not in l", "l.count('z')", "[l.index(99999)]", "range(100000).count('z')", "'z' in range(100000)",
+            "d.copy()", "dict(d)", "dict.fromkeys(l)", "(i + 1000000) in d.values()", "d.items()|list|length", "f.format('')",
+            "p|format(*l[:5000])", "t.swapcase()|length", "t|title|length", "t|wordcount", "t.split('a')|length", "t.count(u)",
+            "u in t", "1 == (u in t)", "w|sort|length", "namespace(d)", "t|list|length", "cycler(*l)",
+        )
+    ),
+]  # fmt: skip
+# lists and groups take memory, whatever texts are in them
+HEAPS = [
+    "{% set ns = namespace(l=[]) %}{% for i in range(99999) %}{% set ns.l = [ns.l, [1]|batch(100000, 0)|list] %}{% endfor %}",
+    "{% set ns = namespace(l=[]) %}{% for i in range(99999) %}{% set ns.l = [ns.l, [1]|slice(10000)|list] %}{% endfor %}",
+    "{% set d = dict(range(50000)|batch(2)) %}{% set ns = namespace(l=[]) %}{% for i in range(99999) %}{% set ns.l = [ns.l, d.copy()] %}{% endfor %}",
+    "{% set t = 'ab ' * 300000 %}{% set x = t.split()|length %}", "{% set t = 'ab ' * 300000 %}{% set x = t|list|length %}",
+    "{{ strftime_now('%255d' * 2000000)|length }}", "{{ ('\U0001d11e' * 500000)|urlencode|length }}",
+]  # fmt: skip
+
+
 @pytest.fixture
 def _small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same limits, reached sooner."""
@@ -248,20 +296,26 @@ def is_refused_in_time(text: str, kind: str, seconds: float) -> bool:
 
 
 @pytest.mark.usefixtures("_small_limits")
-@pytest.mark.parametrize("text", [*LARGE, *BOMBS])
+@pytest.mark.parametrize("text", [*LARGE, *BOMBS, *HEAPS])
 @pytest.mark.parametrize("kind", ["render", "beginnings"])
 def test_no_large_text_or_number_is_made(text: str, kind: str) -> None:
     assert is_refused_in_time(text, kind, 30)
 
 
 @pytest.mark.skipif(not os.environ.get("TUNESMITH_LONG"), reason="two minutes; set TUNESMITH_LONG=1")
-@pytest.mark.parametrize("text", [*LARGE, *BOMBS, *LONG])
+@pytest.mark.parametrize("text", [*LARGE, *BOMBS, *LONG, *SLOW, *HEAPS])
 def test_the_real_limits_are_reached_in_time(text: str) -> None:
     assert is_refused_in_time(text, "render", 60)
 
 
+@pytest.mark.parametrize("use", DEEP_USES)
+def test_deep_lists_are_refused_before_python_walks_them(use: str) -> None:
+    with pytest.raises(TemplateRefused, match=r"nested more than 1,000|as a key"):
+        template(DEEP + use).render(CHAT[:1])
+
+
 @pytest.mark.usefixtures("_small_limits")
-@pytest.mark.parametrize("text", LONG)
+@pytest.mark.parametrize("text", [*LONG, *SLOW])
 def test_a_template_without_end_is_refused(text: str) -> None:
     assert is_refused_in_time(text, "beginnings", 30)
 
@@ -381,3 +435,49 @@ def test_results_stay_as_the_stock_environment_gives_them() -> None:
     ):  # fmt: skip
         want = stock.from_string(text).render(**given)
         assert template(text, **given).render([]) == want, text
+
+
+REFUSED_READS = [
+    "{{ 'a'.encode('utf-8')|length }}", "{{ 'a'.encode }}", "{% if 'a'.translate %}x{% endif %}", "{{ (5).to_bytes is defined }}",
+    "{{ messages.append }}", "{% if messages.append %}x{% endif %}", "{{ messages[0].update }}", "{{ messages|attr('append') }}",
+    "{{ 1.5.hex ~ 'x' }}", "{{ messages[0].items().mapping }}", "{{ ('<b>'|safe).unescape }}", "{{ [[1]]|map(attribute='append')|join }}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", REFUSED_READS)
+def test_a_refused_attribute_is_never_an_empty_text(text: str) -> None:
+    for run in (lambda: template(text).render(CHAT), lambda: template(text).render_beginnings(CHAT).text):
+        with pytest.raises(TemplateRefused, match="cannot be reached"):
+            run()
+
+
+def test_what_transformers_offers_is_there() -> None:
+    for text, want in (
+        ("{% for g in messages|groupby('role') %}{{ g.grouper }}={{ g.list|length }};{% endfor %}", "assistant=2;tool=1;user=1;"),
+        ("{{ messages|groupby('role')|map(attribute='grouper')|join }}", "assistanttooluser"),
+        ("{{ dict.fromkeys(['a', 'b'], 1) }}{{ dict.fromkeys('a') }}", "{'a': 1, 'b': 1}{'a': None}"),
+        ("{{ true.real }}{{ messages.role is defined }}{{ messages.seen }}{{ messages.total is defined }}", "1FalseFalse"),
+        ("{{ 7 - 2 }}{{ 1.5 - 1 }}{{ 2 ** 63 }}{{ 'é' in ['é'] }}{{ 4 not in [1, n] }}", "50.59223372036854775808TrueTrue"),
+        ("{{ 'a' in messages[0].keys() }}{{ 'user' in messages[0].values() }}{{ [1] in [[1]] }}{{ 'b' in 'abc' }}", "FalseTrueTrueTrue"),
+        ("{{ 1 in [1, 2] in [[1, 2]] }}{{ 1 < 2 in [2] }}{{ strftime_now('%Y') }}", "TrueTrue2031"),
+    ):  # fmt: skip
+        assert template(text).render(CHAT) == want
+        assert template(text).render_beginnings(CHAT).text == want
+
+
+@pytest.mark.parametrize(
+    "text", ["{{ 'a'|pprint }}", "{{ 'a'|wordwrap(3) }}", "{{ 'a'|urlize }}", "{{ [1]|random }}", "{{ lipsum() }}"]
+)
+def test_what_is_not_available_is_named_with_its_reason(text: str) -> None:
+    with pytest.raises(TemplateRefused, match="of jinja2 is not available to chat templates here: "):
+        template(text).render(CHAT)
+
+
+@pytest.mark.parametrize(
+    "text", ["{{ 'a'|nosuch }}", "{{ dict.update(1) }}", "{{ raise_exception.x.y }}", "{{ 0x" + "f" * 20 + " }}"]
+)
+def test_messages_of_templates_are_clean(text: str) -> None:
+    with pytest.raises((TemplateRefused, ModelError)) as refused:
+        template(text).render(CHAT)
+    assert ".." not in str(refused.value)
+    assert "Helper" not in str(refused.value) and "tunesmith." not in str(refused.value)  # noqa: PT018

@@ -13,14 +13,22 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
-# C0 without tab and line feed, DEL, C1, line separators, marks and overrides of direction, halves of a character
-_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# C0 without tab and line feed, DEL, C1, line separators, marks and overrides of direction, halves of a character; not
+# U+200C and U+200D, which emoji and Indic words are joined by
+_HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 _MARKDOWN = re.compile(r"[\\`*\[\]<>|~#!$@]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])|:(?=//)|(?<=www)\.")
 
 
 def visible(text: str) -> str:
     r"""The text with each control character as its number: \x1b, \u202e."""
     return _HIDDEN.sub(_number, text)
+
+
+def one_line(text: str) -> str:
+    r"""A name, or what holds one, for a line of its own: a line feed in it as \n, so that it adds no other line."""
+    return visible(text).replace("\n", "\\n")
 
 
 def _number(found: re.Match[str]) -> str:

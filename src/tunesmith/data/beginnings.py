@@ -66,6 +66,14 @@ class WatchedMessages(Sequence[Any]):
         self._see(self._start + key + 1)
         return self._turns[self._start + key]
 
+    def __getattr__(self, name: str) -> Any:
+        """A list's other attributes, so that a template finds here what it finds in a list."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        found = getattr([], name)
+        self._see(_BEYOND)
+        return getattr(self.unwatched(), name) if callable(found) else found
+
     def __bool__(self) -> bool:
         self._see(self._start + 1)
         return self._start < len(self._turns)

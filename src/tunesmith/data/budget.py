@@ -8,7 +8,7 @@ any of them may go through that text. All limits are far above what real templat
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jinja2.utils import Namespace
@@ -20,10 +20,15 @@ MAX_DEPTH = 100  # macros that call macros
 _PER_NODE = 16  # characters that a number, or the marks around an item, count as
 _FIRST_STEPS = 10_000  # then the row is measured
 _LARGE = 16_384  # characters that are gone through in about the time of one step
-_MAX_BITS = 65_536  # of a whole number
+MAX_NUMBER = 2**64  # of a whole number: where they may be larger, thousands of them can have one hash
+MAX_NESTING = 1000  # lists in lists; Python hashes a deeper one at the cost of its own stack
+_MAX_BITS = 4096  # of one that is calculated, before it is compared with MAX_NUMBER
 _MAX_WIDTH = 100_000  # of a padded text
 _MAX_GROUPS = 1_000_000
 _MAX_DIGITS = 300
+_MANY = 10_000  # values of one level, from which on they are bounded before the next one is added
+_MAX_DATE = 500  # characters of a date's format
+VIEWS: tuple[type[Any], ...] = (type({}.keys()), type({}.values()), type({}.items()))
 _PERCENT = re.compile(r"%(?:\([^)]*\))?[-#0 +]*(\*|\d+)?(?:\.(\*|\d+))?")
 
 Arguments = Sequence[Any]
@@ -90,6 +95,20 @@ class Budget:
             if self._made > self._max_made:
                 raise OverLimit(f"the template makes more than {self._max_made:,} characters on its way")
 
+    def grow_items(self, count: int) -> None:
+        """Count the items of a list that was made; each takes memory as a short text does."""
+        self._made += (_PER_NODE - 1) * count
+        self.require(_PER_NODE * count)
+        self.grow(count)
+
+    def scan(self, text: str, shift: int) -> None:
+        """Pay for going through a text once, at a step for 2**shift characters; of a large one the price says more."""
+        self.spend(min(len(text), _LARGE) >> shift)
+
+    def search(self, text: str, found: str) -> None:
+        """Pay for a search that may compare each place of the text with all that is looked for."""
+        self.spend(len(text) * len(found) >> 10)
+
     def require(self, size: int) -> None:
         """Refuse a text of this many characters, before it is made."""
         if size > self.max_text and not self._is_measured:
@@ -109,33 +128,52 @@ def measure(values: list[Any], budget: Budget | None) -> tuple[int, int]:
     Args:
         budget: pays for it, and bounds it; without one, the values are known to be finite.
     """
-    size = largest = count = 0
+    size = largest = count = depth = 0
     while values:
-        value = values.pop()
-        kind = type(value)
-        count += 1
-        if isinstance(value, str):
-            size += len(value)
-            largest = max(largest, len(value))
-        elif value is None or kind in (int, float, bool):
-            pass
-        elif kind is dict:
-            values += value.keys()
-            values += value.values()
-        elif kind in (list, tuple):
-            values += value
-        elif kind is Namespace:
-            values.append(object.__getattribute__(value, "_Namespace__attrs"))
-        elif hasattr(kind, "unwatched"):  # messages that remember who looked at them
-            values += value.unwatched()
-        size += _PER_NODE
-        if budget is not None and not count % 1024:
-            budget.spend(1024)
-            budget.require(size)
+        depth += 1
+        if depth > MAX_NESTING and budget is not None:
+            raise OverLimit(f"the template makes lists that are nested more than {MAX_NESTING:,} deep")
+        below: list[Any] = []
+        size += _PER_NODE * len(values)
+        for value in values:
+            kind = type(value)
+            count += 1
+            if kind is str:
+                size += len(value)
+                if len(value) > largest:
+                    largest = len(value)
+            elif kind is dict:
+                below += value
+                below += value.values()
+            elif kind is list:
+                below += value
+            elif value is not None and kind is not int and kind is not bool and kind is not float:
+                if isinstance(value, str):  # marked as HTML
+                    size += len(value)
+                    largest = max(largest, len(value))
+                else:
+                    below += _parts(value, kind)
+            if budget is not None and (len(below) > _MANY or not count % 1024):
+                budget.require(size + _PER_NODE * len(below))
+                if not count % 1024:
+                    budget.spend(1024)
+        values = below
     if budget is not None:
         budget.spend(count)
         budget.require(size)
     return size, largest
+
+
+def _parts(value: Any, kind: type) -> Iterable[Any]:
+    """What is written, compared or hashed when this value is."""
+    parts: Iterable[Any] = ()
+    if isinstance(value, (list, tuple)) or kind in VIEWS:
+        parts = value
+    elif kind is Namespace:
+        parts = [object.__getattribute__(value, "_Namespace__attrs")]
+    elif hasattr(kind, "unwatched"):  # messages that remember who looked at them
+        parts = value.unwatched()
+    return parts
 
 
 def require_small(value: Any) -> None:
@@ -180,8 +218,9 @@ def _guard_indent(budget: Budget, value: Any, args: Arguments, named: Named) -> 
 
 def _guard_replace(budget: Budget, value: Any, args: Arguments, named: Named) -> None:
     old, new = str(_argument(args, named, 0, "old", "")), str(_argument(args, named, 1, "new", ""))
+    text = str(value)
+    budget.search(text, old)
     if len(new) > len(old):
-        text = str(value)
         budget.require(len(text) + text.count(old) * (len(new) - len(old)))
 
 
@@ -189,8 +228,48 @@ def _guard_digits(budget: Budget, value: Any, args: Arguments, named: Named) -> 
     _require_at_most(_argument(args, named, 0, "precision", 0), _MAX_DIGITS, "a precision")
 
 
-def _guard_groups(budget: Budget, value: Any, args: Arguments, named: Named) -> None:
-    _require_at_most(args[0] if args else next(iter(named.values()), 0), _MAX_GROUPS, "a number of groups")
+def _guard_batch(budget: Budget, value: Any, args: Arguments, named: Named) -> None:
+    count = _argument(args, named, 0, "linecount", 0)
+    _require_at_most(count, _MAX_GROUPS, "a number of groups")
+    if _argument(args, named, 1, "fill_with", None) is not None and isinstance(count, int):
+        budget.grow_items(max(0, count))  # the last group is filled up
+
+
+def _guard_slice(budget: Budget, value: Any, args: Arguments, named: Named) -> None:
+    count = _argument(args, named, 0, "slices", 0)
+    _require_at_most(count, _MAX_GROUPS, "a number of groups")
+    if isinstance(count, int):
+        budget.spend(max(0, count))
+        budget.grow_items(4 * max(0, count))  # a list for each
+
+
+def _guard_characters(budget: Budget, value: Any, args: Arguments, named: Named) -> None:
+    if isinstance(value, str):
+        budget.require(_PER_NODE * len(value))
+
+
+def _guard_strip(budget: Budget, value: Any, args: Arguments, named: Named) -> None:
+    chars = _argument(args, named, 0, "chars", None)
+    if isinstance(chars, str) and isinstance(value, str):
+        budget.search(value, chars)  # each character is looked up among them
+
+
+def _guard_search(budget: Budget, value: Any, args: Arguments, named: Named) -> None:
+    looked_for = _argument(args, named, 0, "sep", None)
+    if isinstance(looked_for, str) and isinstance(value, str):
+        budget.search(value, looked_for)
+
+
+def _guard_split(budget: Budget, value: Any, args: Arguments, named: Named) -> None:
+    _guard_search(budget, value, args, named)
+    separator = _argument(args, named, 0, "sep", None)
+    most = value.count(separator) if isinstance(separator, str) and separator else len(value) // 2
+    budget.spend(min(most, _LARGE))
+    budget.require(_PER_NODE * most)
+
+
+def _guard_url(budget: Budget, value: Any, args: Arguments, named: Named) -> None:
+    budget.require(12 * budget.weigh(value))  # %F0%9D%84%9E for one character
 
 
 def _guard_json(budget: Budget, value: Any, args: Arguments, named: Named) -> None:
@@ -210,6 +289,7 @@ def guard_percent(budget: Budget, value: Any, args: Any) -> None:
     """'%1000000000s' % x, and '%(x)s%(x)s...' of a large x."""
     given = list(args.values()) if isinstance(args, Mapping) else list(args) if isinstance(args, tuple) else [args]
     sizes = [budget.weigh(item) for item in given] or [0]
+    budget.spend(16 * str(value).count("%"))
     widths = [width for found in _PERCENT.findall(str(value)) for width in found if width]
     if "*" in widths:
         raise OverLimit("the template formats a text with a width that it computes (%*d)")
@@ -232,31 +312,42 @@ def guard_spec(spec: str) -> None:
 Guard = Callable[[Budget, Any, Arguments, Named], None]
 GROWING_METHODS: Mapping[str, Guard] = {
     "center": _guard_width, "ljust": _guard_width, "rjust": _guard_width, "zfill": _guard_width,
-    "expandtabs": _guard_tabs, "replace": _guard_replace,
+    "expandtabs": _guard_tabs, "replace": _guard_replace, "split": _guard_split, "rsplit": _guard_split,
+    "splitlines": _guard_split, "strip": _guard_strip, "lstrip": _guard_strip, "rstrip": _guard_strip,
+    "count": _guard_search, "find": _guard_search, "index": _guard_search, "rfind": _guard_search,
+    "rindex": _guard_search, "partition": _guard_search, "rpartition": _guard_search,
 }  # fmt: skip
-"""Methods of a text whose result may be far larger than the text."""
+"""Methods of a text whose result may be far larger than the text, or that may take far longer than to go through it."""
+
 
 GROWING_FILTERS: Mapping[str, Guard] = {
     "center": _guard_width, "indent": _guard_indent, "replace": _guard_replace, "round": _guard_digits,
-    "batch": _guard_groups, "slice": _guard_groups, "tojson": _guard_json, "format": _guard_format,
-    "striptags": _guard_tags,
+    "batch": _guard_batch, "slice": _guard_slice, "tojson": _guard_json, "format": _guard_format,
+    "striptags": _guard_tags, "trim": _guard_strip, "list": _guard_characters, "urlencode": _guard_url,
 }  # fmt: skip
 
 
 def guard_product(budget: Budget, left: Any, right: Any) -> None:
     for one, other in ((left, right), (right, left)):
         if isinstance(one, (str, list, tuple)) and isinstance(other, int):
-            budget.require(len(one) * max(0, other))
+            budget.require(len(one) * max(0, other) * (1 if isinstance(one, str) else _PER_NODE))
             return
-    if isinstance(left, int) and isinstance(right, int):
-        _require_bits(left.bit_length() + right.bit_length())
+    if isinstance(left, int) and isinstance(right, int) and left.bit_length() + right.bit_length() > _MAX_BITS:
+        require_number(MAX_NUMBER)
 
 
 def guard_power(left: Any, right: Any) -> None:
-    if isinstance(left, int) and isinstance(right, int):
-        _require_bits(left.bit_length() * max(0, right))
+    if isinstance(left, int) and isinstance(right, int) and left.bit_length() * max(0, right) > _MAX_BITS:
+        require_number(MAX_NUMBER)
 
 
-def _require_bits(bits: int) -> None:
-    if bits > _MAX_BITS:
-        raise OverLimit("the template computes a number of many thousand digits")
+def require_number(value: int) -> None:
+    """Refuse a whole number that is calculated and larger than any that a template needs."""
+    if not -MAX_NUMBER < value < MAX_NUMBER:
+        raise OverLimit("the template computes a whole number of more than 64 bits")
+
+
+def require_date_format(text: Any) -> None:
+    """Refuse the format of a date that is far longer than any date."""
+    if isinstance(text, str) and len(text) > _MAX_DATE:
+        raise OverLimit(f"the template formats a date with a format of more than {_MAX_DATE} characters")

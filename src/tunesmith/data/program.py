@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
@@ -10,11 +11,24 @@ from typing import Any, TypeVar
 import jinja2
 import jinja2.ext
 from jinja2 import pass_context
+from jinja2.exceptions import SecurityError
 from jinja2.filters import make_attrgetter
 from jinja2.utils import _PassArg
 
-from tunesmith.data.budget import GROWING_FILTERS, Budget
-from tunesmith.data.sandbox import CLOSE, EACH, OPEN, SCALARS, SIZED, SPEND, TURN, BoundedContext, Helper, Sandbox
+from tunesmith.data.budget import GROWING_FILTERS, require_date_format
+from tunesmith.data.sandbox import (
+    CLOSE,
+    EACH,
+    OPEN,
+    SCALARS,
+    SIZED,
+    SPEND,
+    TURN,
+    BoundedContext,
+    DictHelper,
+    Helper,
+    Sandbox,
+)  # fmt: skip
 from tunesmith.errors import ModelError
 
 MAX_SOURCE = 1_000_000  # characters of a template; the largest known has 20,000
@@ -27,7 +41,18 @@ _COMPARING = frozenset({
     "eq", "equalto", "==", "ne", "!=", "gt", "greaterthan", ">", "ge", ">=", "lt", "lessthan", "<", "le", "<=", "in",
     "divisibleby", "sameas",
 })  # fmt: skip
-_REFUSED_FILTERS = ("random", "pprint", "urlize", "wordwrap")
+_SORTING = frozenset({"sort", "dictsort", "unique", "groupby", "min", "max"})
+_QUICK = frozenset({
+    "default", "d", "first", "last", "length", "count", "string", "safe", "attr", "list", "int", "float",
+})  # fmt: skip
+_SLOW = frozenset({"title", "wordcount", "striptags", "urlencode", "forceescape", "indent", "capitalize", "truncate"})
+"""Filters that do not go through a text, and that do so in Python."""
+_REFUSED_FILTERS = {
+    "random": "a row would not come out the same each time",
+    "pprint": "it may take the square of a text's length; tojson(indent=2) shows a value as well",
+    "urlize": "it may take the square of a text's length",
+    "wordwrap": "it may take the square of a text's length",
+}
 Made = TypeVar("Made", bound=Sandbox)
 
 
@@ -68,16 +93,40 @@ def _sum(context: BoundedContext, iterable: Any, attribute: Any = None, start: A
     return start
 
 
+def _refuse_filter(name: str, reason: str) -> Callable[..., Any]:
+    @pass_context
+    def refused(context: BoundedContext, *args: Any, **named: Any) -> Any:
+        raise SecurityError(f"the filter {name} of jinja2 is not available to chat templates here: {reason}")
+
+    return refused
+
+
+def dated(date: datetime.datetime) -> Helper:
+    """The strftime_now of templates."""
+
+    def write(format: str) -> str:  # transformers' name for it
+        require_date_format(format)
+        return date.strftime(format)
+
+    return Helper("strftime_now", write)
+
+
 def _bound_filter(name: str, found: Callable[..., Any]) -> Callable[..., Any]:
     passed = _PassArg.from_obj(found)
     guard = GROWING_FILTERS.get(name)
-    is_shallow = name in _SHALLOW
+    is_shallow, is_sorting, is_quick = name in _SHALLOW, name in _SORTING, name in _QUICK
+    shift = 0 if name in _SLOW else 7
 
     @pass_context
     def bounded(context: BoundedContext, value: Any, *args: Any, **named: Any) -> Any:
-        if type(value) not in SCALARS:
+        if type(value) is str:
+            if len(value) > 256 and not is_quick:
+                context.budget.scan(value, shift)
+        elif type(value) not in SCALARS:
             if not is_shallow:
-                context.budget.weigh(value)
+                size = context.budget.weigh(value)
+                if is_sorting:
+                    context.budget.spend((size >> 6) + 16 * (len(value) if isinstance(value, SIZED) else 0))
             elif isinstance(value, SIZED):
                 context.budget.spend(len(value))
         for given in args:
@@ -90,7 +139,7 @@ def _bound_filter(name: str, found: Callable[..., Any]) -> Callable[..., Any]:
         made = found(*first, value, *args, **named)
         if isinstance(made, Iterator):
             return context.pay(made, 10)
-        return context.counted(made)
+        return context.calculated(made) if name == "int" else context.counted(made)
 
     return bounded
 
@@ -128,23 +177,25 @@ def _to_json(
 
 
 def _raise_exception(message: Any) -> None:
-    Budget({}).weigh(message)
     raise jinja2.TemplateError(str(message))
+
+
+def _lipsum(*args: Any, **named: Any) -> None:
+    raise SecurityError("lipsum of jinja2 is not available to chat templates here: it writes random words")
 
 
 def build_environment(kind: type[Made], *extensions: type[jinja2.ext.Extension]) -> Made:
     """An environment in which unknown templates may run."""
     made = kind(trim_blocks=True, lstrip_blocks=True, extensions=[*extensions, jinja2.ext.loopcontrols])
     found: dict[str, Callable[..., Any]] = {**made.filters, "tojson": _to_json}
-    for name in _REFUSED_FILTERS:
-        del found[name]
     made.filters = {name: _bound_filter(name, function) for name, function in found.items()}
+    made.filters |= {name: _refuse_filter(name, reason) for name, reason in _REFUSED_FILTERS.items()}
     made.filters |= {"join": _join, "sum": _sum, EACH: _each, SPEND: _spend}
     made.filters |= {event: _tell(event) for event in (TURN, OPEN, CLOSE)}
     tests: Mapping[str, Any] = made.tests
     made.tests = {name: _bound_test(function) if name in _COMPARING else function for name, function in tests.items()}
-    del made.globals["lipsum"]
-    made.globals["dict"] = Helper("dict", dict)  # the class itself can change a message: dict.update(message, ...)
+    made.globals["lipsum"] = Helper("lipsum", _lipsum)
+    made.globals["dict"] = DictHelper()
     made.globals["raise_exception"] = Helper("raise_exception", _raise_exception)
     return made
 
@@ -188,7 +239,8 @@ def compile_program(source: str, make: Callable[[str], jinja2.Template], name: s
     try:
         return make(source)
     except jinja2.TemplateSyntaxError as error:
-        raise ModelError(f"chat template {name}, line {error.lineno}: {cut(str(error.message))}. {advice}") from None
+        reason = cut(str(error.message)).rstrip(".")
+        raise ModelError(f"chat template {name}, line {error.lineno}: {reason}. {advice}") from None
     except (RecursionError, MemoryError, SyntaxError, SystemError):
         raise ModelError(
             f"chat template {name}: its blocks or expressions are nested too deeply to be compiled. {advice}"

@@ -17,6 +17,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
+from jinja2.filters import _GroupTuple
 from jinja2.runtime import BlockReference, Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Cycler, Joiner, Namespace
@@ -25,19 +26,23 @@ from markupsafe import EscapeFormatter, Markup
 from tunesmith.data.budget import (
     GROWING_METHODS,
     MAX_DEPTH,
+    MAX_NUMBER,
+    VIEWS,
     Budget,
     OverLimit,
     guard_percent,
     guard_power,
     guard_product,
     guard_spec,
+    require_number,
     require_small,
 )  # fmt: skip
 
 _COUNTED = 256  # shorter texts are not worth counting
 _LONG_LOOP = 100_000  # steps
 SCALARS = frozenset({str, int, float, bool, type(None)})
-SIZED = (list, tuple, dict, str, range)
+SIZED: tuple[type[Any], ...] = (list, tuple, dict, str, range, *VIEWS)
+_SHORT = 64  # items of a list, or characters of a text, that cost nothing to compare
 
 _OF_TEXT = frozenset(name for name in dir(str) if name[0] != "_") - {"encode", "translate", "maketrans"}
 _OF_LIST, _OF_DICT = frozenset({"index", "count", "copy"}), frozenset({"get", "items", "keys", "values", "copy"})
@@ -45,7 +50,9 @@ _ATTRIBUTES: Mapping[type, frozenset[str]] = {
     list: _OF_LIST,
     tuple: _OF_LIST,
     range: _OF_LIST,
+    _GroupTuple: _OF_LIST | {"grouper", "list"},
     int: frozenset({"bit_length", "real", "imag"}),
+    bool: frozenset({"bit_length", "real", "imag"}),
     float: frozenset({"is_integer", "real", "imag"}),
     LoopContext: frozenset({
         "index", "index0", "first", "last", "length", "previtem", "nextitem", "revindex", "revindex0", "depth",
@@ -55,6 +62,9 @@ _ATTRIBUTES: Mapping[type, frozenset[str]] = {
     Macro: frozenset({"name", "arguments", "catch_kwargs", "catch_varargs", "caller"}),
     BlockReference: frozenset({"super"}),
 }  # fmt: skip
+_SLOW = frozenset({"swapcase", "title", "capitalize", "casefold", "istitle", "islower", "isupper", "isprintable"})
+_INSTANT = frozenset({"startswith", "endswith", "removeprefix", "removesuffix"})
+"""Methods that go through a text a character at a time, and that do not go through it."""
 _CALLED = (Macro, LoopContext, Joiner, BlockReference, MethodType)
 
 
@@ -71,6 +81,38 @@ class Helper:
 
     def __repr__(self) -> str:
         return f"<function {self._name}>"
+
+
+Helper.__module__, Helper.__name__ = "builtins", "function"  # what jinja2's messages call it
+
+
+class DictHelper(Helper):
+    """`dict` without what changes a message that is handed to it: dict.update(message, ...)."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        super().__init__("dict", dict)
+
+    @property
+    def fromkeys(self) -> Helper:
+        return Helper("fromkeys", dict.fromkeys)
+
+
+DictHelper.__module__, DictHelper.__name__ = "builtins", "function"
+_EXPOSED = {**_ATTRIBUTES, DictHelper: frozenset({"fromkeys"})}
+
+
+class _FormatHelper(Helper):
+    """`format` of a text; it is given the budget first."""
+
+    __slots__ = ()
+
+
+class _Refused(jinja2.StrictUndefined):
+    """What no template reaches, in jinja2's own sandbox neither: it is not defined, and to use it is an error."""
+
+    __slots__ = ()
 
 
 class BoundedContext(Context):
@@ -93,16 +135,48 @@ class BoundedContext(Context):
 
     def add(self, left: Any, right: Any) -> Any:
         made = left + right
-        if type(made) is not str:
-            return self.counted(made)
-        if len(made) > _COUNTED:
-            self.budget.grow(len(made))
-        return made
+        if type(made) is str:
+            if len(made) > _COUNTED:
+                self.budget.grow(len(made))
+            return made
+        return self.calculated(made)
+
+    def subtract(self, left: Any, right: Any) -> Any:
+        return self.calculated(left - right)
+
+    def calculated(self, made: Any) -> Any:
+        """A number that a template came to is small; those that a row holds may be large."""
+        if isinstance(made, int):
+            if not -MAX_NUMBER < made < MAX_NUMBER:
+                require_number(made)
+            return made
+        return self.counted(made)
 
     def counted(self, made: Any) -> Any:
-        if isinstance(made, (str, list, tuple)) and len(made) > _COUNTED:
-            self.budget.grow(len(made))
+        if isinstance(made, (str, list, tuple, dict)) and len(made) > (_COUNTED if isinstance(made, str) else 16):
+            if isinstance(made, str):
+                self.budget.grow(len(made))
+            else:
+                self.budget.grow_items(len(made) * (8 if isinstance(made, dict) else 1))
         return made
+
+    def contains(self, item: Any, holder: Any) -> bool:
+        """As `item in holder`, paid for."""
+        if type(item) not in SCALARS:
+            self.budget.weigh(item)
+            self.budget.weigh(holder)
+        elif isinstance(holder, str):
+            if isinstance(item, str) and len(item) > _SHORT:
+                self.budget.search(holder, item)
+        elif type(holder) is not dict and isinstance(holder, SIZED):
+            self.budget.spend(len(holder))
+        return item in holder
+
+    def within(self, holder: Any) -> Any:
+        """What something is looked for in, where it is not known yet what."""
+        if isinstance(holder, str):
+            self.budget.search(holder, holder)
+        return self.plain(holder)
 
     def text(self, value: Any) -> str:
         """As `str`; of a list, once it is known to have a bounded length."""
@@ -147,7 +221,10 @@ class BoundedContext(Context):
         return "".join(texts)
 
 
-_NAMES = {"add": "add", "str_join": "join", "concat": "concat", "text": "text", "plain": "plain", "counted": "counted"}
+_NAMES = {
+    "add": "add", "subtract": "subtract", "str_join": "join", "concat": "concat", "text": "text", "plain": "plain",
+    "counted": "counted", "contains": "contains", "within": "within",
+}  # fmt: skip
 """Methods of the context by the names that compiled templates call them."""
 
 
@@ -163,27 +240,40 @@ class _Compiler(CodeGenerator):
         if isinstance(self.environment, Sandbox) and "+" in self.environment.intercepted_binops:
             super().visit_Add(node, frame)
             return
-        self.write("add(")
+        self._call("add", node, frame)
+
+    def visit_Sub(self, node: nodes.Sub, frame: Frame) -> None:  # type: ignore[override]  # noqa: N802
+        self._call("subtract", node, frame)
+
+    def _call(self, name: str, node: nodes.BinExpr, frame: Frame) -> None:
+        self.write(f"{name}(")
         self.visit(node.left, frame)
         self.write(", ")
         self.visit(node.right, frame)
         self.write(")")
 
     def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:  # noqa: N802
-        operands = [node.expr, *(op.expr for op in node.ops)]
-        is_cheap = len(operands) == 2 and any(isinstance(operand, nodes.Const) for operand in operands)
+        op = node.ops[0]
+        if len(node.ops) == 1 and op.op in ("in", "notin") and not _is_short(op.expr):
+            self.write("contains(" if op.op == "in" else "(not contains(")
+            self.visit(node.expr, frame)
+            self.write(", ")
+            self.visit(op.expr, frame)
+            self.write(")" if op.op == "in" else "))")
+            return
+        is_cheap = len(node.ops) == 1 and (isinstance(node.expr, nodes.Const) or _is_short(op.expr))
         self.write("(")
         self._visit_operand(node.expr, frame, is_cheap)
         for op in node.ops:
             self.write(f" {_OPERATORS[op.op]} ")
-            self._visit_operand(op.expr, frame, is_cheap)
+            self._visit_operand(op.expr, frame, is_cheap, "within" if op.op in ("in", "notin") else "plain")
         self.write(")")
 
-    def _visit_operand(self, node: nodes.Expr, frame: Frame, is_cheap: bool) -> None:
+    def _visit_operand(self, node: nodes.Expr, frame: Frame, is_cheap: bool, check: str = "plain") -> None:
         if is_cheap or isinstance(node, nodes.Const):
             self.visit(node, frame)
             return
-        self.write("plain(")
+        self.write(f"{check}(")
         self.visit(node, frame)
         self.write(")")
 
@@ -214,6 +304,13 @@ class _Compiler(CodeGenerator):
             self.write(finalize.src)
 
 
+def _is_short(node: nodes.Expr) -> bool:
+    """Whether it is a constant, or a list of a few, so that nothing below another value is compared with it."""
+    if isinstance(node, (nodes.List, nodes.Tuple)):
+        return len(node.items) <= _SHORT and all(isinstance(item, nodes.Const) for item in node.items)
+    return isinstance(node, nodes.Const)
+
+
 _OPERATORS = {
     "eq": "==", "ne": "!=", "gt": ">", "gteq": ">=", "lt": "<", "lteq": "<=", "in": "in", "notin": "not in",
 }  # fmt: skip
@@ -222,9 +319,9 @@ _OPERATORS = {
 class _Formatter(SandboxedFormatter):
     """str.format with bounded widths."""
 
-    def __init__(self, sandbox: Sandbox, **options: Any) -> None:
+    def __init__(self, sandbox: Sandbox, budget: Budget, **options: Any) -> None:
         super().__init__(sandbox, **options)
-        self._budget, self._size = Budget({}), 0
+        self._budget, self._size = budget, 0
 
     def convert_field(self, value: Any, conversion: Any) -> Any:
         self._budget.weigh(value)
@@ -232,6 +329,7 @@ class _Formatter(SandboxedFormatter):
 
     def format_field(self, value: Any, format_spec: str) -> Any:
         guard_spec(format_spec)
+        self._budget.spend(50)
         self._budget.weigh(value)
         made = super().format_field(value, format_spec)
         self._size += len(made)
@@ -254,6 +352,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         for loop in source.find_all(nodes.For):
             price = nodes.Const(_count_nodes(loop.body))
             loop.iter = nodes.Filter(loop.iter, EACH, [price], [], None, None, lineno=loop.lineno)
+        for const in source.find_all(nodes.Const):
+            if isinstance(const.value, int) and abs(const.value) >= MAX_NUMBER:
+                raise jinja2.TemplateSyntaxError("a number of more than 64 bits", const.lineno)
         for kind in (nodes.Macro, nodes.CallBlock, nodes.Block):
             for part in source.find_all(kind):
                 body: list[nodes.Node] = part.body  # type: ignore[attr-defined]  # all three have one
@@ -267,6 +368,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if kind is dict:  # the short way for `message.role`
             if attribute in obj and not hasattr(dict, attribute):
                 return obj[attribute]
+            if attribute in _OF_DICT:
+                return getattr(obj, attribute)
         elif kind is str and attribute in _OF_TEXT and attribute not in ("format", "format_map"):
             return getattr(obj, attribute)
         return super().getattr(obj, attribute)
@@ -285,8 +388,17 @@ class Sandbox(ImmutableSandboxedEnvironment):
             return attr in _OF_DICT
         if isinstance(obj, (Namespace, jinja2.Undefined)):
             return True
-        allowed = _ATTRIBUTES.get(type(obj))
+        allowed = _EXPOSED.get(type(obj))
         return attr in (_OF_LIST if allowed is None and isinstance(obj, Sequence) else allowed or ())
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
+        """What jinja2's own sandbox gives is an error at once: there it has a value, and empty text would be wrong."""
+        if hasattr(type(obj), "unwatched") and not hasattr(list, attribute):
+            return self.undefined(obj=obj, name=attribute)  # it stands for a list, which has none
+        reason = f"{attribute!r} of a value of type {type(obj).__name__} cannot be reached from a chat template here"
+        if super().is_safe_attribute(obj, attribute, None):
+            raise SecurityError(reason)
+        return _Refused(reason, name=attribute, exc=SecurityError)
 
     def is_safe_callable(self, obj: Any) -> bool:
         if isinstance(obj, (*_CALLED, BuiltinMethodType, Helper, jinja2.Undefined)):
@@ -301,23 +413,40 @@ class Sandbox(ImmutableSandboxedEnvironment):
         text = value.__self__
         if not isinstance(text, str):
             return None
-        formatter = _EscapeFormatter(self, escape=text.escape) if isinstance(text, Markup) else _Formatter(self)
-        kind = type(text)
-        if value.__name__ == "format_map":
-            return Helper("format_map", lambda named: kind(formatter.vformat(text, (), named)))
-        return Helper("format", lambda *args, **named: kind(formatter.vformat(text, args, named)))
+        is_mapping, kind = value.__name__ == "format_map", type(text)
+
+        def run(budget: Budget, *args: Any, **named: Any) -> str:
+            budget.scan(text, 4)
+            if isinstance(text, Markup):
+                formatter: _Formatter = _EscapeFormatter(self, budget, escape=text.escape)
+            else:
+                formatter = _Formatter(self, budget)
+            return kind(formatter.vformat(text, (), *args) if is_mapping else formatter.vformat(text, args, named))
+
+        return _FormatHelper(value.__name__, run)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         budget = __context.budget
-        budget.spend(10)
+        budget.spend(10 + len(args))
         if isinstance(__obj, BuiltinMethodType):
             kwargs.pop("_loop_vars", None)
             kwargs.pop("_block_vars", None)
             return __context.counted(_call_method(__context, __obj, args, kwargs))
+        if isinstance(__obj, Helper):
+            kwargs.pop("_loop_vars", None)
+            kwargs.pop("_block_vars", None)
+            for given in (*args, *kwargs.values()):
+                __context.plain(given)
+            if isinstance(__obj, _FormatHelper):
+                args = (budget, *args)
+            return __context.counted(__obj(*args, **kwargs))
         if not __self.is_safe_callable(__obj):
             raise SecurityError(f"{type(__obj).__name__} is not safely callable")
         if isinstance(__obj, LoopContext) and args:  # a recursive loop
             args = (__context.each(args[0], 100), *args[1:])
+        if isinstance(__obj, (type, MethodType)):  # they hash or compare what they are given
+            for given in args:
+                __context.plain(given)
         budget.spend(100)  # about what jinja2's own way to a macro takes
         if budget.depth >= MAX_DEPTH:
             raise OverLimit(f"the template's macros call one another more than {MAX_DEPTH} deep")
@@ -335,19 +464,30 @@ class Sandbox(ImmutableSandboxedEnvironment):
             guard_power(left, right)
         elif operator == "%" and isinstance(left, str):
             guard_percent(budget, left, right)
-        return context.counted(super().call_binop(context, operator, left, right))
+        return context.calculated(super().call_binop(context, operator, left, right))
 
 
 def _call_method(context: BoundedContext, method: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
     """A method of a text, list or dict."""
     of, name = method.__self__, method.__name__
+    budget = context.budget
     if args and type(args[0]) not in SCALARS:
-        context.budget.weigh(args)
+        budget.weigh(args)
+        if not isinstance(of, (str, dict)):
+            budget.weigh(of)  # it is compared with each
     if isinstance(of, str):
         if name == "join" and len(args) == 1:
             return context.join_by(of, list(context.each(args[0], 1)))
+        if len(of) > _COUNTED and name not in _INSTANT:
+            budget.scan(of, 3 if name in _SLOW else 7)
         if guard := GROWING_METHODS.get(name):
-            guard(context.budget, of, args, named)
+            guard(budget, of, args, named)
+            made = method(*args, **named)
+            if isinstance(made, list):
+                budget.grow_items(3 * len(made))  # texts of their own
+            return made
+    elif name in ("count", "index", "copy"):
+        budget.spend(len(of))
     return method(*args, **named)
 
 

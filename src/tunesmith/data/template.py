@@ -19,8 +19,8 @@ from tunesmith.data.beginnings import GenerationTag, Watched, compile_watched, r
 from tunesmith.data.budget import OverLimit
 from tunesmith.data.conversation import Message
 from tunesmith.data.habits import CallForm, Habits, find_habits, refusal_of
-from tunesmith.data.program import MAX_SOURCE, build_environment, compile_program, run_template
-from tunesmith.data.sandbox import Helper, Sandbox
+from tunesmith.data.program import MAX_SOURCE, build_environment, compile_program, dated, run_template
+from tunesmith.data.sandbox import Sandbox
 from tunesmith.data.trace import Trace, Turns, trace_rendering
 from tunesmith.errors import ModelError
 from tunesmith.reading import open_file
@@ -108,7 +108,7 @@ class ChatTemplate:
         return {
             "tools": list(tools) or None,
             "documents": None,
-            "strftime_now": Helper("strftime_now", self.date.strftime),
+            "strftime_now": dated(self.date),
             **self.special_tokens,
             **self.kwargs,
             **variables,

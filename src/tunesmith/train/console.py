@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tunesmith.display import cover_streams, raw_stream, visible
+from tunesmith.display import cover_streams, one_line, raw_stream, visible
 
 _PLAIN_LINES = 20  # lines of a run whose output goes to a file
 
@@ -32,7 +32,7 @@ def print_summary(lines: list[tuple[str, str]]) -> None:
     """Name and text in two columns; an empty name goes on under the line before."""
     width = max(len(name) for name, _ in lines)
     for name, text in lines:
-        print(f"{name:<{width}}  {text}")
+        print(f"{name:<{width}}  {one_line(text)}")
     sys.stdout.flush()
 
 

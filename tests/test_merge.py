@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from conftest import killed_after
 from test_adapters import KINDS, base_of, logits_of, train_words
+from tunesmith.config import ModelSection
 from tunesmith.use import merge as merging
 from tunesmith.use.combine import METHODS
+from tunesmith.use.generate import load_speaker
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -316,7 +318,7 @@ def test_no_room(run: Run, base: Path, chats: Path, tmp_path: Path, make_disk: A
     disk = make_disk("64k")
     code, _, err = run("merge", trained, "--output", disk / "merged")
     assert code == 4
-    assert "MiB are free" in err
+    assert "are free there" in err
     assert not (disk / "merged").exists()
 
 
@@ -415,3 +417,127 @@ def test_added_tokens_in_full_fine_tuning(run: Run, tokenizer: Any, chats: Path,
     assert code == 0, err
     names = [tmp_path / folder / "model" / "model.safetensors" for folder in ("run", "part")]
     assert names[0].read_bytes() == names[1].read_bytes()
+
+
+def stored_by_peft(base: Path, folder: Path, rows: int | None, **settings: Any) -> torch.Tensor:
+    """What plain peft saves by default, and its logits."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if rows:
+        model.resize_token_embeddings(rows)
+    values: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj"]} | settings
+    wrapped = get_peft_model(model, LoraConfig(init_lora_weights=False, **values))
+    wrapped.peft_config["default"].base_model_name_or_path = str(base)
+    wrapped.save_pretrained(folder)
+    return logits_of(wrapped)
+
+
+ENDS = ["embed_tokens", "lm_head"]
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's, about what it saves
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "settings"),
+    [
+        (410, {}),
+        (None, {"target_modules": ["lm_head", "q_proj"]}),
+        (None, {"target_modules": ["embed_tokens", "q_proj"], "rank_pattern": {"embed_tokens": 2}}),
+        (410, {"target_modules": ENDS}),
+        (410, {"modules_to_save": ENDS}),
+        (410, {"modules_to_save": ["embed_tokens"]}),
+        (410, {"trainable_token_indices": [3, 405]}),
+    ],
+)
+def test_embedding_and_head_that_peft_saves_itself(
+    run: Run, tokenizer: Any, tmp_path: Path, is_tied: bool, rows: int | None, settings: dict[str, Any]
+) -> None:
+    base = base_of(tmp_path / "base", tokenizer, "llama", tie_word_embeddings=is_tied)
+    wanted = stored_by_peft(base, tmp_path / "adapter", rows, **settings)
+    assert any(
+        mark in key
+        for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        for mark in ("lm_head.weight", "base_layer", "embed_tokens.weight")
+    )
+    code, _, err = run("merge", tmp_path / "adapter", "--output", tmp_path / "merged")
+    assert code == 0, err
+    assert (merged_logits(tmp_path / "merged") - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    opened = load_speaker(ModelSection(path=str(tmp_path / "adapter"))).model
+    assert (logits_of(opened) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_stored_embedding_that_cannot_be_used(run: Run, base: Path, tmp_path: Path) -> None:
+    stored_by_peft(base, tmp_path / "half", 410, target_modules=["lm_head"])
+    stored_by_peft(base, tmp_path / "whole", 410)
+    stored_by_peft(base, tmp_path / "plain", None)
+    code, _, err = run("merge", tmp_path / "half", "--output", tmp_path / "merged")
+    assert (code, "holds no model.embed_tokens.weight of that length" in err) == (1, True)
+    for order in (("whole", "plain"), ("plain", "whole")):
+        names = [tmp_path / name for name in order]
+        for words in (("merge", *names, "--output", tmp_path / "merged"), ("chat", *names, "--prompt", "Hi")):
+            code, _, err = run(*words)
+            assert (code, "save_embedding_layers" in err) == (1, True), err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_output_that_takes_no_rename_is_refused_at_once(
+    run: Run, base: Path, tmp_path: Path, make_disk: Any
+) -> None:
+    stored_by_peft(base, tmp_path / "adapter", None)
+    disk = make_disk("8m")
+    code, _, err = run("merge", tmp_path / "adapter", "--output", disk)
+    assert (code, f"{disk}: is a mount point" in err, str(base) in err) == (1, True, False), err
+    code, _, err = run("merge", tmp_path / "adapter", "--output", disk / "merged")
+    assert code == 0, err
+    (tmp_path / "empty").mkdir()
+    code, _, err = run("merge", tmp_path / "adapter", "--output", tmp_path / "empty")
+    assert code == 0, err
+    code, _, err = run("merge", tmp_path / "adapter", "--output", "/proc/x")
+    assert (code, "cannot be used as --output" in err) == (1, True), err
+
+
+@pytest.mark.parametrize("name", ["adapter/merged", "checkpoints/merged", "model", "checkpoints/step-000002/a/b"])
+def test_an_output_inside_a_run(run: Run, base: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    stored_by_peft(base, tmp_path / "run" / "adapter", None)
+    code, _, err = run("merge", tmp_path / "run", "--output", tmp_path / "run" / name)
+    assert (code, "which the run replaces as a whole" in err) == (1, True), err
+    code, _, err = run("merge", tmp_path / "run", "--output", tmp_path / "run" / "merged")
+    assert code == 0, err
+
+
+def test_a_damaged_index_is_named(run: Run, base: Path, tmp_path: Path) -> None:
+    stored_by_peft(base, tmp_path / "adapter", None)
+    (base / "model.safetensors").unlink()
+    index = base / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": 3, "b": "model.safetensors"}}))
+    for words in (
+        ("merge", tmp_path / "adapter", "--output", tmp_path / "merged"),
+        ("chat", base, "--prompt", "Hi"),
+        ("chat", tmp_path / "adapter", "--prompt", "Hi"),
+    ):
+        code, _, err = run(*words)
+        assert (code, f"{index}: cannot be read" in err) == (1, True), err
+
+
+def test_another_base_is_advised_only_where_it_helps(run: Run, base: Path, tmp_path: Path) -> None:
+    stored_by_peft(base, tmp_path / "adapter", None)
+    base.rename(tmp_path / "moved")
+    code, _, err = run("merge", tmp_path / "adapter", "--output", tmp_path / "merged")
+    assert (code, "Name it: --base" in err) == (1, True)
+    (tmp_path / "adapter" / "base.json").write_text("{")
+    code, _, err = run("merge", tmp_path / "adapter", "--output", tmp_path / "merged")
+    assert (code, "base.json: cannot be read" in err, "--base" in err) == (1, True, False), err
+
+
+def test_a_base_in_bin_files(run: Run, base: Path, chats: Path, tmp_path: Path) -> None:
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    trained = train(run, base, chats, tmp_path / "run")
+    code, _, err = run("merge", trained, "--output", tmp_path / "merged")
+    assert code == 0, err
+    assert not list((tmp_path / "merged").glob("*.bin"))
+    wanted = logits_of(on_base(base, trained))
+    assert (merged_logits(tmp_path / "merged") - wanted).abs().max() < 1e-5 * wanted.abs().max()

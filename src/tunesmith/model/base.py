@@ -68,7 +68,7 @@ def read_index(path: Path) -> list[str]:
     try:
         names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
         is_whole = all(Path(name).name == name for name in names)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ModelError(f"{path}: cannot be read. Download or copy the model again.") from None
     if not is_whole:
         raise ModelError(f"{path}: names files outside its folder. Download or copy the model again.")

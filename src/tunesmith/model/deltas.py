@@ -17,9 +17,9 @@ from torch import Tensor
 
 from tunesmith.errors import ModelError
 from tunesmith.model.adapter_config import ADAPTER_CONFIG, PatternError, read_adapter_config, resolve_pattern
-from tunesmith.model.open_adapter import PREFIX, read_adapter_weights
+from tunesmith.model.open_adapter import read_adapter_weights
+from tunesmith.model.stored_base import PREFIX, ROWS, fit_stored, split_weights
 
-_ROWS = ".token_adapter.trainable_tokens_delta"
 _PART = re.compile(r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?$")
 
 
@@ -28,6 +28,7 @@ class Delta:
 
     Attributes:
         folder: the PEFT folder.
+        stored: tensors of the base that the adapter was trained on, where its file has them; they come first.
         whole: tensors that replace the base's (modules_to_save, trained biases).
         rows: tensor name -> (row numbers, rows [n, width]) of added tokens.
         parts: tensor name -> {"lora_A": [rank, in], "lora_B": [out, rank], "lora_magnitude_vector": [out]}; of an
@@ -42,10 +43,13 @@ class Delta:
         self.whole: dict[str, Tensor] = {}
         self.rows: dict[str, tuple[list[int], Tensor]] = {}
         self.parts: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in (weights if weights is not None else read_adapter_weights(folder)).items():
+        read = weights if weights is not None else read_adapter_weights(folder)
+        self._split = split_weights(self._config, read)
+        self.stored = self._split.stored
+        for key, tensor in self._split.own.items():
             name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-            if name.endswith(_ROWS):
-                module = name.removesuffix(_ROWS)
+            if name.endswith(ROWS):
+                module = name.removesuffix(ROWS)
                 self.rows[f"{module}.weight"] = self._row_numbers(module), tensor
             elif found := _PART.search(name):
                 self.parts.setdefault(f"{name[: found.start()]}.weight", {})[found[1]] = tensor
@@ -63,11 +67,25 @@ class Delta:
         """Whether it changes weights that are not modules of their own (a mixture's fused experts)."""
         return bool(self._config.target_parameters)
 
+    def changes(self, name: str) -> bool:
+        """Whether it trained this tensor; one that its file merely has for the base does not count."""
+        return name in self.parts or name in self.whole or name in self.rows
+
     def ties_head(self, embedding: str) -> bool:
         """Whether a head that is one weight with the embedding changes with it."""
         return embedding in self.rows or (embedding in self.whole and self._config.ensure_weight_tying)
 
+    def fit(self, embedding: str, head: str, is_tied: bool, rows: int) -> None:
+        """Names of these weights in the base: what the file has for one of them may be for both.
+
+        Raises:
+            ModelError: what the file has does not go together with the base.
+        """
+        modules = (name.removesuffix(".weight") for name in (embedding, head))
+        self.stored = fit_stored(self._split, self.folder, *modules, is_tied, rows)
+
     def names(self) -> Iterator[str]:
+        yield from self.stored
         yield from self.parts
         yield from self.whole
         yield from self.rows
@@ -81,6 +99,10 @@ class Delta:
         Raises:
             ModelError: the shapes do not fit.
         """
+        if name in self.stored:
+            stored = self.stored[name]
+            is_resized = base.ndim == 2 and stored.ndim == 2 and stored.shape[1] == base.shape[1]
+            base = (stored if is_resized else self._fit(name, stored, base)).to(base.dtype)
         if name in self.rows:
             numbers, rows = self.rows[name]
             grown = base.new_zeros(max(len(base), max(numbers) + 1), base.shape[1])

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from tunesmith.config import ModelSection
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters import keep_differentiable
-from tunesmith.model.base import hub_folder, require_base
+from tunesmith.model.base import hub_folder, require_base, weight_files
 from tunesmith.model.open_adapter import merge_adapter, open_adapter
 from tunesmith.model.presets import build_preset_config, explain_overrides
 from tunesmith.model.source import ModelSource, explain_load_error, find_model
@@ -71,6 +71,11 @@ def load_model(
             return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
         except Exception as error:  # most of all a model that is larger than the memory
             raise explain_overrides(source.name, section.config, error) from None
+    folder = (
+        Path(source.name) if source.kind == "local" else hub_folder(source.name, source.revision or section.revision)
+    )
+    if folder is not None:
+        weight_files(folder)  # a damaged index, which transformers would fail on without naming it
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             source.name,

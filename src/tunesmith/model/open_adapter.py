@@ -23,13 +23,19 @@ from tunesmith.model.adapter_config import (
     resolve_pattern,
     select_modules,
 )
-from tunesmith.model.adapters import quiet_peft
+from tunesmith.model.adapters import find_ends, quiet_peft
+from tunesmith.model.stored_base import PREFIX, SplitWeights, fit_stored, split_weights
 from tunesmith.reading import open_file
 
-PREFIX = "base_model.model."
 # what rounding to a dtype explains, as a share of the largest logit
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _PARTS = (".lora_A", ".lora_embedding_A")
+_HAS_STORED = "_has_base_of_its_file"
+SEVERAL_STORED = (
+    "holds embedding or head of its own base beside the adapter (peft's save_embedding_layers), so it cannot be used "
+    "together with other adapters. Where the base was not resized, save it again with save_embedding_layers=False; "
+    "else merge it first, alone."
+)
 
 
 def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
@@ -83,8 +89,14 @@ def open_adapter(
     """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-    config, weights = read_adapter_config(folder), read_adapter_weights(folder)
+    config = read_adapter_config(folder)
+    split = split_weights(config, read_adapter_weights(folder))
+    weights = split.own
     unfit = f"{folder}: does not fit this base ({config.base_model_name_or_path} was its own)"
+    if split.stored or getattr(onto, _HAS_STORED, False):
+        if onto is not None or is_weightless:
+            raise ModelError(f"{folder}: {SEVERAL_STORED}")
+        _replace_stored(model, split, folder, unfit)
     rows = rows_needed(config, weights)
     embedding = model.get_input_embeddings()
     if rows > embedding.num_embeddings:
@@ -121,8 +133,29 @@ def open_adapter(
             "not saved whole, or belongs to another base."
         )
     wrapped.peft_config[name].base_model_name_or_path = config.base_model_name_or_path
+    if split.stored:
+        setattr(wrapped, _HAS_STORED, True)
     wrapped.eval()
     return wrapped
+
+
+@torch.no_grad()
+def _replace_stored(model: Any, split: SplitWeights, folder: Path, unfit: str) -> None:
+    """The base as the adapter's file has it."""
+    ends = find_ends(model)
+    rows = model.get_input_embeddings().num_embeddings
+    stored = fit_stored(split, folder, ends.embedding, ends.head, ends.is_tied, rows)
+    for name, tensor in stored.items():
+        if name.rpartition(".")[0] not in (ends.embedding, ends.head):
+            raise ModelError(f"{unfit}: it has no place for {PREFIX}{name}.")
+        if name.endswith(".weight") and len(tensor) != model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tensor), mean_resizing=False)
+    for name, tensor in stored.items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        parameter = module._parameters.get(name.rpartition(".")[2])
+        if parameter is None or parameter.shape != tensor.shape or parameter.dtype not in TOLERANCE:
+            raise ModelError(f"{unfit}: it has no place for {PREFIX}{name}.")
+        parameter.copy_(tensor)
 
 
 def build_config(config: AdapterConfig, weights: Mapping[str, Tensor], model: nn.Module) -> Any:

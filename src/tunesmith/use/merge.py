@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,20 @@ from tunesmith.errors import ModelError, RunError, TunesmithError
 from tunesmith.files import atomic_directory, is_no_room
 from tunesmith.model.adapter_config import find_adapter, read_adapter_config
 from tunesmith.model.adapters import find_ends
-from tunesmith.model.base import require_base, weight_files
+from tunesmith.model.base import hub_folder, read_record, require_base, weight_files
 from tunesmith.model.deltas import Delta
-from tunesmith.model.open_adapter import merge_adapter, open_adapter
-from tunesmith.model.source import ModelSource, explain_load_error, find_model, open_path, telling_text
+from tunesmith.model.open_adapter import SEVERAL_STORED, merge_adapter, open_adapter, read_adapter_weights
+from tunesmith.model.source import (
+    ModelSource,
+    explain_load_error,
+    find_model,
+    open_path,
+    require_plain_files,
+    telling_text,
+)
+from tunesmith.model.stored_base import split_weights
+from tunesmith.train.console import format_bytes
+from tunesmith.train.failures import RUN_FILE
 from tunesmith.train.folder import locked, remove_abandoned
 from tunesmith.use.combine import MergePlan, deltas_of
 from tunesmith.use.proof import prove
@@ -35,6 +47,7 @@ _TOKENIZER = (
     "vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model",
     "sentencepiece.bpe.model", "bpe.codes", "tekken.json",
 )  # fmt: skip
+_OF_RUN = ("adapter", "adapter_init", "model", "checkpoints", "tokens", "eval_tokens")
 _ON_CHANGED = (
     "Where it lies elsewhere by now: --base FOLDER. To merge into this one all the same: --allow-changed-base."
 )
@@ -72,6 +85,7 @@ def run_merge(
     source = _find_base(adapters, base)
     folder_of_base = _fetch_base(source, adapters, trust_remote_code)
     plan = MergePlan(folder_of_base, adapters, method, weights, density, seed, trust_remote_code)
+    _require_alone(adapters)
     remarks = [require_base(a, plan.base, allow_changed_base, _ON_CHANGED, reads_all=True) for a in adapters]
     require_room(plan.base, folder)
     try:
@@ -85,6 +99,8 @@ def run_merge(
     except Exception as error:  # a file of the base cut short, code of its own, a tokenizer that cannot be read
         if is_no_room(error):
             raise RunError(f"{output}: no room left on the disk; nothing was kept.") from None
+        if isinstance(error, OSError) and _is_ours(error.filename, folder):
+            raise RunError(f"{output}: cannot be written: {error.strerror}; nothing was kept.") from None
         raise ModelError(f"{plan.base}: the merge failed, and nothing was kept: {telling_text(error)}.") from None
     for remark in filter(None, remarks):
         print(f"note: {remark}")
@@ -113,7 +129,52 @@ def resolve_target(output: str) -> Path:
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         what = "is not writable" if parent.is_dir() else "is not a folder"
         raise TunesmithError(f"{shown}: cannot be used as --output: {parent} {what}.")
+    _require_no_model_around(folder, shown)
+    _try_name(folder, parent, shown)
     return folder
+
+
+def _require_no_model_around(folder: Path, shown: str) -> None:
+    """A run replaces its adapter/, model/ and checkpoints/ whole, with everything that lies in them."""
+    for path in (folder, *folder.parents):
+        if path.name in _OF_RUN and (path.parent / RUN_FILE).exists():
+            raise TunesmithError(
+                f"{shown}: lies in {path}, which the run replaces as a whole when it goes on. Give --output a folder "
+                "outside it."
+            )
+
+
+def _try_name(folder: Path, parent: Path, shown: str) -> None:
+    """What the end will do, before any work: a folder of the longest name that is needed, and a rename.
+
+    Raises:
+        TunesmithError: a mount point, which cannot be renamed; a file system such as /proc, which takes no folders.
+    """
+    hidden = f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        if folder.exists():
+            folder.rename(folder.with_name(hidden))
+            folder.with_name(hidden).rename(folder)
+        else:
+            (parent / hidden).mkdir()
+            (parent / hidden).rmdir()
+    except OSError as error:
+        if is_no_room(error):
+            raise RunError(f"{shown}: no room left on the disk.") from None
+        if error.errno in (errno.EBUSY, errno.EXDEV):
+            raise TunesmithError(
+                f"{shown}: is a mount point, and the merged model takes its name by a rename at the end, which a mount "
+                f"point does not allow. Give --output a folder in it: {shown.rstrip('/')}/merged"
+            ) from None
+        raise TunesmithError(f"{shown}: cannot be used as --output: {error.strerror}.") from None
+
+
+def _is_ours(name: Any, folder: Path) -> bool:
+    """Whether an error is about what we write, not about the base."""
+    paths = (Path(str(name)), *Path(str(name)).parents)
+    return any(
+        path == folder or (path.parent == folder.parent and path.name.startswith(f".{folder.name}.")) for path in paths
+    )
 
 
 def _tell(plan: MergePlan, changed: int, said: str, output: str) -> None:
@@ -124,6 +185,13 @@ def _tell(plan: MergePlan, changed: int, said: str, output: str) -> None:
     print(f"merged     {changed:,} tensors changed, each read back and compared{how}")
     print(f"proof      {said}")
     print(f"model saved: {output}\ntalk to it: tunesmith chat {output}")
+
+
+def _require_alone(adapters: Sequence[Path]) -> None:
+    """Embedding and head in one adapter's file would undo what another adapter did to them."""
+    for adapter in adapters if len(adapters) > 1 else ():
+        if split_weights(read_adapter_config(adapter), read_adapter_weights(adapter)).stored:
+            raise ModelError(f"{adapter}: {SEVERAL_STORED}")
 
 
 def _find_adapter(name: str) -> Path:
@@ -147,10 +215,13 @@ def _find_base(adapters: Sequence[Path], base: str | None) -> ModelSource:
         return source
     sources = []
     for adapter in adapters:
+        read_record(adapter)  # what is damaged in the adapter's own folder is not mended by another base
+        require_plain_files(adapter)
         try:
             sources.append(find_model(str(adapter)))
         except ModelError as error:
-            raise ModelError(f"{error} Name it: --base") from None
+            has_none = str(read_adapter_config(adapter).base_model_name_or_path).startswith("new:")
+            raise ModelError(f"{error}" if has_none else f"{error} Name it: --base") from None
     return sources[0]
 
 
@@ -162,6 +233,9 @@ def _fetch_base(source: ModelSource, adapters: Sequence[Path], trust_remote_code
 
         wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", *(["*.py"] if trust_remote_code else [])]
         revision = source.revision or read_adapter_config(adapters[0]).revision
+        there = hub_folder(source.name, revision)
+        if there is not None and any(path.suffix == ".bin" for path in weight_files(there)):  # what was trained on
+            wanted += ["pytorch_model*.bin"]
         try:
             folder = Path(snapshot_download(source.name, revision=revision, allow_patterns=wanted))
         except Exception as error:
@@ -189,19 +263,19 @@ def describe_base_config(folder: Path, trust_remote_code: bool) -> dict[str, Any
 
 
 def require_room(base: Path, output: Path) -> None:
-    needed = sum(path.stat().st_size for path in _safetensors_of(base))
+    needed = sum(path.stat().st_size for path in _weights_of(base))
     parent = next(folder for folder in (output.resolve(), *output.resolve().parents) if folder.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise RunError(
-            f"{output}: the merged model takes {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free."
+            f"{output}: the merged model takes {format_bytes(needed)}, and {format_bytes(free)} are free there."
         )
 
 
-def _safetensors_of(base: Path) -> list[Path]:
+def _weights_of(base: Path) -> list[Path]:
     files = weight_files(base)
-    if not files or files[0].suffix != ".safetensors":
-        raise ModelError(f"{base}: has no safetensors weights. Save it with save_pretrained first.")
+    if not files:
+        raise ModelError(f"{base}: has no weights (model.safetensors, or an index). Download or copy it again.")
     if missing := [path for path in files if not path.is_file()]:
         raise ModelError(f"{missing[0]}: is missing. Download or copy the model again.")
     return files
@@ -215,12 +289,15 @@ def merge_files(plan: MergePlan, deltas: Sequence[Delta], output: Path) -> int:
         RunError: what was read back is not what was to be written.
     """
     base = plan.base
-    if any(delta.has_experts for delta in deltas):
+    files = _weights_of(base)
+    if any(delta.has_experts for delta in deltas) or files[0].suffix != ".safetensors":
         return _merge_in_memory(plan, deltas, output)
+    names = _NameMap(plan)
+    for delta in deltas:
+        delta.fit(names.embedding, names.head, names.is_tied, names.rows)
     wanted = {name for delta in deltas for name in delta.names()}
-    left, names = set(wanted), _NameMap(plan)
+    left = set(wanted)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    files = _safetensors_of(base)
     ends: _TiedEnds | None = None
     placed: dict[str, str] = {}
     size = 0
@@ -267,6 +344,7 @@ class _NameMap:
     Attributes:
         embedding, head: names of these two weights in the model.
         is_tied: whether they are one, by the base's config.
+        rows: of the embedding.
         transposed: weights that lie as [in, out].
     """
 
@@ -279,7 +357,7 @@ class _NameMap:
         self._prefix = f"{model.base_model_prefix}."
         self._names = set(model.state_dict())
         self.embedding, self.head = f"{ends.embedding}.weight", f"{ends.head}.weight"
-        self.is_tied = ends.is_tied
+        self.is_tied, self.rows = ends.is_tied, int(model.get_input_embeddings().num_embeddings)
         self.transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
     def in_model(self, key: str, wanted: set[str]) -> str:
@@ -299,10 +377,10 @@ class _TiedEnds:
         self.are_one = names.is_tied
         for delta in deltas:
             changed = delta.apply(names.embedding, embedding)
-            if names.head in set(delta.names()):
-                self.head = delta.apply(names.head, self.head)
-            elif self.are_one and delta.ties_head(names.embedding):
+            if self.are_one and not delta.changes(names.head) and delta.ties_head(names.embedding):
                 self.head = changed
+            else:
+                self.head = delta.apply(names.head, self.head)
             embedding = changed
             self.are_one = self.are_one and self.head.shape == embedding.shape and torch.equal(self.head, embedding)
 
@@ -319,6 +397,9 @@ def _grow_vocabulary(config: dict[str, Any], deltas: Sequence[Delta], embedding:
     own = config if "vocab_size" in config else config.get("text_config", {})
     ends = [max(numbers) + 1 for delta in deltas for numbers, _ in delta.rows.values()]
     ends += [len(delta.whole[embedding]) for delta in deltas if embedding in delta.whole]
+    for delta in deltas:
+        if embedding in delta.stored:  # a base that was resized, to fewer rows perhaps
+            own["vocab_size"] = len(delta.stored[embedding])
     if max(ends, default=0) > own.get("vocab_size", 0):
         own["vocab_size"] = max(ends)
 
@@ -332,7 +413,10 @@ def _write_and_compare(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _merge_in_memory(plan: MergePlan, deltas: Sequence[Delta], output: Path) -> int:
-    """For fused experts, which lie in the files one by one: peft merges in the model."""
+    """For fused experts, which lie in the files one by one: peft merges in the model.
+
+    And for a pytorch_model.bin: transformers reads it as weights alone, without running what a pickle may hold.
+    """
     trust = plan.trust_remote_code
     model: Any = AutoModelForCausalLM.from_pretrained(plan.base, dtype="auto", trust_remote_code=trust)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

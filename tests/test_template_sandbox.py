@@ -75,8 +75,9 @@ LEADS = [
 
 @pytest.mark.parametrize("way", ["({root}).{lead}", "({root})['{lead}']", "({root})|attr('{lead}')", "[{root}]|map(attribute='{lead}')|first"])  # fmt: skip
 def test_no_value_leads_out(way: str) -> None:
+    is_all = way.endswith(".{lead}") or os.environ.get("TUNESMITH_LONG")
     for root in ROOTS:
-        found = [way.format(root=root, lead=lead) for lead in LEADS]
+        found = [way.format(root=root, lead=lead) for lead in (LEADS if is_all else LEADS[:: len(LEADS) // 4])]
         tests = [
             f"{{% if n in ({n}, none) and ({path}) is defined and ({path}) is not none %}}OUT {path}{{% endif %}}"
             for n, path in enumerate(found)

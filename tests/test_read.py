@@ -204,7 +204,7 @@ def test_hub_card_with_configs_is_obeyed(tmp_path: Path) -> None:
 
 
 def damaged_gzip() -> bytes:
-    return gzip.compress(b'{"a": 1}\n')[:10] + b"\xff" * 40  # a head, then a block of no known type
+    return gzip.compress(b'{"a": 1}\n', mtime=0)[:10] + b"\xff" * 40  # a head, then a block of no known type
 
 
 @pytest.mark.parametrize(
@@ -227,10 +227,10 @@ def damaged_gzip() -> bytes:
         ("x.jsonl", b'{"a": 1}\n' + b"[" * 200_000, "x.jsonl:2: broken JSON (nested too deeply"),
         ("x.json", b'[{"a": 1},\n' + b"[" * 200_000 + b"]" * 200_001, "x.json:2: broken JSON (nested too deeply"),
         ("x.jsonl.gz", damaged_gzip(), "cannot be read"),
-        ("x.parquet.gz", gzip.compress(b"PAR1"), "Parquet is compressed inside"),
+        ("x.parquet.gz", gzip.compress(b"PAR1", mtime=0), "Parquet is compressed inside"),
         ("x.jsonl", b'{"a": "\xff"}\n', "not UTF-8 text (byte 0xff in line 1)"),
         ("x.parquet", b"PAR1 nothing", "x.parquet: not readable: "),
-        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000)[:40], "cannot be read"),
+        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000, mtime=0)[:40], "cannot be read"),
         ("x.csv", b"a,b,a\n1,2,3\n", "x.csv:1: the columns 1 and 3 are both named 'a'"),
         ("x.csv", b"a,,\n1,2,3\n", "x.csv:1: the columns 2 and 3 have no name"),
         ("x.csv", b"a,b\n1,2,3\n", "x.csv:2: the row does not have the 2 fields"),

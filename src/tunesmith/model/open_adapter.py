@@ -97,15 +97,7 @@ def open_adapter(
         if onto is not None or is_weightless:
             raise ModelError(f"{folder}: {SEVERAL_STORED}")
         _replace_stored(model, split, folder, unfit)
-    rows = rows_needed(config, weights)
-    embedding = model.get_input_embeddings()
-    if rows > embedding.num_embeddings:
-        added = [n for numbers in config.all_token_indices() for n in numbers if n >= embedding.num_embeddings]
-        if added and max(added) >= embedding.num_embeddings + len(set(added)):  # added tokens follow one another
-            raise ModelError(
-                f"{unfit}: it trains row {max(added):,}, and the base has {embedding.num_embeddings:,} rows."
-            )
-        model.resize_token_embeddings(rows, mean_resizing=False)
+    _add_rows(model, config, weights, unfit)
     try:
         made = build_config(config, weights, model)
     except PatternError as error:
@@ -137,6 +129,17 @@ def open_adapter(
         setattr(wrapped, _HAS_STORED, True)
     wrapped.eval()
     return wrapped
+
+
+def _add_rows(model: Any, config: AdapterConfig, weights: Mapping[str, Tensor], unfit: str) -> None:
+    """Lengthen the embedding for the tokens that were added when the adapter was trained."""
+    rows, had = rows_needed(config, weights), model.get_input_embeddings().num_embeddings
+    if rows <= had:
+        return
+    added = [number for numbers in config.all_token_indices() for number in numbers if number >= had]
+    if added and max(added) >= had + len(set(added)):  # added tokens follow one another
+        raise ModelError(f"{unfit}: it trains row {max(added):,}, and the base has {had:,} rows.")
+    model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 @torch.no_grad()

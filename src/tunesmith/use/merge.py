@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,9 +32,9 @@ from tunesmith.model.source import (
 )
 from tunesmith.model.stored_base import split_weights
 from tunesmith.train.console import format_bytes
-from tunesmith.train.failures import RUN_FILE
 from tunesmith.train.folder import locked, remove_abandoned
 from tunesmith.use.combine import MergePlan, deltas_of
+from tunesmith.use.merge_output import is_ours, resolve_target
 from tunesmith.use.proof import prove
 
 _INDEX = "model.safetensors.index.json"
@@ -47,7 +44,6 @@ _TOKENIZER = (
     "vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model",
     "sentencepiece.bpe.model", "bpe.codes", "tekken.json",
 )  # fmt: skip
-_OF_RUN = ("adapter", "adapter_init", "model", "checkpoints", "tokens", "eval_tokens")
 _ON_CHANGED = (
     "Where it lies elsewhere by now: --base FOLDER. To merge into this one all the same: --allow-changed-base."
 )
@@ -99,82 +95,13 @@ def run_merge(
     except Exception as error:  # a file of the base cut short, code of its own, a tokenizer that cannot be read
         if is_no_room(error):
             raise RunError(f"{output}: no room left on the disk; nothing was kept.") from None
-        if isinstance(error, OSError) and _is_ours(error.filename, folder):
+        if isinstance(error, OSError) and is_ours(error.filename, folder):
             raise RunError(f"{output}: cannot be written: {error.strerror}; nothing was kept.") from None
         raise ModelError(f"{plan.base}: the merge failed, and nothing was kept: {telling_text(error)}.") from None
     for remark in filter(None, remarks):
         print(f"note: {remark}")
     _tell(plan, changed, said, output)
     return folder
-
-
-def resolve_target(output: str) -> Path:
-    """The real path of a folder to make.
-
-    Raises:
-        TunesmithError: it exists, or cannot be made there.
-    """
-    shown = output if len(output) <= 80 else f"{output[:80]}..."
-    try:
-        output.encode("utf-8")
-        folder = Path(output).expanduser().resolve()
-        if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
-            raise TunesmithError(f"{shown}: exists already; give --output a new folder.")
-        parent = next(path for path in folder.parents if path.exists())
-    except UnicodeEncodeError:
-        raise TunesmithError(f"{shown!r}: is not UTF-8; give --output a name that is.") from None
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: ~somebody without a home
-        reason = getattr(error, "strerror", None) or error
-        raise TunesmithError(f"{shown}: cannot be used as --output: {reason}.") from None
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        what = "is not writable" if parent.is_dir() else "is not a folder"
-        raise TunesmithError(f"{shown}: cannot be used as --output: {parent} {what}.")
-    _require_no_model_around(folder, shown)
-    _try_name(folder, parent, shown)
-    return folder
-
-
-def _require_no_model_around(folder: Path, shown: str) -> None:
-    """A run replaces its adapter/, model/ and checkpoints/ whole, with everything that lies in them."""
-    for path in (folder, *folder.parents):
-        if path.name in _OF_RUN and (path.parent / RUN_FILE).exists():
-            raise TunesmithError(
-                f"{shown}: lies in {path}, which the run replaces as a whole when it goes on. Give --output a folder "
-                "outside it."
-            )
-
-
-def _try_name(folder: Path, parent: Path, shown: str) -> None:
-    """What the end will do, before any work: a folder of the longest name that is needed, and a rename.
-
-    Raises:
-        TunesmithError: a mount point, which cannot be renamed; a file system such as /proc, which takes no folders.
-    """
-    hidden = f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
-        if folder.exists():
-            folder.rename(folder.with_name(hidden))
-            folder.with_name(hidden).rename(folder)
-        else:
-            (parent / hidden).mkdir()
-            (parent / hidden).rmdir()
-    except OSError as error:
-        if is_no_room(error):
-            raise RunError(f"{shown}: no room left on the disk.") from None
-        if error.errno in (errno.EBUSY, errno.EXDEV):
-            raise TunesmithError(
-                f"{shown}: is a mount point, and the merged model takes its name by a rename at the end, which a mount "
-                f"point does not allow. Give --output a folder in it: {shown.rstrip('/')}/merged"
-            ) from None
-        raise TunesmithError(f"{shown}: cannot be used as --output: {error.strerror}.") from None
-
-
-def _is_ours(name: Any, folder: Path) -> bool:
-    """Whether an error is about what we write, not about the base."""
-    paths = (Path(str(name)), *Path(str(name)).parents)
-    return any(
-        path == folder or (path.parent == folder.parent and path.name.startswith(f".{folder.name}.")) for path in paths
-    )
 
 
 def _tell(plan: MergePlan, changed: int, said: str, output: str) -> None:

@@ -31,10 +31,9 @@ def build(tokenizer: str, data: str, folder: Path) -> Trainer:
              "train.micro_batch_tokens": 1024, "train.output_dir": str(folder), "train.max_steps": 10_000}  # fmt: skip
     config = resolve_config(RunConfig, None, flags)
     setting = choose_setting(config, datetime.datetime.now())
-    facts = assemble(
-        config, setting, prepare_data(config.data, setting.encoder, setting.max_seq_len, folder), config.model
-    )
-    run = {"id": "bench", "guard": make_guard(config, setting, folder)}
+    prepared = prepare_data(config.data, setting.encoder, setting.max_seq_len, folder)
+    facts = assemble(config, setting, prepared, config.model)
+    run = {"id": "bench", "guard": make_guard(config, setting, prepared.sha256, {})}
     return build_trainer(folder, facts, StopRequest(), run)
 
 

@@ -23,6 +23,7 @@ SHORTHANDS = {
     "--eval-data": "data.eval",
     "--output": "train.output_dir",
 }
+_MAX_GUESSES = 100  # unknown keys that are compared with all known ones; a file with more is no run file
 OPEN_MAPS = ("model.config", "data.template_kwargs")  # any key below these is the user's own
 
 
@@ -114,9 +115,11 @@ def _unknown_keys(tree: Mapping[str, Any], known: list[str], prefix: str = "") -
         elif isinstance(value, Mapping) and not prefix:
             guess = difflib.get_close_matches(dotted, sections, n=1)
             problems.append(f"{dotted}: unknown section" + (f"; did you mean {guess[0]}?" if guess else ""))
-        else:
+        elif len(problems) < _MAX_GUESSES:
             hint = explain_key(dotted)
             problems.append(f"{dotted}: unknown key{f'; {hint}' if hint else suggest_key(dotted, known)}")
+        else:
+            problems.append(f"{dotted}: unknown key")
     return problems
 
 

@@ -42,7 +42,7 @@ os.environ["TUNESMITH_SLOW_SAVE"] = "0.04"
 import transformers
 
 from tunesmith.cli import main
-from tunesmith.model.tokenizer import train_tokenizer
+from tunesmith.model.bpe import train_tokenizer
 
 
 def in_child(work: Callable[[], int], log: Path) -> int:

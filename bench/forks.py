@@ -33,7 +33,7 @@ from torch import _dynamo  # noqa: F401  # slow to import, and every optimizer d
 from tunesmith.cli import main
 from tunesmith.demo import run as _demo  # noqa: F401  # imported once here, not in every child
 from tunesmith.model import bpe as _bpe  # noqa: F401
-from tunesmith.train import resume as _resume  # noqa: F401
+from tunesmith.run import resume as _resume  # noqa: F401
 from tunesmith.use import chat as _chat  # noqa: F401
 from tunesmith.use import check as _check  # noqa: F401
 from tunesmith.use import merge as _merge  # noqa: F401

@@ -112,7 +112,7 @@ def make_inputs(work: Path) -> int:
     import transformers
 
     from tunesmith.cli import main
-    from tunesmith.model.tokenizer import train_tokenizer
+    from tunesmith.model.bpe import train_tokenizer
 
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

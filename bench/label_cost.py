@@ -15,12 +15,12 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from tunesmith.config import DataSection, FieldsSection
-from tunesmith.data.conversation import Conversation, RowRefused
-from tunesmith.data.formats import parse_row
+from tunesmith.config.schema import DataSection, FieldsSection
 from tunesmith.data.prepare import label_rows
-from tunesmith.data.read import find_sources, read_rows
 from tunesmith.model.tokenizer import build_encoder
+from tunesmith.rows.conversation import Conversation, RowRefused
+from tunesmith.rows.formats import parse_row
+from tunesmith.sources.read import find_sources, read_rows
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -26,7 +26,27 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = "the quick brown fox jumps over a lazy dog and says hello to you 你好 世界 é <think> [INST]".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "and",
+    "says",
+    "hello",
+    "to",
+    "you",
+    "你好",
+    "世界",
+    "é",
+    "<think>",
+    "[INST]",
+]
 # A template that drops the thinking of earlier turns, so that a chat of several turns is unrolled
 REWRITING = (
     "{%- for m in messages -%}<|im_start|>{{ m.role }}\n"

@@ -16,12 +16,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from tunesmith.config import RunConfig
-from tunesmith.runfile import resolve_config
+from tunesmith.config.runfile import resolve_config
+from tunesmith.config.schema import RunConfig
+from tunesmith.run.start import assemble, build_trainer, choose_setting, make_guard
 from tunesmith.train.interrupt import StopRequest
 from tunesmith.train.loop import Trainer
 from tunesmith.train.plan import PlannedStep, prepare_data
-from tunesmith.train.run import assemble, build_trainer, choose_setting, make_guard
 
 MIN_STEPS = 3
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from tunesmith.config import DataSection
-from tunesmith.data.encode import Encoder
+from tunesmith.config.schema import DataSection
 from tunesmith.data.ledger import Ledger
 from tunesmith.data.prepare import label_rows
-from tunesmith.data.read import find_sources, read_rows
+from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import DataError
 from tunesmith.model.tokenizer import build_encoder
+from tunesmith.sources.read import find_sources, read_rows
 
 MAX_SEQ_LEN = 2048
 

@@ -1,7 +1,7 @@
 """Write the generated parts of the docs from the code (`make docs`).
 
-README.md gets the table of config keys, docs/data.md the formats, columns and names that the reader knows,
-docs/run.schema.json the JSON schema of a run file.
+docs/config.md gets the table of config keys, docs/data.md the formats, columns and names that the reader knows,
+docs/architecture.md the file map and the imports, docs/run.schema.json the JSON schema of a run file.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+import architecture
 from pydantic_core import PydanticUndefined
 
-from tunesmith.config import FieldsSection, RunConfig
-from tunesmith.data import chats, columns, formats, keys, parts, textmarks, tools, turns
-from tunesmith.data.format_table import FORMAT_TABLE, Shape
-from tunesmith.runfile import SHORTHANDS, json_schema, leaf_fields
+from tunesmith.config.runfile import SHORTHANDS, json_schema, leaf_fields
+from tunesmith.config.schema import FieldsSection, RunConfig
+from tunesmith.rows import chats, columns, formats, keys, parts, textmarks, tools, turns
+from tunesmith.rows.format_table import FORMAT_TABLE, Shape
 
 ROOT = Path(__file__).resolve().parents[1]
 FREE_FORM = ("tools", "functions", "arguments", "args", "input", "response", "mapping", "documents",
@@ -183,7 +184,8 @@ def escape(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-README_PARTS = {"config": config_table}
+CONFIG_PARTS = {"config": config_table}
+ARCHITECTURE_PARTS = {"imports": architecture.import_picture, "files": architecture.file_map}
 DATA_PARTS = {
     "formats": format_table,
     "keys": key_table,
@@ -192,7 +194,7 @@ DATA_PARTS = {
     "names": name_table,
     "placeholders": placeholder_list,
 }
-PAGES = {"README.md": README_PARTS, "docs/data.md": DATA_PARTS}
+PAGES = {"docs/config.md": CONFIG_PARTS, "docs/data.md": DATA_PARTS, "docs/architecture.md": ARCHITECTURE_PARTS}
 
 
 def fill_page(page: str) -> str:

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tunesmith.cli import main as tunesmith
 from tunesmith.demo.drills import Drill, draw_drills, words_of_books
 from tunesmith.demo.tasks import HeldOut, draw_held_out
-from tunesmith.model.tokenizer import train_tokenizer
+from tunesmith.model.bpe import train_tokenizer
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE.parent / "src" / "tunesmith" / "demo" / "base"

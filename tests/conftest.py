@@ -19,8 +19,9 @@ import torch
 import transformers
 
 from tunesmith.cli import main
-from tunesmith.data.encode import Encoder
-from tunesmith.model.tokenizer import build_encoder, train_tokenizer
+from tunesmith.encode.encoder import Encoder
+from tunesmith.model.bpe import train_tokenizer
+from tunesmith.model.tokenizer import build_encoder
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 WORDS = (

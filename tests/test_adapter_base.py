@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM
 from conftest import chat_row, save_folder, tiny_config, write_jsonl
 from test_adapter_matrix import train
 from test_adapters import base_of, logits_of
-from tunesmith.config import ModelSection
+from tunesmith.adapters.adapter_config import PatternError, match_names, resolve_pattern
+from tunesmith.config.schema import ModelSection
 from tunesmith.errors import ModelError, TunesmithError
-from tunesmith.model.adapter_config import PatternError, match_names, resolve_pattern
-from tunesmith.train.resume import run_resume
+from tunesmith.run.resume import run_resume
 from tunesmith.use.generate import load_speaker
 
 Run = Callable[..., tuple[int, str, str]]

@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM
 
 from conftest import chat_row, save_folder, tiny_config, write_jsonl
 from test_adapters import logits_of
-from tunesmith.config import ModelSection, RunConfig
+from tunesmith.config.runfile import resolve_config
+from tunesmith.config.schema import ModelSection, RunConfig
 from tunesmith.errors import TunesmithError
-from tunesmith.runfile import resolve_config
-from tunesmith.train.resume import run_resume
-from tunesmith.train.run import run_training
+from tunesmith.run.resume import run_resume
+from tunesmith.run.start import run_training
 from tunesmith.use.generate import load_speaker
 from tunesmith.use.merge import run_merge
 

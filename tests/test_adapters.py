@@ -13,8 +13,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import build_model, killed_after, save_folder, tiny_config
-from tunesmith.config import LoraSection, ModelSection
-from tunesmith.model.adapters import choose_targets
+from tunesmith.adapters.adapter import choose_targets
+from tunesmith.config.schema import LoraSection, ModelSection
 
 Run = Callable[..., tuple[int, str, str]]
 FAST = ("--data.max_seq_len", 64, "--train.micro_batch_tokens", 128, "--lora.rank", 4, "--optim.lr", 1e-2)
@@ -140,8 +140,8 @@ def test_the_default_learning_rate_of_adapters(run: Run, tokenizer: Any, chats: 
 
 
 def test_lora_plus_raises_the_rate_of_b_alone() -> None:
-    from tunesmith.config import OptimSection
-    from tunesmith.model.adapters import add_adapter
+    from tunesmith.adapters.adapter import add_adapter
+    from tunesmith.config.schema import OptimSection
     from tunesmith.train.optim import build_optimizer, set_lr
 
     model = build_model(tiny_config("llama"))
@@ -201,7 +201,7 @@ def test_no_adapter_on_an_adapter(run: Run, tokenizer: Any, chats: Path, tmp_pat
 def test_4_bit_layers_keep_their_gradient_after_an_evaluation(tokenizer: Any, tmp_path: Path) -> None:
     """bitsandbytes repacks weights for CPUs with AVX512-BF16 in the first evaluation, and its kernel has no gradient."""
     pytest.importorskip("bitsandbytes")
-    from tunesmith.model.adapters import add_adapter, quantization_config
+    from tunesmith.adapters.adapter import add_adapter, quantization_config
     from tunesmith.model.load import load_config, load_model
 
     base = base_of(tmp_path / "base", tokenizer, hidden_size=64, intermediate_size=128, head_dim=16)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from test_matrix import SHAPES, a, all_templates, u
-from tunesmith.data.conversation import Message
-from tunesmith.data.habits import TemplateRefused
-from tunesmith.data.template import ChatTemplate
+from tunesmith.chat_template.habits import TemplateRefused
+from tunesmith.chat_template.template import ChatTemplate
+from tunesmith.rows.conversation import Message
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 CHAT = [u("one?"), a("1."), u("two?"), a("2."), {"role": "tool", "content": "t"}, a("3.")]

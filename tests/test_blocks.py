@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tunesmith.data.blocks import read_blocks
-from tunesmith.data.conversation import Message
-from tunesmith.data.template import ChatTemplate
+from tunesmith.chat_template.template import ChatTemplate
+from tunesmith.encode.blocks import read_blocks
+from tunesmith.rows.conversation import Message
 
 KNOWS = (
     "{% for m in messages %}{{ m.role }}: {{ m.reasoning_content }} {{ m.content }}"

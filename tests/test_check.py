@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from tunesmith.cli import main
-from tunesmith.config import DataSection
+from tunesmith.config.schema import DataSection
 from tunesmith.data.check import SeenTexts, check_rows
-from tunesmith.data.encode import Encoder
 from tunesmith.data.prepare import label_rows
-from tunesmith.data.read import RawRow
+from tunesmith.encode.encoder import Encoder
+from tunesmith.sources.read import RawRow
 
 LONG = "the quick brown fox jumps over the lazy dog while the old river runs down to the sea and"
 

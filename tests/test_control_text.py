@@ -12,13 +12,13 @@ import pytest
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from tunesmith.config import DataSection
-from tunesmith.data.conversation import Message
-from tunesmith.data.encode import Encoder
+from tunesmith.config.schema import DataSection
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.data.prepare import NOTE_CONTROL, NOTE_CONTROL_ALLOWED, label_rows
-from tunesmith.data.read import RawRow
+from tunesmith.encode.encoder import Encoder
 from tunesmith.model.tokenizer import build_encoder
+from tunesmith.rows.conversation import Message
+from tunesmith.sources.read import RawRow
 
 TOKENIZERS = Path(__file__).resolve().parents[2] / "shared" / "tokenizers"
 DATE = datetime.datetime(2026, 1, 2)

@@ -18,7 +18,7 @@ import yaml
 
 from conftest import chat_row, save_folder, tiny_config, write_jsonl
 from tunesmith.display import shorten, to_html, to_markdown, visible
-from tunesmith.train.console import print_summary
+from tunesmith.run.console import print_summary
 
 Run = Callable[..., tuple[int, str, str]]
 EVIL = (

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tunesmith.config import FieldsSection
-from tunesmith.data.conversation import (
+from tunesmith.config.schema import FieldsSection
+from tunesmith.rows.conversation import (
     NOTE_EMPTY_CONTEXT,
     NOTE_EMPTY_QUESTION,
     NOTE_UNANSWERED,
@@ -16,8 +16,8 @@ from tunesmith.data.conversation import (
     RowRefused,
     UnknownFormat,
 )
-from tunesmith.data.formats import parse_row
-from tunesmith.data.jsontext import JsonFloat
+from tunesmith.rows.formats import parse_row
+from tunesmith.sources.jsontext import JsonFloat
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}
 

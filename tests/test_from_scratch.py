@@ -12,10 +12,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import chat_row, write_jsonl
-from tunesmith.config import OptimSection, RunConfig
+from tunesmith.config.runfile import find_recipe, resolve_config
+from tunesmith.config.schema import OptimSection, RunConfig
 from tunesmith.data.store import open_store
 from tunesmith.model.presets import PRESETS, build_preset_config
-from tunesmith.runfile import find_recipe, resolve_config
 from tunesmith.train.optim import lr_at
 
 # with MiniMind's vocabulary of 6,400; the names of its models are these numbers in millions
@@ -74,7 +74,7 @@ def test_every_preset_trains_saves_and_opens_in_plain_transformers(
 
 
 def test_initialisation_is_transformers_own_and_decided_by_the_seed(tokenizer: Any) -> None:
-    from tunesmith.config import ModelSection
+    from tunesmith.config.schema import ModelSection
     from tunesmith.model.load import load_model
 
     config = build_preset_config("tiny", {}, tokenizer)

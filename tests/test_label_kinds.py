@@ -13,18 +13,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from conftest import build_model, chat_row, tiny_config
-from tunesmith.config import DataSection
-from tunesmith.data.call_ids import NOTE_IDS
+from tunesmith.config.schema import DataSection
 from tunesmith.data.check import check_rows
-from tunesmith.data.encode import Encoder
 from tunesmith.data.labels import NOTE_UNKNOWN
 from tunesmith.data.ledger import LabelledRow
-from tunesmith.data.longtext import PIECE, encode_long
 from tunesmith.data.prepare import label_rows
-from tunesmith.data.read import RawRow
-from tunesmith.data.rowsize import RowTooLarge
+from tunesmith.encode.call_ids import NOTE_IDS
+from tunesmith.encode.encoder import Encoder
+from tunesmith.encode.longtext import PIECE, encode_long
 from tunesmith.model.save import set_stop_token
 from tunesmith.model.tokenizer import build_encoder
+from tunesmith.sources.read import RawRow
+from tunesmith.sources.rowsize import RowTooLarge
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

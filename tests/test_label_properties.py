@@ -15,10 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from test_matrix import HABITS, assert_right, tokenizer_for
-from tunesmith.config import DataSection
+from tunesmith.config.schema import DataSection
 from tunesmith.data.prepare import label_rows
-from tunesmith.data.read import RawRow
-from tunesmith.model.tokenizer import build_encoder, train_tokenizer
+from tunesmith.model.bpe import train_tokenizer
+from tunesmith.model.tokenizer import build_encoder
+from tunesmith.sources.read import RawRow
 
 EXAMPLES = 10_000 if os.environ.get("TUNESMITH_LONG") else 300
 PIECES = ["<|im_end|>", "<|im_start|>", "<|im_start|>assistant\n", "</think>", "<think>", "<", "|", "im_end", "|>", "\n", "\n\n",

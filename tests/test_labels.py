@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from conftest import chat_row
-from tunesmith.config import DataSection
-from tunesmith.data.conversation import NOTE_UNANSWERED, Message
-from tunesmith.data.encode import Encoder
+from tunesmith.config.schema import DataSection
 from tunesmith.data.fit import NOTE_CUT_REPLY, NOTE_TURN_LOST
 from tunesmith.data.ledger import LabelledRow, Ledger
 from tunesmith.data.prepare import NOTE_CONTROL, NOTE_RENDERED, label_rows
-from tunesmith.data.read import RawRow
+from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import DataError, ModelError
 from tunesmith.model.tokenizer import build_encoder
+from tunesmith.rows.conversation import NOTE_UNANSWERED, Message
+from tunesmith.sources.read import RawRow
 
 DATE = datetime.datetime(2026, 1, 2)
 

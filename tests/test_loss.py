@@ -12,7 +12,7 @@ import transformers
 
 from conftest import ARCHITECTURES, build_model, tiny_config
 from test_pack import make_store
-from tunesmith.config import OptimSection
+from tunesmith.config.schema import OptimSection
 from tunesmith.data.pack import IGNORE_INDEX, build_batch
 from tunesmith.model import loss as loss_module
 from tunesmith.model.attention import Documents

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 
 import tokenizers_of_others as others
-from tunesmith.config import DataSection
-from tunesmith.data.encode import Encoder
+from tunesmith.config.schema import DataSection
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.data.prepare import label_rows
-from tunesmith.data.read import RawRow
+from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import ModelError
 from tunesmith.model.tokenizer import build_encoder
+from tunesmith.sources.read import RawRow
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "shared" / "templates"
 _HEAD, _END = "{% for m in messages %}", "{% endfor %}"

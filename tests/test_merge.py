@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from conftest import killed_after
 from test_adapters import KINDS, base_of, logits_of, train_words
-from tunesmith.config import ModelSection
+from tunesmith.config.schema import ModelSection
 from tunesmith.use import merge as merging
 from tunesmith.use.combine import METHODS
 from tunesmith.use.generate import load_speaker

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from tunesmith.config import RunConfig
+from tunesmith.config.plainyaml import dump, load, require_plain
+from tunesmith.config.runfile import dump_yaml, resolve_config
+from tunesmith.config.schema import RunConfig
 from tunesmith.errors import ConfigError
-from tunesmith.plainyaml import dump, load, require_plain
-from tunesmith.runfile import dump_yaml, resolve_config
 
 Run = Callable[..., tuple[int, str, str]]
 BASE = "model: {path: 'new:x', tokenizer: t}\ndata: {train: d, template_kwargs: %s}\ntrain: {output_dir: o}\n"

@@ -22,8 +22,8 @@ import pytest
 import tokenizers_of_others as others
 from proof_shapes import SHAPES, Row, messages_of
 from test_matrix import HABITS, TEMPLATES, all_templates, encoder_for, label, tokenizer_for
-from tunesmith.data.encode import Encoder
 from tunesmith.data.ledger import LabelledRow
+from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import ModelError
 
 NOTES = {  # a part whose loss a note names

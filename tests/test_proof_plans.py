@@ -12,14 +12,14 @@ import pytest
 
 import tokenizers_of_others as others
 from test_matrix import TEMPLATES, all_templates, encoder_for, tokenizer_for
-from tunesmith.config import DataSection
-from tunesmith.data.encode import Encoder
+from tunesmith.config.schema import DataSection
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.data.patterns import Planner
 from tunesmith.data.prepare import label_rows
-from tunesmith.data.read import RawRow
+from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import ModelError
 from tunesmith.model.tokenizer import build_encoder
+from tunesmith.sources.read import RawRow
 
 Row = dict[str, Any]
 DATE = datetime.datetime(2026, 1, 2)

@@ -11,12 +11,12 @@ import pytest
 import tokenizers_of_others as others
 from proof_shapes import ID, OSLO, WEATHER, call, tool
 from test_matrix import HABITS, TEMPLATES, a, all_templates, encoder_for, tokenizer_for, u
-from tunesmith.config import DataSection
-from tunesmith.data.encode import Encoder
+from tunesmith.config.schema import DataSection
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.data.prepare import label_rows
-from tunesmith.data.read import RawRow
+from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import ModelError
+from tunesmith.sources.read import RawRow
 
 Row = dict[str, Any]
 THOUGHT = "Zounds, quoth she"

@@ -10,11 +10,11 @@ import pytest
 from proof_shapes import HARD, ID, OSLO, TRIP, WEATHER, call, tool
 from test_matrix import SYSTEM, a, encoder_for, tokenizer_for, u
 from test_proof_matrix import find_wrong
-from tunesmith.config import DataSection
-from tunesmith.data.encode import Encoder
+from tunesmith.config.schema import DataSection
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.data.prepare import label_rows
-from tunesmith.data.read import RawRow
+from tunesmith.encode.encoder import Encoder
+from tunesmith.sources.read import RawRow
 
 Row = dict[str, Any]
 _CALLS = "{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name + ' ' }}ARGUMENTS{{ '</call>' }}{% endfor %}"

@@ -12,8 +12,8 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
-from tunesmith.data.read import find_sources, read_rows
 from tunesmith.errors import DataError
+from tunesmith.sources.read import find_sources, read_rows
 
 # two rows of different shapes, as people write them: no key is null below the top
 ROWS: list[dict[str, Any]] = [

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from conftest import SHARED
-from tunesmith.config import FieldsSection
-from tunesmith.data.formats import parse_row
-from tunesmith.data.read import find_sources, read_rows
+from tunesmith.config.schema import FieldsSection
 from tunesmith.errors import DataError
+from tunesmith.rows.formats import parse_row
+from tunesmith.sources.read import find_sources, read_rows
 
 DEMO = SHARED / "data" / "llamafactory"
 CHAT = {"formatting": "sharegpt", "columns": {"messages": "conversations"}}

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tunesmith.config import DataSection
-from tunesmith.data.read import find_sources, read_rows
+from tunesmith.config.schema import DataSection
 from tunesmith.errors import DataError
+from tunesmith.sources.read import find_sources, read_rows
 
 ROW = {"prompt": "你好，世界", "completion": "春眠不觉晓"}
 FRENCH = {"prompt": "Où est-ce ?", "completion": "déjà vu, ça coûte 5 €"}

@@ -12,8 +12,8 @@ from typing import Any
 import openpyxl
 import pytest
 
-from tunesmith.data.read import RawRow, find_sources, read_rows
 from tunesmith.errors import DataError
+from tunesmith.sources.read import RawRow, find_sources, read_rows
 
 
 def book(path: Path, *rows: list[Any], **sheets: list[list[Any]]) -> Path:

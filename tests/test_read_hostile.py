@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tunesmith.data.read import find_sources, read_rows
 from tunesmith.errors import DataError
+from tunesmith.sources.read import find_sources, read_rows
 
 ROWS: list[dict[str, Any]] = [
     {

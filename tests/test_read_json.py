@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.data.jsontext import JsonFloat, load_json
-from tunesmith.data.read import find_sources, read_rows
 from tunesmith.errors import DataError
+from tunesmith.sources.jsontext import JsonFloat, load_json
+from tunesmith.sources.read import find_sources, read_rows
 
 
 @pytest.mark.parametrize("spelling", ["3.0", "1e5", "0.10", "-0.0", "1E+2", "1e999"])

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tunesmith.config import DataSection
-from tunesmith.data.read import find_sources, read_rows
-from tunesmith.data.rowsize import RowTooLarge, measure_row
+from tunesmith.config.schema import DataSection
+from tunesmith.sources.read import find_sources, read_rows
+from tunesmith.sources.rowsize import RowTooLarge, measure_row
 
 SMALL = {"text": "x"}
 MB = 1_000_000
@@ -109,7 +109,7 @@ def test_memory_stays_a_small_multiple_of_the_bound(tmp_path: Path) -> None:
         file.write('"}\n{"text": "x"}\n')
     code = (
         "import resource, sys\n"
-        "from tunesmith.data.read import find_sources, read_rows\n"
+        "from tunesmith.sources.read import find_sources, read_rows\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "rows = list(read_rows(find_sources([sys.argv[1]])))\n"
         "print(rows[0].value.size_bytes, rows[1].number, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from conftest import chat_row, save_folder, tiny_config, write_jsonl
-from tunesmith.config import RunConfig
-from tunesmith.foreign import ALWAYS, SAME, convert, explain_key, nest
-from tunesmith.runfile import find_recipe, leaf_fields, list_recipes, resolve_config
+from tunesmith.config.foreign import ALWAYS, SAME, convert, explain_key, nest
+from tunesmith.config.runfile import find_recipe, leaf_fields, list_recipes, resolve_config
+from tunesmith.config.schema import RunConfig
 
 Run = Callable[..., tuple[int, str, str]]
 ARCHITECTURES = {

@@ -138,7 +138,7 @@ def test_a_longer_run_is_not_finished_before_its_model_is(
     run: Run, model_folder: Path, chats: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Ended between the last checkpoint of the extension and its model, while the model of before lies there."""
-    from tunesmith.train import run as running
+    from tunesmith.run import start as running
 
     words = ("--model", model_folder, "--data", chats, *FAST, "--optim.schedule", "constant")
     for name, steps in (("short", 2), ("long", 4)):
@@ -471,7 +471,7 @@ def test_every_checkpoint_verifies_and_opens(straight: Path) -> None:
 
 
 def test_what_a_kill_left_while_preparing_is_removed(run: Run, model_folder: Path, chats: Path, tmp_path: Path) -> None:
-    from tunesmith.train.folder import locked
+    from tunesmith.staging import locked
 
     left, in_use = tmp_path / ".run.0a0a0a0a.partial", tmp_path / ".run.0b0b0b0b.partial"
     for folder in (left, in_use):
@@ -501,7 +501,7 @@ def test_checkpoints_by_the_clock(run: Run, model_folder: Path, chats: Path, tmp
 
 
 def test_two_processes_never_train_one_run(run: Run, straight: Path, tmp_path: Path) -> None:
-    from tunesmith.train.folder import locked
+    from tunesmith.staging import locked
 
     killed = killed_after(straight, 4, tmp_path / "part")
     with locked(killed):

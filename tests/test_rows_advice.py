@@ -14,12 +14,12 @@ import pytest
 
 from conftest import SHARED, needs_shared
 from test_rows_read import texts_of
-from tunesmith.config import FieldsSection
-from tunesmith.data.containers import read_file
-from tunesmith.data.conversation import RowRefused, UnknownFormat
-from tunesmith.data.formats import parse_row
-from tunesmith.data.keys import find_fate, note_unread
+from tunesmith.config.schema import FieldsSection
 from tunesmith.errors import DataError
+from tunesmith.rows.conversation import RowRefused, UnknownFormat
+from tunesmith.rows.formats import parse_row
+from tunesmith.rows.keys import find_fate, note_unread
+from tunesmith.sources.containers import read_file
 
 DATA = SHARED / "data"
 FLAG = re.compile(r"--data\.(format|ignore_columns|fields\.\w+)((?: (?!--)(?:'[^']*'|[^\s']+))+)")

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from test_rows_read import texts_of
-from tunesmith.config import FieldsSection
-from tunesmith.data.conversation import Conversation, RawText, RowRefused, Segments
-from tunesmith.data.format_table import FORMAT_TABLE
-from tunesmith.data.formats import FORMATS, parse_row
+from tunesmith.config.schema import FieldsSection
+from tunesmith.rows.conversation import Conversation, RawText, RowRefused, Segments
+from tunesmith.rows.format_table import FORMAT_TABLE
+from tunesmith.rows.formats import FORMATS, parse_row
 
 
 def deep(depth: int, is_list: bool) -> Any:

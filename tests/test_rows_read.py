@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from tunesmith.config import FieldsSection
-from tunesmith.data.conversation import Conversation, Parsed, RawText, RowRefused, UnknownFormat
-from tunesmith.data.format_table import FORMAT_TABLE, Shape
-from tunesmith.data.formats import FORMATS, parse_row, recognise_format
-from tunesmith.data.keys import is_irrelevant
+from tunesmith.config.schema import FieldsSection
+from tunesmith.rows.conversation import Conversation, Parsed, RawText, RowRefused, UnknownFormat
+from tunesmith.rows.format_table import FORMAT_TABLE, Shape
+from tunesmith.rows.formats import FORMATS, parse_row, recognise_format
+from tunesmith.rows.keys import is_irrelevant
 
 WORD = "Zyxwomat"
 Path = tuple[Any, ...]

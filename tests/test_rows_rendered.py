@@ -10,15 +10,15 @@ import pytest
 
 from conftest import SHARED
 from test_rows_read import Check, test_a_word_in_any_field_is_found_again  # noqa: F401
-from tunesmith.config import DataSection
-from tunesmith.data.conversation import Conversation
-from tunesmith.data.encode import Encoder
-from tunesmith.data.format_table import Shape
+from tunesmith.config.schema import DataSection
 from tunesmith.data.prepare import label_rows
-from tunesmith.data.read import RawRow
-from tunesmith.data.render import NOTE_NAME
+from tunesmith.encode.encoder import Encoder
+from tunesmith.encode.render import NOTE_NAME
 from tunesmith.errors import DataError
 from tunesmith.model.tokenizer import build_encoder
+from tunesmith.rows.conversation import Conversation
+from tunesmith.rows.format_table import Shape
+from tunesmith.sources.read import RawRow
 
 WRITES_ALL = (
     "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"

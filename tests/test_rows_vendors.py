@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from test_formats import SAME_TURNS, parse, turns, user_assistant
-from tunesmith.config import FieldsSection
-from tunesmith.data.conversation import NOTE_UNANSWERED, Conversation, RawText, RowRefused, Segments
-from tunesmith.data.exports import NOTE_BRANCHES, NOTE_INSTRUCTIONS
-from tunesmith.data.formats import parse_row
-from tunesmith.data.pairs import NOTE_JSON_ANSWER, NOTE_JSON_QUESTION
-from tunesmith.data.parts import NOTE_TEXT_AFTER_CALL
-from tunesmith.data.textmarks import (
+from tunesmith.config.schema import FieldsSection
+from tunesmith.rows.conversation import NOTE_UNANSWERED, Conversation, RawText, RowRefused, Segments
+from tunesmith.rows.exports import NOTE_BRANCHES, NOTE_INSTRUCTIONS
+from tunesmith.rows.formats import parse_row
+from tunesmith.rows.pairs import NOTE_JSON_ANSWER, NOTE_JSON_QUESTION
+from tunesmith.rows.parts import NOTE_TEXT_AFTER_CALL
+from tunesmith.rows.textmarks import (
     NOTE_BRACES,
     NOTE_TRANSCRIPT_QUESTION,
     NOTE_TRANSCRIPT_REPLY,

@@ -20,15 +20,15 @@ import pytest
 import torch
 
 from conftest import chat_row, killed_after, save_folder, tiny_config
-from tunesmith.config import RunConfig
+from tunesmith.config.schema import RunConfig
 from tunesmith.data.labels import Sample
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.data.store import StoreWriter, open_store
 from tunesmith.errors import RunError, TunesmithError
 from tunesmith.files import atomic_directory, require_written, write_text_atomic
-from tunesmith.model.tensors import is_same_bits, require_tensors, write_tensors
-from tunesmith.train.failures import explained_failures
-from tunesmith.train.folder import staged_folder
+from tunesmith.run.failures import explained_failures
+from tunesmith.staging import staged_folder
+from tunesmith.tensors import is_same_bits, require_tensors, write_tensors
 from tunesmith.train.metrics import OutsideTracker
 
 FAST = ("--data.max_seq_len", 64, "--train.micro_batch_tokens", 128, "--optim.lr", 3e-3)
@@ -108,7 +108,7 @@ def test_a_killed_extension_goes_on(
     run: Run, model_folder: Path, chats: Path, tmp_path: Path, monkeypatch: Any, stops_early: bool
 ) -> None:
     """Finished, made longer, killed before the first checkpoint of the longer run."""
-    from tunesmith.train import resume as resuming
+    from tunesmith.run import resume as resuming
 
     words = ["--model", model_folder, "--data", chats, *FAST, "--train.max_steps", 4]  # with the cosine schedule
     if stops_early:
@@ -281,7 +281,7 @@ def test_names_that_begin_alike_are_two_runs(tmp_path: Path) -> None:
 def test_two_runs_into_one_new_folder(
     run: Run, model_folder: Path, chats: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from tunesmith.train import run as running
+    from tunesmith.run import start as running
 
     output, real = tmp_path / "run", running.print_summary
 
@@ -314,7 +314,7 @@ def test_an_empty_folder_whose_run_was_killed(
     (tmp_path / "empty").mkdir()
     for place, output in (("print_summary", tmp_path / "empty"), ("_move_in", make_disk("8m"))):
         script = (
-            "import os, sys, tunesmith.train.run as run, tunesmith.train.folder as folder\n"
+            "import os, sys, tunesmith.run.start as run, tunesmith.run.folder as folder\n"
             "from tunesmith.cli import main\n"
             "def half(staging, output):\n"
             "    rename = type(staging).rename\n"

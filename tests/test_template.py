@@ -9,10 +9,10 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from conftest import SHARED, needs_shared
-from tunesmith.data.conversation import Message
-from tunesmith.data.habits import TemplateRefused
-from tunesmith.data.template import ChatTemplate, load_built_in
+from tunesmith.chat_template.habits import TemplateRefused
+from tunesmith.chat_template.template import ChatTemplate, load_built_in
 from tunesmith.errors import ModelError
+from tunesmith.rows.conversation import Message
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
 CHAT = [

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tunesmith.data import budget
+from tunesmith.chat_template import budget
 
 Run = Callable[..., tuple[int, str, str]]
 

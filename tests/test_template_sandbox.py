@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from tunesmith.data import budget
-from tunesmith.data.conversation import Message
-from tunesmith.data.habits import TemplateRefused
-from tunesmith.data.template import ChatTemplate
+from tunesmith.chat_template import budget
+from tunesmith.chat_template.habits import TemplateRefused
+from tunesmith.chat_template.template import ChatTemplate
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.model.tokenizer import build_encoder
+from tunesmith.rows.conversation import Message
 
 DATE = datetime.datetime(2031, 5, 17, 10, 30)
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"city": {"name": "Rome"}}}}

@@ -16,14 +16,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import PreTrainedTokenizerFast
 
 from conftest import save_folder, tiny_config
-from tunesmith.config import DataSection, ModelSection
-from tunesmith.data.conversation import Message, RowRefused
-from tunesmith.data.encode import Encoder
+from tunesmith.config.schema import DataSection, ModelSection
 from tunesmith.data.prepare import label_rows
-from tunesmith.data.read import RawRow
-from tunesmith.data.shield import MARK, without_added_tokens
+from tunesmith.encode.encoder import Encoder
+from tunesmith.encode.shield import MARK, without_added_tokens
 from tunesmith.errors import ModelError
 from tunesmith.model.tokenizer import build_encoder, load_tokenizer
+from tunesmith.rows.conversation import Message, RowRefused
+from tunesmith.sources.read import RawRow
 
 DATE = datetime.datetime(2026, 1, 2)
 TOKEN = "<TASK>"

@@ -15,10 +15,11 @@ from tokenizers import AddedToken, ByteLevelBPETokenizer, Regex, Tokenizer, mode
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import build_model, tiny_config
-from tunesmith.config import ModelSection
+from tunesmith.config.schema import ModelSection
 from tunesmith.errors import ModelError
+from tunesmith.model.bpe import train_tokenizer
 from tunesmith.model.reopen import PLAIN_TEXTS, find_reopened_differences, require_one_reading
-from tunesmith.model.tokenizer import build_encoder, load_tokenizer, train_tokenizer
+from tunesmith.model.tokenizer import build_encoder, load_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "tokenizers"

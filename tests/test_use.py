@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from conftest import SHARED, chat_row, needs_shared, write_jsonl
-from tunesmith.data.conversation import Message
+from tunesmith.rows.conversation import Message
 from tunesmith.use.generate import PieceDecoder, Sampling, generate_ids, load_speaker
 
 
@@ -60,7 +60,7 @@ def test_chat_keeps_history_and_knows_its_commands(trained: Path) -> None:
 
 
 def test_history_is_encoded_as_in_training(trained: Path) -> None:
-    from tunesmith.config import ModelSection
+    from tunesmith.config.schema import ModelSection
     from tunesmith.use.chat import Chat
 
     speaker = load_speaker(ModelSection(path=str(trained)))
@@ -81,7 +81,7 @@ def test_history_is_encoded_as_in_training(trained: Path) -> None:
 
 
 def test_pieces_never_show_half_a_character(trained: Path) -> None:
-    from tunesmith.config import ModelSection
+    from tunesmith.config.schema import ModelSection
 
     speaker = load_speaker(ModelSection(path=str(trained)))
     decoder = PieceDecoder(speaker.encoder)
@@ -93,7 +93,7 @@ def test_pieces_never_show_half_a_character(trained: Path) -> None:
 
 
 def test_sampling_is_seeded(trained: Path) -> None:
-    from tunesmith.config import ModelSection
+    from tunesmith.config.schema import ModelSection
 
     speaker = load_speaker(ModelSection(path=str(trained)))
     prompt = speaker.encoder.encode_prompt([Message("user", "you")])
@@ -192,7 +192,7 @@ def test_chat_without_a_template_finds_that_in_checkpoints_and_says_what_it_uses
     import shutil
 
     from conftest import save_folder, tiny_config
-    from tunesmith.config import ModelSection
+    from tunesmith.config.schema import ModelSection
 
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from tunesmith.chat_template.template import load_built_in
 from tunesmith.cli import main
-from tunesmith.config import RunConfig
+from tunesmith.config.runfile import read_yaml
+from tunesmith.config.schema import RunConfig
 from tunesmith.data.pack import plan_epoch
 from tunesmith.data.store import open_store
-from tunesmith.data.template import load_built_in
 from tunesmith.demo.tasks import draw_chats
-from tunesmith.model.tokenizer import train_tokenizer
-from tunesmith.runfile import read_yaml
+from tunesmith.model.bpe import train_tokenizer
 
 STEPS = 50
 

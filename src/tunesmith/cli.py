@@ -23,8 +23,8 @@ from tunesmith.streams import lasting_streams
 
 def _take_open_maps(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Cut --model.config.KEY VALUE and --data.template_kwargs.KEY VALUE out; their keys are the person's own."""
-    from tunesmith.plainyaml import load
-    from tunesmith.runfile import OPEN_MAPS
+    from tunesmith.config.plainyaml import load
+    from tunesmith.config.runfile import OPEN_MAPS
 
     rest: list[str] = []
     taken: dict[str, Any] = {}
@@ -64,8 +64,8 @@ def _take_unknown_flags(argv: list[str], parser: argparse.ArgumentParser) -> tup
 
 
 def _parse_config_command(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, Any]:
-    from tunesmith.config import PreviewConfig, RunConfig, TokenizerConfig
-    from tunesmith.runfile import leaf_fields, resolve_config
+    from tunesmith.config.runfile import leaf_fields, resolve_config
+    from tunesmith.config.schema import PreviewConfig, RunConfig, TokenizerConfig
 
     argv, flags = _take_open_maps(argv)
     argv, unknown = _take_unknown_flags(argv, parser)
@@ -109,7 +109,7 @@ def run_command(argv: list[str]) -> None:
         elif options.command == "resume":
             _resume(options, *config)
         elif options.command == "tokenizer":
-            from tunesmith.model.bpe import run_tokenizer
+            from tunesmith.use.tokenizer import run_tokenizer
 
             run_tokenizer(config.data, options.vocab_size, options.output)
         elif options.command == "check":
@@ -152,14 +152,14 @@ def run_command(argv: list[str]) -> None:
 
 
 def _train(config: Any) -> None:
-    from tunesmith.train.run import run_training
+    from tunesmith.run.start import run_training
 
     with _reported(Path(config.train.output_dir)):
         run_training(config)
 
 
 def _resume(options: argparse.Namespace, flags: dict[str, Any], unknown: list[str]) -> None:
-    from tunesmith.train.resume import run_resume
+    from tunesmith.run.resume import run_resume
 
     with _reported(Path(options.run)):
         run_resume(options.run, flags, options.allow, unknown)
@@ -185,7 +185,7 @@ def _reported(output: Path) -> Iterator[None]:
 
 
 def _print_recipes() -> None:
-    from tunesmith.runfile import list_recipes
+    from tunesmith.config.runfile import list_recipes
 
     recipes = list_recipes()
     width = max(len(name) for name, _ in recipes)
@@ -195,7 +195,7 @@ def _print_recipes() -> None:
 
 
 def _convert_config(path: Path) -> None:
-    from tunesmith.runfile import convert_config
+    from tunesmith.config.runfile import convert_config
 
     text, remarks = convert_config(path)
     for remark in remarks:
@@ -206,7 +206,7 @@ def _convert_config(path: Path) -> None:
 def _print_schema() -> None:
     import json
 
-    from tunesmith.runfile import json_schema
+    from tunesmith.config.runfile import json_schema
 
     print(json.dumps(json_schema(), indent=2))
 

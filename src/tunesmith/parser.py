@@ -49,7 +49,7 @@ _USAGE = {
 }
 
 
-RESUME_PARTS = (  # train/guard.py knows them too, but imports torch
+RESUME_PARTS = (  # run/identity.py knows them too, but imports torch
     "data", "template", "tokenizer", "model", "optimizer", "lora", "schedule", "batch", "seed", "precision", "versions",
 )  # fmt: skip
 
@@ -170,7 +170,7 @@ def _positive(text: str) -> int:
 
 
 def _seed(text: str) -> int:
-    from tunesmith.config import LARGEST_SEED
+    from tunesmith.config.schema import LARGEST_SEED
 
     return _whole_number(text, 0, LARGEST_SEED)
 
@@ -211,8 +211,8 @@ def _add_config_flags(parser: argparse.ArgumentParser, sections: tuple[str, ...]
     """A flag for every key of the config, its help being the key's own text."""
     from pydantic_core import PydanticUndefined
 
-    from tunesmith.config import RunConfig
-    from tunesmith.runfile import OPEN_MAPS, SHORTHANDS, leaf_fields, takes_list
+    from tunesmith.config.runfile import OPEN_MAPS, SHORTHANDS, leaf_fields, takes_list
+    from tunesmith.config.schema import RunConfig
 
     if has_file:
         parser.add_argument("run_yaml", nargs="?", type=_path, metavar="run.yaml", help="the config; flags win over it")

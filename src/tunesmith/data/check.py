@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tunesmith.config import DataSection
-from tunesmith.data.conversation import Conversation, RawText
-from tunesmith.data.encode import Encoder
+from tunesmith.config.schema import DataSection
 from tunesmith.data.fit import NOTE_CUT_REPLY
 from tunesmith.data.labels import NOTE_UNKNOWN
 from tunesmith.data.language import language_of
 from tunesmith.data.ledger import TURN_NUMBER, LabelledRow, Ledger
+from tunesmith.encode.encoder import Encoder
+from tunesmith.rows.conversation import Conversation, RawText
 
 _NAMED = 20  # rows that a finding names
 _MAX_NEAR = 200_000  # rows compared for near-duplicates: their hashes stay in memory

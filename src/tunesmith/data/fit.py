@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tunesmith.data.conversation import RowRefused
 from tunesmith.data.labels import Sample
 from tunesmith.errors import DataError
+from tunesmith.rows.conversation import RowRefused
 
 _MAX_THOUGHTS = 512  # tokens
 

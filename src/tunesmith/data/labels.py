@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tunesmith.data.conversation import Conversation, RowRefused, Segments
-from tunesmith.data.encode import Encoder, Encoding
-from tunesmith.data.render import Rendered, Span
-from tunesmith.data.trace import Place
+from tunesmith.chat_template.trace import Place
+from tunesmith.encode.encoder import Encoder, Encoding
+from tunesmith.encode.render import Rendered, Span
+from tunesmith.rows.conversation import Conversation, RowRefused, Segments
 
 NOTE_UNKNOWN = "trains the tokenizer's unknown token, which stands for characters that it cannot write"
 REFUSED_INEXACT = "spells a control token in a place where this tokenizer cannot be shown to keep it as plain text"

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunesmith.data.conversation import Parsed
 from tunesmith.data.labels import Sample
 from tunesmith.errors import DataError
+from tunesmith.rows.conversation import Parsed
 
 TURN_NUMBER = re.compile(r"^turn \d+(?: \(\w+\))?:? ")
 _NAMED = 5  # bad rows that an error names one by one; the ledger has them all

@@ -23,12 +23,12 @@ from jinja2.runtime import Macro
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from tunesmith.data.beginnings import GenerationTag
-from tunesmith.data.conversation import Message
-from tunesmith.data.habits import TemplateRefused
-from tunesmith.data.program import build_environment, run_template
-from tunesmith.data.sandbox import Sandbox
-from tunesmith.data.template import ChatTemplate
+from tunesmith.chat_template.beginnings import GenerationTag
+from tunesmith.chat_template.habits import TemplateRefused
+from tunesmith.chat_template.program import build_environment, run_template
+from tunesmith.chat_template.sandbox import Sandbox
+from tunesmith.chat_template.template import ChatTemplate
+from tunesmith.rows.conversation import Message
 
 STAND_IN = "qx{}xq"
 _STAND_IN = re.compile(r"qx\d+xq")

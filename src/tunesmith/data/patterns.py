@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tunesmith.data.conversation import Conversation, Message, RowRefused
-from tunesmith.data.encode import Encoder
-from tunesmith.data.habits import TemplateRefused
+from tunesmith.chat_template.habits import TemplateRefused
 from tunesmith.data.labels import Sample
 from tunesmith.data.neutral import STAND_IN, Terms, Watcher
-from tunesmith.data.render import Rendered, render_chat
-from tunesmith.data.shield import MARK
+from tunesmith.encode.encoder import Encoder
+from tunesmith.encode.render import Rendered, render_chat
+from tunesmith.encode.shield import MARK
+from tunesmith.rows.conversation import Conversation, Message, RowRefused
 
 _SMALL = 6  # pairs of which plans are proven one by one; plans of more repeat the middle of these
 _BEYOND = 3

@@ -9,14 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from tunesmith.config import DataSection
-from tunesmith.data.blocks import read_blocks
-from tunesmith.data.call_ids import add_call_ids, lacks_call_ids
-from tunesmith.data.conversation import Conversation, Parsed, RawText, RowRefused, Segments, UnknownFormat
-from tunesmith.data.encode import Encoder, Encoding
+from tunesmith.config.schema import DataSection
 from tunesmith.data.fit import fit_samples
-from tunesmith.data.formats import parse_row
-from tunesmith.data.hints import find_rendered_template
 from tunesmith.data.labels import (
     NOTE_UNKNOWN,
     REFUSED_INEXACT,
@@ -33,10 +27,16 @@ from tunesmith.data.labels import (
 )
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.data.patterns import Planned, Planner
-from tunesmith.data.read import RawRow
-from tunesmith.data.render import RenderedChat, render_chat
-from tunesmith.data.rowsize import RowTooLarge
+from tunesmith.encode.blocks import read_blocks
+from tunesmith.encode.call_ids import add_call_ids, lacks_call_ids
+from tunesmith.encode.encoder import Encoder, Encoding
+from tunesmith.encode.render import RenderedChat, render_chat
 from tunesmith.errors import DataError
+from tunesmith.rows.conversation import Conversation, Parsed, RawText, RowRefused, Segments, UnknownFormat
+from tunesmith.rows.formats import parse_row
+from tunesmith.rows.hints import find_rendered_template
+from tunesmith.sources.read import RawRow
+from tunesmith.sources.rowsize import RowTooLarge
 
 _BATCH_ROWS = 256
 

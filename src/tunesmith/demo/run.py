@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.config import ModelSection, RunConfig
+from tunesmith.config.runfile import resolve_config
+from tunesmith.config.schema import ModelSection, RunConfig
 from tunesmith.demo.tasks import HeldOut, Task, draw_chats, draw_held_out
 from tunesmith.display import raw_stream, visible
-from tunesmith.runfile import resolve_config
-from tunesmith.train.folder import resolve_output
-from tunesmith.train.run import run_training
+from tunesmith.run.folder import resolve_output
+from tunesmith.run.start import run_training
 from tunesmith.use.generate import Reply, Sampling, answer_all, load_speaker
 
 # how often each kind is trained: some need more practice. Looking up, which the base has drilled too, is left out:

@@ -11,11 +11,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging
 
-from tunesmith.config import ModelSection
+from tunesmith.adapters.adapter import keep_differentiable
+from tunesmith.adapters.base import hub_folder, require_base, weight_files
+from tunesmith.adapters.open_adapter import merge_adapter, open_adapter
+from tunesmith.config.schema import ModelSection
 from tunesmith.errors import ModelError
-from tunesmith.model.adapters import keep_differentiable
-from tunesmith.model.base import hub_folder, require_base, weight_files
-from tunesmith.model.open_adapter import merge_adapter, open_adapter
 from tunesmith.model.presets import build_preset_config, explain_overrides
 from tunesmith.model.source import ModelSource, explain_load_error, find_model
 

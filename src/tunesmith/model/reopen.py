@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PretrainedConfig
 from transformers.utils.hub import cached_file
 
-from tunesmith.config import ModelSection
-from tunesmith.data.encode import Encoder
+from tunesmith.config.schema import ModelSection
+from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import ModelError
 from tunesmith.model.save import write_tokenizer
 from tunesmith.model.source import telling_text

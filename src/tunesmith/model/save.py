@@ -13,10 +13,10 @@ from transformers import GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
-from tunesmith.data.encode import Encoder
+from tunesmith.adapters.adapter import write_adapter
+from tunesmith.encode.encoder import Encoder
 from tunesmith.files import atomic_directory
-from tunesmith.model.adapters import write_adapter
-from tunesmith.model.tensors import require_tensors
+from tunesmith.tensors import require_tensors
 
 
 def write_trained(

@@ -8,10 +8,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from tunesmith.adapters.adapter_config import ADAPTER_CONFIG, find_adapter, read_adapter_config
+from tunesmith.adapters.base import read_record
 from tunesmith.errors import ModelError, RunError, TunesmithError
 from tunesmith.files import is_out_of_memory, lacking_memory
-from tunesmith.model.adapter_config import ADAPTER_CONFIG, find_adapter, read_adapter_config
-from tunesmith.model.base import read_record
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # what transformers passes over without a word where it is no file, or then speaks of something else

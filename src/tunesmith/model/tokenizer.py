@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import AddedToken
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer
 
-from tunesmith.config import DataSection, ModelSection
-from tunesmith.data.encode import Encoder, bos_ids
-from tunesmith.data.template import ChatTemplate, find_template, load_built_in, require_template_file
+from tunesmith.chat_template.template import ChatTemplate, find_template, require_template_file
+from tunesmith.config.schema import DataSection, ModelSection
+from tunesmith.encode.encoder import Encoder, bos_ids
 from tunesmith.errors import ModelError
 from tunesmith.model.source import explain_load_error, find_model, open_path, require_plain_files
-
-CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,31 +85,3 @@ def build_encoder(
         chat_template, tokenizer.chat_template, special, add_bos=bool(bos_ids(tokenizer))
     )
     return Encoder(tokenizer, ChatTemplate(text, source, special, template_kwargs, date, is_fallback), control_text)
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE (Sennrich et al. 2016) with ChatML control tokens and template; any text round-trips."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    core = Tokenizer(models.BPE())
-    # each digit by itself, so that a number is read and written as it is spelled
-    digits = pre_tokenizers.Split(Regex(r" ?\p{N}"), "isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(CONTROL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = load_built_in("chatml", add_bos=False)
-    return tokenizer

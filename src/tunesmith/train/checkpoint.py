@@ -21,14 +21,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tunesmith.data.encode import Encoder
+from tunesmith.adapters.adapter import adapter_weights
+from tunesmith.adapters.adapter_config import ADAPTER_WEIGHTS
+from tunesmith.encode.encoder import Encoder
 from tunesmith.files import atomic_directory, seal_of, sealed, sha256_file, wait_if_asked
-from tunesmith.model.adapter_config import ADAPTER_WEIGHTS
-from tunesmith.model.adapters import adapter_weights
 from tunesmith.model.loss import SupervisedLM
 from tunesmith.model.save import write_trained
-from tunesmith.model.tensors import write_tensors
 from tunesmith.reading import open_file, read_text
+from tunesmith.tensors import write_tensors
 
 FORMAT = 1
 _NUMBER = "#number"
@@ -130,7 +130,7 @@ def write_checkpoint(
 
     Args:
         lm: for configs and the names under which weights are saved; its weights are not read.
-        guard: what the run is made of (train/guard.py), kept in the manifest.
+        guard: what the run is made of (run/identity.py), kept in the manifest.
     """
     folder = checkpoint_path(run, snapshot.step)
 

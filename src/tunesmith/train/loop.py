@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tunesmith.config import RunConfig
+from tunesmith.config.schema import RunConfig
 from tunesmith.data.pack import PackedBatch, build_batches
 from tunesmith.errors import InterruptedRun, RunError
 from tunesmith.model.loss import SupervisedLM, to_tensors
@@ -188,7 +188,7 @@ class Window:
 
 @dataclass
 class Trainer:
-    """Everything the loop works with; made in train/run.py."""
+    """Everything the loop works with; made in run/start.py."""
 
     config: RunConfig
     run: Path

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.config import DataSection, RunConfig
-from tunesmith.data.encode import Encoder
+from tunesmith.config.schema import DataSection, RunConfig
 from tunesmith.data.ledger import Ledger
 from tunesmith.data.pack import plan_epoch
 from tunesmith.data.prepare import label_rows
-from tunesmith.data.read import Sources, find_sources, read_rows
 from tunesmith.data.store import StoreWriter, TokenStore, open_store
+from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import DataError, TunesmithError
 from tunesmith.files import sha256_text
+from tunesmith.sources.read import Sources, find_sources, read_rows
 
 
 @dataclass(frozen=True)

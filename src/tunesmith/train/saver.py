@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tunesmith.data.encode import Encoder
+from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import RunError
 from tunesmith.files import is_no_room, system_error
 from tunesmith.model.loss import SupervisedLM
-from tunesmith.model.tensors import find_not_finite
+from tunesmith.tensors import find_not_finite
 from tunesmith.train.checkpoint import (
     Snapshot,
     find_damage,

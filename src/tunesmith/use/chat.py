@@ -7,9 +7,9 @@ import contextlib
 import io
 import sys
 
-from tunesmith.config import ModelSection
-from tunesmith.data.conversation import Message
+from tunesmith.config.schema import ModelSection
 from tunesmith.errors import ModelError
+from tunesmith.rows.conversation import Message
 from tunesmith.use.generate import PieceDecoder, Sampling, Speaker, decode_reply, generate_ids, load_speaker
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system prompt (and resets), /exit leaves"

@@ -14,17 +14,17 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.config import PreviewConfig
+from tunesmith.config.schema import PreviewConfig
 from tunesmith.data.check import Check, Finding, check_rows
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.data.prepare import label_rows
-from tunesmith.data.read import find_sources, read_rows
 from tunesmith.display import raw_stream, to_html, visible
 from tunesmith.errors import DataError
 from tunesmith.files import write_text_atomic
 from tunesmith.model.load import choose_max_seq_len, load_config
 from tunesmith.model.reopen import require_one_reading
 from tunesmith.model.tokenizer import load_encoder
+from tunesmith.sources.read import find_sources, read_rows
 from tunesmith.use.preview import require_writable
 
 _SHOWN = 3  # rows that the table names; JSON and the page name more

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tunesmith.adapters.adapter import quiet_peft, write_adapter
+from tunesmith.adapters.adapter_config import read_adapter_config
+from tunesmith.adapters.deltas import Delta
+from tunesmith.adapters.open_adapter import open_adapter
 from tunesmith.errors import ModelError, RunError
-from tunesmith.model.adapter_config import read_adapter_config
-from tunesmith.model.adapters import quiet_peft, write_adapter
-from tunesmith.model.deltas import Delta
-from tunesmith.model.open_adapter import open_adapter
 
 METHODS = ("linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",
            "magnitude_prune", "magnitude_prune_svd", "sequential")  # fmt: skip

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith.config import DataSection, ModelSection
-from tunesmith.data.conversation import Message
-from tunesmith.data.encode import Encoder
+from tunesmith.adapters.open_adapter import open_adapter
+from tunesmith.config.runfile import read_yaml
+from tunesmith.config.schema import DataSection, ModelSection
+from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import ConfigError, ModelError
+from tunesmith.model.device import pick_device
 from tunesmith.model.load import load_config, load_model, require_own_base
-from tunesmith.model.open_adapter import open_adapter
 from tunesmith.model.source import ModelSource, find_model, telling_text
 from tunesmith.model.tokenizer import build_encoder, load_tokenizer
-from tunesmith.runfile import read_yaml
-from tunesmith.train.precision import pick_device
+from tunesmith.rows.conversation import Message
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from tunesmith.adapters.adapter import find_ends
+from tunesmith.adapters.adapter_config import find_adapter, read_adapter_config
+from tunesmith.adapters.base import hub_folder, read_record, require_base, weight_files
+from tunesmith.adapters.deltas import Delta
+from tunesmith.adapters.open_adapter import SEVERAL_STORED, merge_adapter, open_adapter, read_adapter_weights
+from tunesmith.adapters.stored_base import split_weights
+from tunesmith.display import format_bytes
 from tunesmith.errors import ModelError, RunError, TunesmithError
 from tunesmith.files import atomic_directory, is_no_room
-from tunesmith.model.adapter_config import find_adapter, read_adapter_config
-from tunesmith.model.adapters import find_ends
-from tunesmith.model.base import hub_folder, read_record, require_base, weight_files
-from tunesmith.model.deltas import Delta
-from tunesmith.model.open_adapter import SEVERAL_STORED, merge_adapter, open_adapter, read_adapter_weights
 from tunesmith.model.source import (
     ModelSource,
     explain_load_error,
@@ -30,9 +32,7 @@ from tunesmith.model.source import (
     require_plain_files,
     telling_text,
 )
-from tunesmith.model.stored_base import split_weights
-from tunesmith.train.console import format_bytes
-from tunesmith.train.folder import locked, remove_abandoned
+from tunesmith.staging import locked, remove_abandoned
 from tunesmith.use.combine import MergePlan, deltas_of
 from tunesmith.use.merge_output import is_ours, resolve_target
 from tunesmith.use.proof import prove

@@ -10,7 +10,7 @@ from typing import Any
 
 from tunesmith.errors import RunError, TunesmithError
 from tunesmith.files import is_no_room
-from tunesmith.train.failures import RUN_FILE
+from tunesmith.runfolder import RUN_FILE
 
 _OF_RUN = ("adapter", "adapter_init", "model", "checkpoints", "tokens", "eval_tokens")
 

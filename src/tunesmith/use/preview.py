@@ -13,18 +13,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from tunesmith.config import PreviewConfig
-from tunesmith.data.encode import Encoder
+from tunesmith.config.schema import PreviewConfig
 from tunesmith.data.labels import Sample
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.data.prepare import label_rows
-from tunesmith.data.read import find_sources, read_rows
 from tunesmith.display import raw_stream, to_html, visible
+from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import UsageError
 from tunesmith.files import write_text_atomic
 from tunesmith.model.load import choose_max_seq_len, load_config
 from tunesmith.model.reopen import require_one_reading
 from tunesmith.model.tokenizer import load_encoder
+from tunesmith.sources.read import find_sources, read_rows
 
 _TRAINED = "black on bright_green"
 

@@ -1,7 +1,7 @@
 """The proof of a merge: base and adapter, put together by peft, against the merged model as it lies on the disk.
 
-Our own arithmetic (model/deltas.py) made the files; peft's makes the other side. Compared are the logits of real text
-and, since five prompts reach neither every expert nor every row, all weights.
+Our own arithmetic (adapters/deltas.py) made the files; peft's makes the other side. Compared are the logits of real
+text and, since five prompts reach neither every expert nor every row, all weights.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tunesmith.adapters.adapter_config import read_adapter_config
+from tunesmith.adapters.base import weight_files
+from tunesmith.adapters.open_adapter import TOLERANCE, merge_adapter, open_adapter
 from tunesmith.errors import RunError
-from tunesmith.model.adapter_config import read_adapter_config
-from tunesmith.model.base import weight_files
 from tunesmith.model.load import check_vocabulary
-from tunesmith.model.open_adapter import TOLERANCE, merge_adapter, open_adapter
 from tunesmith.use.combine import MergePlan
 
 _PROMPTS = (

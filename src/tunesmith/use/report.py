@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import ModelSection, RunConfig
+from tunesmith.config.runfile import read_yaml
+from tunesmith.config.schema import ModelSection, RunConfig
 from tunesmith.data.labels import Sample
 from tunesmith.data.store import open_store
 from tunesmith.display import to_html
@@ -15,7 +16,6 @@ from tunesmith.files import write_text_atomic
 from tunesmith.model.load import count_parameters
 from tunesmith.model.source import telling_text
 from tunesmith.reading import read_text
-from tunesmith.runfile import read_yaml
 from tunesmith.train.metrics import read_metrics
 from tunesmith.train.plan import split_eval
 from tunesmith.use.charts import CHART_CSS, Series, line_chart

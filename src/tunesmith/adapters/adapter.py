@@ -1,0 +1,362 @@
+"""LoRA and its relatives, through peft: put into a model, saved in PEFT form, opened again.
+
+peft changes the model in place, so the rest of the house keeps working with the model that it knows; the PeftModel
+around it is asked only for what to train and what to save.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tunesmith.adapters.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PatternError, is_name, select_modules
+from tunesmith.adapters.base import write_record
+from tunesmith.config.schema import LoraSection
+from tunesmith.errors import ConfigError, ModelError
+from tunesmith.tensors import write_tensors
+
+_INITS: dict[str, Any] = {"pissa": "pissa", "olora": "olora"}
+_EXPERTS = re.compile(r"mlp\.experts\.(gate_up_proj|down_proj)$")
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """peft and bitsandbytes warn about what we check ourselves."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def require_quantization(lora: LoraSection) -> None:
+    """Fail before any work where bitsandbytes is not installed."""
+    if lora.quantize != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "lora.quantize",
+            [f"{lora.quantize} needs bitsandbytes, which is not installed: pip install 'tunesmith[qlora]'"],
+        )
+
+
+def quantization_config(lora: LoraSection, compute_dtype: torch.dtype) -> Any:
+    """What from_pretrained needs to load quantised weights; None without lora.quantize."""
+    if lora.quantize == "none":
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if lora.quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=lora.double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """No packing for fast inference: bitsandbytes repacks 4-bit weights in the first evaluation on newer CPUs, and its
+    kernel for them has no gradient, which would then be lost in silence for all layers below."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def add_adapter(
+    model: nn.Module,
+    lora: LoraSection,
+    base_name: str,
+    new_ids: Sequence[int] = (),
+    revision: str | None = None,
+    base_record: Mapping[str, Any] | None = None,
+) -> Any:
+    """Freeze the model and put an adapter into it; returns peft's PeftModel around it.
+
+    Args:
+        base_name: written into adapter_config.json, where peft looks for the base.
+        new_ids: added tokens, whose rows of embedding and head are trained.
+        revision: of a hub base, kept for those who open the adapter.
+        base_record: from adapters/base.py, saved wherever the adapter is.
+
+    Raises:
+        ConfigError: a target that stands for nothing, or a kind that the model's layers do not take.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    try:
+        targets, parameters = choose_targets(model, lora)
+    except PatternError as error:
+        raise ConfigError("lora", [f"target_modules: {error}"]) from None
+    problem = find_problem(model, lora, targets, parameters) or find_tying_problem(model, lora, targets, bool(new_ids))
+    if problem:
+        raise ConfigError("lora", [problem])
+    whole, is_tied = choose_whole(model, lora)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=int(lora.scale_alpha) if float(lora.scale_alpha).is_integer() else lora.scale_alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(targets),
+        target_parameters=parameters or None,
+        modules_to_save=list(whole) or None,
+        trainable_token_indices=_token_rows(model, whole, new_ids),
+        bias=lora.bias,
+        use_rslora=lora.kind == "rslora",
+        use_dora=lora.kind == "dora",
+        init_lora_weights=_INITS.get(lora.kind, True),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        ensure_weight_tying=is_tied,
+    )
+    with quiet_peft():
+        try:
+            wrapped = get_peft_model(model, config)
+        except (ValueError, NotImplementedError, RuntimeError) as error:
+            raise ConfigError("lora", [f"peft cannot put it into this model: {error}"]) from None
+    made = wrapped.peft_config["default"]
+    made.base_model_name_or_path, made.revision = base_name, revision
+    made.target_modules, made.modules_to_save = set(targets), list(whole) or None  # peft has its own words for them
+    wrapped.base_record = base_record
+    return wrapped
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Names of the embedding and the head, and whether they are one weight."""
+
+    embedding: str
+    head: str | None
+    is_tied: bool
+
+    def among(self, chosen: Iterable[str]) -> set[str]:
+        """Which of the two are meant: names, or endings of names."""
+        ends = [name for name in (self.embedding, self.head) if name]
+        return set(select_modules(list(chosen), ends))
+
+
+def find_ends(model: Any) -> Ends:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    is_tied = head is not None and bool(model.config.get_text_config().tie_word_embeddings)
+    return Ends(names[id(embedding)], names.get(id(head)), is_tied)
+
+
+def choose_whole(model: nn.Module, lora: LoraSection) -> tuple[list[str], bool]:
+    """(modules to train whole; whether embedding and head among them stay one weight).
+
+    peft ties what it knows by the name lm_head or embed_tokens, so the head stands for both where the embedding has
+    another name (GPT-2's wte).
+    """
+    ends, whole = find_ends(model), list(lora.modules_to_save or [])
+    if not (ends.is_tied and ends.head and ends.among(whole)):
+        return whole, False
+    others = [name for name in whole if not ends.among([name])]
+    knows = ends.embedding.rpartition(".")[2] == "embed_tokens"
+    return [*others, ends.embedding if knows else ends.head], True
+
+
+def _token_rows(model: nn.Module, whole: Sequence[str], new_ids: Sequence[int]) -> dict[str, list[int]] | None:
+    """Which rows of which embeddings are trained; a tied head follows its embedding."""
+    ends = find_ends(model)
+    trained = ends.among(whole)
+    if not new_ids or (ends.is_tied and trained):
+        return None
+    names = {ends.embedding} if ends.is_tied or not ends.head else {ends.embedding, ends.head}
+    return {name.rpartition(".")[2]: list(new_ids) for name in sorted(names - trained)} or None
+
+
+def choose_targets(model: nn.Module, lora: LoraSection) -> tuple[list[str], list[str]]:
+    """(names of modules, or endings of names; names of parameters that are not modules).
+
+    Raises:
+        PatternError: a regular expression that cannot be compiled, or does not come to an end.
+    """
+    parameters = list(lora.target_parameters or [])
+    if lora.target_modules != ["all-linear"]:
+        is_regex = len(lora.target_modules) == 1 and not is_name(lora.target_modules[0])
+        return (_names_for(lora.target_modules[0], model) if is_regex else list(lora.target_modules)), parameters
+    head = model.get_output_embeddings()
+    linear = [
+        name for name, m in model.named_modules() if _is_linear(m) and m is not head and not is_router(name, model)
+    ]
+    if lora.target_parameters is None and lora.kind in ("lora", "rslora") and not lora.dropout:
+        experts = [found[0] for name, _ in model.named_parameters() if (found := _EXPERTS.search(name))]
+        parameters = sorted(set(experts))
+    return sorted({name.rpartition(".")[2] for name in linear}), parameters
+
+
+def _names_for(pattern: str, model: nn.Module) -> list[str]:
+    """What a regular expression matches, as plain names: their last words where these mean the same modules."""
+    names = [name for name, _ in model.named_modules() if name]
+    chosen = select_modules(pattern, names)
+    short = sorted({name.rpartition(".")[2] for name in chosen})
+    return short if select_modules(short, names) == chosen else sorted(chosen)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D)) or type(module).__name__ in ("Linear4bit", "Linear8bitLt")
+
+
+def is_router(name: str, model: nn.Module) -> bool:
+    """The linear layer that chooses a mixture's experts; training it lightly unbalances them."""
+    config = model.config.get_text_config()
+    is_mixture = bool(getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None))
+    return is_mixture and name.rpartition(".")[2] in ("gate", "router", "shared_expert_gate")
+
+
+def find_problem(model: nn.Module, lora: LoraSection, targets: Sequence[str], parameters: Sequence[str]) -> str:
+    """Why the settings do not fit the model's layers; empty where they do."""
+    names = [name for name, _ in model.named_modules()]
+    known = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if _is_linear(m)})
+    advice = f"the model's linear layers are {', '.join(known)}"
+    if not targets and not parameters:
+        return f"target_modules {lora.target_modules[0]!r} matches no module; {advice}"
+    for target in targets:
+        if not is_name(target):
+            return f"target_modules {target!r} is not the name of a module; give names, or one regular expression alone"
+        if not select_modules([target], names):
+            return f"target_modules {target!r} matches no module; {advice}"
+    for name in lora.modules_to_save or []:
+        if not is_name(name) or not select_modules([name], names):
+            return f"modules_to_save {name!r} matches no module of this model"
+    for parameter in parameters:
+        if not any(name.endswith(parameter) for name, _ in model.named_parameters()):
+            return f"target_parameters {parameter!r} matches no weight of this model"
+    if changes_base(lora) and any(isinstance(module, Conv1D) for module in model.modules()):
+        return f"kind: peft cannot begin {lora.kind} in GPT-2's transposed layers; use lora, rslora or dora"
+    if parameters and lora.dropout:
+        return f"dropout: peft has no dropout for weights that are not modules ({parameters[0]}); set it to 0"
+    if parameters and lora.kind == "dora":
+        return f"kind: dora does not reach weights that are not modules ({parameters[0]}); use lora"
+    return ""
+
+
+def find_tying_problem(model: nn.Module, lora: LoraSection, targets: Sequence[str], has_new: bool) -> str:
+    """Why embedding and head cannot be trained as asked; empty where they can.
+
+    What is refused here trains in peft, and then opens as another model than was trained, or not at all.
+    """
+    ends, kind = find_ends(model), lora.kind
+    names = [name for name, _ in model.named_modules()]
+    low, whole = ends.among(targets), ends.among(lora.modules_to_save or [])
+    both = set(select_modules(targets, names)) & set(select_modules(lora.modules_to_save or [], names))
+    if changes_base(lora) and (lora.modules_to_save or lora.bias != "none" or has_new):
+        return f"kind: {kind} is saved as matrices only, without modules_to_save, bias and add_tokens; use lora"
+    if both:
+        return f"modules_to_save and target_modules both name {min(both)}; keep it in one of the two"
+    if ends.is_tied and low and whole:
+        return (
+            f"{ends.embedding} and {ends.head} are one weight in this model (tied); name it in modules_to_save or in "
+            "target_modules, not in both"
+        )
+    if has_new and low:
+        return (
+            f"target_modules names {min(low)}, of which model.add_tokens trains whole rows; name it in modules_to_save "
+            "instead, or leave it out"
+        )
+    if ends.embedding in low and kind in ("dora", "pissa", "olora"):
+        return f"kind: {kind} does not reach embeddings ({ends.embedding}); use lora or rslora, or modules_to_save"
+    if ends.is_tied and low and kind in ("dora", "pissa", "olora"):
+        return (
+            f"kind: {kind} cannot part {ends.head} from {ends.embedding}, which are one weight in this model (tied); "
+            "use lora or rslora, or modules_to_save"
+        )
+    return ""
+
+
+def cast_trained(model: nn.Module, dtype: torch.dtype) -> None:
+    """What is trained is kept in `dtype`, whatever the frozen weights are in."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def adapter_weights(wrapped: Any) -> dict[str, Tensor]:
+    """The adapter's state dict under the names of its file, apart from the model."""
+    from peft import get_peft_model_state_dict
+
+    with quiet_peft():
+        state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+
+
+def load_adapter_weights(wrapped: Any, weights: Mapping[str, Tensor]) -> None:
+    """What `adapter_weights` took, back into the same adapter."""
+    from peft import set_peft_model_state_dict
+
+    with quiet_peft():
+        result = set_peft_model_state_dict(wrapped, dict(weights))
+    if result.unexpected_keys:
+        raise ModelError(f"the adapter's weights hold {result.unexpected_keys[0]}, which this model has no place for.")
+
+
+def write_adapter(
+    wrapped: Any, folder: Path, weights: Mapping[str, Tensor] | None = None, initial: Path | None = None
+) -> None:
+    """adapter_config.json and adapter_model.safetensors.
+
+    Args:
+        weights: from `adapter_weights`, instead of the adapter's own.
+        initial: where PiSSA's or OLoRA's first matrices lie; with them the adapter is saved as a plain LoRA of twice
+            the rank, which fits the base as everybody has it (peft's conversion).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with quiet_peft():
+        if initial is not None:
+            wrapped.save_pretrained(
+                folder, path_initial_model_for_weight_conversion=str(initial), save_embedding_layers=False
+            )
+            (folder / "README.md").unlink(missing_ok=True)
+        else:
+            config = wrapped.peft_config["default"]
+            was, config.inference_mode = config.inference_mode, True
+            config.save_pretrained(folder)
+            config.inference_mode = was
+    _sort_names(folder / ADAPTER_CONFIG)
+    write_record(getattr(wrapped, "base_record", None), folder)
+    if initial is None:
+        tensors = weights if weights is not None else adapter_weights(wrapped)
+        write_tensors(folder / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
+
+
+def _sort_names(path: Path) -> None:
+    """peft keeps names in sets, whose order differs from process to process."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("target_modules", "modules_to_save", "exclude_modules"):
+        if isinstance(config.get(key), list):
+            config[key] = sorted(config[key])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def save_initial(wrapped: Any, folder: Path) -> None:
+    """The first matrices of PiSSA or OLoRA, for the conversion at the end."""
+    config = wrapped.peft_config["default"]
+    was, config.init_lora_weights = config.init_lora_weights, True
+    write_adapter(wrapped, folder)
+    config.init_lora_weights = was
+
+
+def describe_adapter(wrapped: Any) -> str:
+    """In words, for the summary."""
+    config = wrapped.peft_config["default"]
+    targets = config.target_modules
+    shown = targets if isinstance(targets, str) else " ".join(sorted(targets))
+    more = [f"experts {' '.join(config.target_parameters)}"] if config.target_parameters else []
+    more += [f"whole {' '.join(config.modules_to_save)}"] if config.modules_to_save else []
+    kind = "dora" if config.use_dora else "rslora" if config.use_rslora else config.init_lora_weights
+    kind = "lora" if kind is True else kind
+    return f"{kind}, rank {config.r}, alpha {config.lora_alpha:g}, on {', '.join([shown, *more])}"
+
+
+def changes_base(lora: LoraSection) -> bool:
+    """PiSSA and OLoRA take their first matrices out of the base's weights."""
+    return lora.kind in _INITS

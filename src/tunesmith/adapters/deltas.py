@@ -1,0 +1,147 @@
+"""What a LoRA adapter does to each weight of its base, tensor by tensor, without the model around them.
+
+W' = W + (alpha / rank) B A (Hu et al. 2021); rsLoRA: alpha / sqrt(rank) (Kalajdzievski 2023); DoRA: each output row of
+that sum brought to a learnt length (Liu et al. 2024). Sums are made in fp32,
+for fp64 weights in fp64, and rounded once.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tunesmith.adapters.adapter_config import ADAPTER_CONFIG, PatternError, read_adapter_config, resolve_pattern
+from tunesmith.adapters.open_adapter import read_adapter_weights
+from tunesmith.adapters.stored_base import PREFIX, ROWS, fit_stored, split_weights
+from tunesmith.errors import ModelError
+
+_PART = re.compile(r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?$")
+
+
+class Delta:
+    """An adapter as changes of named tensors.
+
+    Attributes:
+        folder: the PEFT folder.
+        stored: tensors of the base that the adapter was trained on, where its file has them; they come first.
+        whole: tensors that replace the base's (modules_to_save, trained biases).
+        rows: tensor name -> (row numbers, rows [n, width]) of added tokens.
+        parts: tensor name -> {"lora_A": [rank, in], "lora_B": [out, rank], "lora_magnitude_vector": [out]}; of an
+            embedding {"lora_embedding_A": [rank, rows], "lora_embedding_B": [width, rank]}.
+
+    Raises:
+        ModelError: the adapter is damaged, or changes weights in a way that has no rule here.
+    """
+
+    def __init__(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        self.folder, self._config = folder, read_adapter_config(folder)
+        self.whole: dict[str, Tensor] = {}
+        self.rows: dict[str, tuple[list[int], Tensor]] = {}
+        self.parts: dict[str, dict[str, Tensor]] = {}
+        read = weights if weights is not None else read_adapter_weights(folder)
+        self._split = split_weights(self._config, read)
+        self.stored = self._split.stored
+        for key, tensor in self._split.own.items():
+            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+            if name.endswith(ROWS):
+                module = name.removesuffix(ROWS)
+                self.rows[f"{module}.weight"] = self._row_numbers(module), tensor
+            elif found := _PART.search(name):
+                self.parts.setdefault(f"{name[: found.start()]}.weight", {})[found[1]] = tensor
+            else:
+                self.whole[name] = tensor
+        try:
+            self._alphas = resolve_pattern(
+                self._config.alpha_pattern, [name.removesuffix(".weight") for name in self.parts]
+            )
+        except PatternError as error:
+            raise ModelError(f"{folder / ADAPTER_CONFIG}: {error}.") from None
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether it changes weights that are not modules of their own (a mixture's fused experts)."""
+        return bool(self._config.target_parameters)
+
+    def changes(self, name: str) -> bool:
+        """Whether it trained this tensor; one that its file merely has for the base does not count."""
+        return name in self.parts or name in self.whole or name in self.rows
+
+    def ties_head(self, embedding: str) -> bool:
+        """Whether a head that is one weight with the embedding changes with it."""
+        return embedding in self.rows or (embedding in self.whole and self._config.ensure_weight_tying)
+
+    def fit(self, embedding: str, head: str, is_tied: bool, rows: int) -> None:
+        """Names of these weights in the base: what the file has for one of them may be for both.
+
+        Raises:
+            ModelError: what the file has does not go together with the base.
+        """
+        modules = (name.removesuffix(".weight") for name in (embedding, head))
+        self.stored = fit_stored(self._split, self.folder, *modules, is_tied, rows)
+
+    def names(self) -> Iterator[str]:
+        yield from self.stored
+        yield from self.parts
+        yield from self.whole
+        yield from self.rows
+
+    def apply(self, name: str, base: Tensor, is_transposed: bool = False) -> Tensor:
+        """The tensor with the adapter in it, in its own dtype.
+
+        Args:
+            is_transposed: [in, out], as GPT-2's Conv1D keeps it.
+
+        Raises:
+            ModelError: the shapes do not fit.
+        """
+        if name in self.stored:
+            stored = self.stored[name]
+            is_resized = base.ndim == 2 and stored.ndim == 2 and stored.shape[1] == base.shape[1]
+            base = (stored if is_resized else self._fit(name, stored, base)).to(base.dtype)
+        if name in self.rows:
+            numbers, rows = self.rows[name]
+            grown = base.new_zeros(max(len(base), max(numbers) + 1), base.shape[1])
+            grown[: len(base)] = base
+            grown[numbers] = rows.to(base.dtype)
+            return grown
+        if name in self.whole:
+            whole = self.whole[name]
+            is_grown = base.ndim == 2 and whole.ndim == 2 and len(whole) > len(base)  # tokens were added
+            return (whole if is_grown else self._fit(name, whole, base)).to(base.dtype)
+        if name not in self.parts:
+            return base
+        wide = torch.float64 if base.dtype == torch.float64 else torch.float32
+        parts = {part: tensor.to(wide) for part, tensor in self.parts[name].items()}
+        if "lora_embedding_A" in parts:
+            delta = (parts["lora_embedding_B"] @ parts["lora_embedding_A"]).T
+        else:
+            delta = parts["lora_B"] @ parts["lora_A"]
+        delta = self._scaling(name, parts) * (delta.T if is_transposed else delta)
+        changed = base.to(wide) + self._fit(name, delta, base)
+        if (magnitude := parts.get("lora_magnitude_vector")) is not None:
+            rows = changed.T if is_transposed else changed
+            rows = rows * (magnitude / rows.norm(dim=1)).unsqueeze(1)
+            changed = rows.T if is_transposed else rows
+        return changed.to(base.dtype).contiguous()
+
+    def _row_numbers(self, module: str) -> list[int]:
+        return list(self._config.token_indices(module))
+
+    def _scaling(self, name: str, parts: Mapping[str, Tensor]) -> float:
+        """alpha may differ from module to module (alpha_pattern), and so may the rank, which the matrices show."""
+        rank = len(parts.get("lora_A", parts.get("lora_embedding_A")))
+        alpha = self._alphas.get(name.removesuffix(".weight"), self._config.lora_alpha)
+        return float(alpha / math.sqrt(rank) if self._config.use_rslora else alpha / rank)
+
+    def _fit(self, name: str, tensor: Tensor, base: Tensor) -> Tensor:
+        if tensor.shape != base.shape:
+            raise ModelError(
+                f"{self.folder}: does not fit this base: {name} is {list(base.shape)} there, and the adapter was made "
+                f"for {list(tensor.shape)}."
+            )
+        return tensor

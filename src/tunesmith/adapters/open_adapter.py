@@ -1,0 +1,295 @@
+"""A saved adapter put onto its base: opened as it is, or merged in memory, with the logits that it was trained to.
+
+peft gets the names of modules that the weights themselves name, never a pattern out of a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tunesmith.adapters.adapter import find_ends, quiet_peft
+from tunesmith.adapters.adapter_config import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    AdapterConfig,
+    PatternError,
+    read_adapter_config,
+    resolve_pattern,
+    select_modules,
+)
+from tunesmith.adapters.stored_base import PREFIX, SplitWeights, fit_stored, split_weights
+from tunesmith.errors import ModelError
+from tunesmith.reading import open_file
+
+# what rounding to a dtype explains, as a share of the largest logit
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_PARTS = (".lora_A", ".lora_embedding_A")
+_HAS_STORED = "_has_base_of_its_file"
+SEVERAL_STORED = (
+    "holds embedding or head of its own base beside the adapter (peft's save_embedding_layers), so it cannot be used "
+    "together with other adapters. Where the base was not resized, save it again with save_embedding_layers=False; "
+    "else merge it first, alone."
+)
+
+
+def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
+    """Raises:
+    ModelError: the file is missing or cut short, or holds what is no weight.
+    """
+    path = folder / ADAPTER_WEIGHTS
+    try:
+        open_file(path).close()  # a pipe would be waited for
+        weights = load_file(path)
+    except FileNotFoundError:
+        raise ModelError(f"{folder}: has no {ADAPTER_WEIGHTS}.") from None
+    except Exception as error:
+        raise ModelError(f"{path}: cannot be read: {error}. The file is cut short or damaged.") from None
+    if not weights:
+        raise ModelError(f"{path}: holds no tensors. The adapter was not saved whole.")
+    for name, tensor in weights.items():
+        if tensor.dtype not in TOLERANCE:
+            raise ModelError(f"{path}: {name} is of {_dtype(tensor)}; an adapter is of float32, bfloat16 or float16.")
+        if not tensor.isfinite().all():
+            raise ModelError(
+                f"{path}: {name} holds NaN or infinite values. Its training failed, or the file is damaged."
+            )
+    return weights
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def rows_needed(config: AdapterConfig, weights: Mapping[str, Tensor]) -> int:
+    """Rows of the embedding that an adapter with added tokens takes; 0 where it leaves the embedding alone."""
+    rows = [max(numbers) + 1 for numbers in config.all_token_indices() if numbers]
+    rows += [
+        len(t) for key, t in weights.items() if key.endswith(("embed_tokens.weight", "wte.weight", "lm_head.weight"))
+    ]
+    return max(rows, default=0)
+
+
+def open_adapter(
+    model: nn.Module, folder: Path, name: str = "default", onto: Any = None, is_weightless: bool = False
+) -> Any:
+    """Put a saved adapter into its base, frozen.
+
+    Args:
+        onto: the PeftModel to add it to under `name`, where the model has one already.
+        is_weightless: the base has no weights of its own; the adapter's are taken as they are.
+
+    Raises:
+        ModelError: it belongs to another base, or is damaged.
+    """
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    config = read_adapter_config(folder)
+    split = split_weights(config, read_adapter_weights(folder))
+    weights = split.own
+    unfit = f"{folder}: does not fit this base ({config.base_model_name_or_path} was its own)"
+    if split.stored or getattr(onto, _HAS_STORED, False):
+        if onto is not None or is_weightless:
+            raise ModelError(f"{folder}: {SEVERAL_STORED}")
+        _replace_stored(model, split, folder, unfit)
+    _add_rows(model, config, weights, unfit)
+    try:
+        made = build_config(config, weights, model)
+    except PatternError as error:
+        raise ModelError(f"{folder / ADAPTER_CONFIG}: {error}.") from None
+    except KeyError as error:
+        raise ModelError(f"{unfit}: it has no place for {error.args[0]}.") from None
+    try:
+        with quiet_peft():
+            if onto is None:
+                wrapped = get_peft_model(model, made, adapter_name=name, low_cpu_mem_usage=is_weightless)
+            else:
+                onto.add_adapter(name, made, low_cpu_mem_usage=is_weightless)
+                wrapped = onto
+            set_peft_model_state_dict(wrapped, dict(weights), adapter_name=name, low_cpu_mem_usage=is_weightless)
+            placed = get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False)
+    except Exception as error:
+        raise ModelError(f"{unfit}: {' '.join(str(error).split())[:300]}") from None
+    lost = [key for key, tensor in weights.items() if key not in placed or placed[key].shape != tensor.shape]
+    if lost:
+        raise ModelError(f"{unfit}: it has no place for {lost[0]}.")
+    lacking = sorted(set(placed) - set(weights))
+    if lacking:
+        raise ModelError(
+            f"{folder}: {ADAPTER_WEIGHTS} lacks {len(lacking)} tensors that its config promises ({lacking[0]}). It was "
+            "not saved whole, or belongs to another base."
+        )
+    wrapped.peft_config[name].base_model_name_or_path = config.base_model_name_or_path
+    if split.stored:
+        setattr(wrapped, _HAS_STORED, True)
+    wrapped.eval()
+    return wrapped
+
+
+def _add_rows(model: Any, config: AdapterConfig, weights: Mapping[str, Tensor], unfit: str) -> None:
+    """Lengthen the embedding for the tokens that were added when the adapter was trained."""
+    rows, had = rows_needed(config, weights), model.get_input_embeddings().num_embeddings
+    if rows <= had:
+        return
+    added = [number for numbers in config.all_token_indices() for number in numbers if number >= had]
+    if added and max(added) >= had + len(set(added)):  # added tokens follow one another
+        raise ModelError(f"{unfit}: it trains row {max(added):,}, and the base has {had:,} rows.")
+    model.resize_token_embeddings(rows, mean_resizing=False)
+
+
+@torch.no_grad()
+def _replace_stored(model: Any, split: SplitWeights, folder: Path, unfit: str) -> None:
+    """The base as the adapter's file has it."""
+    ends = find_ends(model)
+    rows = model.get_input_embeddings().num_embeddings
+    stored = fit_stored(split, folder, ends.embedding, ends.head, ends.is_tied, rows)
+    for name, tensor in stored.items():
+        if name.rpartition(".")[0] not in (ends.embedding, ends.head):
+            raise ModelError(f"{unfit}: it has no place for {PREFIX}{name}.")
+        if name.endswith(".weight") and len(tensor) != model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tensor), mean_resizing=False)
+    for name, tensor in stored.items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        parameter = module._parameters.get(name.rpartition(".")[2])
+        if parameter is None or parameter.shape != tensor.shape or parameter.dtype not in TOLERANCE:
+            raise ModelError(f"{unfit}: it has no place for {PREFIX}{name}.")
+        parameter.copy_(tensor)
+
+
+def build_config(config: AdapterConfig, weights: Mapping[str, Tensor], model: nn.Module) -> Any:
+    """peft's config with every pattern replaced by the names that it stands for.
+
+    Raises:
+        PatternError: a pattern of the file does not come to an end.
+        KeyError: the weights belong to a module that this model lacks, or that the config does not name.
+    """
+    from peft import LoraConfig
+
+    modules = _bare_names(name for name, _ in model.named_modules())
+    found = {module: key for key in weights if (module := module_of(key)) and not _is_parameter(module, config)}
+    if strange := sorted(set(found) - set(modules)):
+        raise KeyError(found[strange[0]])
+    excluded = set(select_modules(config.exclude_modules, modules)) if config.exclude_modules else set()
+    targets = sorted(set(select_modules(config.target_modules, modules)) - excluded)
+    targets = _in_layers(targets, config)
+    if config.target_modules in (None, "all-linear"):  # what peft chose itself
+        targets = sorted(found)
+    if extra := sorted(set(found) - set(targets)):
+        raise KeyError(found[extra[0]])
+    parameters = [name for name, _ in model.named_parameters()]
+    names = [*modules, *parameters]
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        target_parameters=config.target_parameters,
+        modules_to_save=list(config.modules_to_save) if config.modules_to_save else None,
+        trainable_token_indices=config.trainable_token_indices,
+        bias=config.bias,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        fan_in_fan_out=config.fan_in_fan_out,
+        ensure_weight_tying=config.ensure_weight_tying,
+        rank_pattern=resolve_pattern(config.rank_pattern, names),
+        alpha_pattern=resolve_pattern(config.alpha_pattern, names),
+        inference_mode=True,
+    )
+
+
+def module_of(key: str) -> str | None:
+    """The module that a tensor of the adapter file is an A matrix of."""
+    for part in _PARTS:
+        if part in key:
+            return key.removeprefix(PREFIX).partition(part)[0]
+    return None
+
+
+def _is_parameter(module: str, config: AdapterConfig) -> bool:
+    """Fused experts, whose matrices stand under the module that holds them all."""
+    holders = {name.rpartition(".")[0] for name in config.target_parameters or []}
+    plain = module.removesuffix(".base_layer")
+    return any(plain == holder or plain.endswith(f".{holder}") for holder in holders)
+
+
+def _bare_names(names: Iterable[str]) -> list[str]:
+    """Names of the model's own modules, without what adapters have put between them."""
+    marks = (".base_layer", ".lora_", ".modules_to_save", ".original_module", ".token_adapter")
+    return [name for name in names if name and not any(mark in f".{name}" for mark in marks)]
+
+
+def _in_layers(targets: list[str], config: AdapterConfig) -> list[str]:
+    """layers_to_transform: the modules of these layers alone."""
+    if config.layers_to_transform is None:
+        return targets
+    chosen = config.layers_to_transform
+    numbers = {str(number) for number in (chosen if isinstance(chosen, list) else [chosen])}
+    return [name for name in targets if next((p for p in name.split(".") if p.isdigit()), None) in numbers]
+
+
+def merge_adapter(wrapped: Any) -> nn.Module:
+    """The model with the adapter in its weights, as one to go on with.
+
+    Embedding and head that are one weight are parted first: a merge into one of them must not reach the other. They are
+    joined again where they are still equal.
+
+    Raises:
+        ModelError: the logits are no longer those of base and adapter.
+    """
+    model = wrapped.get_base_model()
+    ids = torch.arange(16, device=next(model.parameters()).device)[None]
+    ids = ids % model.config.get_text_config().vocab_size
+    wanted = _logits(model, ids)
+    parted = _part(model)
+    with quiet_peft():
+        merged: Any = wrapped.merge_and_unload(safe_merge=True)
+    if parted:
+        _join_again(merged)
+    found = _logits(merged, ids)
+    dtype = next(p.dtype for p in merged.parameters() if p.dtype in TOLERANCE)
+    difference = ((wanted - found).abs().max() / wanted.abs().max()).item()
+    if not difference <= TOLERANCE[dtype]:
+        raise ModelError(
+            f"merged in memory, the model's logits differ from base and adapter by {difference:.1e} of the largest, "
+            f"more than the {TOLERANCE[dtype]:.0e} that rounding explains. Merge it with tunesmith merge, and train on "
+            "that."
+        )
+    return merged
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    was_training = model.training
+    model.eval()
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits.float()
+    model.train(was_training)
+    return logits
+
+
+def _part(model: nn.Module) -> bool:
+    """Give each module that shares its weight one of its own; whether there was any."""
+    holders: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and isinstance(module, (nn.Embedding, nn.Linear)):
+            holders.setdefault(id(weight), []).append(module)
+    shared = [modules for modules in holders.values() if len(modules) > 1]
+    for modules in shared:
+        for module in modules[1:]:
+            module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=module.weight.requires_grad)
+    return bool(shared)
+
+
+def _join_again(model: Any) -> None:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    is_one = embedding.weight.shape == head.weight.shape and torch.equal(embedding.weight, head.weight)
+    if is_one:
+        head.weight = embedding.weight
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = is_one

@@ -1,0 +1,247 @@
+"""What a chat template does with reasoning and tool calls, seen by rendering a conversation of our own.
+
+Templates differ in what they read: some concatenate a call's arguments as JSON text, most take an object; some have no
+place for thoughts. The words of a template's source say little about that, so it is tried.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+from jinja2 import nodes
+
+from tunesmith.chat_template.beginnings import GenerationTag
+from tunesmith.chat_template.budget import OverLimit
+from tunesmith.chat_template.program import cut
+from tunesmith.errors import ModelError
+from tunesmith.rows.conversation import Message
+from tunesmith.sources.jsontext import load_json
+
+if TYPE_CHECKING:
+    from tunesmith.chat_template.template import ChatTemplate
+
+THINK = "<think>"
+_FLAG = re.compile(r"/\w+")  # what else a template takes out of a text is lost
+_ASKED, _THOUGHT, _SAID, _TOOL, _KEY, _VALUE, _RESULT, _END, _PARAMETER = (
+    "tsasked", "tsthought", "tssaid", "tsprobe", "tskey", "tsvalue", "tsresult", "tsend", "tsparameter",
+)  # fmt: skip
+_ID = "tsmith001"  # Mistral's templates want nine letters and digits
+PROBE_WORDS = (_TOOL, _KEY, _VALUE)
+PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": _TOOL,
+        "description": "",
+        "parameters": {"type": "object", "properties": {_PARAMETER: {"type": "string", "description": ""}}},
+    },
+}
+
+
+class TemplateRefused(Exception):
+    """The template itself rejects these messages (raise_exception, a missing key)."""
+
+
+class TemplateOverLimit(TemplateRefused):
+    """The template computes or writes too much for these messages."""
+
+
+def refusal_of(error: Exception) -> TemplateRefused:
+    """What a template's program raised, as a refusal."""
+    text = cut(str(error) or type(error).__name__)
+    return TemplateOverLimit(text) if isinstance(error, OverLimit) else TemplateRefused(text)
+
+
+@dataclass(frozen=True, slots=True)
+class CallForm:
+    """How a template wants turns with tool calls.
+
+    Attributes:
+        arguments_as_text: a call's arguments as JSON text (DeepSeek-V3 concatenates them), not as an object.
+        empty_is_none: content that is empty beside a call as null.
+    """
+
+    arguments_as_text: bool = False
+    empty_is_none: bool = False
+
+    def apply(self, turn: dict[str, Any]) -> dict[str, Any]:
+        if "reasoning_content" in turn:
+            turn = {**turn, "thinking": turn["reasoning_content"]}  # gpt-oss reads this name
+        if not turn.get("tool_calls"):
+            return turn
+        calls = [self._apply_to_call(call) for call in turn["tool_calls"]]
+        content = None if self.empty_is_none and not turn["content"] else turn["content"]
+        return {**turn, "tool_calls": calls, "content": content}
+
+    def _apply_to_call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        arguments = function["arguments"]
+        if self.arguments_as_text and not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        elif not self.arguments_as_text and isinstance(arguments, str):
+            arguments = _object_of(arguments)
+        return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _object_of(text: str) -> Any:
+    try:
+        value = load_json(text)
+    except json.JSONDecodeError:
+        return text
+    return value if isinstance(value, dict) else text
+
+
+@dataclass(frozen=True, slots=True)
+class Habits:
+    """Attributes:
+    call_form: the form of tool calls that it writes in full.
+    writes_calls: whether there is one.
+    needs_ids: whether it rejects a call without an id.
+    writes_reasoning: whether it writes the reasoning_content of the turn that ends a chat.
+    closing: what it writes between a thought and what is said then, whether words or a call; None where unknown.
+    opens_thinking: its generation prompt ends in <think>, so that a reply begins with thoughts.
+    removed: texts that it takes out of what it writes (SmolLM3's /no_think).
+    """
+
+    call_form: CallForm
+    writes_calls: bool
+    needs_ids: bool
+    writes_reasoning: bool
+    closing: str | None
+    opens_thinking: bool
+    removed: frozenset[str]
+
+
+def find_habits(template: ChatTemplate) -> Habits:
+    form = _find_call_form(template)
+    closing = _find_closing(template, form)
+    asked = _try(template, [_user()], ask=True) or ""
+    return Habits(
+        call_form=form or CallForm(),
+        writes_calls=form is not None,
+        needs_ids=form is not None and _needs_ids(template, form),
+        writes_reasoning=_THOUGHT in _thoughtful(template, _reply(_SAID, thought=True)),
+        closing=closing,
+        opens_thinking=asked.rstrip().endswith(THINK),
+        removed=frozenset(_removed(template)),
+    )
+
+
+def probe_call() -> list[Message]:
+    """A question and the call that answers it; `PROBE_WORDS` are what the call says."""
+    calls = _reply("", call=True)["tool_calls"]
+    return [Message("user", _ASKED), Message("assistant", "", tool_calls=tuple(calls))]
+
+
+def _user() -> dict[str, Any]:
+    return {"role": "user", "content": _ASKED}
+
+
+def _reply(content: str, thought: bool = False, call: bool = False) -> dict[str, Any]:
+    turn: dict[str, Any] = {"role": "assistant", "content": content}
+    if thought:
+        turn["reasoning_content"] = _THOUGHT
+    if call:
+        function = {"name": _TOOL, "arguments": {_KEY: _VALUE}}
+        turn["tool_calls"] = [{"id": _ID, "type": "function", "function": function}]
+    return turn
+
+
+def _try(
+    template: ChatTemplate, turns: Sequence[Mapping[str, Any]], tools: bool = False, ask: bool = False
+) -> str | None:
+    try:
+        return template.render_turns(turns, [PROBE_TOOL] if tools else [], ask)
+    except TemplateOverLimit as error:  # no chat is shorter than these
+        raise ModelError(
+            f"chat template {template.source}: {error}, in a chat of {len(turns)} short messages. Correct the "
+            "template or name another one with --data.chat_template."
+        ) from None
+    except TemplateRefused:
+        return None
+
+
+def _find_call_form(template: ChatTemplate) -> CallForm | None:
+    """The first form in which a call is written in full, neither as Python's repr nor as JSON text inside JSON."""
+    result = {"role": "tool", "content": _RESULT, "name": _TOOL, "tool_call_id": _ID}
+    for empty_is_none in (False, True):
+        for as_text in (False, True):
+            form = CallForm(as_text, empty_is_none)
+            call = form.apply(_reply("", call=True))
+            for turns in ([_user(), call, result, _reply(_END)], [_user(), call]):
+                text = _try(template, turns, tools=True)
+                if text is not None and _is_whole_call(text):
+                    return form
+    return None
+
+
+def _needs_ids(template: ChatTemplate, form: CallForm) -> bool:
+    call = form.apply(_reply("", call=True))
+    without = {**call, "tool_calls": [{key: value for key, value in call["tool_calls"][0].items() if key != "id"}]}
+    with_id, without_id = (_try(template, [_user(), turn], tools=True) for turn in (call, without))
+    return with_id is not None and (without_id is None or not _is_whole_call(without_id))
+
+
+def _is_whole_call(text: str) -> bool:
+    odd = (f"{{'{_KEY}'", f'\\"{_KEY}', f"{_KEY}': '{_VALUE}", "None")
+    return all(word in text for word in (_TOOL, _KEY, _VALUE)) and not any(word in text for word in odd)
+
+
+def _thoughtful(template: ChatTemplate, turn: Mapping[str, Any], tools: bool = False) -> str:
+    return _try(template, [_user(), CallForm().apply(dict(turn))], tools) or ""
+
+
+def _find_closing(template: ChatTemplate, form: CallForm | None) -> str | None:
+    """What stands behind a thought, whatever follows it: the common start of what precedes words and a call."""
+    text = _thoughtful(template, _reply(_SAID, thought=True))
+    _, thought, behind = text.partition(_THOUGHT)
+    if not thought or _SAID not in behind:
+        return None
+    before_words = behind.partition(_SAID)[0]
+    if form is None:
+        return before_words
+    turns = [_user(), form.apply(_reply("", thought=True, call=True))]
+    _, thought, behind = (_try(template, turns, tools=True) or "").partition(_THOUGHT)
+    before_call, called, _ = behind.partition(_TOOL)
+    if not (thought and called):
+        return before_words
+    return before_words[: shared_length(before_words, before_call)]
+
+
+def shared_length(one: str, other: str) -> int:
+    """Characters that two texts have in common from the start; by halves, since most often one begins the other."""
+    low, high = 0, min(len(one), len(other))
+    if one[:high] == other[:high]:
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle)
+    return low
+
+
+def _removed(template: ChatTemplate) -> Iterator[str]:
+    """Flags for the template itself that it replaces by nothing."""
+    for name, texts in find_text_calls(template.text):
+        if name == "replace" and len(texts) == 2 and _FLAG.fullmatch(texts[0]) and texts[1] == "":
+            yield texts[0]
+
+
+def find_text_calls(source: str) -> Iterator[tuple[str, list[str]]]:
+    """Name and constant texts of every method call and filter in a template's source."""
+    try:
+        tree = jinja2.Environment(extensions=[GenerationTag, "jinja2.ext.loopcontrols"]).parse(source)
+    except (jinja2.TemplateSyntaxError, RecursionError):
+        return
+    for filtered in tree.find_all(nodes.Filter):
+        yield filtered.name, _constant_texts(filtered.args)
+    for call in tree.find_all(nodes.Call):
+        if isinstance(call.node, nodes.Getattr):
+            yield call.node.attr, _constant_texts(call.args)
+
+
+def _constant_texts(arguments: Sequence[nodes.Expr]) -> list[str]:
+    return [arg.value for arg in arguments if isinstance(arg, nodes.Const) and isinstance(arg.value, str)]

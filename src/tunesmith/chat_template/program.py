@@ -1,0 +1,254 @@
+"""How a chat template becomes a program, and how that runs: the filters and tests that it may use, each bounded."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
+from typing import Any, TypeVar
+
+import jinja2
+import jinja2.ext
+from jinja2 import pass_context
+from jinja2.exceptions import SecurityError
+from jinja2.filters import make_attrgetter
+from jinja2.utils import _PassArg
+
+from tunesmith.chat_template.budget import GROWING_FILTERS, require_date_format
+from tunesmith.chat_template.sandbox import (
+    CLOSE,
+    EACH,
+    OPEN,
+    SCALARS,
+    SIZED,
+    SPEND,
+    TURN,
+    BoundedContext,
+    DictHelper,
+    Helper,
+    Sandbox,
+)  # fmt: skip
+from tunesmith.errors import ModelError
+
+MAX_SOURCE = 1_000_000  # characters of a template; the largest known has 20,000
+_SHALLOW = frozenset({
+    "list", "length", "count", "first", "last", "map", "select", "reject", "selectattr", "rejectattr", "items",
+    "reverse", "default", "d", "batch", "slice", "attr",
+})  # fmt: skip
+"""Filters that never look below the items of a list."""
+_COMPARING = frozenset({
+    "eq", "equalto", "==", "ne", "!=", "gt", "greaterthan", ">", "ge", ">=", "lt", "lessthan", "<", "le", "<=", "in",
+    "divisibleby", "sameas",
+})  # fmt: skip
+_SORTING = frozenset({"sort", "dictsort", "unique", "groupby", "min", "max"})
+_QUICK = frozenset({
+    "default", "d", "first", "last", "length", "count", "string", "safe", "attr", "list", "int", "float",
+})  # fmt: skip
+_SLOW = frozenset({"title", "wordcount", "striptags", "urlencode", "forceescape", "indent", "capitalize", "truncate"})
+"""Filters that do not go through a text, and that do so in Python."""
+_REFUSED_FILTERS = {
+    "random": "a row would not come out the same each time",
+    "pprint": "it may take the square of a text's length; tojson(indent=2) shows a value as well",
+    "urlize": "it may take the square of a text's length",
+    "wordwrap": "it may take the square of a text's length",
+}
+Made = TypeVar("Made", bound=Sandbox)
+
+
+@pass_context
+def _each(context: BoundedContext, value: Any, price: int) -> Any:
+    return context.each(value, price)
+
+
+@pass_context
+def _spend(context: BoundedContext, price: int) -> None:
+    context.budget.spend(price)
+
+
+def _tell(event: str) -> Callable[..., Any]:
+    @pass_context
+    def tell(context: BoundedContext, value: Any) -> None:
+        if context.watcher is not None:
+            context.watcher(event, value)
+
+    return tell
+
+
+@pass_context
+def _join(context: BoundedContext, value: Any, d: Any = "", attribute: Any = None) -> str:
+    items = context.each(value, 4)
+    if attribute is not None:
+        items = map(make_attrgetter(context.environment, attribute), items)
+    return context.join_by(context.text(d), [context.text(item) for item in items])
+
+
+@pass_context
+def _sum(context: BoundedContext, iterable: Any, attribute: Any = None, start: Any = 0) -> Any:
+    items = context.each(iterable, 4)
+    if attribute is not None:
+        items = map(make_attrgetter(context.environment, attribute), items)
+    for item in items:
+        start = context.add(start, item)
+    return start
+
+
+def _refuse_filter(name: str, reason: str) -> Callable[..., Any]:
+    @pass_context
+    def refused(context: BoundedContext, *args: Any, **named: Any) -> Any:
+        raise SecurityError(f"the filter {name} of jinja2 is not available to chat templates here: {reason}")
+
+    return refused
+
+
+def dated(date: datetime.datetime) -> Helper:
+    """The strftime_now of templates."""
+
+    def write(format: str) -> str:  # transformers' name for it
+        require_date_format(format)
+        return date.strftime(format)
+
+    return Helper("strftime_now", write)
+
+
+def _bound_filter(name: str, found: Callable[..., Any]) -> Callable[..., Any]:
+    passed = _PassArg.from_obj(found)
+    guard = GROWING_FILTERS.get(name)
+    is_shallow, is_sorting, is_quick = name in _SHALLOW, name in _SORTING, name in _QUICK
+    shift = 0 if name in _SLOW else 7
+
+    @pass_context
+    def bounded(context: BoundedContext, value: Any, *args: Any, **named: Any) -> Any:
+        if type(value) is str:
+            if len(value) > 256 and not is_quick:
+                context.budget.scan(value, shift)
+        elif type(value) not in SCALARS:
+            if not is_shallow:
+                size = context.budget.weigh(value)
+                if is_sorting:
+                    context.budget.spend((size >> 6) + 16 * (len(value) if isinstance(value, SIZED) else 0))
+            elif isinstance(value, SIZED):
+                context.budget.spend(len(value))
+        for given in args:
+            context.plain(given)
+        for given in named.values():
+            context.plain(given)
+        if guard:
+            guard(context.budget, value, args, named)
+        first = _passed(context, passed)
+        made = found(*first, value, *args, **named)
+        if isinstance(made, Iterator):
+            return context.pay(made, 10)
+        return context.calculated(made) if name == "int" else context.counted(made)
+
+    return bounded
+
+
+def _bound_test(found: Callable[..., Any]) -> Callable[..., Any]:
+    passed = _PassArg.from_obj(found)
+
+    @pass_context
+    def bounded(context: BoundedContext, value: Any, *args: Any) -> Any:
+        if args:  # a comparison
+            context.plain(value)
+            for given in args:
+                context.plain(given)
+        return found(*_passed(context, passed), value, *args)
+
+    return bounded
+
+
+def _passed(context: BoundedContext, wanted: _PassArg | None) -> tuple[Any, ...]:
+    if wanted is None:
+        return ()
+    if wanted is _PassArg.context:
+        return (context,)
+    return (context.eval_ctx,) if wanted is _PassArg.eval_context else (context.environment,)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: Any) -> None:
+    raise jinja2.TemplateError(str(message))
+
+
+def _lipsum(*args: Any, **named: Any) -> None:
+    raise SecurityError("lipsum of jinja2 is not available to chat templates here: it writes random words")
+
+
+def build_environment(kind: type[Made], *extensions: type[jinja2.ext.Extension]) -> Made:
+    """An environment in which unknown templates may run."""
+    made = kind(trim_blocks=True, lstrip_blocks=True, extensions=[*extensions, jinja2.ext.loopcontrols])
+    found: dict[str, Callable[..., Any]] = {**made.filters, "tojson": _to_json}
+    made.filters = {name: _bound_filter(name, function) for name, function in found.items()}
+    made.filters |= {name: _refuse_filter(name, reason) for name, reason in _REFUSED_FILTERS.items()}
+    made.filters |= {"join": _join, "sum": _sum, EACH: _each, SPEND: _spend}
+    made.filters |= {event: _tell(event) for event in (TURN, OPEN, CLOSE)}
+    tests: Mapping[str, Any] = made.tests
+    made.tests = {name: _bound_test(function) if name in _COMPARING else function for name, function in tests.items()}
+    made.globals["lipsum"] = Helper("lipsum", _lipsum)
+    made.globals["dict"] = DictHelper()
+    made.globals["raise_exception"] = Helper("raise_exception", _raise_exception)
+    return made
+
+
+def run_template(
+    program: jinja2.Template,
+    variables: Mapping[str, Any],
+    watch: Callable[[str, Any, int], None] | None = None,
+) -> tuple[str, list[int]]:
+    """What a program writes, and how long it was after each piece.
+
+    Args:
+        watch: told an event of the program, its value, and how many pieces were written before it.
+    """
+    context = program.new_context(dict(variables))
+    assert isinstance(context, BoundedContext)
+    if watch is None:
+        return context.concat(program.root_render_func(context)), []
+    pieces = [""]
+    context.watcher = lambda event, value: watch(event, value, len(pieces))
+    for piece in program.root_render_func(context):
+        pieces.append(piece)  # the watcher reads its length on the way
+    return context.concat(pieces), list(accumulate(map(len, pieces)))
+
+
+def compile_program(source: str, make: Callable[[str], jinja2.Template], name: str) -> jinja2.Template:
+    """Compile a template's source.
+
+    Args:
+        make: parses and compiles it.
+        name: how errors call it.
+
+    Raises:
+        ModelError: it cannot be compiled.
+    """
+    advice = "Correct the template or name another one with --data.chat_template."
+    if len(source) > MAX_SOURCE:
+        raise ModelError(
+            f"chat template {name}: has {len(source):,} characters; more than {MAX_SOURCE:,} are not read. {advice}"
+        )
+    try:
+        return make(source)
+    except jinja2.TemplateSyntaxError as error:
+        reason = cut(str(error.message)).rstrip(".")
+        raise ModelError(f"chat template {name}, line {error.lineno}: {reason}. {advice}") from None
+    except (RecursionError, MemoryError, SyntaxError, SystemError):
+        raise ModelError(
+            f"chat template {name}: its blocks or expressions are nested too deeply to be compiled. {advice}"
+        ) from None
+    except (ValueError, OverflowError, TypeError, AssertionError) as error:
+        raise ModelError(f"chat template {name}: cannot be compiled: {cut(str(error))}. {advice}") from None
+
+
+def cut(text: str, length: int = 500) -> str:
+    """A text that a template or row decides, short enough for a message."""
+    return text if len(text) <= length else f"{text[: length - 4]} ..."

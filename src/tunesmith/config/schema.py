@@ -1,0 +1,335 @@
+"""The config of a run: every key, its type, its default and what it means; no torch needed.
+
+The text under each field is its help in `tunesmith train --help`, in README and in the JSON schema.
+"""
+
+from __future__ import annotations
+
+import difflib
+import encodings.aliases
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from tunesmith.config.plainyaml import require_plain
+
+
+class Section(BaseModel):
+    """A frozen group of keys; an unknown key is an error."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_bool_as_number_and_nothing(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python counts true as 1, so `lr: yes` would train at a learning rate of 1."""
+        if isinstance(value, str) and not value.strip():  # a shell variable that is not set
+            raise ValueError("needs a value")
+        has_bool = any(isinstance(item, bool) for item in (value if isinstance(value, list | tuple) else [value]))
+        if has_bool and _means_number(cls.model_fields[info.field_name or ""].annotation):
+            raise ValueError("must be a number; YAML reads yes, no, on and off as true and false")
+        return value
+
+
+def _means_number(annotation: Any) -> bool:
+    return annotation in (int, float) or any(_means_number(part) for part in get_args(annotation))
+
+
+class ModelSection(Section):
+    path: str
+    """What to train: a local Hugging Face folder, a run of ours, a hub id, or new:PRESET for random weights."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer; default: the model's own. A new:PRESET model needs one."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Run Python code that lies in the model's folder. Off: such a model is refused."""
+    add_tokens: list[str] = Field(default_factory=list)
+    """Tokens that the tokenizer gets in addition; with an adapter, of the embedding only their rows are trained."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Overrides of a preset's transformers config, as in --model.config.hidden_size 256."""
+
+    @field_validator("config")
+    @classmethod
+    def _keep_config(cls, overrides: dict[str, Any]) -> dict[str, Any]:
+        require_plain(overrides)
+        return overrides
+
+
+class FieldsSection(Section):
+    prompt: str | None = None
+    """Column with the question: a string, or a list of messages. Dots reach inside: instances.0.input."""
+    completion: str | None = None
+    """Column with the answer: a string, one message, or a list of messages."""
+    messages: str | None = None
+    """Column with the list of turns."""
+    role: str | None = None
+    """Key of a turn that says who speaks (default: role or from)."""
+    content: str | None = None
+    """Key of a turn that holds its text (default: content or value)."""
+    system: str | None = None
+    """Column with the system prompt."""
+    history: str | None = None
+    """Column with earlier turns: [question, answer] pairs, dicts of the two, or messages."""
+    reasoning: str | None = None
+    """Column with what the answer's author thought before it (chain of thought)."""
+    tools: str | None = None
+    """Column with the tool schemas, a list or JSON text."""
+    instruction: str | None = None
+    """Column with an alpaca instruction."""
+    input: str | None = None
+    """Column with an alpaca input or other context; joined behind the question by a line break."""
+    output: str | None = None
+    """Column with an alpaca output."""
+    text: str | None = None
+    """Column with raw text, a string or a list of lines."""
+    label: str | None = None
+    """Column of true/false (as in KTO data): rows with false are left out."""
+
+
+def explain_encoding(name: str) -> str | None:
+    """Why this is not the name of a text encoding; None if it is one."""
+    try:
+        "a".encode(name)
+    except (LookupError, ValueError):
+        known = {*encodings.aliases.aliases, *encodings.aliases.aliases.values()} - {"u8", "u16", "u32", "utf"}
+        close = difflib.get_close_matches(name.lower().replace("-", "_"), sorted(known), n=1, cutoff=0.6)
+        hint = f"did you mean {close[0].replace('_', '-')}?" if close else "give utf-8, gb18030 or cp1252, for one"
+        return f"{name!r} is not the name of a text encoding; {hint}"
+    return None
+
+
+class DataSection(Section):
+    train: list[str]
+    """File(s), folder, glob or hub id (owner/name, owner/name:split) to train on."""
+    eval: list[str] | None = None
+    """Held-out data in the same forms, never trained on."""
+    eval_split: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the training rows held out for evaluation, drawn by the seed."""
+    format: Literal[
+        "auto", "messages", "sharegpt", "prompt_completion", "alpaca", "query_response", "input_output", "xtuner",
+        "xlam", "chatgpt_export", "segments", "text",
+    ] = "auto"  # fmt: skip
+    """How to read a row; auto recognises it from its keys."""
+    fields: FieldsSection = Field(default_factory=FieldsSection)
+    """Which column plays which part, as in --data.fields.prompt question."""
+    ignore_columns: list[str] = Field(default_factory=list)
+    """Columns, and keys of turns, to leave out; others that nothing reads are named, or refused as context."""
+    chat_template: str | None = None
+    """A .jinja file, chatml, alpaca, or none (prompt + completion + EOS); default: the model's own."""
+    template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables for the template, as in --data.template_kwargs.enable_thinking false."""
+    max_seq_len: int | None = Field(default=None, ge=8)
+    """Longest sample in tokens; default: 2048, or the model's context where that is shorter."""
+    overlong: Literal["truncate", "drop", "split", "error"] = "truncate"
+    """A chat longer than max_seq_len: cut its end, leave it out, cut it in pieces, or end. Raw text is always split."""
+    train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
+    """Which tokens of a chat are trained: every reply, the last reply, or everything, the questions too."""
+    train_reasoning: bool = True
+    """Train what a reply thinks before its </think>; off, it is context only."""
+    history: Literal["auto", "unroll", "last_turn"] = "auto"
+    """One sample for all turns where the template allows it (auto), one a turn (unroll), or the last turn only."""
+    control_text: Literal["plain", "refuse", "allow"] = "plain"
+    """A text that spells a control token (<|im_end|>): encode it as plain text, refuse its row, or let it be one."""
+    max_refused: float = Field(default=0.01, ge=0.0, le=1.0)
+    """Share of bad rows above which the command ends."""
+    limit: int | None = Field(default=None, ge=1)
+    """Read only this many rows of the training data."""
+    encoding: str = "utf-8"
+    """Encoding of text files (CSV, JSON, text): gb18030, cp1252, utf-16 or another name that Python knows."""
+    max_row_mb: float = Field(default=16.0, gt=0.0, le=1000.0)
+    """Largest row in MB; a larger one is refused and never parsed. A .txt or .md file may have any size."""
+
+    @field_validator("template_kwargs")
+    @classmethod
+    def _keep_template_kwargs(cls, variables: dict[str, Any]) -> dict[str, Any]:
+        require_plain(variables)
+        ours = ("messages", "tools", "add_generation_prompt", "strftime_now", "raise_exception")
+        if own := [name for name in ours if name in variables]:
+            raise ValueError(f"sets {own[0]}, which tunesmith sets itself")
+        return variables
+
+    @field_validator("encoding")
+    @classmethod
+    def _know_encoding(cls, name: str) -> str:
+        problem = explain_encoding(name)
+        if problem:
+            raise ValueError(problem)
+        return name
+
+
+_Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+DEFAULT_WARMUP_RATIO = 0.03
+
+
+class OptimSection(Section):
+    name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """AdamW (Loshchilov and Hutter 2019), fused; with averages in 8 bits, or paged to the CPU, by the extra `qlora`."""
+    lr: float = Field(default=2e-5, gt=0.0)
+    """Peak learning rate; with an adapter (lora.kind) the default is 2e-4."""
+    schedule: Literal["cosine", "linear", "constant", "minimind"] = "cosine"
+    """Course of the learning rate after warmup; minimind: lr * (0.1 + 0.5 * (1 + cos)), from 1.1 lr to 0.1 lr."""
+    warmup_ratio: float = Field(default=DEFAULT_WARMUP_RATIO, ge=0.0, lt=1.0)
+    """Share of the steps over which lr rises from 0."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Number of steps over which lr rises from 0; wins over warmup_ratio."""
+    min_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Where cosine and linear end, as a share of lr."""
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    """Decay of the weight matrices; biases, norms and embeddings have none."""
+    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
+    """AdamW's running averages."""
+    eps: float = Field(default=1e-8, gt=0.0)
+    """AdamW's divisor floor."""
+    max_grad_norm: float = Field(default=1.0, ge=0.0)
+    """Gradients are scaled down to this norm; 0 turns clipping off."""
+
+
+DEFAULT_LORA_LR = 2e-4
+
+
+class LoraSection(Section):
+    kind: Literal["none", "lora", "rslora", "dora", "pissa", "olora"] = "none"
+    """Train an adapter instead of all weights: LoRA (Hu et al. 2021) or a relative of it; none: full fine-tuning."""
+    rank: int = Field(default=16, ge=1)
+    """Inner dimension of the adapter's two matrices."""
+    alpha: float | None = Field(default=None, gt=0.0)
+    """The adapter is scaled by alpha / rank (rslora: alpha / sqrt(rank)); default: 2 * rank."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Dropout on the adapter's input."""
+    target_modules: list[str] = Field(default_factory=lambda: ["all-linear"])
+    """all-linear (each linear layer but the head and MoE routers), names of modules, or one regex of whole names."""
+    target_parameters: list[str] | None = None
+    """Weights that are no module of their own, as MoE experts are; default: with all-linear, the fused experts."""
+    modules_to_save: list[str] | None = None
+    """Modules trained whole and kept with the adapter, as in lm_head embed_tokens."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases are trained too."""
+    lr_ratio: float = Field(default=1.0, gt=0.0)
+    """Learning rate of the B matrices over that of the A matrices (LoRA+, Hayou et al. 2024, suggests 16)."""
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    """Keep the frozen weights in 4 bits (QLoRA, Dettmers et al. 2023) or 8: bitsandbytes, the extra `qlora`."""
+    double_quant: bool = True
+    """nf4: quantise the quantisation's own constants too."""
+
+    @property
+    def scale_alpha(self) -> float:
+        return self.alpha if self.alpha is not None else 2.0 * self.rank
+
+
+LARGEST_SEED = 2**63 - 1  # torch takes no larger one
+
+
+class TrainSection(Section):
+    output_dir: str
+    """The RUN folder; must not exist yet, or be empty."""
+    epochs: float = Field(default=1.0, gt=0.0, le=10_000)
+    """Passes over the data; fractions count."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Number of optimizer steps; wins over epochs."""
+    micro_batch_tokens: int | None = Field(default=None, ge=8)
+    """Tokens of one packed forward, at least max_seq_len; default: max(max_seq_len, 2048)."""
+    grad_accum_steps: int = Field(default=1, ge=1)
+    """Forwards per optimizer step. The loss is the mean over all their supervised tokens."""
+    precision: Literal["auto", "fp32", "bf16", "bf16_pure", "fp16"] = "auto"
+    """bf16, fp16: autocast over fp32 weights; bf16_pure: bf16 weights; auto: bf16 on a GPU that has it, else fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third slower, far less memory."""
+    compile: bool = False
+    """torch.compile the model; pays off on long GPU runs only."""
+    deterministic: bool = False
+    """Only deterministic kernels (slower on a GPU; the CPU path is deterministic anyway)."""
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
+    """Decides everything random: new weights, eval split, order, dropout."""
+    log_steps: int = Field(default=1, ge=1)
+    """A line in metrics.jsonl every so many steps."""
+    eval_steps: int | None = Field(default=None, ge=1)
+    """Evaluate every so many steps and at the end; default: at the end only."""
+    save_steps: int | None = Field(default=None, ge=1)
+    """A checkpoint every so many steps; default: 500."""
+    save_minutes: float | None = Field(default=10.0, gt=0.0)
+    """A checkpoint also every so many minutes; null: by steps only."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """How many checkpoints stay, besides the best one."""
+    early_stop_patience: int | None = Field(default=None, ge=1)
+    """Stop after so many evaluations without a lower eval_loss."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is NaN or infinite: end the run, or leave it out (up to 10 in a row)."""
+    trackers: list[Literal["tensorboard", "wandb", "swanlab", "trackio"]] = Field(default_factory=list)
+    """Also log to these (each an extra: pip install 'tunesmith[wandb]')."""
+
+
+class RunConfig(Section):
+    """One training run, as resolved from YAML and flags and saved as RUN/config.yaml."""
+
+    model: ModelSection
+    data: DataSection
+    optim: OptimSection = Field(default_factory=OptimSection)
+    lora: LoraSection = Field(default_factory=LoraSection)
+    train: TrainSection
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_lr(cls, tree: Any) -> Any:
+        """An adapter learns at ten times the rate of full fine-tuning (Schulman et al. 2025), unless told otherwise."""
+        if not isinstance(tree, dict):
+            return tree
+        lora, optim = tree.get("lora") or {}, tree.get("optim") or {}
+        is_adapter = isinstance(lora, dict) and lora.get("kind", "none") != "none"
+        if is_adapter and isinstance(optim, dict) and optim.get("lr") is None:
+            return tree | {"optim": optim | {"lr": DEFAULT_LORA_LR}}
+        return tree
+
+    @model_validator(mode="after")
+    def _validate_across(self) -> RunConfig:
+        """Rules between keys; each names both keys and a way out."""
+        data, train = self.data, self.train
+        problems = []
+        if train.micro_batch_tokens and data.max_seq_len and train.micro_batch_tokens < data.max_seq_len:
+            problems.append(
+                f"train.micro_batch_tokens: {train.micro_batch_tokens} cannot hold one sample of data.max_seq_len "
+                f"{data.max_seq_len}; set it to {data.max_seq_len} or more, or lower data.max_seq_len"
+            )
+        if data.eval and data.eval_split:
+            problems.append("data.eval_split: data.eval is given too; keep one of the two")
+        has_eval = bool(data.eval or data.eval_split)
+        if train.eval_steps and not has_eval:
+            problems.append("train.eval_steps: nothing to evaluate on; give data.eval or data.eval_split")
+        if train.early_stop_patience and not train.eval_steps:
+            problems.append("train.early_stop_patience: needs train.eval_steps and data to evaluate on")
+        # a resolved config holds both keys, so a ratio at its default, or at 0, counts as not given
+        if self.optim.warmup_steps is not None and self.optim.warmup_ratio not in (0.0, DEFAULT_WARMUP_RATIO):
+            problems.append(
+                f"optim.warmup_steps: optim.warmup_ratio {self.optim.warmup_ratio} is given too; keep one of the two "
+                "(set warmup_ratio to 0, or warmup_steps to null)"
+            )
+        lora = self.lora
+        if lora.kind == "none":
+            given = sorted(lora.model_fields_set - {"kind"} if lora != LoraSection() else [])
+            problems += [f"lora.{key}: lora.kind is none; give a kind (lora) or leave it out" for key in given]
+        if lora.quantize != "none" and lora.kind in ("pissa", "olora"):
+            problems.append(
+                f"lora.quantize: {lora.kind} changes the base weights at its start, so they cannot be {lora.quantize}"
+            )
+        if lora.quantize != "none" and self.model.path.startswith("new:"):
+            problems.append("lora.quantize: a new:PRESET model has random weights; train it in full first")
+        if self.model.config and not self.model.path.startswith("new:"):
+            problems.append("model.config: overrides are for new:PRESET models; this one has weights of its own")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class TokenizerConfig(Section):
+    """What tokenizer needs of a run's config."""
+
+    data: DataSection
+
+
+class PreviewConfig(Section):
+    """What preview and check need of a run's config."""
+
+    model: ModelSection
+    data: DataSection

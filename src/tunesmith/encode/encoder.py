@@ -1,0 +1,251 @@
+"""The one place where text becomes token ids, for training, preview, chat and (later) serving."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import MutableSequence, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from tunesmith.chat_template.habits import TemplateRefused
+from tunesmith.chat_template.template import ChatTemplate
+from tunesmith.encode.blocks import read_blocks
+from tunesmith.encode.longtext import PIECE, encode_long
+from tunesmith.encode.shield import MARK, Shield, unmark_offsets, without_added_tokens
+from tunesmith.encode.stops import Stops, find_stops
+from tunesmith.encode.unknown import drops_text
+from tunesmith.errors import ModelError
+from tunesmith.rows.conversation import Message, RowRefused, find_lone_surrogate
+
+_SHORT_TAIL = 64  # characters; longer ones are no generation prompt, and seldom met twice
+_PROVEN_PROMPTS = 32
+
+
+class Encoding:
+    """Token ids of a text, and for each the characters [start, end) that it stands for.
+
+    Byte-level pieces of one character share that character's span. `is_exact` is False where text that spells a
+    control token could not be shown to encode as it would in the whole; nothing may be trained on it then.
+
+    Args:
+        source: what the tokenizer made of the text, where it is exactly these ids; it answers without a list of spans.
+    """
+
+    __slots__ = ("_offsets", "_source", "ids", "is_exact")
+
+    def __init__(
+        self,
+        ids: MutableSequence[int],
+        offsets: list[tuple[int, int]] | None = None,
+        is_exact: bool = True,
+        source: Any = None,
+    ) -> None:
+        self.ids, self.is_exact, self._offsets, self._source = ids, is_exact, offsets, source
+
+    @property
+    def offsets(self) -> list[tuple[int, int]]:
+        if self._offsets is None:
+            self._offsets = self._source.offsets
+        return self._offsets
+
+    def span(self, index: int) -> tuple[int, int]:
+        """Characters [start, end) of a token."""
+        span = self._source.token_to_chars(index) if self._offsets is None else None
+        return span or self.offsets[index]
+
+    def first_from(self, char: int) -> int:
+        """Index of the first token that begins at a character or behind it."""
+        if self._offsets is None:
+            index = self._source.char_to_token(char)
+            if index is not None and self._source.token_to_chars(index)[0] == char:
+                return int(index)
+        return bisect.bisect_left(self.offsets, char, key=lambda span: span[0])
+
+
+class Encoder:
+    """A tokenizer and a chat template, bound together.
+
+    Args:
+        tokenizer: a transformers tokenizer with a Rust backend (it knows offsets).
+        template: None joins prompt + completion + EOS without any template.
+        control_text: data.control_text; with "allow", spellings of control tokens become these tokens.
+
+    Raises:
+        ModelError: no offsets, no EOS where one is needed, or a template whose replies end in nothing that
+            generation could stop at.
+    """
+
+    def __init__(self, tokenizer: Any, template: ChatTemplate | None, control_text: str = "plain") -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.control_text = control_text
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ModelError(
+                f"the tokenizer ({type(tokenizer).__name__}) has no fast backend, so no character offsets to prove "
+                "labels with. Save it with a tokenizer.json (AutoTokenizer.from_pretrained(..., use_fast=True))."
+            )
+        backend.no_truncation()  # a tokenizer.json may carry settings that would cut or pad texts silently
+        backend.no_padding()
+        self._backend = backend
+        self._added_texts = {number: token.content for number, token in backend.get_added_tokens_decoder().items()}
+        self.added_ids = frozenset(self._added_texts)
+        self.shield = Shield(backend)
+        self._tails: dict[str, list[int]] = {}  # what stands between the last control token and a reply: a few texts
+        self._num_proven = 0
+        self.bos_ids = bos_ids(tokenizer)
+        self.eos_id: int | None = tokenizer.eos_token_id
+        self.bos_id: int | None = tokenizer.bos_token_id
+        self.is_control = np.zeros(max([*backend.get_vocab(with_added_tokens=True).values(), 0]) + 1, dtype=bool)
+        self.is_control[sorted(self.shield.ids)] = True
+        self.stop, self.call_stop = find_stops(self, template)
+
+    def encode_texts(self, texts: Sequence[str]) -> list[Encoding]:
+        """Ids of rendered texts; nothing is added in front or behind."""
+        if any(len(text) > 2 * PIECE for text in texts):
+            return [self._encode_alone(text) for text in texts]
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            self._encode_marked(text, e) if MARK in text else Encoding(e.ids, source=e)
+            for text, e in zip(texts, encodings, strict=True)
+        ]
+
+    def encode_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts without marks of the shield, without the characters that they stand for, which is faster."""
+        if any(len(text) > 2 * PIECE for text in texts):
+            return [list(encoding.ids) for encoding in self.encode_texts(texts)]
+        return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def _encode_alone(self, text: str) -> Encoding:
+        if len(text) > 2 * PIECE and MARK not in text and (found := encode_long(self._backend, text)):
+            return Encoding(found.ids, source=found)
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return self._encode_marked(text, encoding) if MARK in text else Encoding(encoding.ids, source=encoding)
+
+    def encode_tail(self, text: str) -> list[int]:
+        """Ids of a short text that stands between a control token and a reply: one of very few."""
+        ids = self._tails.get(text) or list(self.encode_texts([text])[0].ids)
+        if len(text) <= _SHORT_TAIL:
+            self._tails[text] = ids
+        return ids
+
+    def find_added(self, text: str) -> list[int]:
+        """Ids of the added tokens in a text, in order."""
+        return [token for token in self.encode_texts([text])[0].ids if token in self.added_ids]
+
+    def added_text(self, token_id: int) -> str:
+        return str(self._added_texts[token_id])
+
+    @cached_property
+    def _blind(self) -> Any:
+        return without_added_tokens(self._backend)
+
+    def _encode_marked(self, text: str, with_marks: Any) -> Encoding:
+        """Control tokens where the template wrote them; what stands between, mark by mark removed, as plain text.
+
+        That a stretch encodes alone as it does between control tokens is seen on the marked text itself.
+        """
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        start, first, is_exact = 0, 0, True
+        controls = self.added_ids - {self.shield.unknown_id}  # a mark may be unknown text
+        ends = [*(i for i, token in enumerate(with_marks.ids) if token in controls), len(with_marks.ids)]
+        for index in ends:
+            at_end = index == len(with_marks.ids)
+            stop, behind = (len(text), len(text)) if at_end else with_marks.offsets[index]
+            stretch = text[start:stop]
+            if stretch:
+                is_exact &= self._blind.encode(stretch, add_special_tokens=False).ids == with_marks.ids[first:index]
+                plain = self._blind.encode(stretch.replace(MARK, ""), add_special_tokens=False)
+                is_exact &= self.shield.ids.isdisjoint(plain.ids)
+                ids += plain.ids
+                offsets += [(start + a, start + b) for a, b in unmark_offsets(stretch, plain.offsets)]
+            if not at_end:
+                ids.append(with_marks.ids[index])
+                offsets.append((stop, behind))
+            start, first = behind, index + 1
+        return Encoding(ids, offsets, is_exact)
+
+    def find_border(self, whole: Encoding, prompt: str) -> int | None:
+        """Index of the first token behind a prompt that a text begins with; None if its ids are not the prompt's.
+
+        Encoding splits at control tokens, so only what follows the last one in the prompt is encoded again. Where that
+        does not come out alike (a tokenizer that treats the beginning of a text in its own way), the whole prompt is,
+        and so it is for the first prompts that a tokenizer meets, which shows that the two ways agree.
+        """
+        behind = whole.first_from(len(prompt))
+        control = next((i for i in range(behind - 1, -1, -1) if whole.ids[i] in self.added_ids), None)
+        if control is not None and (done := whole.span(control)[1]) <= len(prompt):
+            ids = self.encode_tail(prompt[done:])
+            if list(whole.ids[control + 1 : behind]) == ids and self._num_proven >= _PROVEN_PROMPTS:
+                return behind
+        self._num_proven += 1
+        alone = self.encode_texts([prompt])[0].ids
+        return len(alone) if list(whole.ids[: len(alone)]) == list(alone) else None
+
+    def joins(self, prompt: Sequence[int], reply: Sequence[int], text: str) -> bool:
+        """Whether ids of a prompt and of a reply, encoded apart, spell the prompt and then the reply's text."""
+        control = next((i for i in range(len(prompt) - 1, -1, -1) if prompt[i] in self.added_ids), -1)
+        tail = list(prompt[control + 1 :])
+        before = self._backend.decode(tail, skip_special_tokens=False)
+        both = self._backend.decode(tail + list(reply), skip_special_tokens=False)
+        return bool(both == before + text.replace(MARK, ""))
+
+    def encode_prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        """What the model is given to answer these messages: rendered up to where its reply begins."""
+        if self.template is not None:
+            messages = read_blocks(messages, self.template)
+        if self.control_text != "allow":
+            try:
+                messages, tools = [self.shield.mark_message(message) for message in messages], self.shield.mark(tools)
+            except RowRefused as refusal:
+                raise ModelError(f"the conversation {refusal.reason}. Leave it out.") from None
+        if self.template is None:
+            text = "".join(message.content for message in messages)
+            return self.bos_ids + self._encode_typed(text)
+        try:
+            text = self.template.render(messages, tools, add_generation_prompt=True)
+        except TemplateRefused as refusal:
+            raise ModelError(f"the chat template rejects this conversation: {refusal}") from None
+        return self._encode_typed(text)
+
+    def _encode_typed(self, text: str) -> list[int]:
+        half = find_lone_surrogate(text)
+        if half:
+            raise ModelError(
+                f"the conversation holds the lone surrogate {half!r}, half of a character, which no tokenizer can "
+                "encode. Type the text again."
+            )
+        encoding = self.encode_texts([text])[0]
+        if not encoding.is_exact:
+            raise ModelError(
+                "the conversation spells a control token, which this tokenizer cannot be shown to keep as text. "
+                "Leave it out."
+            )
+        return list(encoding.ids)
+
+    @cached_property
+    def drops_text(self) -> bool:
+        """Whether the tokenizer leaves out characters that it cannot write, with no token in their place."""
+        return bool(drops_text(self._backend))
+
+    @property
+    def stops(self) -> Stops:
+        """Texts of the tokens that end a reply."""
+        return Stops(self.stop.text, self.call_stop.text)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Where generation stops."""
+        return list(dict.fromkeys([self.stop.id, self.call_stop.id]))
+
+    def stop_id(self, text: str) -> int:
+        return self.stop.id if text == self.stop.text else self.call_stop.id
+
+
+def bos_ids(tokenizer: Any) -> list[int]:
+    """What the tokenizer itself puts in front of a plain text: [bos], or nothing."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []

@@ -1,0 +1,121 @@
+"""Text stays text: what a person typed never becomes a control token.
+
+A tokenizer finds its added tokens wherever their letters stand, also in the middle of a message. So before a chat is
+rendered, every such spelling in a message gets a mark inside it, which no token matches; the template then writes its
+own control tokens around marked text, and the encoder takes the marks out again after it has found the real ones.
+What only becomes a token after normalisation is in disguise.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from tunesmith.encode.disguise import Disguises, find_at_risk
+from tunesmith.encode.unknown import unknown_id
+from tunesmith.rows.conversation import Conversation, Message, RowRefused
+
+MARK = "\ufdd0"  # one of the code points that Unicode keeps free for a program's inner use
+
+
+class Shield:
+    """Marks the spellings of a tokenizer's added tokens.
+
+    Tokens of white space alone or of one character are left: they only write texts shorter (indented code, an emoji).
+
+    Args:
+        backend: a `tokenizers.Tokenizer`.
+
+    Attributes:
+        ids: the tokens that no text may become.
+        unknown_id: the token that stands for text the vocabulary cannot write, if there is one.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        tokens = {number: token for number, token in backend.get_added_tokens_decoder().items() if _is_guarded(token)}
+        self.unknown_id = unknown_id(backend)
+        self.ids = frozenset(tokens) - {self.unknown_id}
+        texts = {token.content for token in tokens.values()}
+        # looked for without consuming, so that tokens that overlap are all found
+        spellings = "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
+        self._spelling = re.compile(f"(?={spellings})") if texts else None
+        self._starts = frozenset(text[:2] for text in texts)
+        at_risk = find_at_risk(backend, {number: tokens[number] for number in self.ids})
+        neighbour = next((t.content for t in tokens.values() if not (t.normalized or t.lstrip or t.rstrip)), "")
+        self._disguises = Disguises(backend, at_risk, neighbour) if at_risk else None
+
+    def holds(self, text: str) -> bool:
+        """Whether a text spells an added token, letter for letter."""
+        # some tokenizers have a thousand added tokens, which begin in three or four ways
+        if self._spelling is None or not any(start in text for start in self._starts):
+            return False
+        return self._spelling.search(text) is not None
+
+    def mark(self, value: Any) -> Any:
+        """A text, or JSON of texts, with a mark inside every spelling.
+
+        Raises:
+            RowRefused: the text holds the mark itself, or a spelling that marks do not break.
+        """
+        if isinstance(value, str):
+            if MARK in value:
+                raise RowRefused(
+                    "holds U+FDD0, a code point that is not a character and that tunesmith marks text with"
+                )
+            marked = self._mark_spellings(value)
+            return self._disguises.mark(marked, MARK) if self._disguises else marked
+        if isinstance(value, Mapping):
+            return {self.mark(key): self.mark(below) for key, below in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.mark(item) for item in value)
+        return value
+
+    def _mark_spellings(self, text: str) -> str:
+        """The text with a mark behind the first character of every spelling."""
+        if self._spelling is None or not self.holds(text):
+            return text
+        places = [match.start() + 1 for match in self._spelling.finditer(text)]
+        return MARK.join(text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True))
+
+    def mark_message(self, message: Message) -> Message:
+        """The message marked; the very same object where it needed no mark."""
+        said = (message.content, message.reasoning_content, message.tool_calls, message.name, message.tool_call_id)
+        marked = tuple(map(self.mark, said))
+        if marked == said:
+            return message
+        content, reasoning, calls, name, call_id = marked
+        places = [place for place, char in enumerate(content) if char != MARK]
+        spans = tuple((places[start], places[end - 1] + 1) for start, end in message.context_spans if start < end)
+        return replace(message, content=content, reasoning_content=reasoning, tool_calls=calls, name=name,
+                       tool_call_id=call_id, context_spans=spans)  # fmt: skip
+
+    def mark_conversation(self, conversation: Conversation) -> tuple[Conversation, bool]:
+        """The conversation marked, and whether anything in it needed a mark."""
+        messages = tuple(self.mark_message(message) for message in conversation.messages)
+        tools, documents = self.mark(conversation.tools), self.mark(conversation.documents)
+        variables = self.mark(conversation.template_kwargs)
+        marked = replace(conversation, messages=messages, tools=tools, documents=documents, template_kwargs=variables)
+        return (marked, True) if marked != conversation else (conversation, False)
+
+
+def _is_guarded(token: Any) -> bool:
+    return len(token.content.replace("\u2581", " ").strip()) > 1  # SentencePiece writes a space as U+2581
+
+
+def without_added_tokens(backend: Any) -> Any:
+    """The same tokenizer, blind to its added tokens: every text is ordinary text to it."""
+    from tokenizers import Tokenizer
+
+    settings = json.loads(backend.to_str())
+    settings["added_tokens"], settings["post_processor"] = [], None
+    return Tokenizer.from_str(json.dumps(settings))
+
+
+def unmark_offsets(marked: str, offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Offsets into a text without its marks -> offsets into the marked text."""
+    places = [place for place, char in enumerate(marked) if char != MARK]
+    return [(places[a], places[b - 1] + 1) if b > a else (places[a] if a < len(places) else len(marked),) * 2
+            for a, b in offsets]  # fmt: skip

@@ -1,0 +1,117 @@
+"""Rows that hold a list: of turns, of question and answer pairs, of texts in turn, of rendered segments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tunesmith.config.schema import FieldsSection
+from tunesmith.rows.columns import Draft, finish_draft, parse_transcript, read_column
+from tunesmith.rows.conversation import Message, RawText, RowRefused, Segments
+from tunesmith.rows.hints import not_json_hint
+from tunesmith.rows.keys import Keys
+from tunesmith.rows.turns import parse_turns, read_flag, read_reasoning
+from tunesmith.rows.values import as_text
+from tunesmith.sources.jsontext import parse_json_list
+
+TURNS_NAMES = ("messages", "conversations", "conversation", "contents")
+PAIR_ASKED = ("input", "human", "query", "question", "user", "prompt")
+PAIR_ANSWERED = ("output", "assistant", "response", "answer")
+PAIR = "a pair"
+
+
+def parse_messages(keys: Keys, fields: FieldsSection) -> Draft:
+    """{"messages": [{"role", "content"}]}, ShareGPT's {"from", "value"}, Gemini's {"contents": [{"role", "parts"}]}."""
+    name, turns = read_column(keys, fields.messages, TURNS_NAMES)
+    turns = parse_json_list(turns)
+    if isinstance(turns, str) and (messages := parse_transcript(turns)):
+        return finish_draft(keys, fields, messages)
+    if not isinstance(turns, list):
+        raise RowRefused(not_json_hint(name, turns) or f"{name} is not a list of turns")
+    if turns and all(isinstance(turn, str) for turn in turns):  # LIMA
+        speakers = ("user", "assistant")
+        return finish_draft(keys, fields, [Message(speakers[i % 2], text) for i, text in enumerate(turns)])
+    messages, tools = parse_turns(turns, keys.reading, fields.role, fields.content)
+    return finish_draft(keys, fields, messages, tools)
+
+
+def parse_xtuner(keys: Keys, fields: FieldsSection) -> Draft:
+    """{"conversation": [{"system", "input", "output"}, ...]}, ms-swift's [{"human", "assistant"}]."""
+    name, pairs = read_column(keys, fields.messages, ("conversation",))
+    pairs = parse_json_list(pairs)
+    if not isinstance(pairs, list):
+        raise RowRefused(f"{name} is not a list of turns")
+    messages: list[Message] = []
+    first_system = ""
+    for number, value in enumerate(pairs):
+        if not isinstance(value, Mapping):
+            raise RowRefused(f"turn {number} of {name} is {type(value).__name__}, not an object with input and output")
+        pair = Keys(value, PAIR, keys.reading)
+        system = as_text(pair.get("system"), "system")
+        if system.strip() and number == 0:
+            first_system = system
+            messages.append(Message("system", system))
+        if system.strip() and system != first_system:
+            raise RowRefused(f"turn {number} of {name} has another system prompt than the first turn")
+        messages += _read_pair(pair, f"turn {number} of {name}")
+        pair.drop("need_eos_token")  # xtuner's switch for a stop token, which every reply has here
+        pair.close()
+    return finish_draft(keys, fields, messages)
+
+
+def _read_pair(pair: Keys, where: str) -> list[Message]:
+    asked, question = pair.first(PAIR_ASKED)
+    answered, answer = pair.first(PAIR_ANSWERED)
+    if not answered:
+        raise RowRefused(f"{where} has no output")
+    text = as_text(question, asked)
+    thoughts = read_reasoning(pair, ("reasoning_content", "reasoning", "thinking"))
+    is_trained = read_flag(pair, ("output_with_loss", "loss", "loss_weight", "weight", "train"), "assistant")
+    reply = Message("assistant", as_text(answer, answered), thoughts, is_trained=is_trained)
+    return [Message("user", text), reply] if text.strip() else [reply]  # xtuner: a bare output goes on
+
+
+def parse_segments(keys: Keys, fields: FieldsSection) -> Segments:
+    """Axolotl's input_output: {"segments": [{"text", "label"}]}, rendered text of which label true is trained."""
+    name, segments = read_column(keys, fields.messages, ("segments",))
+    segments = parse_json_list(segments)
+    if not isinstance(segments, list) or not segments:
+        raise RowRefused(f"{name} is not a list of objects with text and label")
+    parts: list[tuple[str, bool]] = []
+    for number, value in enumerate(segments):
+        if not isinstance(value, Mapping):
+            raise RowRefused(f"segment {number} is {type(value).__name__}, not an object with text and label")
+        segment = Keys(value, "a segment", keys.reading)
+        label, text = segment.get("label"), segment.get("text")
+        if not isinstance(label, bool) or not isinstance(text, str):
+            raise RowRefused(f"segment {number} needs a text and a label of true or false")
+        parts.append((text, label))
+        segment.close()
+    if not any(text and label for text, label in parts):
+        raise RowRefused("no segment has label true: nothing to train", by_choice=True)
+    return Segments(tuple(parts))
+
+
+def parse_text(keys: Keys, fields: FieldsSection) -> RawText:
+    """{"text"}: pre-training, every token trained. A list of strings is joined by line breaks."""
+    name, value = read_column(keys, fields.text, ("text",))
+    if isinstance(value, list) and all(isinstance(line, str) for line in value):
+        value = "\n".join(value)
+    text = as_text(value, name)
+    if not text.strip():
+        raise RowRefused(f"{name} is empty")
+    return RawText(text)
+
+
+def are_pairs(turns: Any) -> bool:
+    """Whether a list holds questions with their answers rather than turns."""
+    return (
+        isinstance(turns, list)
+        and bool(turns)
+        and all(
+            isinstance(turn, Mapping)
+            and not ("role" in turn or "from" in turn)
+            and any(key in turn for key in PAIR_ANSWERED)
+            for turn in turns
+        )
+    )

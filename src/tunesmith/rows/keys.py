@@ -1,0 +1,353 @@
+"""A mapping that remembers which of its keys were read, so that no key of a row is lost in silence.
+
+Parsers read rows, turns, typed parts and tool calls through `Keys`. What no parser has read at the end is known to be
+irrelevant (ids, sources, scores), is context (then the row is refused), or is named in the row's notes.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from tunesmith.rows.conversation import RowRefused, UnknownFormat
+from tunesmith.rows.values import holds_content, is_missing
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+IRRELEVANT_NAMES = _names("""
+    id ids idx index uuid guid key hash sha sha1 sha256 md5 checksum fingerprint
+    no number num count rank row line position
+    source sources src origin provenance dataset datasets subset config configs split fold shard version revision
+    license licence copyright url urls uri link links href website host site file filename path filepath
+    repo repository commit branch author authors username annotator annotators annotations creator owner worker
+    model models model_name dataset_name generator engine provider ip
+    date time datetime timestamp timestamps created updated modified created_at updated_at year month day
+    lang langs language languages locale country region dialect encoding charset
+    score scores rating ratings quality difficulty level grade votes upvotes likes confidence probability prob logprobs
+    perplexity ppl toxicity reward rewards similarity distance embedding embeddings length len size tokens
+    duration latency cost price usage
+    category categories subcategory type types kind class tag tags genre domain skill skills ability intent
+    status meta metadata signature
+    toxic redacted moderation
+""")  # fmt: skip
+"""Names whose values say something about a row and are no part of it; also as the last word of a name (prompt_id)."""
+
+NOT_AS_LAST_WORD = _names("key no row line position file path class")
+"""Irrelevant as a whole name only: answer_key and first_line may hold text of the chat."""
+
+CONTEXT_WORDS = _names("""
+    system sys systemprompt persona history histories input inputs context contexts ctx background document documents
+    doc docs passage passages evidence knowledge reference references memory
+    tool tools function functions schema schemas
+    thinking thought thoughts think reasoning rationale cot prefix prefill instruction instructions
+    choices options article story premise excerpt
+    系统 系统提示 系统提示词 历史 历史对话 输入 上下文 背景 参考 参考资料 资料 工具 思考 思维链 推理过程
+    systemprompt kontext hintergrund eingabe verlauf werkzeuge contexto contexte contesto контекст
+""")  # fmt: skip
+"""Words of names whose texts a reply depends on: unread, they refuse the row."""
+
+FLAG_WORDS = _names("loss weight weights train trained training trainable mask masked masks")
+"""Words of names that decide what is trained: unread, they refuse the row, numbers too."""
+
+NO_OP_FLAGS = _names("loss loss_weight loss_weights weight weights train trained training trainable")
+"""Flags whose value 1 or true says what happens anyway."""
+
+FLAG_TEXTS = _names("""
+    true false yes no on off none all 0 1 system user human assistant gpt model tool prompt completion last turn turns
+""")
+"""Texts that make a flag of a column such as `train` or `mask`; others ("Ultra", a split's name) are only named."""
+
+NOT_FLAG_WORDS = _names("attention padding pad special causal runtime step steps epoch epochs samples")
+"""Words beside which a flag's word speaks of something else: attention_mask, train_samples."""
+
+NAMING_WORDS = _names("name names title titles label labels choice effort budget mode window method")
+"""Last words that make a name of context (tool_name, tool_choice, reasoning_effort) one that is only named."""
+
+LONG_TEXT = 80
+"""Characters above which a text of several words under an irrelevant name (source, type) is named all the same."""
+
+_INDEX_NAME = re.compile(r"(?:Unnamed: \d+|__index_level_\d+__)(?:\.\d+)*")  # pandas: rows that it numbered
+_NUMBERS = re.compile(r"\s*[\[{]?\s*[-+]?\.?\d")  # a weight, or a list of them, as text
+_WORD = re.compile(r"[^\W_]+")
+_CAMEL = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[^A-Z\W\d_]+|\d+")
+
+
+@lru_cache(maxsize=4096)
+def words_of(name: str) -> tuple[str, ...]:
+    """The words of a key's name in lower case: system_prompt, systemPrompt, Complex_CoT."""
+    words: list[str] = []
+    for chunk in _WORD.findall(name):
+        parts = [part.lower() for part in _CAMEL.findall(chunk)]
+        words += [chunk.lower()] if chunk.lower() in CONTEXT_WORDS or len(parts) < 2 else parts
+    return tuple(words)
+
+
+@lru_cache(maxsize=4096)
+def is_irrelevant(name: str) -> bool:
+    """Whether a name is one of IRRELEVANT_NAMES, or ends in one of them."""
+    words = words_of(name)
+    if name.lower() in IRRELEVANT_NAMES or _INDEX_NAME.fullmatch(name):
+        return True
+    return len(words) > 1 and words[-1] in IRRELEVANT_NAMES - NOT_AS_LAST_WORD
+
+
+@lru_cache(maxsize=4096)
+def is_context(name: str) -> bool:
+    """Whether a name looks like something that a reply depends on."""
+    words = words_of(name)
+    return not is_irrelevant(name) and bool(CONTEXT_WORDS & {*words}) and words[-1] not in NAMING_WORDS
+
+
+@lru_cache(maxsize=4096)
+def is_flag(name: str) -> bool:
+    return not is_irrelevant(name) and bool(FLAG_WORDS & {*words_of(name)})
+
+
+def find_fate(name: Any, value: Any) -> str:
+    """What becomes of a key that nothing reads: "irrelevant", "named" or "refused"."""
+    name = str(name)
+    if is_missing(value):
+        return "irrelevant"
+    if is_irrelevant(name):
+        return "named" if _holds_long_text(value) else "irrelevant"
+    if is_flag(name) and (fate := _fate_of_flag(name, value)):
+        return fate
+    if not holds_content(value):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return "named" if is_number and len(words_of(name)) == 1 and is_context(name) else "irrelevant"
+    if not name.strip() and isinstance(value, str) and value.isdecimal():
+        return "irrelevant"  # the row numbers that pandas writes into CSV
+    if not holds_content(value, with_flags=False):  # has_context, use_tools: no text to lose
+        return "named"
+    if isinstance(value, str) and value in ("auto", "none", "required", "any"):  # how OpenAI's tools may be called
+        return "named"
+    return "refused" if is_context(name) or (is_flag(name) and not isinstance(value, str)) else "named"
+
+
+def _fate_of_flag(name: str, value: Any) -> str:
+    """What becomes of a value that says what is trained; "" for one that says something else."""
+    words = words_of(name)
+    if NOT_FLAG_WORDS & {*words}:
+        return ""
+    items = value if isinstance(value, list) else [value]
+    if isinstance(value, list) and not (items and all(isinstance(item, (bool, int, float, str)) for item in items)):
+        return ""
+    if all(_changes_nothing(name, item) for item in items):
+        return "irrelevant"
+    if all(isinstance(item, (int, float)) for item in items):
+        is_weight = any(word.startswith("weight") for word in words)
+        return "refused" if is_weight or all(item in (0, 1) for item in items) else "named"  # a measured train_loss
+    return "refused" if any(item in (0, 1) or _is_flag_text(item) for item in items) else ""
+
+
+def _is_flag_text(item: Any) -> bool:
+    return isinstance(item, str) and (item.strip().lower() in FLAG_TEXTS or bool(_NUMBERS.match(item)))
+
+
+def _changes_nothing(name: str, item: Any) -> bool:
+    return name.lower() in NO_OP_FLAGS and item in (1, True)
+
+
+def _holds_long_text(value: Any) -> bool:
+    """Whether a sentence or more stands in a value, or in a list of texts."""
+    for text in value if isinstance(value, list) else (value,):
+        if isinstance(text, str) and len(text) > LONG_TEXT and len(text.split()) > 8:
+            return True
+    return False
+
+
+def _repeats(value: Any, said: set[str]) -> bool:
+    """Whether all texts in a value, ids and roles left aside, were read elsewhere; at least one."""
+    if isinstance(value, str):
+        return value.strip() in said
+    texts: list[str] = []
+    left, seen = [value], set[int]()
+    while left and len(texts) <= len(said):
+        item = left.pop()
+        if isinstance(item, (Mapping, list)):
+            if id(item) in seen:  # a row of Python's own may hold itself
+                return False
+            seen.add(id(item))
+        if isinstance(item, str) and item.strip():
+            texts.append(item.strip())
+        elif isinstance(item, Mapping):
+            left += [below for key, below in item.items() if not (key in ("role", "from") or is_irrelevant(str(key)))]
+        elif isinstance(item, list):
+            left += item
+        elif item is not None and not isinstance(item, (int, float)):
+            return False
+    return bool(texts) and not left and said.issuperset(texts)
+
+
+def note_unread(place: str, key: str) -> str:
+    """The note that names a key which nothing reads."""
+    return f"column {key} is not read" if place == ROW else f"key {key} of {place} is not read"
+
+
+ROW = "a row"
+
+
+@dataclass(slots=True)
+class Reading:
+    """What is noticed while one row is read.
+
+    Attributes:
+        ignored: columns and keys that the person leaves out knowingly (data.ignore_columns).
+        notes: in order, without repetition.
+        unread: (place, key, value) of each key with content that nothing has read.
+    """
+
+    ignored: frozenset[str] = frozenset()
+    notes: dict[str, None] = field(default_factory=dict)
+    unread: list[tuple[str, str, Any]] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        self.notes[text] = None
+
+    def settle(self, texts: Iterable[str]) -> None:
+        """Name what nothing has read, or refuse the row for it.
+
+        Args:
+            texts: contents that were read; a column that repeats one of them whole, or is a list of such, is no loss
+                (UltraChat's prompt, OpenRouter's reasoning_details).
+
+        Raises:
+            UnknownFormat: a column of the row looks like context.
+            RowRefused: a key below it does.
+        """
+        if not self.unread:
+            return
+        said = {text.strip() for text in texts}
+        lost = []
+        for place, key, value in self.unread:
+            name = key.rpartition(".")[2] if place == ROW else key
+            if not is_flag(name) and _repeats(value, said):
+                continue
+            if find_fate(name, value) == "refused":
+                lost.append((place, key))
+            else:
+                self.note(note_unread(place, key))
+        columns = list(dict.fromkeys(key for place, key in lost if place == ROW))
+        if columns:
+            raise LostColumns(columns)
+        if lost:
+            named = ", ".join(f"key {key} of {place}" for place, key in dict.fromkeys(lost))
+            ignored = " ".join(map(shlex.quote, dict.fromkeys(key for _, key in lost)))
+            raise RowRefused(
+                f"{named} would not be read, and the replies may depend on it. "
+                f"To leave it out: --data.ignore_columns {ignored}",
+                loses_context=True,
+            )
+
+
+class LostColumns(UnknownFormat):
+    """Columns that look like context and that nothing reads; formats.py adds the mapping that would read them."""
+
+    def __init__(self, columns: list[str]) -> None:
+        super().__init__(f"nothing reads {', '.join(columns)}")
+        self.columns = columns
+
+
+class Keys:
+    """A mapping whose reads are recorded.
+
+    Attributes:
+        values: the mapping itself, for looks that do not count as reading.
+        place: what it is, as people say it ("a turn"), for notes.
+    """
+
+    __slots__ = ("_paths", "_unread", "place", "reading", "values")
+
+    def __init__(self, values: Mapping[str, Any], place: str, reading: Reading) -> None:
+        self.values = values
+        self.place = place
+        self.reading = reading
+        self._unread = set(values)
+        self._paths: list[str] = []
+
+    def get(self, name: str) -> Any:
+        """The value of a key, read; None where it is absent, null or NaN."""
+        self._unread.discard(name)
+        value = self.values.get(name)
+        return None if value is None or is_missing(value) else value
+
+    def find(self, path: str) -> tuple[bool, Any]:
+        """Whether there is a column of this name, and its value, read; dots reach inside ("instances.0.output")."""
+        if path in self.values:
+            return True, self.get(path)
+        found, value = find_column(self.values, path)
+        if found:
+            self._paths.append(path)
+            self._unread.discard(path.partition(".")[0])
+        return found, None if is_missing(value) else value
+
+    def first(self, names: Sequence[str]) -> tuple[str, Any]:
+        """The first of these keys that holds something, read, with its value; ("", None) where none does.
+
+        The others stay unread. Empty values count only where no name holds more.
+        """
+        empty: tuple[str, Any] = ("", None)
+        for name in names:
+            if name in self.values and (value := self.get(name)) is not None:
+                if not (isinstance(value, (str, list, dict)) and not value):
+                    return name, value
+                empty = empty if empty[0] else (name, value)
+        return empty
+
+    def was_read(self, path: str) -> bool:
+        """Whether a column, or a part of it, was read."""
+        return path in self._paths or not (path in self._unread or path.partition(".")[0] in self._unread)
+
+    def drop(self, *names: str) -> None:
+        """Take keys as read that a format's own definition makes irrelevant."""
+        self._unread.difference_update(names)
+
+    def close(self) -> None:
+        """Hand over what was not read."""
+        if self._paths:
+            for head in dict.fromkeys(path.partition(".")[0] for path in self._paths):
+                self._hand_over(_leftovers(head, self.values[head], self._paths))
+        if self._unread:
+            self._hand_over((str(name), self.values[name]) for name in self.values if name in self._unread)
+
+    def _hand_over(self, items: Iterable[tuple[str, Any]]) -> None:
+        for name, value in items:
+            if name in self.reading.ignored or find_fate(name.rpartition(".")[2], value) == "irrelevant":
+                continue
+            self.reading.unread.append((self.place, name, value))
+
+
+def find_column(row: Mapping[str, Any], path: str) -> tuple[bool, Any]:
+    """Whether there is a column of this name, and its value; dots reach into lists and dicts ("instances.0.output")."""
+    if path in row:
+        return True, row[path]
+    value: Any = row
+    for part in path.split("."):
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return False, None
+    return True, value
+
+
+def _leftovers(path: str, value: Any, read: list[str]) -> Iterator[tuple[str, Any]]:
+    """What dotted reads have left of a column, each with its own dotted path."""
+    if path in read:
+        return
+    if not any(one.startswith(path + ".") for one in read):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, below in value.items():
+            yield from _leftovers(f"{path}.{key}", below, read)
+    elif isinstance(value, list):
+        for number, below in enumerate(value):
+            yield from _leftovers(f"{path}.{number}", below, read)

@@ -1,0 +1,84 @@
+"""A single value of a row: missing, text, or JSON inside a text."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from tunesmith.rows.conversation import RowRefused
+from tunesmith.sources.jsontext import load_json
+
+_INFINITE = (math.inf, -math.inf)
+
+
+def is_missing(value: Any) -> bool:
+    """null, or NaN, which Parquet and pandas write for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def as_text(value: Any, what: str) -> str:
+    """A text as it stands, a number as its file spells it, "" for what is missing."""
+    if isinstance(value, str):
+        return value
+    if is_missing(value):
+        return ""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value not in _INFINITE:
+        try:
+            return str(value)
+        except ValueError:  # Python prints integers of so many digits only
+            raise RowRefused(f"{what} is a number of too many digits") from None
+    raise RowRefused(f"{what} is {type(value).__name__}, not text")
+
+
+def show(value: Any) -> str:
+    """A value for a message, of any size and depth."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of too many digits
+        return type(value).__name__
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def parse_json(value: Any, what: str) -> Any:
+    """The value of a JSON text; a value that is no text stays.
+
+    Raises:
+        RowRefused: the text is not JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return load_json(value)
+    except json.JSONDecodeError as error:
+        raise RowRefused(f"{what} is not JSON ({error.msg} at character {error.pos})") from None
+
+
+def plain_numbers(value: Any) -> Any:
+    """JSON with ordinary floats, as templates get them when a model is served; a JsonFloat prints as it was spelled."""
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {key: plain_numbers(below) for key, below in value.items()}
+    if isinstance(value, list):
+        return [plain_numbers(item) for item in value]
+    return value
+
+
+def holds_content(value: Any, with_flags: bool = True) -> bool:
+    """Whether a text that is not blank, as bytes too, or a flag, stands in a value or anywhere below it."""
+    stack, seen = [value], set()
+    while stack:
+        item = stack.pop()
+        if isinstance(item, (Mapping, list, tuple)):
+            if id(item) in seen:  # a row of Python's own may hold itself
+                continue
+            seen.add(id(item))
+        if (with_flags and isinstance(item, bool)) or (isinstance(item, (str, bytes)) and item.strip()):
+            return True
+        if isinstance(item, Mapping):
+            stack.extend(item.values())
+        elif isinstance(item, (list, tuple)):
+            stack.extend(item)
+    return False

@@ -1,0 +1,83 @@
+"""What can go wrong during a run, in one message each, with what still stands and how to go on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tunesmith.config.schema import RunConfig
+from tunesmith.errors import InterruptedRun, RunError, TunesmithError
+from tunesmith.files import NO_ROOM, is_out_of_memory, lacking_memory, system_error
+from tunesmith.runfolder import RUN_FILE
+from tunesmith.train.checkpoint import newest_valid
+from tunesmith.train.loop import Trainer
+
+
+@contextmanager
+def explained_failures(run: Path, config: RunConfig, capacity: int) -> Iterator[list[Trainer]]:
+    """Turn failures into errors that name the last good checkpoint and the command to go on.
+
+    Yields a list that the trainer is put into once there is one.
+    """
+    running: list[Trainer] = []
+
+    def where() -> str:
+        return f"at step {running[0].progress.step}" if running else "before step 1"
+
+    try:
+        yield running
+    except KeyboardInterrupt:
+        if not (run / RUN_FILE).exists():
+            raise
+        raise InterruptedRun(f"interrupted {where()}. {how_to_go_on(run)}") from None
+    except InterruptedRun as stopped:
+        raise InterruptedRun(f"{stopped} {how_to_go_on(run)}") from None
+    except RunError as error:
+        raise RunError(f"{error} {how_to_go_on(run)}") from None
+    except TunesmithError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            text = f"the memory of {lacking_memory(error)} is not enough, {where()}. {explain_memory(config, capacity)}"
+            raise RunError(f"{text} {how_to_go_on(run)}") from error
+        reason = system_error(error)
+        if reason is None:
+            raise
+        raise RunError(f"{explain_system(reason, run, where())} {how_to_go_on(run)}") from error
+
+
+def explain_system(error: OSError, run: Path, where: str) -> str:
+    """What the system refused, to which file, and when."""
+    file = os.fspath(error.filename) if isinstance(error.filename, (str, os.PathLike)) else run
+    if error.errno in NO_ROOM:
+        return f"{run}: no room left on the disk {where}. Make room there."
+    return f"{file}: {error.strerror or error}, {where}."
+
+
+def how_to_go_on(run: Path) -> str:
+    if not (run / RUN_FILE).exists():
+        return "Nothing of it was kept."
+    last, _ = newest_valid(run)
+    stands = f"Last good checkpoint: {last.folder}." if last else "There is no checkpoint yet; it would begin anew."
+    return f"{stands} Go on with: tunesmith resume {run}"
+
+
+def explain_memory(config: RunConfig, capacity: int) -> str:
+    """What to lower and by how much; halving the forward and doubling the accumulation trains the same."""
+    train = config.train
+    half, longest = capacity // 2, config.data.max_seq_len or capacity
+    advice = []
+    if half >= longest:
+        advice.append(
+            f"set train.micro_batch_tokens {half} and train.grad_accum_steps {train.grad_accum_steps * 2} (same step, "
+            "half the activations)"
+        )
+    else:
+        advice.append(f"set data.max_seq_len {longest // 2} and train.micro_batch_tokens {half}")
+    if not train.gradient_checkpointing:
+        advice.append("set train.gradient_checkpointing true")
+    if train.precision != "bf16_pure":
+        advice.append("set train.precision bf16_pure (half the weights and optimizer state)")
+    return f"In this order: {'; '.join(advice)}."

@@ -1,0 +1,72 @@
+"""The RUN folder: made whole or not at all, held by one process at a time, with room for what will be written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from tunesmith.config.schema import RunConfig
+from tunesmith.display import format_bytes
+from tunesmith.errors import TunesmithError
+from tunesmith.model.loss import SupervisedLM
+from tunesmith.runfolder import RUN_FILE
+from tunesmith.staging import is_partial, remove_abandoned
+from tunesmith.train.checkpoint import estimate_bytes
+from tunesmith.train.loop import DEFAULT_SAVE_STEPS
+
+
+def resolve_output(name: str) -> Path:
+    """The RUN folder's real path; it must not exist yet or be empty.
+
+    Raises:
+        TunesmithError: it is in use, or no path at all.
+    """
+    try:
+        output = Path(name).expanduser().resolve()
+        if output.is_dir():
+            remove_abandoned(output, output.name)
+            if any(output.iterdir()):
+                raise TunesmithError(_explain_taken(name, output))
+        elif output.exists():
+            raise TunesmithError(f"{name}: is not a folder; give --output a folder that does not exist yet.")
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: ~somebody without a home; ValueError: NUL
+        reason = getattr(error, "strerror", None) or error
+        raise TunesmithError(f"{name[:80]}: cannot be used as --output: {reason}") from None
+    return output
+
+
+def _explain_taken(name: str, output: Path) -> str:
+    if (output / RUN_FILE).exists() and not any((output / name).exists() for name in ("model", "adapter")):
+        return (
+            f"{name}: holds a run that has not finished. Go on with it: tunesmith resume {name}. Or give --output a "
+            "new folder."
+        )
+    if any(is_partial(path, output.name) for path in output.iterdir()):
+        return f"{name}: another process prepares a run there. Let it end first, or give --output a new folder."
+    what = "holds another run" if (output / "config.yaml").exists() else "is not empty"
+    return f"{name}: {what}; give --output a new folder, or remove this one."
+
+
+def require_room(folder: Path, lm: SupervisedLM, config: RunConfig, total_steps: int) -> str:
+    """What will be written, for the summary.
+
+    Raises:
+        TunesmithError: there is no room for one checkpoint and the model.
+    """
+    one, weights = estimate_bytes(lm)
+    free = shutil.disk_usage(folder).free
+    train = config.train
+    if free < one + weights:
+        raise TunesmithError(
+            f"{train.output_dir}: a checkpoint and the model take about {format_bytes(one + weights)}, and "
+            f"{format_bytes(free)} are free there. Make room, or give --output another disk."
+        )
+    line = f"checkpoints of about {format_bytes(one)} each, {train.keep_checkpoints} kept"
+    count = min(train.keep_checkpoints + 1, -(-total_steps // (train.save_steps or DEFAULT_SAVE_STEPS)))
+    needed = one * (count + bool(train.eval_steps)) + weights
+    if free < needed:
+        line += (
+            f"; {format_bytes(free)} are free, less than the {format_bytes(needed)} that the run may come to need: "
+            "lower train.keep_checkpoints"
+        )
+    return line

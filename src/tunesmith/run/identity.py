@@ -1,0 +1,247 @@
+"""What a run is made of, kept with it, so that it never goes on as another run without somebody meaning it.
+
+What changes the mathematics refuses to go on and is named; what does not (log lines, trackers, how often is saved) is
+taken over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from tunesmith.adapters.base import hub_commit
+from tunesmith.config.schema import DataSection, RunConfig
+from tunesmith.encode.encoder import Encoder
+from tunesmith.errors import ModelError, TunesmithError
+from tunesmith.files import sha256_ends, sha256_file, sha256_text
+from tunesmith.model.source import find_model
+from tunesmith.sources.read import find_sources
+
+PARTS = (
+    "data", "template", "tokenizer", "model", "optimizer", "lora", "schedule", "batch", "seed", "precision", "versions",
+)  # fmt: skip
+RELABELS = ("data", "template", "tokenizer")  # what the tokens on disk were made with
+_WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "pytorch_model*.bin")
+_PACKAGES = ("torch", "transformers", "tokenizers", "peft")
+_FREE = (  # keys that change nothing of what is learnt
+    "train.output_dir", "train.log_steps", "train.eval_steps", "train.save_steps", "train.save_minutes",
+    "train.keep_checkpoints", "train.early_stop_patience", "train.on_nonfinite", "train.trackers",
+    "train.gradient_checkpointing", "train.epochs", "train.max_steps",
+)  # fmt: skip
+_BY_HASH = (  # names of things that are compared by what they hold
+    "model.path", "model.tokenizer", "model.add_tokens", "model.revision", "model.config", "model.trust_remote_code",
+    "data.train", "data.eval", "data.chat_template", "data.template_kwargs",
+)  # fmt: skip
+_KEYS = {
+    "train.micro_batch_tokens": "batch",
+    "train.grad_accum_steps": "batch",
+    "train.seed": "seed",
+    "train.precision": "precision",
+    "train.compile": "precision",
+    "train.deterministic": "precision",
+    "optim.schedule": "schedule",
+    "optim.warmup_ratio": "schedule",
+    "optim.warmup_steps": "schedule",
+    "optim.min_lr_ratio": "schedule",
+}
+
+
+def describe_run(
+    config: RunConfig, encoder: Encoder, model_config: PretrainedConfig, files: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Hashes, settings and versions, as JSON.
+
+    Args:
+        files: from `describe_files`.
+    """
+    template = encoder.template
+    own = {k: v for k, v in model_config.to_dict().items() if not k.startswith("_") and k not in _VOLATILE}
+    return {
+        "data": files,
+        "template": sha256_text(json.dumps([template.text, dict(template.kwargs)]) if template else "none"),
+        "tokenizer": sha256_text(
+            encoder.tokenizer.backend_tokenizer.to_str() + json.dumps(encoder.tokenizer.special_tokens_map, default=str)
+        ),
+        "model": sha256_text(json.dumps(own, sort_keys=True, default=str)),
+        "weights": describe_weights(config),
+        "config": config.model_dump(mode="json"),
+        "threads": torch.get_num_threads(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+_VOLATILE = ("transformers_version", "dtype", "torch_dtype", "attn_implementation", "use_cache")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def describe_weights(config: RunConfig) -> dict[str, Any]:
+    """The files of a local model, by size, time and SHA-256 of their ends; the commit of a hub model."""
+    source = find_model(config.model.path)
+    if source.kind == "preset":
+        return {}
+    if source.kind == "hub":
+        return {source.name: hub_commit(source.name, source.revision or config.model.revision)}
+    folders = [Path(source.name), *([source.adapter] if source.adapter else [])]
+    files = [path for folder in folders for pattern in _WEIGHTS for path in sorted(folder.glob(pattern))]
+    for path in files:
+        if not path.exists():
+            raise ModelError(f"{path}: a link to {os.readlink(path)}, which does not exist. Put that file back.")
+    return {str(path.resolve()): {"size": path.stat().st_size, "ends": sha256_ends(path)} for path in files}
+
+
+def describe_files(data: DataSection) -> dict[str, list[dict[str, Any]]]:
+    """Every file that is read, in order, with its size, time and SHA-256; hub data by name."""
+    described: dict[str, list[dict[str, Any]]] = {}
+    for part, names in (("train", data.train), ("eval", data.eval or [])):
+        sources = find_sources(names)
+        described[part] = [_describe_file(path) for path in sources.files]
+        described[part] += [{"hub": list(name)} for name in sources.hub]
+    return described
+
+
+def _describe_file(path: Path) -> dict[str, Any]:
+    stat = path.stat()
+    return {
+        "path": str(path.resolve()),
+        "size": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+        "sha256": sha256_file(path),
+    }
+
+
+def describe_store(folder: Path) -> dict[str, str]:
+    """SHA-256 of the token store's files."""
+    return {file.name: sha256_file(file) for file in sorted(folder.iterdir())}
+
+
+def compare_files(before: Mapping[str, Any], names: DataSection) -> tuple[list[str], list[str]]:
+    """Files that are no longer what they were when the run began: reasons to refuse, and remarks.
+
+    A file whose size and time are as they were is not read again; one that is gone is only remarked on, since the run
+    has its tokens.
+    """
+    refusals, notes = [], []
+    for part in ("train", "eval"):
+        for entry in before[part]:
+            if "hub" in entry:
+                continue
+            path = Path(entry["path"])
+            if not path.is_file():
+                notes.append(f"{path} is gone; the run's own copy of its tokens is used")
+                continue
+            stat = path.stat()
+            if (stat.st_size, stat.st_mtime_ns) == (entry["size"], entry["mtime_ns"]):
+                continue
+            if stat.st_size != entry["size"] or sha256_file(path) != entry["sha256"]:
+                refusals.append(f"data: {path} has changed since the run began")
+    given = [str(path.resolve()) for path in find_named(names)]
+    had = [entry["path"] for part in ("train", "eval") for entry in before[part] if "path" in entry]
+    if given and set(given) != {path for path in had if Path(path).exists()}:
+        new = sorted(set(given) - set(had)) or sorted(set(had) - set(given))
+        refusals.append(f"data: other files are named than when the run began ({new[0]})")
+    return refusals, notes
+
+
+def find_named(data: DataSection) -> list[Path]:
+    """The files that the names stand for today; none where one of them is gone."""
+    try:
+        return [*find_sources(data.train).files, *find_sources(data.eval or []).files]
+    except TunesmithError:
+        return []
+
+
+def compare_runs(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """(reasons to refuse, each beginning with its part, as in "template: ..."; remarks)."""
+    refusals, notes = [], []
+    refusals += _compare_weights(before.get("weights", {}), now["weights"])
+    for part in ("template", "tokenizer", "model"):
+        if before[part] != now[part]:
+            what = {"template": "the chat template", "tokenizer": "the tokenizer", "model": "the model's config"}[part]
+            refusals.append(f"{part}: {what} is not the one that the run began with")
+    old, new = flatten(before["config"]), flatten(now["config"])
+    for key in sorted(set(old) | set(new)):
+        if old.get(key) == new.get(key) or any(f"{key}.".startswith(f"{name}.") for name in _BY_HASH):
+            continue
+        change = f"{key} {_show(old.get(key))} -> {_show(new.get(key))}"
+        if key in _FREE:
+            if key not in ("train.output_dir", "train.epochs", "train.max_steps"):
+                notes.append(f"taken over: {change}")
+        else:
+            part = _KEYS.get(key) or {"optim": "optimizer", "lora": "lora", "data": "data", "model": "model"}.get(
+                key.split(".")[0]
+            )
+            refusals.append(f"{part or 'batch'}: {change}")
+    for name, version in before["versions"].items():
+        if _minor(version) != _minor(now["versions"].get(name)):
+            refusals.append(f"versions: {name} {version} -> {now['versions'].get(name)}")
+        elif version != now["versions"].get(name):
+            notes.append(f"{name} {version} -> {now['versions'].get(name)}: a patch release, taken over")
+    return refusals, notes
+
+
+def _compare_weights(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """By what the files hold, for a model may lie elsewhere now."""
+    names = {os.path.basename(name) for name in now}
+    for name, was in before.items():
+        if isinstance(was, Mapping):
+            if was not in now.values():
+                is_there = os.path.basename(name) in names
+                what = "has changed since the run began" if is_there else "is not part of the model now"
+                yield f"model: {name} {what}"
+        elif was is not None and now.get(name) != was:  # None: earlier versions did not know a hub model's commit
+            yield f"model: {name} has changed since the run began (--model.revision {was} is what it was)"
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"seed": 0}} -> {"train.seed": 0}."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _minor(version: str | None) -> str | None:
+    return ".".join(version.split(".")[:2]) if version else None
+
+
+def _show(value: Any) -> str:
+    return "unset" if value is None else str(value)
+
+
+def refuse_changes(refusals: Sequence[str], allowed: Sequence[str], run: Path, again: str) -> list[str]:
+    """The parts that are changed and allowed to be.
+
+    Args:
+        again: the command as it was typed.
+
+    Raises:
+        TunesmithError: for the others, all of them at once.
+    """
+    forbidden = [line for line in refusals if line.split(":")[0] not in allowed]
+    if forbidden:
+        parts = " ".join(dict.fromkeys(line.split(":")[0] for line in forbidden))
+        lines = "\n".join(f"  {line}" for line in forbidden)
+        raise TunesmithError(
+            f"{run}: it would not go on as the run that it was:\n{lines}\n"
+            f"Put back what has changed, or, if it is meant: {again} --allow {parts}"
+        )
+    return sorted({line.split(":")[0] for line in refusals})
+
+
+def run_id(output: Path, date: str) -> str:
+    """A name for trackers that stays the same when the run goes on."""
+    return hashlib.sha256(f"{os.fspath(output)}{date}".encode()).hexdigest()[:12]

@@ -1,0 +1,167 @@
+"""Arrow tables (Parquet, save_to_disk, hub data sets) -> rows, without the keys that Arrow itself added.
+
+Arrow gives all structs of a column the same keys: one that a row did not have becomes null. Such nulls are taken out
+again below the top-level columns. A null in an Arrow map, or in JSON text, was in the data and stays.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.errors import DataError
+from tunesmith.sources.datafile import DataFile
+from tunesmith.sources.jsontext import DuplicateKey, find_repeated, load_json
+from tunesmith.sources.rowsize import BYTES_PER_MB, bound_row
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_BATCH_ROWS = 256
+
+NumberedRow = tuple[int, Any]
+_Clean = Callable[[Any], Any]
+
+
+def read_parquet(file: DataFile) -> Iterator[NumberedRow]:
+    import pyarrow.parquet as pq  # slow to import, needed by few
+
+    if file.is_gzip:
+        raise DataError(f"{file.path}: a gzipped Parquet file. Parquet is compressed inside; unpack it with gunzip.")
+
+    def read() -> Iterator[pa.RecordBatch]:
+        with pq.ParquetFile(file.path) as table:
+            yield from table.iter_batches(batch_size=_BATCH_ROWS)
+
+    return read_batches(str(file.path), read(), file.max_row_mb)
+
+
+def read_arrow(file: DataFile) -> Iterator[NumberedRow]:
+    """What `datasets` writes (an Arrow stream), or an Arrow file with an index (Feather)."""
+    import pyarrow as pa
+
+    if file.is_gzip:
+        raise DataError(f"{file.path}: a gzipped Arrow file. Unpack it with gunzip.")
+
+    def read() -> Iterator[pa.RecordBatch]:
+        with pa.memory_map(str(file.path)) as source:
+            if source.read(6) == b"ARROW1":
+                reader = pa.ipc.open_file(source)
+                batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
+            else:
+                source.seek(0)
+                batches = pa.ipc.open_stream(source)
+            for batch in batches:
+                batch.validate(full=True)  # a stream has no checksum, and a bad offset would read foreign memory
+                yield batch
+
+    return read_batches(str(file.path), read(), file.max_row_mb)
+
+
+def read_batches(name: str, batches: Iterable[pa.RecordBatch | pa.Table], max_row_mb: float) -> Iterator[NumberedRow]:
+    """Rows of the batches, which all have one schema.
+
+    Raises:
+        DataError: the bytes are damaged, two columns have one name, or a value has no counterpart in Python.
+    """
+    import pyarrow as pa
+
+    number = 0
+    clean: _Clean | None = None
+    try:
+        for batch in batches:
+            clean = clean or _clean_row(name, batch.schema)
+            is_small = batch.nbytes <= max_row_mb * BYTES_PER_MB
+            for start in range(0, batch.num_rows, _BATCH_ROWS):
+                for row in batch.slice(start, _BATCH_ROWS).to_pylist():
+                    number += 1
+                    value = clean(row)
+                    yield number, value if is_small else bound_row(value, max_row_mb)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{name}:{number}: {error.msg} (in a JSON column). Mend or remove the row.") from None
+    except (pa.ArrowException, ValueError, TypeError, LookupError, ArithmeticError, RecursionError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        place = f" after row {number}" if number else ""
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{name}: not readable{place}: {first[:300]}. Write or download the file again.") from None
+
+
+def _clean_row(name: str, schema: pa.Schema) -> _Clean:
+    repeated = find_repeated(schema.names)
+    if repeated is not None:
+        raise DataError(f"{name}: two columns are both named {repeated!r}. Give each column a name of its own.")
+    cleaners = {field.name: clean for field in schema if (clean := _cleaner(name, field.name, field.type))}
+
+    def clean_row(row: dict[str, Any]) -> dict[str, Any]:
+        for column, clean in cleaners.items():
+            row[column] = clean(row[column])
+        return row
+
+    return clean_row
+
+
+def _cleaner(file: str, column: str, kind: pa.DataType) -> _Clean | None:
+    """What turns a Python value of this type into what was written; None where that is the value itself."""
+    import pyarrow as pa
+
+    types = pa.types
+    if isinstance(kind, pa.BaseExtensionType):
+        return _load_text if kind.extension_name == "arrow.json" else _cleaner(file, column, kind.storage_type)
+    if types.is_struct(kind):
+        names = [field.name for field in kind]
+        repeated = find_repeated(names)
+        if repeated is not None:
+            raise DataError(f"{file}: column {column} has two fields named {repeated!r}. Rename or remove one of them.")
+        return _clean_struct({field.name: _cleaner(file, column, field.type) for field in kind})
+    if types.is_map(kind):
+        return _clean_map(_cleaner(file, column, kind.item_type))
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind) or _is_list_view(kind):
+        return _clean_list(_cleaner(file, column, kind.value_type))
+    if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
+        return _cleaner(file, column, kind.value_type)
+    return None
+
+
+def _is_list_view(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind))
+
+
+def _load_text(value: str | None) -> Any:
+    return None if value is None else load_json(value)
+
+
+def _clean_struct(cleaners: dict[str, _Clean | None]) -> _Clean:
+    def clean_struct(value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is None:
+            return None
+        return {
+            key: clean(item) if (clean := cleaners[key]) else item for key, item in value.items() if item is not None
+        }
+
+    return clean_struct
+
+
+def _clean_map(clean_item: _Clean | None) -> _Clean:
+    def clean_map(pairs: list[tuple[Any, Any]] | None) -> dict[Any, Any] | None:
+        if pairs is None:
+            return None
+        repeated = find_repeated(key for key, _ in pairs)
+        if repeated is not None:
+            raise DuplicateKey(f"the key {repeated!r} stands twice in one map", "", 0)
+        return {key: clean_item(item) if clean_item else item for key, item in pairs}
+
+    return clean_map
+
+
+def _clean_list(clean_item: _Clean | None) -> _Clean | None:
+    if clean_item is None:
+        return None
+
+    def clean_list(items: list[Any] | None) -> list[Any] | None:
+        return None if items is None else [clean_item(item) for item in items]
+
+    return clean_list

@@ -1,0 +1,181 @@
+"""One file of data: its bytes, its text in the encoding that the person named, its lines in bounded memory."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from tunesmith.config.schema import explain_encoding
+from tunesmith.errors import DataError
+from tunesmith.sources.rowsize import BYTES_PER_MB, RowTooLarge, count_bytes
+
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv", ".xlsx", ".txt", ".md")
+_PIECE = 1 << 20
+_HEAD = 4096
+_DAMAGED = (OSError, EOFError, zlib.error)
+_UNDECODED = "\udfff"  # no codec gives half a character, so it marks the places that could not be decoded
+
+
+def container_of(path: Path) -> str | None:
+    """The ending that says how a file is written, without .gz; None if unknown."""
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    return suffix if suffix in SUFFIXES else None
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """A file and how to read it."""
+
+    path: Path
+    encoding: str
+    max_row_mb: float
+
+    @property
+    def container(self) -> str | None:
+        return container_of(self.path)
+
+    @property
+    def max_row_bytes(self) -> int:
+        return int(self.max_row_mb * BYTES_PER_MB)
+
+    @property
+    def is_gzip(self) -> bool:
+        with self.path.open("rb") as file:
+            return file.read(2) == b"\x1f\x8b"
+
+    @property
+    def holds_small_rows_only(self) -> bool:
+        """Whether the whole file is smaller than a row may be; UTF-16 can grow by half in UTF-8."""
+        return 2 * self.path.stat().st_size <= self.max_row_bytes and not self.is_gzip
+
+    def open_bytes(self) -> IO[bytes]:
+        return gzip.open(self.path, "rb") if self.is_gzip else self.path.open("rb")  # type: ignore[return-value]
+
+    def open_text(self, newline: str | None = None, errors: str = "strict") -> io.TextIOWrapper:
+        """The text without its byte order mark."""
+        problem = explain_encoding(self.encoding)
+        if problem:
+            raise DataError(f"data.encoding: {problem}")
+        file = self.open_bytes()
+        mark = _byte_order_mark(self.encoding)
+        head = file.peek(_HEAD)[:_HEAD]  # type: ignore[attr-defined]
+        if mark and head.startswith(mark):
+            file.read(len(mark))
+        elif (wide := _wide_encoding(head)) and len("a".encode(self.encoding)) == 1:
+            file.close()
+            raise DataError(_not_text(self, f"its first bytes are those of {wide}", [wide]))
+        return io.TextIOWrapper(file, encoding=self.encoding, errors=errors, newline=newline)
+
+    def read_lines(self) -> Iterator[str | RowTooLarge]:
+        """Every line; of one that is longer than the bound only its size."""
+        with self.open_text() as file:
+            bound = self.max_row_bytes
+            while line := file.readline(bound + 1):
+                if 4 * len(line) <= bound or (size := count_bytes(line)) <= bound:
+                    yield line
+                    continue
+                while not line.endswith("\n") and (line := file.readline(_PIECE)):
+                    size += count_bytes(line)
+                yield RowTooLarge(size, self.max_row_mb)
+
+
+def _byte_order_mark(encoding: str) -> bytes:
+    """The mark that the codec itself would leave in the text."""
+    try:
+        return "\ufeff".encode(encoding)
+    except UnicodeError:
+        return b""
+
+
+def explain_undecodable(file: DataFile, error: UnicodeError) -> DataError:
+    """Where the text is not in the encoding, and which encodings it may have."""
+    number, line = _find_undecodable(file)
+    place = f" in line {number}" if number else ""
+    byte = f"byte 0x{error.object[error.start]:02x}" if isinstance(error, UnicodeDecodeError) else str(error)
+    return DataError(_not_text(file, byte + place, _likely_encodings(file, line)))
+
+
+def _not_text(file: DataFile, why: str, likely: list[str]) -> str:
+    flags = " or ".join(f"--data.encoding {name}" for name in likely)
+    advice = f"Try {flags}, or save the file as UTF-8." if flags else "Save the file as UTF-8."
+    return f"{file.path}: not {file.encoding.upper()} text ({why}). {advice}"
+
+
+def _find_undecodable(file: DataFile) -> tuple[int, bytes]:
+    """Number and bytes of the first line (at most a piece of it) that cannot be decoded; 0 where there is none."""
+    codecs.register_error("tunesmith.mark", _mark_undecoded)
+    try:
+        with file.open_text(newline="\n", errors="tunesmith.mark") as text:
+            number = 1
+            while line := text.readline(_PIECE):
+                if _UNDECODED in line:
+                    return number, _nth_line(file, number)
+                number += line.endswith("\n")
+    except (*_DAMAGED, UnicodeError):
+        pass
+    return 0, b""
+
+
+def _mark_undecoded(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return _UNDECODED, error.end
+
+
+def _nth_line(file: DataFile, number: int) -> bytes:
+    with file.open_bytes() as lines:
+        found = 1
+        while line := lines.readline(_PIECE):
+            if found == number:
+                return line
+            found += line.endswith(b"\n")
+    return b""
+
+
+def _likely_encodings(file: DataFile, line: bytes) -> list[str]:
+    """Encodings other than the one given in which the line that failed can be read, the likeliest first."""
+    head = b""
+    with contextlib.suppress(*_DAMAGED), file.open_bytes() as opened:
+        head = opened.read(_HEAD)
+    wide = _wide_encoding(head)
+    if wide:
+        return [wide] if wide != file.encoding.lower() else []
+    texts = {name: _decode(line, name) for name in ("utf-8", "gb18030", "cp1252") if name != file.encoding.lower()}
+    likely = [name for name, text in texts.items() if text is not None]
+    if texts.get("gb18030") and not _is_mostly_chinese(texts["gb18030"]):
+        likely.sort(key=lambda name: name == "gb18030")
+    return likely
+
+
+def _wide_encoding(head: bytes) -> str:
+    """UTF-16 or UTF-32 where the first bytes show it; else empty."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    if head.count(0) * 4 <= len(head):  # Latin text has a zero in every other byte
+        return ""
+    return "utf-16-be" if head[::2].count(0) > head[1::2].count(0) else "utf-16-le"
+
+
+def _decode(line: bytes, encoding: str) -> str | None:
+    """None where the line is not text of this encoding; it may end inside a character."""
+    try:
+        return codecs.getincrementaldecoder(encoding)().decode(line)
+    except UnicodeError:
+        return None
+
+
+def _is_mostly_chinese(text: str | None) -> bool:
+    foreign = [char for char in text or "" if not char.isascii()]
+    chinese = [
+        char for char in foreign if "\u4e00" <= char <= "\u9fff" or "\u3000" <= char <= "\u303f" or char > "\uff00"
+    ]
+    return 2 * len(chinese) > len(foreign)

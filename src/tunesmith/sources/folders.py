@@ -1,0 +1,158 @@
+"""A folder of data -> the files to read: its layout, its splits, and what `datasets.save_to_disk` wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import DataError
+from tunesmith.reading import read_text
+from tunesmith.sources.datafile import SUFFIXES, container_of
+
+TEXT_SUFFIXES = (".txt", ".md")
+_SPLITS = {
+    "train": "train", "training": "train", "test": "test", "testing": "test", "eval": "eval", "evaluation": "eval",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+}  # fmt: skip
+_SPLIT_WORD = re.compile(rf"(?:^|[-_. \d])({'|'.join(_SPLITS)})(?:[-_. \d]|$)")
+_ABOUT_DATA = ("README", "LICENSE", "LICENCE", "CHANGELOG", "REQUIREMENTS")
+
+
+def read_folder(folder: Path, split: str | None) -> tuple[list[Path], list[Path]]:
+    """Files to read, and what the folder holds besides.
+
+    Raises:
+        DataError: no data, no such split, or only splits that no training should read unasked.
+    """
+    if is_run(folder):
+        raise DataError(f"{folder}: is a run of tunesmith, not data. Name the files or the folder that it was made of.")
+    saved = _saved_files(folder)
+    if saved is not None:
+        chosen = _choose_split(saved, folder, split)
+        return chosen, sorted({*saved} - {*chosen})
+    files, subfolders = _list_folder(folder)
+    data = pick_data_files(files)
+    if not data:
+        names = ", ".join(path.name for path in subfolders[:4])
+        hint = f" Its subfolders ({names}) are not looked into: name them, or {folder}/**/*.jsonl." if names else ""
+        raise DataError(f"{folder}: the folder holds no data file ({', '.join(SUFFIXES)}, plain or .gz).{hint}")
+    chosen = [refuse_broken_link(path) for path in _choose_split(data, folder, split)]
+    return chosen, sorted({*files, *subfolders} - {*chosen})
+
+
+def refuse_broken_link(path: Path) -> Path:
+    if not path.exists():
+        raise DataError(f"{path}: a link to {os.readlink(path)}, which does not exist. Mend or remove the link.")
+    return path
+
+
+def has_card_with_configs(folder: Path) -> bool:
+    """A clone of a hub data set whose README says which files are which; `datasets` obeys it."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return False
+    head = card.read_text(encoding="utf-8", errors="replace")[:20_000]
+    return head.startswith("---") and bool(re.search(r"^configs:", head, re.MULTILINE))
+
+
+def _saved_files(folder: Path) -> list[Path] | None:
+    """The files of a Dataset or DatasetDict written by `datasets.save_to_disk`, each shard; None for other folders."""
+    splits = load_object(folder / "dataset_dict.json").get("splits")
+    if isinstance(splits, list):
+        parts = [folder / str(name) for name in splits]
+    elif (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        parts = [folder]
+    else:
+        return None
+    files = []
+    for part in parts:
+        shards = load_object(part / "state.json").get("_data_files")
+        names = (
+            [shard.get("filename") for shard in shards if isinstance(shard, dict)] if isinstance(shards, list) else []
+        )
+        if part == folder and not names:
+            return None
+        files += [part / name for name in names if isinstance(name, str)]
+    missing = [path for path in files if not path.is_file()]
+    if missing or not files:
+        what = missing[0] if missing else folder / "state.json"
+        raise DataError(f"{what}: missing or empty, though the folder was written by save_to_disk. Copy it again.")
+    return files
+
+
+def load_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a small file; empty where there is no such thing."""
+    try:
+        value = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is what `train` made as --output."""
+    return all((folder / name).is_file() for name in ("run.json", "data_ledger.json", "config.yaml"))
+
+
+def _list_folder(folder: Path, depth: int = 0) -> tuple[list[Path], list[Path]]:
+    """Files of a folder and of its layout (data/, train/, data/train/); and the other subfolders."""
+    files, subfolders = [], []
+    try:
+        for path in sorted(folder.iterdir()):
+            if path.name.startswith("."):
+                continue
+            if not path.is_dir():
+                files.append(path)
+            elif is_run(path):
+                subfolders.append(path)  # its metrics and ledger are JSON too, and no data
+            elif depth < 2 and (path.name.lower() == "data" or _SPLIT_WORD.search(path.name.lower())):
+                files_below, subfolders_below = _list_folder(path, depth + 1)
+                files += files_below
+                subfolders += subfolders_below
+            else:
+                subfolders.append(path)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror}.") from None
+    return files, subfolders
+
+
+def pick_data_files(files: list[Path]) -> list[Path]:
+    """Texts are data only where there is nothing else: beside rows they are notes about them."""
+    data = [
+        p
+        for p in files
+        if container_of(p) and (p.is_file() or p.is_symlink()) and not p.name.upper().startswith(_ABOUT_DATA)
+    ]
+    return [p for p in data if container_of(p) not in TEXT_SUFFIXES] or data
+
+
+def _choose_split(files: list[Path], folder: Path, split: str | None) -> list[Path]:
+    """The files to read: those of the split asked for, else whatever no name holds back from training."""
+    named = [path for path in files if split is not None and path.relative_to(folder).parts[:-1] == (split,)]
+    if named:
+        return named
+    splits: dict[str | None, list[Path]] = {}
+    for path in files:
+        splits.setdefault(_split_named_by(path.relative_to(folder)), []).append(path)
+    names = ", ".join(sorted(name for name in splits if name))
+    if split is not None:
+        chosen = splits.get(_SPLITS.get(split.lower(), split))
+        if not chosen:
+            raise DataError(f"{folder}: no file of the split {split!r}. Splits found: {names or 'none'}.")
+        return chosen
+    if len(splits) == 1 or splits.keys() == {"train", None}:
+        return files
+    chosen = splits.get("train") or splits.get(None)
+    if not chosen:
+        example = next(iter(splits))
+        raise DataError(f"{folder}: holds only the splits {names}. Name the one to read, as in {folder}:{example}.")
+    return chosen
+
+
+def _split_named_by(path: Path) -> str | None:
+    """The split that a file or one of the folders above it is named after; the outermost name counts."""
+    words = (_SPLIT_WORD.search(part.lower()) for part in path.parts)
+    return next((_SPLITS[word[1]] for word in words if word), None)

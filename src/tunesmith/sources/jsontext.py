@@ -1,0 +1,122 @@
+"""JSON text -> values: floats keep their spelling, a key given twice is an error, one kind of error for all."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+_STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{\]}]', re.DOTALL)
+_COLON = re.compile(r"\s*:")
+
+
+class JsonFloat(float):
+    """A float whose str() is its spelling in the file: "3.0", "1e5", "0.10". repr() and json.dumps are float's own."""
+
+    __slots__ = ("text",)
+    text: str
+
+    def __new__(cls, text: str) -> JsonFloat:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __getnewargs__(self) -> tuple[str]:  # type: ignore[override]  # copy and pickle keep the spelling
+        return (self.text,)
+
+
+class DuplicateKey(json.JSONDecodeError):
+    """A key given twice in one object, of which Python would keep the last."""
+
+
+class _Duplicate(ValueError):
+    """Raised inside the decoder, which does not tell its hooks the place."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+def find_repeated(names: Iterable[str]) -> str | None:
+    """The first name that stands for the second time."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise _Duplicate(find_repeated(key for key, _ in pairs) or "")
+    return value
+
+
+_DECODER = json.JSONDecoder(parse_float=JsonFloat, object_pairs_hook=_object_of)
+
+
+def load_json(text: str) -> Any:
+    """The value of a JSON text; its floats are JsonFloat.
+
+    Raises:
+        JSONDecodeError: with the place; also where Python itself raises errors of other kinds.
+        DuplicateKey: a JSONDecodeError too.
+    """
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError:
+        raise
+    except _Duplicate as duplicate:
+        key = duplicate.key if len(duplicate.key) <= 80 else duplicate.key[:77] + "..."
+        raise DuplicateKey(f"the key {key!r} stands twice in one object", text, _find_duplicate(text)) from None
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", text, _deepest(text)) from None
+    except ValueError:  # from int(), which takes only so many digits
+        limit = sys.get_int_max_str_digits()
+        number = re.search(rf"\d{{{limit + 1},}}", text)
+        reason = f"a number of more than {limit} digits"
+        raise json.JSONDecodeError(reason, text, number.start() if number else 0) from None
+
+
+def _find_duplicate(text: str) -> int:
+    """Where a key stands for the second time in its object."""
+    keys_above: list[set[str]] = []  # of each bracket that is open; a list's set stays empty
+    for found in _STRING_OR_BRACKET.finditer(text):
+        mark = found.group()
+        if mark in ("[", "{"):
+            keys_above.append(set())
+        elif mark in ("]", "}"):
+            keys_above.pop()
+        elif _COLON.match(text, found.end()):
+            key = json.loads(mark, strict=False)
+            if key in keys_above[-1]:
+                return found.start()
+            keys_above[-1].add(key)
+    return 0
+
+
+def _deepest(text: str) -> int:
+    """Where the innermost bracket stands."""
+    depth = greatest = place = 0
+    for found in _STRING_OR_BRACKET.finditer(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found.group(), 0)
+        if depth > greatest:
+            greatest, place = depth, found.start()
+    return place
+
+
+def parse_json_list(value: Any) -> Any:
+    """The list that a JSON text holds, as CSV keeps lists of turns; any other value stays."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return load_json(value)
+        except json.JSONDecodeError:
+            return value
+    return value

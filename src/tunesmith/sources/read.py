@@ -1,0 +1,196 @@
+"""Files, folders, globs and hub ids -> rows with their place."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import DataError
+from tunesmith.sources.arrow import read_batches
+from tunesmith.sources.containers import read_file
+from tunesmith.sources.datafile import container_of
+from tunesmith.sources.dataset_info import Entry, convert_rows, find_entry, list_entries
+from tunesmith.sources.folders import has_card_with_configs, pick_data_files, read_folder, refuse_broken_link
+from tunesmith.sources.rowsize import DEFAULT_MAX_ROW_MB
+
+_HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))??(?::(?P<split>[\w.+-]+(?:\[[\d%:-]*\])?))?")
+
+
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """A row as the file holds it, or as an entry of dataset_info.json reads it.
+
+    `number` is 1-based: the first line of a JSON Lines or CSV row, else the item. `value` is a RowTooLarge where the
+    row is larger than data.max_row_mb.
+    """
+
+    file: str
+    number: int
+    value: Any
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}:{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """What the names given by a person stand for.
+
+    Attributes:
+        files: files to read, in order.
+        hub: (path or id, config, split) for `datasets`, read after the files.
+        entries: how to read a file, by its place in `files`, where a dataset_info.json says it.
+        hub_entries: the same for `hub`.
+        passed_over: what a folder holds besides: other splits, pictures, licences, subfolders not looked into.
+    """
+
+    files: list[Path] = field(default_factory=list)
+    hub: list[tuple[str, str | None, str]] = field(default_factory=list)
+    entries: dict[int, Entry] = field(default_factory=dict)
+    hub_entries: dict[int, Entry] = field(default_factory=dict)
+    passed_over: list[Path] = field(default_factory=list)
+
+
+def find_sources(names: Iterable[str]) -> Sources:
+    """Look up every name before a row is read.
+
+    Raises:
+        DataError: a name stands for nothing; similar names nearby are offered.
+    """
+    sources = Sources()
+    for name in names:
+        if not name.strip():
+            raise DataError("an empty data name. Give a file, a folder, a pattern or a hub id (owner/name).")
+        path = Path(os.path.expanduser(name))
+        if path.is_dir():
+            _add_folder(path, None, None, sources)
+        elif path.exists() or path.is_symlink():
+            sources.files.append(refuse_broken_link(path))
+        elif in_folder := _split_of_folder(name):
+            _add_folder(*in_folder, sources)
+        elif any(mark in name for mark in "*?[") and not _HUB_ID.fullmatch(name):  # owner/name:train[:100] is a hub id
+            found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if not p.is_dir())
+            if not found:
+                raise DataError(f"{name}: no file matches this pattern. Check the folder and the ending.")
+            sources.files.extend(refuse_broken_link(p) for p in found)
+        else:
+            hub = _HUB_ID.fullmatch(name)
+            if not hub or _looks_like_path(name):
+                raise DataError(f"{name}: no such file or folder.{_similar(path)} A hub data set is named owner/name.")
+            sources.hub.append((hub["id"], hub["config"], hub["split"] or "train"))
+    return sources
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or container_of(Path(name)) is not None or Path(name).parent.is_dir()
+
+
+def _similar(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" There is no folder {path.parent} either."
+    close = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1, cutoff=0.6)
+    return f" Did you mean {path.parent / close[0]}?" if close else ""
+
+
+def _split_of_folder(name: str) -> tuple[Path, str | None, str] | None:
+    """Folder, config and split of "folder:split" or "folder:config:split", where there is such a folder."""
+    head, _, split = name.rpartition(":")
+    folder, _, config = head.rpartition(":")
+    for path, chosen in ((head, None), (folder, config)):
+        if path and split and Path(os.path.expanduser(path)).is_dir():
+            return Path(os.path.expanduser(path)), chosen, split
+    return None
+
+
+def _add_folder(folder: Path, config: str | None, split: str | None, sources: Sources) -> None:
+    """`split` may also be the name of a data set in the folder's dataset_info.json."""
+    entries = list_entries(folder)
+    if split in entries and config is None:
+        _add_entry(folder, find_entry(folder, split), sources)
+    elif has_card_with_configs(folder):
+        sources.hub.append((str(folder), config, split or "train"))
+    elif config is not None:
+        raise DataError(f"{folder}: has no config {config!r}: no README.md in it lists any. Name it {folder}:{split}.")
+    elif entries:
+        _add_entry(folder, find_entry(folder, split), sources)
+    else:
+        files, passed_over = read_folder(folder, split)
+        sources.files.extend(files)
+        sources.passed_over.extend(passed_over)
+
+
+def _add_entry(folder: Path, entry: Entry, sources: Sources) -> None:
+    if entry.hub is not None:
+        sources.hub_entries[len(sources.hub)] = entry
+        sources.hub.append(entry.hub)
+        return
+    path = folder / entry.file_name
+    if path.is_dir():
+        files = pick_data_files(sorted(path.iterdir()))
+    else:
+        files = [path] if path.exists() or path.is_symlink() else []
+    if not files:
+        raise DataError(
+            f"{entry.where}: no such file or folder: {path}.{_similar(path)} Correct file_name, or add the file."
+        )
+    for file in files:
+        sources.entries[len(sources.files)] = entry
+        sources.files.append(refuse_broken_link(file))
+
+
+def read_rows(sources: Sources, encoding: str = "utf-8", max_row_mb: float = DEFAULT_MAX_ROW_MB) -> Iterator[RawRow]:
+    """Every row in order.
+
+    Args:
+        sources: from find_sources.
+        encoding: of text files (data.encoding).
+        max_row_mb: a larger row has a RowTooLarge for its value (data.max_row_mb).
+
+    Raises:
+        DataError: a file that is unreadable, empty, broken or of unknown kind ends the reading at once.
+    """
+    for place, path in enumerate(sources.files):
+        entry = sources.entries.get(place)
+        rows = read_file(path, encoding, max_row_mb)
+        for number, value in convert_rows(rows, entry) if entry else rows:
+            yield RawRow(str(path), number, value)
+    for place, (hub_id, config, split) in enumerate(sources.hub):
+        entry = sources.hub_entries.get(place)
+        rows = _read_hub(hub_id, config, split, max_row_mb)
+        for number, value in convert_rows(rows, entry) if entry else rows:
+            yield RawRow(f"{hub_id}:{split}", number, value)
+
+
+def _read_hub(hub_id: str, config: str | None, split: str, max_row_mb: float) -> Iterator[tuple[int, Any]]:
+    """A data set of the hub, or a folder laid out like one, through `datasets`."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(hub_id, config, split=split)
+    except Exception as error:  # the library raises a dozen kinds; its first line says which
+        raise DataError(_explain_hub(hub_id, split, error)) from None
+    yield from read_batches(f"{hub_id}:{split}", rows.with_format("arrow").iter(batch_size=1024), max_row_mb)
+
+
+def _explain_hub(hub_id: str, split: str, error: Exception) -> str:
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if "gated" in first.lower():
+        return f"{hub_id}: a gated data set. Accept its terms on its page, then log in with: hf auth login"
+    if "Config name is missing" in first:
+        return f"{hub_id}: {first} Name one as {hub_id}:CONFIG:{split}"
+    if "split" in first.lower():
+        return f"{hub_id}: {first} Name one as {hub_id}:SPLIT"
+    if Path(hub_id).is_dir():
+        return f"{hub_id}: cannot be read as a data set folder: {first}"
+    return (
+        f"{hub_id}: not a local file or folder, and the hub could not give it: {first}\n"
+        "Check the name, the network, and for a private data set: hf auth login"
+    )

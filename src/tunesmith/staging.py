@@ -1,0 +1,121 @@
+"""A folder that is made whole or not at all, and held by one process at a time."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tunesmith.errors import TunesmithError
+from tunesmith.files import sync_tree, take_name, usual_modes, write_text_atomic
+from tunesmith.runfolder import RUN_FILE
+
+_MOVING = "moving"  # a list of what is about to get its name in RUN
+
+
+@contextmanager
+def staged_folder(output: Path) -> Iterator[Path]:
+    """A hidden folder to prepare in, which becomes RUN at the end of the block; on any error nothing stays.
+
+    It lies beside RUN, also where that exists already and is empty. Only where RUN is a mount of its own, or nothing
+    may be made beside it, it lies inside.
+    """
+    # names in the order of time: of two processes, the first one goes on
+    name = f".{output.name}.{time.time_ns():020}-{uuid.uuid4().hex[:8]}.partial"
+    is_inside = output.is_dir() and (output.is_mount() or not os.access(output.parent, os.W_OK))
+    staging = output / name if is_inside else output.with_name(name)
+    missing = [parent for parent in staging.parents if not parent.exists()]
+    try:
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise TunesmithError(f"{output}: cannot be made: {error.strerror}.") from None
+    try:
+        with locked(staging):
+            remove_abandoned(staging.parent, output.name)
+            refuse_second(staging, output)
+            yield staging
+            usual_modes(staging)
+            sync_tree(staging)
+            if is_inside:
+                _move_in(staging, output)
+            else:
+                take_name(staging, output)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        for parent in missing:
+            with suppress(OSError):  # somebody else has put something there
+                parent.rmdir()
+        raise
+
+
+def refuse_second(staging: Path, output: Path) -> None:
+    """Raises:
+    TunesmithError: another process began to prepare the same run before; what is left beside ours is alive.
+    """
+    partial = [path for path in staging.parent.iterdir() if is_partial(path, output.name)]
+    if min(partial) != staging:
+        raise TunesmithError(f"{output}: another process prepares this run. Let it end, or give --output a new folder.")
+
+
+def _move_in(staging: Path, output: Path) -> None:
+    """Each part by itself; run.json, which makes a run of them, comes last."""
+    parts = sorted(staging.iterdir(), key=lambda path: path.name == RUN_FILE)
+    write_text_atomic(staging / _MOVING, "\n".join(path.name for path in parts))
+    for path in parts:
+        path.rename(output / path.name)
+    shutil.rmtree(staging)
+
+
+def is_partial(path: Path, name: str) -> bool:
+    """Whether a folder is where some process prepares, or prepared, what is to be called `name`."""
+    return re.fullmatch(rf"\.{re.escape(name)}\.([0-9]{{20}}-)?[0-9a-f]{{8}}\.partial", path.name) is not None
+
+
+def remove_abandoned(parent: Path, name: str) -> None:
+    """What killed processes left when they prepared the same folder; a living one holds its lock.
+
+    Inside a folder that was there before, a kill may have struck while the parts got their names: without run.json they
+    are no run, and go too.
+    """
+    for folder in parent.iterdir():
+        if not is_partial(folder, name):
+            continue
+        try:
+            with locked(folder):
+                if (folder / _MOVING).is_file() and not (parent / RUN_FILE).exists():
+                    for part in (folder / _MOVING).read_text(encoding="utf-8").splitlines():
+                        moved = parent / Path(part).name
+                        shutil.rmtree(moved) if moved.is_dir() else moved.unlink(missing_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)
+        except (OSError, TunesmithError):
+            continue
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Only one process may train a run; the lock goes with the process, however it ends.
+
+    Raises:
+        TunesmithError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TunesmithError(f"{run}: is being trained by another process. Let it end first.") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,116 @@
+"""`tunesmith tokenizer`: a byte-level BPE trained on a person's own texts, with control tokens and a chat template."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tunesmith.config.schema import DataSection
+from tunesmith.data.language import language_of
+from tunesmith.errors import DataError, ModelError
+from tunesmith.files import atomic_directory
+from tunesmith.model.bpe import CONTROL_TOKENS, train_tokenizer
+from tunesmith.model.source import open_path
+from tunesmith.rows.conversation import RawText, RowRefused, Segments, UnknownFormat
+from tunesmith.rows.formats import parse_row
+from tunesmith.sources.read import find_sources, read_rows
+from tunesmith.sources.rowsize import RowTooLarge
+
+MIN_VOCAB_SIZE = 256 + len(CONTROL_TOKENS)
+_SAMPLE_LINES = 20_000  # for the compression table
+
+
+def run_tokenizer(data: DataSection, vocab_size: int, output: Path) -> None:
+    """Train on every text of the data, save, and say how well each language is compressed.
+
+    Raises:
+        ModelError: a vocabulary too small for all bytes and the control tokens.
+        DataError: as reading the data does.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ModelError(
+            f"--vocab-size {vocab_size}: needs {MIN_VOCAB_SIZE} or more, for the 256 bytes and the control tokens "
+            f"{', '.join(CONTROL_TOKENS)}."
+        )
+    output = open_path(str(output))
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ModelError(f"{output}: already exists; give --output a new folder.")
+    sample = LineSample(_SAMPLE_LINES)
+    tokenizer = train_tokenizer((sample.keep(text) for text in iterate_texts(data)), vocab_size)
+    with atomic_directory(output) as partial:
+        tokenizer.save_pretrained(partial)
+    print(
+        f"{len(tokenizer):,} tokens" + ("" if len(tokenizer) == vocab_size else "; the text has no more pairs to join")
+    )
+    for line in compression_table(tokenizer, sample.lines):
+        print(line)
+    print(
+        f"tokenizer saved: {output}\nuse it: tunesmith train --model new:minimind-26m --tokenizer {output} --data ..."
+    )
+
+
+def iterate_texts(data: DataSection) -> Iterator[str]:
+    """Every text of every row: raw text as it stands, of chats each turn. Rows that training refuses are left out."""
+    seen_files: set[str] = set()
+    for number, row in enumerate(read_rows(find_sources(data.train), data.encoding, data.max_row_mb)):
+        if data.limit and number >= data.limit:
+            return
+        is_first = row.file not in seen_files
+        seen_files.add(row.file)
+        if isinstance(row.value, RowTooLarge):
+            continue
+        try:
+            parsed = parse_row(row.value, data.format, data.fields, data.ignore_columns)
+        except UnknownFormat as refusal:
+            if is_first:
+                raise DataError(f"{row.where}: {refusal.reason}") from None
+            continue
+        except RowRefused:
+            continue
+        if isinstance(parsed, RawText):
+            yield parsed.text
+        elif isinstance(parsed, Segments):
+            yield from (text for text, _ in parsed.parts)
+        else:
+            yield from (m.content for m in parsed.messages if m.content)
+
+
+class LineSample:
+    """An even sample of the lines that pass by (reservoir sampling; Vitter 1985)."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.lines: list[str] = []
+        self._seen = 0
+        self._rng = random.Random(0)
+
+    def keep(self, text: str) -> str:
+        for line in text.splitlines():
+            if not line.strip():
+                continue
+            self._seen += 1
+            if len(self.lines) < self.size:
+                self.lines.append(line)
+            elif (place := self._rng.randrange(self._seen)) < self.size:
+                self.lines[place] = line
+        return text
+
+
+def compression_table(tokenizer: Any, lines: list[str]) -> list[str]:
+    """Bytes and characters a token, by language, on the sampled lines."""
+    bytes_, chars, tokens = Counter[str](), Counter[str](), Counter[str]()
+    encodings = tokenizer.backend_tokenizer.encode_batch(lines, add_special_tokens=False)
+    for line, encoding in zip(lines, encodings, strict=True):
+        language = language_of(line)
+        bytes_[language] += len(line.encode())
+        chars[language] += len(line)
+        tokens[language] += len(encoding.ids)
+    total = sum(bytes_.values()) or 1
+    table = [f"{'language':<14}{'share':>8}{'bytes/token':>13}{'characters/token':>18}"]
+    for language, count in bytes_.most_common():
+        per_token = f"{count / tokens[language]:>13.2f}{chars[language] / tokens[language]:>18.2f}"
+        table.append(f"{language:<14}{count / total:>8.1%}{per_token}")
+    return table

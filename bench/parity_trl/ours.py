@@ -1,71 +1,56 @@
-"""Train 50 steps with tunesmith and write down which rows each step was made of, for theirs.py to repeat.
-
-Usage: ours.py FOLDER MODE     MODE: none (prompt + completion + EOS) or alpaca (through a chat template)
-"""
+"""Train 50 steps with tunesmith and write down which rows each step was made of, for theirs.py to repeat."""
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import json
-import sys
 from pathlib import Path
+from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
+from inputs import LR, MAX_SEQ_LEN, MICRO_BATCH_TOKENS, MODES, STEPS, TRAIN_SEED, write_inputs
 
-from tunesmith.chat_template.template import load_built_in
 from tunesmith.cli import main
-from tunesmith.config.runfile import read_yaml
-from tunesmith.config.schema import RunConfig
 from tunesmith.data.pack import plan_epoch
 from tunesmith.data.store import open_store
-from tunesmith.demo.tasks import draw_chats
-from tunesmith.model.bpe import train_tokenizer
-
-STEPS = 50
 
 
-def build_inputs(folder: Path, mode: str) -> list[dict[str, object]]:
-    """A 2-layer model with random weights, a tokenizer, and rows of our own generator, of very unequal length."""
-    pairs = [(task.question, task.answer) for task in draw_chats(1500, seed=3, held_out=set())]
-    pairs += [(f"Say it {n} times: hello", "hello " * n + "and that is all.") for n in range(1, 60)]
-    tokenizer = train_tokenizer((f"{q}\n{a}\n" for q, a in pairs), vocab_size=800)
-    tokenizer.chat_template = load_built_in("alpaca", add_bos=False)
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=32, intermediate_size=256, tie_word_embeddings=True, eos_token_id=2, pad_token_id=0, bos_token_id=None,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    if mode == "none":
-        return [{"prompt": f"{q}\n", "completion": a} for q, a in pairs]
-    return [
-        {"prompt": [{"role": "user", "content": q}], "completion": [{"role": "assistant", "content": a}]}
-        for q, a in pairs
-    ]
-
-
-def run(folder: Path, mode: str) -> None:
-    rows = build_inputs(folder, mode)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def run(folder: Path, mode: str, num_steps: int = STEPS) -> dict[str, Any]:
+    """Train on the inputs of `mode`; write and return folder/ours.json: hashes, settings, steps, losses."""
+    sha256 = write_inputs(folder, mode)
     template = ["--data.chat_template", "none"] if mode == "none" else []
     code = main([
         "train", "--model", str(folder / "model"), "--data", str(folder / "rows.jsonl"), "--output", str(folder / "run"),
-        "--optim.lr", "1e-3", "--optim.warmup_ratio", "0", "--train.max_steps", str(STEPS), "--data.max_seq_len", "256",
-        "--train.micro_batch_tokens", "512", "--train.seed", "5", *template,
+        "--optim.lr", str(LR), "--optim.schedule", "cosine", "--optim.warmup_ratio", "0", "--train.max_steps", str(num_steps),
+        "--data.max_seq_len", str(MAX_SEQ_LEN), "--train.micro_batch_tokens", str(MICRO_BATCH_TOKENS),
+        "--train.precision", "fp32", "--train.seed", str(TRAIN_SEED), *template,
     ])  # fmt: skip
     assert code == 0
-    config = RunConfig.model_validate(read_yaml(folder / "run" / "config.yaml"))
-    store = open_store(folder / "run" / "tokens")
+    steps = rows_of_steps(folder / "run", num_steps)
+    losses = [json.loads(line)["loss"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    sha256["steps"] = hashlib.sha256(json.dumps(steps).encode()).hexdigest()
+    settings = {"learning_rate": LR, "max_length": MAX_SEQ_LEN, "seed": TRAIN_SEED}
+    ours = {"mode": mode, "sha256": sha256, "settings": settings, "steps": steps, "losses": losses}
+    (folder / "ours.json").write_text(json.dumps(ours))
+    return ours
+
+
+def rows_of_steps(run_folder: Path, num_steps: int) -> list[list[int]]:
+    """The rows (from 0) of each step, in the order of the packs."""
+    store = open_store(run_folder / "tokens")
     steps: list[list[int]] = []
     epoch = 0
-    while len(steps) < STEPS:
-        packs = plan_epoch(store.lengths, config.train.micro_batch_tokens or 0, config.train.seed, epoch)
+    while len(steps) < num_steps:
+        packs = plan_epoch(store.lengths, MICRO_BATCH_TOKENS, TRAIN_SEED, epoch)
         steps += [[int(store.row_numbers[i]) - 1 for i in pack] for pack in packs]
         epoch += 1
-    losses = [json.loads(line)["loss"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    (folder / "ours.json").write_text(json.dumps({"steps": steps[:STEPS], "losses": losses}))
+    return steps[:num_steps]
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="an empty folder to work in")
+    parser.add_argument("mode", choices=MODES, help="none: prompt + completion + EOS; alpaca: through a chat template")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"default {STEPS}")
+    options = parser.parse_args()
+    run(options.folder, options.mode, options.steps)

@@ -1,8 +1,17 @@
 #!/usr/bin/env bash
-# Per-step losses of tunesmith and TRL 1.16 on the same rows, order, weights and hyper-parameters (fp32, 50 steps).
-# TRL gets an environment of its own; run `make test` or `make demo` once before, for ours.
+# Compare the losses of each step with TRL 1.16 on the same rows, order, weights and hyper-parameters (fp32, 50 steps).
+# Usage: run.sh [--write-golden]     --write-golden: keep TRL's losses in tests/golden/trl_losses.json
+# OURS_PYTHON: our environment (default .venv of this repository; run `make test` or `make demo` once before).
+# TRL_PYTHON: an environment with TRL (default: made in bench/parity_trl/.venv).
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
+keep=()
+case "${1:-}" in
+  -h | --help) sed -n '2,5s/^# //p' "$0"; exit 0 ;;
+  --write-golden) keep=(--write-golden "$here/../../tests/golden/trl_losses.json") ;;
+  "") ;;
+  *) echo "unknown argument: $1 (see --help)" >&2; exit 2 ;;
+esac
 ours="${OURS_PYTHON:-$here/../../.venv/bin/python}"
 theirs="${TRL_PYTHON:-$here/.venv/bin/python}"
 if [ ! -x "$theirs" ]; then
@@ -16,5 +25,5 @@ for mode in none alpaca; do
   mkdir "$work/$mode"
   "$ours" "$here/ours.py" "$work/$mode" "$mode" > "$work/$mode/log" || { cat "$work/$mode/log"; exit 1; }
   echo -n "$mode: "
-  "$theirs" "$here/theirs.py" "$work/$mode" 2> "$work/$mode/trl.log" | grep '^TRL' || { tail -20 "$work/$mode/trl.log"; exit 1; }
+  "$theirs" "$here/theirs.py" "$work/$mode" "${keep[@]}" 2> "$work/$mode/trl.log" | grep '^TRL' || { tail -20 "$work/$mode/trl.log"; exit 1; }
 done

@@ -2,27 +2,27 @@
 
 Only the sampler is replaced, so that TRL sees the rows of each of our steps; tokenisation, masks, padding, loss,
 optimizer and loop are TRL's own.
-
-Usage: theirs.py FOLDER
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+import platform
 from pathlib import Path
-
-import torch
-import trl
-from datasets import Dataset
-from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from typing import Any
 
 LIMIT = 1e-4
 
 
-def run(folder: Path) -> float:
-    ours = json.loads((folder / "ours.json").read_text())
+def train(folder: Path, ours: dict[str, Any]) -> list[float]:
+    """TRL's loss of each of our steps."""
+    import torch
+    import trl
+    from datasets import Dataset
+    from torch.utils.data import DataLoader
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     losses: list[float] = []
 
@@ -36,25 +36,53 @@ def run(folder: Path) -> float:
             return loss
 
     arguments = trl.SFTConfig(
-        output_dir=str(folder / "trl"), max_steps=len(ours["steps"]), learning_rate=1e-3, lr_scheduler_type="cosine",
-        warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, max_length=256, packing=False, bf16=False,
-        gradient_checkpointing=False, completion_only_loss=True, logging_steps=1, save_strategy="no", report_to="none",
-        use_cpu=True, seed=5, disable_tqdm=True,
+        output_dir=str(folder / "trl"), max_steps=len(ours["steps"]), lr_scheduler_type="cosine", warmup_steps=0,
+        weight_decay=0.0, max_grad_norm=1.0, packing=False, bf16=False, gradient_checkpointing=False,
+        completion_only_loss=True, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True,
+        disable_tqdm=True, **ours["settings"],
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     trainer = Trainer(
-        model=model,
+        model=AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
     )
     trainer.train()
-    differences = [abs(a - b) for a, b in zip(ours["losses"], losses, strict=True)]
-    print(f"TRL {trl.__version__}, {len(losses)} steps: ours {ours['losses'][0]:.6f} -> {ours['losses'][-1]:.6f}, "
-          f"theirs {losses[0]:.6f} -> {losses[-1]:.6f}, largest difference {max(differences):.2e}")  # fmt: skip
-    return max(differences)
+    return losses
+
+
+def write_golden(path: Path, ours: dict[str, Any], losses: list[float]) -> None:
+    """Put one mode's losses into the golden file, with what they were made with."""
+    import tokenizers
+    import torch
+    import transformers
+    import trl
+
+    golden = json.loads(path.read_text()) if path.exists() else {"modes": {}}
+    golden["made_with"] = {"command": "bench/parity_trl/run.sh --write-golden", "python": platform.python_version(),
+                           "trl": trl.__version__, "transformers": transformers.__version__,
+                           "tokenizers": tokenizers.__version__, "torch": torch.__version__,
+                           "seeds": "ROWS_SEED, WEIGHTS_SEED and TRAIN_SEED of bench/parity_trl/inputs.py"}  # fmt: skip
+    golden["modes"][ours["mode"]] = {"sha256": ours["sha256"], "losses": losses}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where ours.py has worked")
+    parser.add_argument("--write-golden", type=Path, metavar="FILE", help="keep TRL's losses in this JSON file")
+    options = parser.parse_args()
+    ours = json.loads((options.folder / "ours.json").read_text())
+    losses = train(options.folder, ours)
+    worst = max(abs(a - b) for a, b in zip(ours["losses"], losses, strict=True))
+    print(f"TRL, {len(losses)} steps: ours {ours['losses'][0]:.6f} -> {ours['losses'][-1]:.6f}, "
+          f"theirs {losses[0]:.6f} -> {losses[-1]:.6f}, largest difference {worst:.2e}")  # fmt: skip
+    if worst > LIMIT:
+        raise SystemExit(f"largest difference {worst:.2e} is above {LIMIT:.0e}")
+    if options.write_golden:
+        write_golden(options.write_golden, ours, losses)
 
 
 if __name__ == "__main__":
-    worst = run(Path(sys.argv[1]))
-    raise SystemExit(0 if worst <= LIMIT else f"largest difference {worst:.2e} is above {LIMIT:.0e}")
+    main()

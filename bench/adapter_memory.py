@@ -1,13 +1,13 @@
 """Peak memory of full fine-tuning, LoRA and QLoRA on a model of Qwen2.5-0.5B's shape with random weights.
 
-Usage: adapter_memory.py TOKENIZER DATA [FOLDER]
-
-Each kind trains two steps in a process of its own, in fp32 on the CPU (VmHWM of /proc, which has the libraries in it),
-on a GPU in bf16 (what torch allocated at most). Prints a table in Markdown.
+Each kind trains two steps in a process of its own, in fp32 on the CPU (VmHWM of /proc, which includes the libraries),
+on a GPU in bf16 (the most that torch allocated). Prints a table in Markdown.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import subprocess
 import sys
 import tempfile
@@ -19,15 +19,9 @@ KINDS = {
     "int8 + LoRA": ["--lora.kind", "lora", "--lora.quantize", "int8"],
     "QLoRA, NF4": ["--lora.kind", "lora", "--lora.quantize", "nf4"],
     "QLoRA, NF4, head and embedding whole": [
-        "--lora.kind",
-        "lora",
-        "--lora.quantize",
-        "nf4",
-        "--lora.modules_to_save",
-        "lm_head",
-        "embed_tokens",
+        "--lora.kind", "lora", "--lora.quantize", "nf4", "--lora.modules_to_save", "lm_head", "embed_tokens",
     ],
-}
+}  # fmt: skip
 _CHILD = """
 import sys, torch
 from tunesmith.cli import main
@@ -50,44 +44,37 @@ def make_base(folder: Path) -> None:
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
 
 
-def main(tokenizer: str, data: str, folder: Path) -> None:
-    base = folder / "base"
-    if not base.exists():
-        make_base(base)
-    print("| | trained parameters | peak memory, GiB |\n| --- | ---: | ---: |")
-    for number, (name, flags) in enumerate(KINDS.items()):
-        words = [
-            "train",
-            "--model",
-            str(base),
-            "--tokenizer",
-            tokenizer,
-            "--data",
-            data,
-            "--output",
-            str(folder / f"run-{number}"),
-            "--data.max_seq_len",
-            "512",
-            "--train.micro_batch_tokens",
-            "1024",
-            "--train.max_steps",
-            "2",
-            "--data.limit",
-            "50",
-            *flags,
-        ]
-        done = subprocess.run([sys.executable, "-c", _CHILD, *words], capture_output=True, text=True, check=False)
-        last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
-        if not last.startswith("PEAK 0"):
-            raise SystemExit(f"{name}: {done.stdout[-800:]}{done.stderr[-800:]}")
-        model = next(line for line in done.stdout.splitlines() if line.startswith("model "))
-        trained = "all" if "all trained" in model else model.split("parameters, ")[1].split(" trained")[0]
-        print(f"| {name} | {trained} | {last.split()[2]} |", flush=True)
+def measure(name: str, base: Path, tokenizer: str, data: str, run: Path) -> str:
+    """A row of the table."""
+    words = ["train", "--model", str(base), "--tokenizer", tokenizer, "--data", data, "--output", str(run),
+             "--data.max_seq_len", "512", "--train.micro_batch_tokens", "1024", "--train.max_steps", "2",
+             "--data.limit", "50", *KINDS[name]]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", _CHILD, *words], capture_output=True, text=True, check=False)
+    last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+    if not last.startswith("PEAK 0"):
+        raise SystemExit(f"{name}: {done.stdout[-800:]}{done.stderr[-800:]}")
+    model = next(line for line in done.stdout.splitlines() if line.startswith("model "))
+    trained = "all" if "all trained" in model else model.split("parameters, ")[1].split(" trained")[0]
+    return f"| {name} | {trained} | {last.split()[2]} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tokenizer", help="folder of a tokenizer")
+    parser.add_argument("data", help="file of chats")
+    parser.add_argument("--model", type=Path, help="a base to use in place of the random one")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="which kinds (default: all)")
+    parser.add_argument("--folder", type=Path, help="where to work and what to keep (default: a temporary folder)")
+    options = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        base = options.model or folder / "base"
+        if not base.exists():
+            make_base(base)
+        print("| | trained parameters | peak memory, GiB |\n| --- | ---: | ---: |")
+        for number, name in enumerate(options.kinds):
+            print(measure(name, base, options.tokenizer, options.data, folder / f"run-{number}"), flush=True)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 3:
-        main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
-    else:
-        with tempfile.TemporaryDirectory() as temporary:
-            main(sys.argv[1], sys.argv[2], Path(temporary))
+    main()

@@ -6,6 +6,7 @@ itself. Tests start `forks.py` as a server: one JSON object a line, the argument
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import math
@@ -163,5 +164,7 @@ def _appeared(what: str, out: Path) -> bool:
 
 
 if __name__ == "__main__":
+    formatter = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=formatter).parse_args()
     for line in sys.stdin:
         print(json.dumps(asdict(run_forked(**json.loads(line)))), flush=True)

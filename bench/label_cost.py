@@ -1,14 +1,11 @@
-"""What the proof of labels costs: our labelling against rendering and encoding alone, alternating, medians.
-
-Usage: label_cost.py TOKENIZER DATA [ROUNDS] [TEMPLATE.jinja]
-"""
+"""What the proof of labels costs: our labelling against rendering and encoding alone, alternating, medians."""
 
 from __future__ import annotations
 
+import argparse
 import copy
 import datetime
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +26,7 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def main(tokenizer_name: str, data_path: str, rounds: int = 5, template: str | None = None) -> None:
+def measure(tokenizer_name: str, data_path: str, rounds: int, template: str | None) -> None:
     encoder = build_encoder(AutoTokenizer.from_pretrained(tokenizer_name), template, {}, datetime.datetime.now())
     data = DataSection(train=[data_path])
     raw = list(read_rows(find_sources([data_path])))
@@ -66,4 +63,11 @@ def main(tokenizer_name: str, data_path: str, rounds: int = 5, template: str | N
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 5, *sys.argv[4:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tokenizer", help="folder of a tokenizer")
+    parser.add_argument("data", nargs="+", help="files of chats, each measured by itself")
+    parser.add_argument("--rounds", type=int, default=5, help="default 5")
+    parser.add_argument("--template", metavar="FILE", help="a .jinja file in place of the tokenizer's own template")
+    options = parser.parse_args()
+    for path in options.data:
+        measure(options.tokenizer, path, options.rounds, options.template)

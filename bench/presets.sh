@@ -1,14 +1,21 @@
 #!/usr/bin/env bash
 # Five steps of every preset at its full size, then the saved model opened in plain transformers.
-# Usage: presets.sh TOKENIZER DATA WORK
+# Usage: presets.sh TOKENIZER DATA WORK [PRESET...]     (default: all presets)
+# PYTHON: our environment (default: that of .venv).
 set -euo pipefail
+case "${1:-}" in
+  -h | --help) sed -n '2,4s/^# //p' "$0"; exit 0 ;;
+esac
+if [ $# -lt 3 ]; then sed -n '3s/^# //p' "$0" >&2; exit 2; fi
 tokenizer="$1"; data="$2"; work="$3"
-bin="${BIN:-$(dirname "$0")/../.venv/bin}"
-for preset in tiny minimind-26m minimind-64m minimind-104m minimind-moe minimind-3-moe; do
-  "$bin/tunesmith" train --model "new:$preset" --tokenizer "$tokenizer" --data "$data" --data.limit 40 \
+shift 3
+[ $# -gt 0 ] || set -- tiny minimind-26m minimind-64m minimind-104m minimind-moe minimind-3-moe
+python="${PYTHON:-$(dirname "$0")/../.venv/bin/python}"
+for preset in "$@"; do
+  "$python" -m tunesmith train --model "new:$preset" --tokenizer "$tokenizer" --data "$data" --data.limit 40 \
     --data.max_seq_len 256 --train.micro_batch_tokens 256 --train.max_steps 5 --optim.lr 1e-3 --output "$work/$preset" \
     | grep -E "^(model |step )"
-  "$bin/python" - "$work/$preset" <<'PY'
+  "$python" - "$work/$preset" <<'PY'
 import json, sys
 from transformers import AutoModelForCausalLM
 records = [json.loads(line) for line in open(f"{sys.argv[1]}/metrics.jsonl")]

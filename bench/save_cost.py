@@ -1,78 +1,72 @@
 """What a checkpoint costs: steps beside a save against steps without, and the share of a run at the default interval.
 
-Usage: save_cost.py TOKENIZER DATA [ROUNDS]
-
-Trains new:minimind-26m on DATA. Each round times steps until a save is done that began with the first of them, then as
-many steps without; medians over all rounds.
+Each round trains the model twice with the command, with one save after the warm-up steps and without, and notes when
+each step's line is printed. Medians over all rounds.
 """
 
 from __future__ import annotations
 
-import datetime
+import argparse
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from tunesmith.config.runfile import resolve_config
-from tunesmith.config.schema import RunConfig
-from tunesmith.run.start import assemble, build_trainer, choose_setting, make_guard
-from tunesmith.train.interrupt import StopRequest
-from tunesmith.train.loop import Trainer
-from tunesmith.train.plan import PlannedStep, prepare_data
-
-MIN_STEPS = 3
+MIN_WARM_UP = 4
+DEFAULT_SAVE_STEPS, DEFAULT_SAVE_S = 500, 600.0  # what comes first
 
 
-def build(tokenizer: str, data: str, folder: Path) -> Trainer:
-    flags = {"model.path": "new:minimind-26m", "model.tokenizer": tokenizer, "data.train": data, "data.max_seq_len": 512,
-             "train.micro_batch_tokens": 1024, "train.output_dir": str(folder), "train.max_steps": 10_000}  # fmt: skip
-    config = resolve_config(RunConfig, None, flags)
-    setting = choose_setting(config, datetime.datetime.now())
-    prepared = prepare_data(config.data, setting.encoder, setting.max_seq_len, folder)
-    facts = assemble(config, setting, prepared, config.model)
-    run = {"id": "bench", "guard": make_guard(config, setting, prepared.sha256, {})}
-    return build_trainer(folder, facts, StopRequest(), run)
+def time_steps(words: list[str], steps: int, folder: Path, saves: bool) -> list[float]:
+    """Seconds of each step after the warm-up; the first one includes the snapshot, if one is made."""
+    warm_up = max(MIN_WARM_UP, steps)  # so that the save after the next `warm_up` steps is not timed
+    run = ["train", *words, "--output", str(folder), "--train.log_steps", "1", "--train.max_steps", str(warm_up + steps),
+           "--train.save_steps", str(warm_up if saves else 10**6), "--train.save_minutes", "null"]  # fmt: skip
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    child = subprocess.Popen([sys.executable, "-m", "tunesmith", *run], stdout=subprocess.PIPE, text=True, env=environment)
+    assert child.stdout
+    moments, lines = [], []
+    for line in child.stdout:
+        lines.append(line)
+        if line.startswith("step "):
+            moments.append(time.perf_counter())
+    if child.wait():
+        raise SystemExit("".join(lines))
+    return [after - before for before, after in zip(moments[warm_up - 1 :], moments[warm_up:], strict=False)]
 
 
-def timed(trainer: Trainer, planned: PlannedStep) -> float:
-    began = time.perf_counter()
-    trainer._step(planned)
-    return time.perf_counter() - began
+def measure(words: list[str], rounds: int, steps: int, folder: Path) -> str:
+    beside, without = [], []
+    for number in range(rounds):
+        beside.append(time_steps(words, steps, folder / f"saved-{number}", saves=True))
+        without.append(time_steps(words, steps, folder / f"plain-{number}", saves=False))
+    step = statistics.median(second for seconds in without for second in seconds)
+    slow = statistics.median(second for seconds in beside for second in seconds)
+    cost = statistics.median(sum(one) - sum(other) for one, other in zip(beside, without, strict=True))
+    interval = min(DEFAULT_SAVE_S, DEFAULT_SAVE_STEPS * step)
+    return (
+        f"{os.cpu_count()} CPU cores: a step takes {step:.2f} s without a save and {slow:.2f} s beside one (x "
+        f"{slow / step:.2f}); a save costs {cost:.1f} s in all, {cost / interval:.1%} of the {interval:.0f} s between "
+        "two by default"
+    )
 
 
-def main(tokenizer: str, data: str, rounds: int = 5) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tokenizer", help="folder of a tokenizer")
+    parser.add_argument("data", help="file of chats")
+    parser.add_argument("--model", default="new:minimind-26m", help="default new:minimind-26m")
+    parser.add_argument("--rounds", type=int, default=5, help="default 5")
+    parser.add_argument("--steps", type=int, default=6, help="steps after the save that are timed (default 6)")
+    parser.add_argument("--tokens", type=int, default=1024, help="of a step (default 1024)")
+    options = parser.parse_args()
+    words = ["--model", options.model, "--tokenizer", options.tokenizer, "--data", options.data, "--data.max_seq_len",
+             str(options.tokens // 2), "--train.micro_batch_tokens", str(options.tokens)]  # fmt: skip
     with tempfile.TemporaryDirectory() as temporary:
-        trainer = build(tokenizer, data, Path(temporary) / "run")
-        steps = trainer.plan.steps()
-        trainer.lm.train()
-        trainer._saved_at = time.monotonic()
-        for _ in range(3):
-            timed(trainer, next(steps))
-        snapshots, beside, without, extra = [], [], [], []
-        for _ in range(rounds):
-            began = time.perf_counter()
-            trainer.save()
-            snapshots.append(time.perf_counter() - began)
-            during = []
-            while trainer.saver._thread and (trainer.saver._thread.is_alive() or len(during) < MIN_STEPS):
-                during.append(timed(trainer, next(steps)))
-            trainer.saver.wait()
-            assert not trainer.saver.failure, trainer.saver.failure
-            alone = [timed(trainer, next(steps)) for _ in during]
-            beside += during
-            without += alone
-            extra.append(snapshots[-1] + sum(during) - sum(alone))
-        step, slow = statistics.median(without), statistics.median(beside)
-        cost, interval = statistics.median(extra), min(600.0, 500 * step)
-        print(
-            f"{os.cpu_count()} CPU cores: a step takes {step:.2f} s without a save and {slow:.2f} s beside one (x "
-            f"{slow / step:.2f}); the snapshot stops training for {statistics.median(snapshots):.2f} s; a save costs "
-            f"{cost:.1f} s in all, {cost / interval:.1%} of the {interval:.0f} s between two by default"
-        )
+        print(measure(words, options.rounds, options.steps, Path(temporary)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 5)
+    main()

@@ -1,12 +1,9 @@
-"""Write the outcome table of docs/data.md: what becomes of every file of a folder of public data.
-
-Usage: data_table.py DATA_FOLDER TOKENIZER_FOLDER > table.md
-"""
+"""Print the outcome table of docs/data.md: what becomes of every file of a folder of public data."""
 
 from __future__ import annotations
 
+import argparse
 import datetime
-import sys
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -58,4 +55,8 @@ def main(data: Path, tokenizer: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path, help="the folder that docs/data.md describes")
+    parser.add_argument("tokenizer", type=Path, help="folder of a tokenizer")
+    options = parser.parse_args()
+    main(options.data, options.tokenizer)

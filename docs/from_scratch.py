@@ -1,27 +1,26 @@
-"""Walk from raw text to a chat model, and write docs/from_scratch.md from what happened.
-
-Usage: from_scratch.py DATA WORK     DATA is the folder that docs/data.md describes, WORK a new folder
+"""Train a chat model from raw text, and write docs/from_scratch.md with what the commands printed.
 
 Every command, figure, plot and reply on the page comes from this one run; about ten minutes on two CPU cores.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
 import json
 import os
 import platform
 import re
 import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from tunesmith.cli import main as tunesmith
 from tunesmith.use.charts import Series, line_chart
 
 DOCS = Path(__file__).resolve().parent
-TUNESMITH = Path(sys.executable).with_name("tunesmith")
 QUESTIONS = [
     "Who are you?",
     "Give three tips for staying healthy.",
@@ -75,11 +74,12 @@ def run(command: str, places: dict[str, str]) -> tuple[str, float]:
     words = shlex.split(command.replace("\\\n", " "))
     for name, path in places.items():
         words = [word.replace(f"${name}", path) for word in words]
-    start = time.perf_counter()
-    done = subprocess.run([str(TUNESMITH), *words[1:]], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{command}\n{done.stdout}\n{done.stderr}")
-    return done.stdout, time.perf_counter() - start
+    start, output = time.perf_counter(), io.StringIO()
+    with contextlib.redirect_stdout(output):
+        code = tunesmith(words[1:])
+    if code:
+        raise SystemExit(f"{command}\n{output.getvalue()}")
+    return output.getvalue(), time.perf_counter() - start
 
 
 def shown(command: str, output: str, places: dict[str, str], skip: str = r"^step (?!.*(00/|\d+/\d+  eval))") -> str:
@@ -94,7 +94,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def plot(name: str, records: list[dict[str, Any]]) -> None:
+def plot(path: Path, records: list[dict[str, Any]]) -> None:
     def series(label: str, key: str) -> Series:
         points = [(record["step"], record[key]) for record in records if key in record]
         return Series(label, [x for x, _ in points], [y for _, y in points])
@@ -102,50 +102,69 @@ def plot(name: str, records: list[dict[str, Any]]) -> None:
     figure = line_chart("loss", [series("loss", "loss"), series("eval loss", "eval_loss")])
     svg = figure[figure.index("<svg") : figure.index("</svg>")] + "</svg>"
     svg = svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1) if "xmlns" not in svg else svg
-    (DOCS / f"from_scratch_{name}.svg").write_text(svg.replace(">", ">" + STYLE, 1) + "\n", encoding="utf-8")
+    path.write_text(svg.replace(">", ">" + STYLE, 1) + "\n", encoding="utf-8")
 
 
-def main(data: Path, work: Path) -> None:
-    work.mkdir(parents=True)
-    places = {"DATA": str(data), "WORK": str(work)}
-    tokenizer = """tunesmith tokenizer --vocab-size 4096 --output $WORK/tokenizer \\
-  --data $DATA/classic-books $DATA/chinese-classics $DATA/llamafactory/alpaca_zh_demo.json"""
-    pretrain = f"""tunesmith train --model new:tiny --tokenizer $WORK/tokenizer \\
+def commands(steps: int, sft_flags: str) -> dict[str, str]:
+    return {
+        "tokenizer": """tunesmith tokenizer --vocab-size 4096 --output $WORK/tokenizer \\
+  --data $DATA/classic-books $DATA/chinese-classics $DATA/llamafactory/alpaca_zh_demo.json""",
+        "pretrain": f"""tunesmith train --model new:tiny --tokenizer $WORK/tokenizer \\
   {SIZE} \\
   --data $DATA/classic-books $DATA/chinese-classics --data.max_seq_len 512 --data.eval_split 0.005 \\
-  --optim.lr 2e-3 --optim.schedule minimind --train.micro_batch_tokens 2048 --train.max_steps 1000 \\
-  --train.eval_steps 500 --train.log_steps 10 --output $WORK/base"""
-    sft = """tunesmith train --model $WORK/base \\
+  --optim.lr 2e-3 --optim.schedule minimind --train.micro_batch_tokens 2048 --train.max_steps {steps} \\
+  --train.eval_steps {steps // 2} --train.log_steps 10 --output $WORK/base""",
+        "sft": f"""tunesmith train --model $WORK/base \\
   --data $DATA/llamafactory/alpaca_en_demo.json $DATA/llamafactory/alpaca_zh_demo.json \\
   $DATA/fastchat/dummy_conversation.json --data.max_seq_len 512 --data.eval_split 0.05 \\
-  --optim.lr 1e-3 --train.micro_batch_tokens 2048 --train.epochs 2 --train.eval_steps 100 --train.log_steps 10 \\
-  --output $WORK/chat"""
-    said = {}
-    seconds = {}
-    for name, command in (("tokenizer", tokenizer), ("pretrain", pretrain), ("sft", sft)):
-        output, seconds[name] = run(command, places)
-        said[name] = shown(command, output, places)
-        print(f"{name}: {seconds[name]:.0f} s", flush=True)
+  --optim.lr 1e-3 --train.micro_batch_tokens 2048 {sft_flags} --train.eval_steps 100 --train.log_steps 10 \\
+  --output $WORK/chat""",
+    }
+
+
+def ask(questions: list[str], places: dict[str, str]) -> str:
+    """A table of the replies of base and fine-tuned model."""
     rows = ["| question | base | fine-tuned |", "| --- | --- | --- |"]
-    for question in QUESTIONS:
+    for question in questions:
         flags = f"--prompt {shlex.quote(question)} --temperature 0 --max-new-tokens 60"
         answers = [run(f"tunesmith chat $WORK/{name} {flags}", places)[0].strip() for name in ("base", "chat")]
         cells = [text.replace("|", "\\|").replace("\n", "<br>") for text in (question, *answers)]
         rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def main(options: argparse.Namespace) -> None:
+    data, work, output = options.data, options.work, options.output
+    work.mkdir(parents=True)
+    places = {"DATA": str(data), "WORK": str(work)}
+    said = {}
+    seconds = {}
+    for name, command in commands(options.steps, options.sft_flags).items():
+        printed, seconds[name] = run(command, places)
+        said[name] = shown(command, printed, places)
+        print(f"{name}: {seconds[name]:.0f} s", flush=True)
+    replies = ask(QUESTIONS[: options.questions], places)
     facts: dict[str, Any] = {}
     for short, name, folder in (("pre", "pretrain", "base"), ("sft", "sft", "chat")):
         records = read_metrics(work / folder)
         losses = [record["eval_loss"] for record in records if "eval_loss" in record]
-        plot(name, records)
+        plot(output / f"from_scratch_{name}.svg", records)
         facts[f"{short}_before"], facts[f"{short}_after"], facts[f"{short}_time"] = losses[0], losses[-1], seconds[name]
         facts[f"{short}_tokens"] = max(record.get("tokens", 0) for record in records)
     num_books = len([*data.glob("classic-books/*.md"), *data.glob("chinese-classics/*.txt")])
     machine = (
         f"{os.cpu_count()} CPU cores, Python {platform.python_version()}, {sum(seconds.values()) / 60:.0f} minutes"
     )
-    page = PAGE.format(machine=machine, books=num_books, work="$WORK", replies="\n".join(rows), **said, **facts)
-    (DOCS / "from_scratch.md").write_text(page, encoding="utf-8")
+    page = PAGE.format(machine=machine, books=num_books, work="$WORK", replies=replies, **said, **facts)
+    (output / "from_scratch.md").write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="the folder that docs/data.md describes")
+    parser.add_argument("work", type=Path, help="a new folder")
+    parser.add_argument("--output", type=Path, default=DOCS, help="folder of the page and its plots (default: docs)")
+    parser.add_argument("--steps", type=int, default=1000, help="of pre-training")
+    parser.add_argument("--sft-flags", default="--train.epochs 2", help="how long to fine-tune")
+    parser.add_argument("--questions", type=int, default=len(QUESTIONS), help="how many to ask")
+    main(parser.parse_args())

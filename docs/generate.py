@@ -6,6 +6,7 @@ docs/architecture.md the file map and the imports, docs/run.schema.json the JSON
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -214,7 +215,17 @@ def schema_text() -> str:
     return json.dumps(json_schema(), indent=2) + "\n"
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is out of date")
+    options = parser.parse_args()
+    texts = {page: fill_page(page) for page in PAGES} | {"docs/run.schema.json": schema_text()}
+    stale = [page for page, text in texts.items() if (ROOT / page).read_text(encoding="utf-8") != text]
+    if options.check and stale:
+        raise SystemExit(f"out of date: {', '.join(stale)}. Run `make docs`.")
+    for page in stale:
+        (ROOT / page).write_text(texts[page], encoding="utf-8")
+
+
 if __name__ == "__main__":
-    for page in PAGES:
-        (ROOT / page).write_text(fill_page(page), encoding="utf-8")
-    (ROOT / "docs" / "run.schema.json").write_text(schema_text(), encoding="utf-8")
+    main()

@@ -1,10 +1,8 @@
 """Make the demo's base model and tokenizer again: pre-training on public-domain books and drills of our own.
 
-Usage: make_base.py BOOKS WORK [--steps N]
-
 BOOKS holds classic-books/*.md (English) and chinese-classics/*.txt; their SHA-256 must be those in base_books.json, so
-that nobody ships weights of unknown origin. WORK is a new folder for the drills, the tokenizer and the run; the
-finished base goes to src/tunesmith/demo/base/. About half an hour on two cores.
+that nobody ships weights of unknown origin. WORK is a new folder for the drills, the tokenizer and the run. About half
+an hour on two cores.
 """
 
 from __future__ import annotations
@@ -39,13 +37,13 @@ TRAIN = {
 STEPS = 7_000
 
 
-def find_books(folder: Path) -> list[Path]:
+def find_books(folder: Path, hashes: Path) -> list[Path]:
     books = sorted([*folder.glob("classic-books/*.md"), *folder.glob("chinese-classics/*.txt")])
-    expected = json.loads((HERE / "base_books.json").read_text(encoding="utf-8"))
+    expected = json.loads(hashes.read_text(encoding="utf-8"))
     found = {book.name: hashlib.sha256(book.read_bytes()).hexdigest() for book in books}
     if found != expected:
         different = sorted({name for name, _ in set(found.items()) ^ set(expected.items())})
-        raise SystemExit(f"the books are not those of base_books.json: {', '.join(different)}")
+        raise SystemExit(f"the books are not those of {hashes.name}: {', '.join(different)}")
     return books
 
 
@@ -54,34 +52,34 @@ def write_rows(path: Path, rows: Iterable[Drill]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def make_base(books_folder: Path, work: Path, steps: int) -> None:
-    books = find_books(books_folder)
+def make_base(options: argparse.Namespace) -> None:
+    books, work = find_books(options.books, options.hashes), options.work
     work.mkdir(parents=True)
     texts = [book.read_text(encoding="utf-8") for book in books]
     words = words_of_books(texts)
     drills = work / "drills.jsonl"
-    write_rows(drills, draw_drills(NUM_DRILLS, 2, words, HeldOut.of(draw_held_out())))
+    write_rows(drills, draw_drills(options.drills, 2, words, HeldOut.of(draw_held_out())))
     lines = drills.read_text(encoding="utf-8").splitlines()[:TOKENIZER_DRILLS]
     spoken = ("\n".join(json.loads(line).values()) for line in lines)
-    train_tokenizer([*texts, *spoken], VOCAB_SIZE).save_pretrained(work / "tokenizer")
-    settings = {**TRAIN, **{f"model.config.{key}": value for key, value in CONFIG.items()}, "train.max_steps": steps}
+    train_tokenizer([*texts, *spoken], options.vocab_size).save_pretrained(work / "tokenizer")
+    settings = {**TRAIN, **{f"model.config.{key}": value for key, value in CONFIG.items()}, "train.max_steps": options.steps}
     flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     data = [str(path) for path in (*books, drills)]
     command = ["train", "--model", "new:tiny", "--tokenizer", str(work / "tokenizer"), "--data", *data]
     code = tunesmith([*command, "--output", str(work / "run"), *flags])
     if code:
         raise SystemExit(code)
-    keep_base(work / "run" / "model", work / "tokenizer")
+    keep_base(work / "run" / "model", work / "tokenizer", options.output)
 
 
-def keep_base(model_folder: Path, tokenizer_folder: Path) -> None:
+def keep_base(model_folder: Path, tokenizer_folder: Path, output: Path) -> None:
     """bf16 weights: half the bytes of the package, and the demo trains them further anyway."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
-    shutil.rmtree(BASE, ignore_errors=True)
-    model.save_pretrained(BASE)
-    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(BASE)
-    size = sum(path.stat().st_size for path in BASE.iterdir())
-    print(f"{BASE}: {size / 1e6:.2f} MB")
+    shutil.rmtree(output, ignore_errors=True)
+    model.save_pretrained(output)
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(output)
+    size = sum(path.stat().st_size for path in output.iterdir())
+    print(f"{output}: {size / 1e6:.2f} MB")
     assert size <= 8e6
 
 
@@ -89,6 +87,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("books", type=Path)
     parser.add_argument("work", type=Path)
+    parser.add_argument("--output", type=Path, default=BASE, help="of the finished base (default: the demo's is replaced)")
+    parser.add_argument("--hashes", type=Path, default=HERE / "base_books.json", help="of the books")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--drills", type=int, default=NUM_DRILLS)
+    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
     options = parser.parse_args()
-    make_base(options.books, options.work, options.steps)
+    if options.output != BASE and options.output.exists():
+        parser.error(f"{options.output} exists; give --output a new folder")
+    make_base(options)

@@ -25,7 +25,9 @@ def time_steps(words: list[str], steps: int, folder: Path, saves: bool) -> list[
     run = ["train", *words, "--output", str(folder), "--train.log_steps", "1", "--train.max_steps", str(warm_up + steps),
            "--train.save_steps", str(warm_up if saves else 10**6), "--train.save_minutes", "null"]  # fmt: skip
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    child = subprocess.Popen([sys.executable, "-m", "tunesmith", *run], stdout=subprocess.PIPE, text=True, env=environment)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "tunesmith", *run], stdout=subprocess.PIPE, text=True, env=environment
+    )
     assert child.stdout
     moments, lines = [], []
     for line in child.stdout:

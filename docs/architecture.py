@@ -1,12 +1,9 @@
-"""The generated parts of docs/architecture.md: the file map and the picture of the imports.
-
-Usage: architecture.py writes both (as `make docs` does).
-"""
+"""Write the generated parts of docs/architecture.md: the file map and the picture of the imports."""
 
 from __future__ import annotations
 
+import argparse
 import ast
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,10 +93,8 @@ def file_map() -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        print(__doc__)
-    else:
-        import generate
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    import generate
 
-        page = "docs/architecture.md"
-        (ROOT / page).write_text(generate.fill_page(page), encoding="utf-8")
+    page = "docs/architecture.md"
+    (ROOT / page).write_text(generate.fill_page(page), encoding="utf-8")

@@ -62,7 +62,11 @@ def make_base(options: argparse.Namespace) -> None:
     lines = drills.read_text(encoding="utf-8").splitlines()[:TOKENIZER_DRILLS]
     spoken = ("\n".join(json.loads(line).values()) for line in lines)
     train_tokenizer([*texts, *spoken], options.vocab_size).save_pretrained(work / "tokenizer")
-    settings = {**TRAIN, **{f"model.config.{key}": value for key, value in CONFIG.items()}, "train.max_steps": options.steps}
+    settings = {
+        **TRAIN,
+        **{f"model.config.{key}": value for key, value in CONFIG.items()},
+        "train.max_steps": options.steps,
+    }
     flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     data = [str(path) for path in (*books, drills)]
     command = ["train", "--model", "new:tiny", "--tokenizer", str(work / "tokenizer"), "--data", *data]
@@ -87,7 +91,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("books", type=Path)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--output", type=Path, default=BASE, help="of the finished base (default: the demo's is replaced)")
+    parser.add_argument(
+        "--output", type=Path, default=BASE, help="of the finished base (default: the demo's is replaced)"
+    )
     parser.add_argument("--hashes", type=Path, default=HERE / "base_books.json", help="of the books")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--drills", type=int, default=NUM_DRILLS)

@@ -1,7 +1,8 @@
 """Write the generated parts of the docs from the code (`make docs`).
 
 docs/config.md gets the table of config keys, docs/data.md the formats, columns and names that the reader knows,
-docs/architecture.md the file map and the imports, docs/run.schema.json the JSON schema of a run file.
+docs/architecture.md the file map and the imports, docs/errors.md the codes and messages of errors,
+docs/run.schema.json the JSON schema of a run file.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import architecture
+import errors
 from pydantic_core import PydanticUndefined
 
 from tunesmith.config.runfile import SHORTHANDS, json_schema, leaf_fields
@@ -195,7 +197,13 @@ DATA_PARTS = {
     "names": name_table,
     "placeholders": placeholder_list,
 }
-PAGES = {"docs/config.md": CONFIG_PARTS, "docs/data.md": DATA_PARTS, "docs/architecture.md": ARCHITECTURE_PARTS}
+ERROR_PARTS = {"classes": errors.class_table, "errors": errors.command_errors, "rows": errors.row_errors}
+PAGES = {
+    "docs/config.md": CONFIG_PARTS,
+    "docs/data.md": DATA_PARTS,
+    "docs/architecture.md": ARCHITECTURE_PARTS,
+    "docs/errors.md": ERROR_PARTS,
+}
 
 
 def fill_page(page: str) -> str:

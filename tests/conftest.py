@@ -18,8 +18,9 @@ import pytest
 import torch
 import transformers
 
-from tunesmith.cli import main
+from tunesmith.cli import main, run_command
 from tunesmith.encode.encoder import Encoder
+from tunesmith.errors import TunesmithError
 from tunesmith.model.bpe import train_tokenizer
 from tunesmith.model.tokenizer import build_encoder
 
@@ -180,5 +181,18 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
             code = int(error.code or 0)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., TunesmithError]:
+    """The error that ends a command, before it becomes a message and an exit code."""
+
+    def call(*words: object) -> TunesmithError:
+        capsys.readouterr()
+        with pytest.raises(TunesmithError) as caught:
+            run_command([str(word) for word in words])
+        return caught.value
 
     return call

@@ -278,7 +278,7 @@ def test_schema_is_current_and_accepts_a_run_file(run) -> None:
     assert "wandb" in own["anyOf"][0]["enum"]
 
 
-@pytest.mark.parametrize("page", ["docs/config.md", "docs/data.md", "docs/architecture.md"])
+@pytest.mark.parametrize("page", ["docs/config.md", "docs/data.md", "docs/architecture.md", "docs/errors.md"])
 def test_generated_docs_are_current(monkeypatch: pytest.MonkeyPatch, page: str) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     import generate

@@ -37,7 +37,10 @@ def _take_open_maps(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
         if not equals:
             value = next(words, "--")
             if value.startswith("--"):
-                raise UsageError(f"--{name}: needs a value; one that starts with -- is given as --{name}=VALUE")
+                raise UsageError(
+                    f"--{name}: needs a value; write one that starts with -- as --{name}=VALUE",
+                    code="flag-without-value",
+                )
         try:
             taken[name] = load(value)  # 256 is a number, false is false, text is text
         except ValueError:
@@ -94,6 +97,8 @@ def _parse_config_command(parser: argparse.ArgumentParser, argv: list[str]) -> t
 
 
 def run_command(argv: list[str]) -> None:
+    """Run one command; an error of the user's leaves it as a TunesmithError."""
+    _require_text(argv)
     parser = build_parser()
     if not argv:
         parser.print_help()
@@ -180,7 +185,8 @@ def _reported(output: Path) -> Iterator[None]:
         write_report_quietly(output.expanduser(), "finished")
     except KeyboardInterrupt:
         raise InterruptedRun(
-            f"interrupted while report.html was made; {output} is finished, without a report"
+            f"interrupted while report.html was written; {output} is finished, without a report",
+            code="interrupted-report",
         ) from None
 
 
@@ -231,7 +237,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     with lasting_streams() as output, visible_streams(), taken_signals() as signals:
         output.ends_without_reader, output.ends_when_full = _needs_output(words)
         try:
-            _require_text(words)
             code = _exit_code(words)
             sys.stdout.flush()
         except BaseException as error:
@@ -270,5 +275,6 @@ def _require_text(words: list[str]) -> None:
         except UnicodeEncodeError:
             shown = word if len(word) <= 200 else f"{word[:200]}..."
             raise UsageError(
-                f"{shown!a}: is not UTF-8 text. Rename the file or folder, or link to it by another name."
+                f"{shown!a}: is not UTF-8 text. Rename the file or folder, or link to it by another name.",
+                code="argument-not-text",
             ) from None

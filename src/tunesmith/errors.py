@@ -1,21 +1,32 @@
-"""What can go wrong, and the exit code that each kind ends the command with.
+"""Exceptions raised for problems that the user can fix, with their exit codes.
 
 TunesmithError
-├── UsageError        2   the command line itself is off
-├── ConfigError       1   a key or value of the run's config
-├── DataError         1   a file or row of the data
+├── UsageError        2   wrong command line
+├── ConfigError       1   wrong key or value in the run's config
+├── DataError         1   a data file or row
 ├── ModelError        1   a model, tokenizer or chat template
-├── InterruptedRun    3   stopped by the person; can be gone on with
+├── InterruptedRun    3   stopped by the user; can be resumed
 └── RunError          4   the run itself failed (out of memory, disk full)
 
-A message says where, what, why and what to do. No traceback is shown for any of these.
+A message says where, what, why and what to do. None of these shows a traceback.
+Every error has a `code`, which names its cause and stays the same when the message is reworded; docs/errors.md lists
+them all.
 """
 
 
 class TunesmithError(Exception):
-    """Base of every error that a user can cause or mend."""
+    """Base class of all errors that the user can cause or fix.
+
+    Args:
+        message: where, what, why and what to do.
+        code: cause of the error in kebab-case ("file-not-found").
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, *, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class UsageError(TunesmithError):
@@ -28,12 +39,13 @@ class ConfigError(TunesmithError):
     Args:
         source: where the config came from, for the first line ("run.yaml", "the command line").
         problems: one line each, "section.key: what is wrong and what to do".
-        exit_code: 2 where a flag's name itself is unknown, else 1.
+        exit_code: 2 where a flag itself is unknown, else 1.
     """
 
-    def __init__(self, source: str, problems: list[str], exit_code: int = 1) -> None:
+    def __init__(self, source: str, problems: list[str], exit_code: int = 1, *, code: str = "config") -> None:
         noun = "problem" if len(problems) == 1 else "problems"
-        super().__init__("\n".join([f"{source}: {len(problems)} {noun}", *(f"  {p}" for p in problems)]))
+        message = "\n".join([f"{source}: {len(problems)} {noun}", *(f"  {problem}" for problem in problems)])
+        super().__init__(message, code=code)
         self.problems = problems
         self.exit_code = exit_code
 
@@ -55,4 +67,4 @@ class RunError(TunesmithError):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, or the terminal was closed: as Ctrl-C, but a chat ends as well."""
+    """SIGTERM, or the terminal was closed. Handled as Ctrl-C, and also ends a chat."""

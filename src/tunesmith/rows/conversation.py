@@ -89,18 +89,23 @@ Parsed = Conversation | RawText | Segments
 
 
 class RowRefused(Exception):
-    """This row cannot be trained on; the reason says why, for the ledger.
+    """This row cannot be trained on. The reason goes into the ledger.
 
-    `by_choice`: not a defect of the data but something that the person asked for, or a known kind of row that is
-    never trained; such rows do not count against data.max_refused.
-    `loses_context`: it holds a key that its replies may depend on and that nothing reads; an error of `check`.
+    Args:
+        reason: why, in words.
+        by_choice: the user asked for it, or rows of this kind are never trained; such rows do not count against
+            data.max_refused.
+        loses_context: the row has a key that its replies may depend on and that no format reads; `check` reports an
+            error.
+        code: cause of the refusal in kebab-case ("empty-reply"); it stays the same when the reason is reworded.
     """
 
-    def __init__(self, reason: str, by_choice: bool = False, loses_context: bool = False) -> None:
+    def __init__(self, reason: str, by_choice: bool = False, loses_context: bool = False, *, code: str = "") -> None:
         super().__init__(reason)
         self.reason = reason
         self.by_choice = by_choice
         self.loses_context = loses_context
+        self.code = code
 
 
 class UnknownFormat(RowRefused):

@@ -1,0 +1,208 @@
+"""Every script of bench/, docs/ and scripts/ explains itself with --help and runs on small inputs.
+
+Those that take more than a few seconds even so run with TUNESMITH_LONG=1: disk_full.py (as root, it mounts a file
+system), adapter_kinds.sh, presets.sh, same_runs.py (needs git). fuzz.py has test_fuzz.py, forks.py test_boundary.py, and
+the half of parity_trl that needs no TRL test_parity_trl.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import chat_row, save_folder, tiny_config, write_jsonl
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("bench", "bench/parity_trl", "docs", "scripts")
+SCRIPTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).iterdir() if path.suffix in (".py", ".sh"))
+MODULES = ("bench/damage.py", "bench/parity_trl/inputs.py")  # imported by the scripts beside them
+ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+long = pytest.mark.skipif("TUNESMITH_LONG" not in os.environ, reason="takes long; set TUNESMITH_LONG=1")
+
+Script = Callable[..., str]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Script]:
+    """Run a Python script in this process, which has imported torch already; returns what it printed."""
+    environment, modules = dict(os.environ), set(sys.modules)
+
+    def call(name: str, *words: object) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        monkeypatch.syspath_prepend(str((ROOT / name).parent))
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        except SystemExit as ended:
+            if ended.code:
+                pytest.fail(f"{ended.code}\n{capsys.readouterr()}")
+        return capsys.readouterr().out
+
+    yield call
+    os.environ.clear()
+    os.environ.update(environment)
+    for name in set(sys.modules) - modules:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(tuple(str(ROOT / f) for f in FOLDERS)):
+            del sys.modules[name]
+
+
+def command(name: str, *words: object) -> str:
+    """Run a script as a command of its own."""
+    first = [sys.executable] if name.endswith(".py") else []
+    line = [*first, str(ROOT / name), *map(str, words)]
+    done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def shared(tmp_path: Path, tokenizer: Any) -> Path:
+    """A small folder of the same shape as the public data, with rows of our own."""
+    data = tmp_path / "shared" / "data"
+    names = ["llamafactory/alpaca_en_demo.json", "llamafactory/alpaca_zh_demo.json", "fastchat/dummy_conversation.json",
+             "llamafactory/glaive_toolcall_en_demo.json", "emollm/data.json"]  # fmt: skip
+    rows = [chat_row(f"What is the answer {i}?", f"The answer is {i} and you.") for i in range(30)]
+    for name in names:
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_text(json.dumps(rows), encoding="utf-8")
+    (data / "medicalgpt").mkdir()
+    write_jsonl(data / "medicalgpt" / "sharegpt_zh_1K_format.jsonl", rows)
+    sentence = "The quick brown fox jumps over the lazy dog and says hello to you.\n"
+    for folder, name, text in (
+        ("classic-books", "fox.md", sentence),
+        ("chinese-classics", "春.txt", "春眠不觉晓，处处闻啼鸟。\n"),
+    ):
+        (data / folder).mkdir()
+        (data / folder / name).write_text(text * 200, encoding="utf-8")
+    tokenizer.save_pretrained(tmp_path / "shared" / "tokenizers" / "minimind")
+    template = tmp_path / "shared" / "templates" / "llamacpp" / "Qwen-Qwen3-0.6B.jinja"
+    template.parent.mkdir(parents=True)
+    template.write_text(str(tokenizer.chat_template), encoding="utf-8")
+    return tmp_path / "shared"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_help_prints_the_usage(path: Path, script: Script) -> None:
+    name = str(path.relative_to(ROOT))
+    if name in MODULES:
+        assert "__main__" not in path.read_text(encoding="utf-8")
+        return
+    printed = script(name, "--help") if path.suffix == ".py" else command(name, "--help")
+    assert f"usage: {path.name}" in printed.lower()
+    assert len(printed.splitlines()) > 2
+
+
+@pytest.mark.parametrize("path", [p for p in SCRIPTS if p.suffix == ".sh"], ids=lambda p: p.name)
+def test_a_shell_script_without_arguments_starts_nothing(path: Path) -> None:
+    words = ["--bogus"] if path.name == "run.sh" else []
+    done = subprocess.run([path, *words], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "usage" in done.stderr.lower() or "--help" in done.stderr
+
+
+def test_generated_pages_are_up_to_date(script: Script) -> None:
+    script("docs/generate.py", "--check")
+
+
+def test_data_table_lists_every_file(script: Script, shared: Path) -> None:
+    printed = script("docs/data_table.py", shared / "data", shared / "tokenizers" / "minimind")
+    rows = [line for line in printed.splitlines() if line.startswith("| `")]
+    assert len(rows) == 8
+    assert "| `emollm/data.json` | 30 | 0 |" in printed
+
+
+def test_from_scratch_writes_its_page(script: Script, shared: Path, tmp_path: Path) -> None:
+    output = tmp_path / "page"
+    output.mkdir()
+    words = ["--steps", 4, "--sft-flags=--train.max_steps 2", "--questions", 1, "--output", output]
+    script("docs/from_scratch.py", shared / "data", tmp_path / "work", *words)
+    page = (output / "from_scratch.md").read_text(encoding="utf-8")
+    assert "2 public-domain books" in page
+    assert "| Who are you? |" in page
+    assert sorted(path.name for path in output.iterdir()) == [
+        "from_scratch.md", "from_scratch_pretrain.svg", "from_scratch_sft.svg",
+    ]  # fmt: skip
+
+
+def test_make_base_makes_a_base_of_known_books(script: Script, shared: Path, tmp_path: Path) -> None:
+    books = [*(shared / "data").glob("classic-books/*"), *(shared / "data").glob("chinese-classics/*")]
+    hashes = tmp_path / "hashes.json"
+    hashes.write_text(json.dumps({book.name: hashlib.sha256(book.read_bytes()).hexdigest() for book in books}))
+    small = ["--hashes", hashes, "--drills", 300, "--vocab-size", 500, "--steps", 2]
+    script("scripts/make_base.py", shared / "data", tmp_path / "work", "--output", tmp_path / "base", *small)
+    assert (tmp_path / "base" / "model.safetensors").is_file()
+    assert (tmp_path / "base" / "tokenizer.json").is_file()
+    books[0].write_text("another book", encoding="utf-8")
+    with pytest.raises(pytest.fail.Exception, match=f"the books are not those of hashes.json: {books[0].name}"):
+        script("scripts/make_base.py", shared / "data", tmp_path / "work2", "--output", tmp_path / "base2", *small)
+
+
+def test_label_cost_gives_a_line_for_each_file(shared: Path) -> None:
+    lines = command("bench/label_cost.sh", shared, 1).splitlines()
+    assert len(lines) == 7
+    assert all("30 chats" in line and "proven: x " in line for line in lines)
+
+
+def test_save_cost_compares_runs_with_and_without_a_save(shared: Path) -> None:
+    words = ["--model", "new:tiny", "--rounds", 1, "--steps", 2, "--tokens", 128]
+    chats = shared / "data" / "emollm" / "data.json"
+    printed = command("bench/save_cost.py", shared / "tokenizers" / "minimind", chats, *words)
+    assert "a save costs" in printed
+
+
+def test_adapter_memory_prints_a_row_for_each_kind(shared: Path, tmp_path: Path, tokenizer: Any) -> None:
+    base = save_folder(tmp_path / "base", tiny_config("qwen2"), tokenizer)
+    chats = shared / "data" / "emollm" / "data.json"
+    printed = command("bench/adapter_memory.py", base, chats, "--model", base, "--kinds", "LoRA, rank 16")
+    assert printed.splitlines()[-1].startswith("| LoRA, rank 16 | ")
+
+
+def test_real_data_26m_takes_flags_of_train(shared: Path, tmp_path: Path) -> None:
+    small = ["--model.config.hidden_size", 32, "--model.config.num_hidden_layers", 1, "--model.config.head_dim", 8,
+             "--model.config.intermediate_size", 64, "--train.max_steps", 2]  # fmt: skip
+    assert "model saved: " in command("bench/real_data_26m.sh", shared, tmp_path / "run", *small)
+
+
+def test_chaos_kills_and_resumes() -> None:
+    printed = command("bench/chaos.py", "--kills", 1, "--steps", 6)
+    assert "1 kills over " in printed
+    assert "NOT THE SAME" not in printed
+
+
+@long
+def test_adapter_kinds_resume_to_the_same_bytes(shared: Path, tmp_path: Path, tokenizer: Any) -> None:
+    base = save_folder(tmp_path / "base", tiny_config("qwen2"), tokenizer)
+    (tmp_path / "runs").mkdir()
+    chats = shared / "data" / "emollm" / "data.json"
+    printed = command("bench/adapter_kinds.sh", base, chats, tmp_path / "runs", "lora")
+    assert "lora: resumed to the same bytes" in printed
+    assert "lora: proof" in printed
+
+
+@long
+def test_presets_open_in_transformers(shared: Path, tmp_path: Path) -> None:
+    chats = shared / "data" / "emollm" / "data.json"
+    assert "opened: " in command("bench/presets.sh", shared / "tokenizers" / "minimind", chats, tmp_path, "tiny")
+
+
+@long
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system, which needs root")
+def test_disk_full_leaves_nothing_half_done(tmp_path: Path) -> None:
+    printed = command("bench/disk_full.py", "--only", "metrics.jsonl", "--folder", tmp_path / "work")
+    assert "WRONG" not in printed
+
+
+@long
+@pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="needs a git checkout")
+def test_same_runs_compares_with_the_last_commit() -> None:
+    assert "text: " in command("bench/same_runs.py", "--before", "HEAD", "--runs", "text")

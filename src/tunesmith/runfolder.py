@@ -1,5 +1,86 @@
-"""The RUN folder: the names of what lies in it."""
+"""RUN: the folder of a run, and the names of the files in it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
 RUN_FILE = "run.json"
+LEDGER_FILE = "data_ledger.json"
+INITIAL_ADAPTER = "adapter_init"
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths of everything that a run writes; the folder itself may not exist yet."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def record(self) -> Path:
+        """The file that makes the folder a run; it is written last."""
+        return self.path / RUN_FILE
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / LEDGER_FILE
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def tokens(self) -> Path:
+        return self.path / "tokens"
+
+    @property
+    def eval_tokens(self) -> Path:
+        return self.path / "eval_tokens"
+
+    @property
+    def model(self) -> Path:
+        """The finished model of a run that trains all weights."""
+        return self.path / "model"
+
+    @property
+    def adapter(self) -> Path:
+        """The finished adapter of a run that trains one."""
+        return self.path / "adapter"
+
+    @property
+    def initial_adapter(self) -> Path:
+        """The first matrices of a PiSSA or OLoRA adapter."""
+        return self.path / INITIAL_ADAPTER
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:06d}"
+
+    def tracker_logs(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def is_run(self) -> bool:
+        """Whether resume accepts the folder."""
+        return self.record.is_file()
+
+    @property
+    def has_model(self) -> bool:
+        """Whether a model or an adapter was saved here; it may be older than the newest checkpoint."""
+        return self.model.is_dir() or self.adapter.is_dir()
+
+    @property
+    def has_complete_model(self) -> bool:
+        """Whether the saved model or adapter has its config."""
+        return (self.model / "config.json").is_file() or (self.adapter / "adapter_config.json").is_file()

@@ -19,12 +19,14 @@ from tunesmith.errors import ModelError
 from tunesmith.model.presets import build_preset_config, explain_overrides
 from tunesmith.model.source import ModelSource, explain_load_error, find_model
 
-DEFAULT_MAX_SEQ_LEN = 2048
 
+def load_config(section: ModelSection, tokenizer: Any, source: ModelSource | None = None) -> PretrainedConfig:
+    """The transformers config: cheap, so that its errors come before any data is read.
 
-def load_config(section: ModelSection, tokenizer: Any) -> PretrainedConfig:
-    """The transformers config: cheap, so that its errors come before any data is read."""
-    source = find_model(section.path)
+    Args:
+        source: what find_model made of section.path, where that was asked before.
+    """
+    source = source or find_model(section.path)
     if source.kind == "preset":
         return build_preset_config(source.name, section.config, tokenizer)
     try:
@@ -55,6 +57,7 @@ def load_model(
     dtype: torch.dtype,
     seed: int,
     quantization: Any = None,
+    source: ModelSource | None = None,
 ) -> nn.Module:
     """Weights on the CPU in `dtype`; those of an adapter are its base's, with the adapter merged into them.
 
@@ -62,8 +65,9 @@ def load_model(
         config: from load_config; copied, because the attention implementation is written into it.
         seed: decides the weights of a new:PRESET model.
         quantization: transformers' config for 4 or 8 bits.
+        source: what find_model made of section.path, where that was asked before.
     """
-    source = find_model(section.path)
+    source = source or find_model(section.path)
     logging.disable_progress_bar()
     if source.kind == "preset":
         torch.manual_seed(seed)
@@ -89,19 +93,7 @@ def load_model(
         )
     except Exception as error:
         raise explain_load_error(section.path, "its weights", error) from None
-    if report["mismatched_keys"]:
-        key, found, wanted = min(report["mismatched_keys"])
-        raise ModelError(
-            f"{section.path}: {len(report['mismatched_keys'])} tensors have other shapes than its config.json says: "
-            f"{key} is {list(found)}, but {list(wanted)} is needed. The config.json belongs to another model."
-        )
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"{section.path}: the weights lack {len(missing)} tensors that the model needs ({', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}); training would start from random values there. The folder is "
-            "incomplete, or its config.json belongs to another model."
-        )
+    require_all_weights(section.path, report)
     require_token_ids(section.path, model.generation_config)
     if quantization is not None:
         keep_differentiable(model)
@@ -109,6 +101,25 @@ def load_model(
         require_own_base(source, False, _ON_CHANGED)
         return merge_adapter(open_adapter(model, source.adapter)).requires_grad_(True)
     return model
+
+
+def require_all_weights(path: str, report: Any) -> None:
+    """Raises:
+    ModelError: transformers' loading report names tensors that are missing or have other shapes.
+    """
+    if report["mismatched_keys"]:
+        key, found, wanted = min(report["mismatched_keys"])
+        raise ModelError(
+            f"{path}: {len(report['mismatched_keys'])} tensors have other shapes than its config.json says: "
+            f"{key} is {list(found)}, but {list(wanted)} is needed. The config.json belongs to another model."
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{path}: the weights lack {len(missing)} tensors that the model needs ({', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}); training would start from random values there. The folder is "
+            "incomplete, or its config.json belongs to another model."
+        )
 
 
 def require_token_ids(path: str, generation_config: Any) -> None:
@@ -141,26 +152,6 @@ def require_own_base(source: ModelSource, is_allowed: bool, advice: str) -> str:
     assert source.adapter is not None
     folder = Path(source.name) if source.kind == "local" else hub_folder(source.name, source.revision)
     return require_base(source.adapter, folder, is_allowed, advice) if folder else ""
-
-
-def choose_max_seq_len(config: PretrainedConfig, wanted: int | None) -> tuple[int, str]:
-    """max_seq_len, and a remark where the model was made for less.
-
-    Raises:
-        ModelError: the model has learnt one vector for each position and has none that far out.
-    """
-    text_config = config.get_text_config()
-    context = getattr(text_config, "max_position_embeddings", None)
-    if wanted is None:
-        return min(DEFAULT_MAX_SEQ_LEN, context or DEFAULT_MAX_SEQ_LEN), ""
-    if context is None or wanted <= context:
-        return wanted, ""
-    if getattr(text_config, "rope_parameters", None) is None:
-        raise ModelError(
-            f"data.max_seq_len {wanted}: the model has learnt positions up to {context} only. "
-            f"Set it to {context} or less."
-        )
-    return wanted, f"longer than the model's own context of {context}"
 
 
 @torch.no_grad()

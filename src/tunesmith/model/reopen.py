@@ -53,14 +53,21 @@ _PARTS = {
 
 
 def require_one_reading(
-    section: ModelSection, encoder: Encoder, model_config: PretrainedConfig, is_adapter: bool = False
+    section: ModelSection,
+    encoder: Encoder,
+    model_config: PretrainedConfig,
+    is_adapter: bool = False,
+    source: TokenizerSource | None = None,
 ) -> None:
     """Show that whoever opens the tokenizer gets the ids that training will see.
+
+    Args:
+        source: from find_tokenizer, where that was asked before.
 
     Raises:
         ModelError: the given tokenizer.json is read in two ways, or the saved one would be.
     """
-    _require_as_given(section, encoder.tokenizer)
+    _require_as_given(source or find_tokenizer(section), encoder.tokenizer)
     # an adapter's tokenizer is opened beside adapter_config.json, and beside config.json once it is merged
     for config in [None, model_config] if is_adapter else [model_config]:
         differences = find_reopened_differences(encoder, config, section.trust_remote_code)
@@ -77,9 +84,8 @@ def _explain_class(config: PretrainedConfig | None) -> str:
     return f"transformers' AutoTokenizer does not open its tokenizer.json as it stands{beside}."
 
 
-def _require_as_given(section: ModelSection, tokenizer: Any) -> None:
+def _require_as_given(source: TokenizerSource, tokenizer: Any) -> None:
     """tokenizer.json read as it stands (by tokenizers, vLLM, llama.cpp) gives the ids that AutoTokenizer gives."""
-    source = find_tokenizer(section)
     path = _find_file(source)
     if path is None:
         return

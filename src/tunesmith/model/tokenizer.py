@@ -13,7 +13,7 @@ from tunesmith.chat_template.template import ChatTemplate, find_template, requir
 from tunesmith.config.schema import DataSection, ModelSection
 from tunesmith.encode.encoder import Encoder, bos_ids
 from tunesmith.errors import ModelError
-from tunesmith.model.source import explain_load_error, find_model, open_path, require_plain_files
+from tunesmith.model.source import ModelSource, explain_load_error, find_model, open_path, require_plain_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,12 @@ class TokenizerSource:
     is_models: bool
 
 
-def find_tokenizer(section: ModelSection) -> TokenizerSource:
-    """Where the tokenizer of the run lies: model.tokenizer, else beside the model or its adapter."""
+def find_tokenizer(section: ModelSection, model: ModelSource | None = None) -> TokenizerSource:
+    """Where the tokenizer of the run lies: model.tokenizer, else beside the model or its adapter.
+
+    Args:
+        model: what find_model made of section.path, where that was asked before.
+    """
     name = section.tokenizer or section.path
     if name.startswith("new:"):
         raise ModelError(
@@ -40,15 +44,20 @@ def find_tokenizer(section: ModelSection) -> TokenizerSource:
     if section.tokenizer and open_path(name).is_dir():  # a tokenizer's folder needs no config.json
         require_plain_files(open_path(name))
         return TokenizerSource(str(open_path(name)), revision, is_models=False)
-    source = find_model(name)
+    source = model if model and name == section.path else find_model(name)
     if source.adapter and (source.adapter / "tokenizer_config.json").is_file():
         return TokenizerSource(str(source.adapter), revision, is_models=False)
     return TokenizerSource(source.name, revision, is_models=name == section.path)
 
 
-def load_tokenizer(section: ModelSection) -> Any:
-    """The tokenizer of the run, with model.add_tokens."""
-    source, name, trust = find_tokenizer(section), section.tokenizer or section.path, section.trust_remote_code
+def load_tokenizer(section: ModelSection, source: TokenizerSource | None = None) -> Any:
+    """The tokenizer of the run, with model.add_tokens.
+
+    Args:
+        source: from find_tokenizer, where that was asked before.
+    """
+    source = source or find_tokenizer(section)
+    name, trust = section.tokenizer or section.path, section.trust_remote_code
     require_template_file(source.folder)
     try:
         if source.is_models:
@@ -66,9 +75,17 @@ def load_tokenizer(section: ModelSection) -> Any:
     return tokenizer
 
 
-def load_encoder(model: ModelSection, data: DataSection, date: datetime.datetime) -> Encoder:
-    """Tokenizer and chat template as one run uses them, for training and preview alike."""
-    return build_encoder(load_tokenizer(model), data.chat_template, data.template_kwargs, date, data.control_text)
+def load_encoder(
+    model: ModelSection, data: DataSection, date: datetime.datetime, source: TokenizerSource | None = None
+) -> Encoder:
+    """Tokenizer and chat template as one run uses them, for training and preview alike.
+
+    Args:
+        source: from find_tokenizer, where that was asked before.
+    """
+    return build_encoder(
+        load_tokenizer(model, source), data.chat_template, data.template_kwargs, date, data.control_text
+    )
 
 
 def build_encoder(

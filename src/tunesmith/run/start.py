@@ -31,7 +31,8 @@ from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.files import sealed, wait_if_asked, write_text_atomic
 from tunesmith.model.device import pick_device
 from tunesmith.model.isolation import Isolation, set_up_attention
-from tunesmith.model.load import check_vocabulary, choose_max_seq_len, extend_vocabulary, load_config, load_model
+from tunesmith.model.lengths import choose_lengths
+from tunesmith.model.load import check_vocabulary, extend_vocabulary, load_config, load_model
 from tunesmith.model.loss import SupervisedLM
 from tunesmith.model.reopen import require_one_reading
 from tunesmith.model.save import save_adapter, save_model
@@ -54,8 +55,6 @@ from tunesmith.train.plan import Prepared, build_plan, ledger_json, prepare_data
 from tunesmith.train.precision import Precision, choose_precision, make_deterministic
 from tunesmith.train.randomness import seed_all
 from tunesmith.train.saver import Saver
-
-MIN_MICRO_BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -108,21 +107,8 @@ def choose_setting(config: RunConfig, date: datetime.datetime) -> Setting:
     torch.manual_seed(config.train.seed)
     encoder = load_encoder(config.model, config.data, date)
     model_config = load_config(config.model, encoder.tokenizer)
-    return Setting(device, precision, encoder, model_config, *choose_lengths(config, model_config))
-
-
-def choose_lengths(config: RunConfig, model_config: PretrainedConfig) -> tuple[int, int, str]:
-    """max_seq_len, tokens of one packed forward, and a remark on the first.
-
-    A forward smaller than the default max_seq_len lowers it; against one that was asked for it is an error.
-    """
-    max_seq_len, remark = choose_max_seq_len(model_config, config.data.max_seq_len)
-    capacity = config.train.micro_batch_tokens
-    if capacity is None:
-        return max_seq_len, max(max_seq_len, MIN_MICRO_BATCH_TOKENS), remark
-    if config.data.max_seq_len is None and capacity < max_seq_len:
-        return capacity, capacity, "that of train.micro_batch_tokens"
-    return max_seq_len, capacity, remark
+    lengths = choose_lengths(model_config, config.data.max_seq_len, config.train.micro_batch_tokens)
+    return Setting(device, precision, encoder, model_config, lengths.max_seq_len, lengths.capacity, lengths.remark)
 
 
 def assemble(config: RunConfig, setting: Setting, prepared: Prepared, weights: ModelSection) -> RunFacts:

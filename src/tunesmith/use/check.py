@@ -21,7 +21,8 @@ from tunesmith.data.prepare import label_rows
 from tunesmith.display import raw_stream, to_html, visible
 from tunesmith.errors import DataError
 from tunesmith.files import write_text_atomic
-from tunesmith.model.load import choose_max_seq_len, load_config
+from tunesmith.model.lengths import choose_lengths
+from tunesmith.model.load import load_config
 from tunesmith.model.reopen import require_one_reading
 from tunesmith.model.tokenizer import load_encoder
 from tunesmith.sources.read import find_sources, read_rows
@@ -43,7 +44,7 @@ def run_check(config: PreviewConfig, is_strict: bool, as_json: bool, html_path: 
     encoder = load_encoder(config.model, data, datetime.datetime.now())
     model_config = load_config(config.model, encoder.tokenizer)
     require_one_reading(config.model, encoder, model_config)
-    max_seq_len, _ = choose_max_seq_len(model_config, data.max_seq_len)
+    max_seq_len = choose_lengths(model_config, data.max_seq_len).max_seq_len
     rows = label_rows(read_rows(sources, data.encoding, data.max_row_mb), encoder, data, max_seq_len)
     held_out = data.model_copy(update={"limit": None})
     eval_rows = (

@@ -21,7 +21,8 @@ from tunesmith.display import raw_stream, to_html, visible
 from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import UsageError
 from tunesmith.files import write_text_atomic
-from tunesmith.model.load import choose_max_seq_len, load_config
+from tunesmith.model.lengths import choose_lengths
+from tunesmith.model.load import load_config
 from tunesmith.model.reopen import require_one_reading
 from tunesmith.model.tokenizer import load_encoder
 from tunesmith.sources.read import find_sources, read_rows
@@ -37,7 +38,7 @@ def run_preview(config: PreviewConfig, num_rows: int, as_json: bool, html_path: 
     encoder = load_encoder(config.model, config.data, datetime.datetime.now())
     model_config = load_config(config.model, encoder.tokenizer)
     require_one_reading(config.model, encoder, model_config)
-    max_seq_len, _ = choose_max_seq_len(model_config, config.data.max_seq_len)
+    max_seq_len = choose_lengths(model_config, config.data.max_seq_len).max_seq_len
     rows = read_rows(sources, config.data.encoding, config.data.max_row_mb)
     labelled = label_rows(itertools.islice(rows, num_rows), encoder, config.data, max_seq_len)
     if as_json:

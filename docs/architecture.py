@@ -1,4 +1,7 @@
-"""Write the generated parts of docs/architecture.md: the file map and the picture of the imports."""
+"""The generated parts of docs/architecture.md: the file map and the picture of the imports.
+
+Usage: architecture.py prints each package's share of all lines; `make docs` writes the page.
+"""
 
 from __future__ import annotations
 
@@ -57,11 +60,10 @@ def in_layers(graph: dict[str, set[str]]) -> list[list[str]]:
 def import_picture() -> str:
     """A Mermaid graph of the packages; an arrow that follows from two others is left out."""
     graph = imports()
-    total = sum(count_lines(name) for name in graph)
     packages = [name for layer in in_layers(graph) for name in layer if (PACKAGE / name).is_dir()]
     lines = ["```mermaid", "flowchart BT"]
-    lines += [f'  {name}["{name}<br>{count_lines(name) / total:.0%}"]' for name in packages]
     for name in packages:
+        lines.append(f"  {name}")
         direct = {below for below in graph[name] if below in packages}
         implied = {far for below in direct for far in reachable(graph, below)}
         lines += [f"  {name} --> {below}" for below in sorted(direct - implied)]
@@ -92,9 +94,14 @@ def file_map() -> str:
     return "\n".join([*lines, "```"])
 
 
-if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    import generate
+def shares() -> str:
+    """Lines of each package, and its share of all."""
+    lines = {name: count_lines(name) for name in imports()}
+    total = sum(lines.values())
+    table = [f"{name:<16}{count:>6}{count / total:>8.1%}" for name, count in sorted(lines.items(), key=lambda x: -x[1])]
+    return "\n".join([*table, f"{'all':<16}{total:>6}"])
 
-    page = "docs/architecture.md"
-    (ROOT / page).write_text(generate.fill_page(page), encoding="utf-8")
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    print(shares())

@@ -67,7 +67,7 @@ def _take_unknown_flags(argv: list[str], parser: argparse.ArgumentParser) -> tup
 
 
 def _parse_config_command(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, Any]:
-    from tunesmith.config.runfile import leaf_fields, resolve_config
+    from tunesmith.config.runfile import OPEN_MAPS, leaf_fields, resolve_config
     from tunesmith.config.schema import PreviewConfig, RunConfig, TokenizerConfig
 
     argv, flags = _take_open_maps(argv)
@@ -89,7 +89,9 @@ def _parse_config_command(parser: argparse.ArgumentParser, argv: list[str]) -> t
         "tokenizer": TokenizerConfig,
     }
     model = models[options.command]
-    for dotted in [name for name in flags if name.split(".")[0] not in model.model_fields]:
+    own = leaf_fields(model)
+    open_maps = tuple(f"{name}." for name in OPEN_MAPS if name in own)
+    for dotted in [name for name in flags if name not in own and not name.startswith(open_maps)]:
         del flags[dotted]
         unknown.append(dotted)
     config = resolve_config(model, options.run_yaml, flags, unknown)

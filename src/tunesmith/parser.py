@@ -60,6 +60,9 @@ MERGE_METHODS = (  # use/merge.py knows them too, but imports torch
 )  # fmt: skip
 
 
+LABEL_KEYS = ("model", "data", "lora.kind", "train.micro_batch_tokens")  # sections and keys that decide the labels
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tunesmith", description="Supervised fine-tuning of language models that a person can trust."
@@ -77,13 +80,13 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     _add_config_flags(resume, ("model", "data", "optim", "lora", "train"), has_file=False)
     preview = _add_command(commands, "preview", "show rows as the model will see them, trained tokens coloured")
-    _add_config_flags(preview, ("model", "data"))
+    _add_config_flags(preview, LABEL_KEYS)
     preview.add_argument("--rows", type=_positive, default=5, metavar="N", help="how many rows (default: 5)")
     output = preview.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="one JSON object a row")
     output.add_argument("--html", type=_path, metavar="FILE", help="write a page to read and forward")
     check = _add_command(commands, "check", "read a whole data set and say what is wrong or odd about it")
-    _add_config_flags(check, ("model", "data"))
+    _add_config_flags(check, LABEL_KEYS)
     check.add_argument("--strict", action="store_true", help="exit 1 for warnings too")
     output = check.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="one JSON object")
@@ -207,8 +210,8 @@ def _temperature(text: str) -> float:
     return value
 
 
-def _add_config_flags(parser: argparse.ArgumentParser, sections: tuple[str, ...], has_file: bool = True) -> None:
-    """A flag for every key of the config, its help being the key's own text."""
+def _add_config_flags(parser: argparse.ArgumentParser, names: tuple[str, ...], has_file: bool = True) -> None:
+    """A flag for every key of the config below these sections and keys, its help being the key's own text."""
     from pydantic_core import PydanticUndefined
 
     from tunesmith.config.runfile import OPEN_MAPS, SHORTHANDS, leaf_fields, takes_list
@@ -217,12 +220,12 @@ def _add_config_flags(parser: argparse.ArgumentParser, sections: tuple[str, ...]
     if has_file:
         parser.add_argument("run_yaml", nargs="?", type=_path, metavar="run.yaml", help="the config; flags win over it")
     short = {dotted: flag for flag, dotted in SHORTHANDS.items()}
-    groups = {name: parser.add_argument_group(name) for name in sections}
+    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(n.split(".")[0] for n in names)}
     for dotted, field in leaf_fields(RunConfig).items():
         section = dotted.split(".")[0]
-        if section not in sections:
+        if not (section in names or dotted in names):
             continue
-        names = [short[dotted], f"--{dotted}"] if dotted in short else [f"--{dotted}"]
+        flags = [short[dotted], f"--{dotted}"] if dotted in short else [f"--{dotted}"]
         default = field.default
         text = (field.description or "").replace("%", "%%")
         if default not in (None, PydanticUndefined, "") and not field.is_required():
@@ -238,7 +241,7 @@ def _add_config_flags(parser: argparse.ArgumentParser, sections: tuple[str, ...]
             options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
         else:
             options |= {"metavar": _metavar(field.annotation)}
-        groups[section].add_argument(*names, **options)
+        groups[section].add_argument(*flags, **options)
 
 
 def _metavar(annotation: Any) -> str:

@@ -190,8 +190,11 @@ class OptimSection(Section):
 DEFAULT_LORA_LR = 2e-4
 
 
+LoraKind = Literal["none", "lora", "rslora", "dora", "pissa", "olora"]
+
+
 class LoraSection(Section):
-    kind: Literal["none", "lora", "rslora", "dora", "pissa", "olora"] = "none"
+    kind: LoraKind = "none"
     """Train an adapter instead of all weights: LoRA (Hu et al. 2021) or a relative of it; none: full fine-tuning."""
     rank: int = Field(default=16, ge=1)
     """Inner dimension of the adapter's two matrices."""
@@ -286,12 +289,7 @@ class RunConfig(Section):
     def _validate_across(self) -> RunConfig:
         """Rules between keys; each names both keys and a way out."""
         data, train = self.data, self.train
-        problems = []
-        if train.micro_batch_tokens and data.max_seq_len and train.micro_batch_tokens < data.max_seq_len:
-            problems.append(
-                f"train.micro_batch_tokens: {train.micro_batch_tokens} cannot hold one sample of data.max_seq_len "
-                f"{data.max_seq_len}; set it to {data.max_seq_len} or more, or lower data.max_seq_len"
-            )
+        problems = _check_lengths(data, train.micro_batch_tokens)
         if data.eval and data.eval_split:
             problems.append("data.eval_split: data.eval is given too; keep one of the two")
         has_eval = bool(data.eval or data.eval_split)
@@ -328,8 +326,34 @@ class TokenizerConfig(Section):
     data: DataSection
 
 
+class _PreviewLora(Section):
+    kind: LoraKind = "none"
+
+
+class _PreviewTrain(Section):
+    micro_batch_tokens: int | None = Field(default=None, ge=8)
+
+
 class PreviewConfig(Section):
-    """What preview and check need of a run's config."""
+    """The keys of a run's config that decide its labels: what preview and check read."""
 
     model: ModelSection
     data: DataSection
+    lora: _PreviewLora = Field(default_factory=_PreviewLora)
+    train: _PreviewTrain = Field(default_factory=_PreviewTrain)
+
+    @model_validator(mode="after")
+    def _validate_across(self) -> PreviewConfig:
+        if problems := _check_lengths(self.data, self.train.micro_batch_tokens):
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _check_lengths(data: DataSection, micro_batch_tokens: int | None) -> list[str]:
+    """The problem, if a packed forward is too small for one sample."""
+    if not (micro_batch_tokens and data.max_seq_len and micro_batch_tokens < data.max_seq_len):
+        return []
+    return [
+        f"train.micro_batch_tokens: {micro_batch_tokens} cannot hold one sample of data.max_seq_len "
+        f"{data.max_seq_len}; set it to {data.max_seq_len} or more, or lower data.max_seq_len"
+    ]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
@@ -15,48 +15,41 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.config.schema import PreviewConfig
-from tunesmith.data.check import Check, Finding, check_rows
+from tunesmith.data.check import Check, check_rows
 from tunesmith.data.ledger import LabelledRow
-from tunesmith.data.prepare import label_rows
-from tunesmith.display import raw_stream, to_html, visible
+from tunesmith.display import raw_stream, visible
 from tunesmith.errors import DataError
 from tunesmith.files import write_text_atomic
-from tunesmith.model.lengths import choose_lengths
-from tunesmith.model.load import load_config
-from tunesmith.model.reopen import require_one_reading
-from tunesmith.model.tokenizer import load_encoder
-from tunesmith.sources.read import find_sources, read_rows
-from tunesmith.use.preview import require_writable
+from tunesmith.use.labels import open_data
+from tunesmith.use.pages import render_page, require_writable
 
 _SHOWN = 3  # rows that the table names; JSON and the page name more
 
 
+def check_data(config: PreviewConfig, watch: Callable[[Iterable[LabelledRow]], Iterable[LabelledRow]] = iter) -> Check:
+    """Read and label every row of data.train and data.eval, and collect what is wrong or odd.
+
+    Args:
+        watch: gets the rows as they are read and passes them on, for a progress display.
+    """
+    data = open_data(config)
+    eval_rows = data.eval_rows() if config.data.eval else []
+    return check_rows(watch(data.rows()), eval_rows, data.encoder, config.data, data.max_seq_len)
+
+
 def run_check(config: PreviewConfig, is_strict: bool, as_json: bool, html_path: Path | None) -> None:
-    """Read everything, print what was found.
+    """Print what `check_data` finds: as a table, as JSON, or as a table and a page.
 
     Raises:
         DataError: there are errors, or with --strict warnings.
     """
     if html_path is not None:
         require_writable(html_path)
-    data = config.data
-    sources, eval_sources = find_sources(data.train), find_sources(data.eval or [])
-    encoder = load_encoder(config.model, data, datetime.datetime.now())
-    model_config = load_config(config.model, encoder.tokenizer)
-    require_one_reading(config.model, encoder, model_config)
-    max_seq_len = choose_lengths(model_config, data.max_seq_len).max_seq_len
-    rows = label_rows(read_rows(sources, data.encoding, data.max_row_mb), encoder, data, max_seq_len)
-    held_out = data.model_copy(update={"limit": None})
-    eval_rows = (
-        label_rows(read_rows(eval_sources, data.encoding, data.max_row_mb), encoder, held_out, max_seq_len)
-        if data.eval
-        else []
-    )
-    check = check_rows(with_progress(rows), eval_rows, encoder, data, max_seq_len)
+    check = check_data(config, with_progress)
     if as_json:
         print(json.dumps(check.to_json()))
     elif html_path is not None:
-        write_text_atomic(html_path, render_page(check, config))
+        write_text_atomic(html_path, check_page(check, config))
         print(f"written: {html_path}")
     if not as_json:
         show_check(check)
@@ -130,39 +123,12 @@ def show_check(check: Check) -> None:
     console.print(table)
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>tunesmith check</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 64rem; padding: 0 1rem;
-  color: #1b1f24; background: #fff }}
-h1 {{ font-size: 1.3rem }} table {{ border-collapse: collapse; width: 100% }}
-td, th {{ text-align: left; vertical-align: top; padding: .4rem .6rem; border-bottom: 1px solid #d0d7de;
-  overflow-wrap: anywhere }}
-td:nth-child(-n+2), th:nth-child(-n+2) {{ white-space: nowrap; overflow-wrap: normal }}
-.error td:first-child {{ color: #a40e26; font-weight: 600 }} code {{ font-size: .85rem; white-space: pre-wrap }}
-@media (prefers-color-scheme: dark) {{ body {{ background: #0d1117; color: #e6edf3 }}
-  td, th {{ border-color: #30363d }} .error td:first-child {{ color: #ff8182 }} }}
-</style></head><body><h1>tunesmith check</h1>
-<p>{data}</p><table>{facts}</table>
-<h2>{errors} errors, {warnings} warnings</h2>
-<table><tr><th></th><th>rows</th><th>what</th><th>where</th><th>what to do</th></tr>
-{findings}</table></body></html>
-"""
+def check_page(check: Check, config: PreviewConfig) -> str:
+    """A self-contained page; every text in it is escaped."""
+    data = f"{', '.join(config.data.train)} for {config.model.path}"
+    return render_page("check", data=data, **page_values(check))
 
 
-def render_page(check: Check, config: PreviewConfig) -> str:
-    findings = check.findings.sorted()
-    return _PAGE.format(
-        data=to_html(f"{', '.join(config.data.train)} for {config.model.path}"),
-        facts="".join(f"<tr><th>{to_html(k)}</th><td>{to_html(v)}</td></tr>" for k, v in facts(check)),
-        errors=check.num_errors,
-        warnings=len(findings) - check.num_errors,
-        findings="\n".join(map(_row, findings)),
-    )
-
-
-def _row(finding: Finding) -> str:
-    where = to_html("\n".join(finding.rows)) + ("\n..." if finding.count > len(finding.rows) > 0 else "")
-    cells = (finding.level, f"{finding.count:,}", finding.what)
-    tds = "".join(f"<td>{to_html(cell)}</td>" for cell in cells)
-    return f'<tr class="{finding.level}">{tds}<td><code>{where}</code></td><td>{to_html(finding.advice)}</td></tr>'
+def page_values(check: Check) -> dict[str, Any]:
+    """What pages/findings.html shows."""
+    return {"facts": facts(check), "findings": check.findings.sorted(), "num_errors": check.num_errors}

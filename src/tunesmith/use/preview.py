@@ -1,14 +1,14 @@
-"""`tunesmith preview`: rows as the model will see them, trained tokens coloured."""
+"""`tunesmith preview`: rows as the model sees them, trained tokens coloured."""
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import json
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, overload
 
 from rich.console import Console
 from rich.text import Text
@@ -16,54 +16,102 @@ from rich.text import Text
 from tunesmith.config.schema import PreviewConfig
 from tunesmith.data.labels import Sample
 from tunesmith.data.ledger import LabelledRow
-from tunesmith.data.prepare import label_rows
-from tunesmith.display import raw_stream, to_html, visible
+from tunesmith.display import raw_stream, visible
 from tunesmith.encode.encoder import Encoder
-from tunesmith.errors import UsageError
 from tunesmith.files import write_text_atomic
-from tunesmith.model.lengths import choose_lengths
-from tunesmith.model.load import load_config
-from tunesmith.model.reopen import require_one_reading
-from tunesmith.model.tokenizer import load_encoder
-from tunesmith.sources.read import find_sources, read_rows
+from tunesmith.use.labels import open_data
+from tunesmith.use.pages import render_page, require_writable
 
 _TRAINED = "black on bright_green"
 
 
+@dataclass(frozen=True, eq=False)
+class Preview(Sequence[LabelledRow]):
+    """Labelled rows. A notebook shows them coloured; `print` puts trained text into ⟦ ⟧.
+
+    Attributes:
+        rows: each with its status, reason and samples (`input_ids`, `loss_mask`).
+        encoder: what the rows were encoded with.
+    """
+
+    rows: list[LabelledRow]
+    encoder: Encoder
+
+    @overload
+    def __getitem__(self, index: int) -> LabelledRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[LabelledRow]: ...
+    def __getitem__(self, index: int | slice) -> LabelledRow | list[LabelledRow]:
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        return "\n".join(text.plain for text in self.texts(is_coloured=False))
+
+    def _repr_html_(self) -> str:
+        return self.to_html("rows")
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """One object a row, as `tunesmith preview --json` prints them."""
+        return [row_to_json(row) for row in self.rows]
+
+    def to_html(self, page: str = "preview") -> str:
+        """A self-contained page; every text in it is escaped."""
+        rows = [
+            {
+                "head": describe_row(row),
+                "is_refused": row.status == "refused",
+                "samples": [list(iterate_runs(sample, self.encoder)) for sample in row.samples],
+            }
+            for row in self.rows
+        ]
+        return render_page(page, rows=rows, stop=self.encoder.stop.text)
+
+    def texts(self, is_coloured: bool) -> Iterator[Text]:
+        """Lines for a terminal: trained text on a green ground, or in ⟦ ⟧ where there are no colours."""
+        for row in self.rows:
+            yield Text(visible(describe_row(row)), style="bold")
+            for sample in row.samples:
+                text = Text()
+                for decoded, is_trained in iterate_runs(sample, self.encoder):
+                    piece = visible(decoded)
+                    if is_trained:
+                        text.append(piece if is_coloured else f"⟦{piece}⟧", style=_TRAINED)
+                    else:
+                        text.append(piece, style="dim")
+                yield text
+                yield Text()
+        if self.rows:
+            sign = "green" if is_coloured else "⟦ ⟧"
+            yield Text(f"trained: {sign}; replies end with {visible(self.encoder.stop.text)}", style="dim")
+
+
+def preview_rows(config: PreviewConfig, num_rows: int) -> Preview:
+    """Label the first rows exactly as training would."""
+    data = open_data(config)
+    return Preview(list(data.rows(num_rows)), data.encoder)
+
+
 def run_preview(config: PreviewConfig, num_rows: int, as_json: bool, html_path: Path | None) -> None:
-    """Label the first rows exactly as training would, and show them."""
+    """Show the first rows: on the terminal, as JSON, or as a page."""
     if html_path is not None:
         require_writable(html_path)
-    sources = find_sources(config.data.train)
-    encoder = load_encoder(config.model, config.data, datetime.datetime.now())
-    model_config = load_config(config.model, encoder.tokenizer)
-    require_one_reading(config.model, encoder, model_config)
-    max_seq_len = choose_lengths(model_config, config.data.max_seq_len).max_seq_len
-    rows = read_rows(sources, config.data.encoding, config.data.max_row_mb)
-    labelled = label_rows(itertools.islice(rows, num_rows), encoder, config.data, max_seq_len)
+    preview = preview_rows(config, num_rows)
     if as_json:
-        for row in labelled:
-            print(json.dumps(row_to_json(row)))  # ASCII: the same bytes in any terminal
+        for row in preview.to_json():
+            print(json.dumps(row))  # ASCII: the same bytes in any terminal
     elif html_path is not None:
-        write_text_atomic(html_path, render_page(list(labelled), encoder))
+        write_text_atomic(html_path, preview.to_html())
         print(f"written: {html_path}")
     else:
-        show_rows(list(labelled), encoder)
+        console = Console(file=raw_stream(sys.stdout), soft_wrap=True, highlight=False)
+        for text in preview.texts(is_coloured=console.is_terminal and not console.no_color):
+            console.print(text)
 
 
-def require_writable(path: Path) -> None:
-    """Asked before the work, so that it is not lost at its end."""
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise UsageError(f"--html {path}: is a pipe or a device, which the page would replace; name a file.")
-    if path.is_dir():
-        raise UsageError(f"--html {path}: is a folder; give the name of a file in it, as in {path / 'preview.html'}.")
-    if not path.parent.is_dir():
-        raise UsageError(f"--html {path}: there is no folder {path.parent}; make it first, or name another.")
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"--html {path}: nothing may be written to {path.parent.resolve()}; name another folder.")
-
-
-def row_to_json(row: LabelledRow) -> dict[str, object]:
+def row_to_json(row: LabelledRow) -> dict[str, Any]:
     return {
         "file": row.file,
         "row": row.number,
@@ -87,6 +135,7 @@ def iterate_runs(sample: Sample, encoder: Encoder) -> Iterator[tuple[str, bool]]
 
 
 def describe_row(row: LabelledRow) -> str:
+    """The line above a row: its place, status, tokens and notes."""
     if row.status == "refused":
         return f"{row.where}  refused: {row.reason}"
     tokens = sum(len(sample.input_ids) for sample in row.samples)
@@ -95,61 +144,3 @@ def describe_row(row: LabelledRow) -> str:
     if row.reason:
         parts.append(row.reason + (f", {row.tokens_lost} tokens lost" if row.tokens_lost else ""))
     return ", ".join([*parts, *row.notes])
-
-
-def show_rows(rows: list[LabelledRow], encoder: Encoder) -> None:
-    """Trained text on a green ground; in ⟦ ⟧ as well where the output has no colours."""
-    console = Console(file=raw_stream(sys.stdout), soft_wrap=True, highlight=False)
-    coloured = console.is_terminal and not console.no_color
-    for row in rows:
-        console.print(Text(visible(describe_row(row)), style="bold"))
-        for sample in row.samples:
-            text = Text()
-            for decoded, is_trained in iterate_runs(sample, encoder):
-                piece = visible(decoded)
-                if is_trained:
-                    text.append(piece if coloured else f"⟦{piece}⟧", style=_TRAINED)
-                else:
-                    text.append(piece, style="dim")
-            console.print(text)
-            console.print()
-    if rows:
-        console.print(
-            f"trained: {'green' if coloured else '⟦ ⟧'}; replies end with {visible(encoder.stop.text)}",
-            style="dim",
-            markup=False,
-        )
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>tunesmith preview</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem;
-  color: #1b1f24; background: #fff; }}
-h1 {{ font-size: 1.3rem }} h2 {{ font-size: .95rem; margin: 1.6rem 0 .4rem }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #d0d7de; border-radius: 6px;
-  padding: .8rem; margin: 0 0 .6rem; color: #57606a }}
-mark {{ background: #b7f0c4; color: #0b2e13; border-radius: 2px }}
-.refused {{ color: #a40e26 }}
-@media (prefers-color-scheme: dark) {{ body {{ background: #0d1117; color: #e6edf3 }}
-  pre {{ border-color: #30363d; color: #8b949e }} mark {{ background: #1f6f37; color: #eaffef }}
-  .refused {{ color: #ff8182 }} }}
-</style></head><body><h1>tunesmith preview</h1>
-<p><mark>Marked</mark> tokens are trained; the rest is context. Replies end with <code>{stop}</code>.</p>
-{rows}</body></html>
-"""
-
-
-def render_page(rows: list[LabelledRow], encoder: Encoder) -> str:
-    """One self-contained page; every text in it is escaped."""
-    parts = []
-    for row in rows:
-        kind = ' class="refused"' if row.status == "refused" else ""
-        parts.append(f"<h2{kind}>{to_html(describe_row(row))}</h2>")
-        for sample in row.samples:
-            pieces = (
-                f"<mark>{to_html(text)}</mark>" if is_trained else to_html(text)
-                for text, is_trained in iterate_runs(sample, encoder)
-            )
-            parts.append(f"<pre>{''.join(pieces)}</pre>")
-    return _PAGE.format(stop=to_html(encoder.stop.text), rows="\n".join(parts))

@@ -65,7 +65,7 @@ RUNS: dict[str, list[str]] = {
     "pissa": ["--model", "qwen3", "--data", "chats.jsonl", *SPLIT, *BUSY, "--lora.kind", "pissa", "--lora.rank", "4"],
     "moe": ["--model", "moe", "--data", "chats.jsonl", *SPLIT, *BUSY],
     "unrolled": ["--model", "qwen3", "--data", "thoughts.jsonl", "--data.chat_template", "rewriting.jinja", *SPLIT, *BUSY],
-    "joined": ["--model", "qwen3", "--data", "chats.jsonl", "--data.chat_template", "none", *SPLIT, *BUSY],
+    "joined": ["--model", "qwen3", "--data", "pairs.jsonl", "--data.chat_template", "none", *SPLIT, *BUSY],
     "text": ["--model", "qwen3", "--data", "texts.jsonl", *SPLIT, *BUSY],
     "bf16": ["--model", "qwen3", "--data", "chats.jsonl", *SPLIT, *BUSY, "--train.precision", "bf16"],
     "tokens": ["--model", "qwen3", "--data", "chats.jsonl", *SPLIT, *BUSY, *LORA, "--model.add_tokens", "<x>", "<y>"],
@@ -104,6 +104,7 @@ def make_inputs(source: Path, folder: Path) -> None:
         "chats": [chat(n, 1 + n % 3) for n in range(60)],
         "held_out": [chat(n, 1) for n in range(100, 110)],
         "thoughts": [chat(n, 1 + n % 3, "yes") for n in range(40)],
+        "pairs": [{"prompt": say(), "completion": say()} for _ in range(60)],
         "texts": [{"text": " ".join(say() for _ in range(rng.randint(1, 40)))} for _ in range(20)],
     }
     for name, rows in files.items():

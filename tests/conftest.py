@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,16 @@ def save_folder(folder: Path, config: Any, tokenizer: Any) -> Path:
 def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@contextmanager
+def raises(kind: type[Exception], code: str, *facts: str) -> Iterator[pytest.ExceptionInfo[Any]]:
+    """An error of a class and a code, whose message names these facts (files, rows, keys, counts)."""
+    with pytest.raises(kind) as caught:
+        yield caught
+    assert caught.value.code == code, caught.value  # type: ignore[attr-defined]
+    for fact in facts:
+        assert fact in str(caught.value)
 
 
 def chat_row(question: str, answer: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from conftest import raises
 from tunesmith.config.schema import DataSection
 from tunesmith.errors import DataError
 from tunesmith.sources.read import find_sources, read_rows
@@ -72,9 +73,8 @@ def test_what_is_not_utf_8_gets_the_likely_encodings(
 ) -> None:
     text = ("" if row["prompt"] > "水水" else '{"a": 1}\n{"a": 2}\n') + json.dumps(row, ensure_ascii=False) + "\n"
     (tmp_path / "x.jsonl").write_bytes(text.encode(encoding))
-    with pytest.raises(DataError) as error:
+    with raises(DataError, "wrong-encoding", advice) as error:
         values(tmp_path / "x.jsonl")
-    assert advice in str(error.value)
     assert len(values(tmp_path / "x.jsonl", str(error.value).split("--data.encoding ")[1].split()[0].rstrip(",."))) in (
         1,
         3,
@@ -84,12 +84,10 @@ def test_what_is_not_utf_8_gets_the_likely_encodings(
 def test_a_wrong_encoding_names_the_line_and_the_right_one(tmp_path: Path) -> None:
     lines = [json.dumps({"text": "a" * 5000})] * 400 + [json.dumps({"text": "春眠不觉晓，café"}, ensure_ascii=False)]
     (tmp_path / "x.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    with pytest.raises(
-        DataError, match=r"x\.jsonl: not ASCII text \(byte 0xe6 in line 401\)\. Try --data.encoding utf-8"
-    ):
+    with raises(DataError, "wrong-encoding", "x.jsonl", "ASCII", "byte 0xe6 in line 401", "--data.encoding utf-8"):
         values(tmp_path / "x.jsonl", "ascii")
     (tmp_path / "x.jsonl").write_bytes(b'{"a": 1}\r\n{"a": "\x81"}\n')
-    with pytest.raises(DataError, match=r"not CP1252 text \(byte 0x81 in line 2\)"):
+    with raises(DataError, "wrong-encoding", "CP1252", "byte 0x81 in line 2"):
         values(tmp_path / "x.jsonl", "cp1252")
 
 
@@ -100,7 +98,7 @@ def test_an_unknown_encoding_is_an_error_with_a_suggestion(tmp_path: Path) -> No
         with pytest.raises(ValueError, match="is not the name of a text encoding"):
             DataSection(train=["x"], encoding=name)
         (tmp_path / "x.jsonl").write_text("{}")
-        with pytest.raises(DataError, match=r"data\.encoding: .* is not the name of a text encoding"):
+        with raises(DataError, "unknown-encoding", "data.encoding"):
             values(tmp_path / "x.jsonl", name)
     assert DataSection(train=["x"]).encoding == "utf-8"
 

@@ -61,9 +61,9 @@ def test_the_bound_is_of_bytes_not_characters(tmp_path: Path) -> None:
 
 
 def test_the_reason_says_what_to_do() -> None:
-    assert RowTooLarge(52_300_000, 16.0).reason == (
-        "is larger than data.max_row_mb 16 allows (at least 52.3 MB). Cut it into several rows, or raise data.max_row_mb"
-    )
+    reason = RowTooLarge(52_300_000, 16.0).reason
+    assert "data.max_row_mb 16 " in reason
+    assert "52.3 MB" in reason
     assert DataSection(train=["x"]).max_row_mb == 16
 
 

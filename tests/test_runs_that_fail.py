@@ -208,7 +208,7 @@ def test_no_run_takes_its_own_files_for_data(
     assert "of 1 file:" in out
     assert "passed over: train" in out
     code, _, err = run("train", "--model", model_folder, "--data", "train", *FAST, "--output", "train-3")
-    assert (code, "train: is a run of tunesmith, not data" in err) == (1, True)
+    assert (code, "train: is a tunesmith run, not data" in err) == (1, True)
 
 
 def test_damaged_tokens_are_made_again(run: Run, model_folder: Path, chats: Path, tmp_path: Path) -> None:

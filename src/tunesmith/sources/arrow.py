@@ -1,7 +1,7 @@
-"""Arrow tables (Parquet, save_to_disk, hub data sets) -> rows, without the keys that Arrow itself added.
+"""Read rows from Arrow tables (Parquet, save_to_disk, hub data sets).
 
-Arrow gives all structs of a column the same keys: one that a row did not have becomes null. Such nulls are taken out
-again below the top-level columns. A null in an Arrow map, or in JSON text, was in the data and stays.
+Arrow gives all structs of a column the same keys; a key that a row did not have becomes null. Below the top-level
+columns such nulls are removed. A null in an Arrow map or in JSON text was in the data and stays.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ _Clean = Callable[[Any], Any]
 
 
 def read_parquet(file: DataFile) -> Iterator[NumberedRow]:
-    import pyarrow.parquet as pq  # slow to import, needed by few
+    import pyarrow.parquet as pq  # slow to import, rarely needed
 
     if file.is_gzip:
-        raise DataError(f"{file.path}: a gzipped Parquet file. Parquet is compressed inside; unpack it with gunzip.")
+        raise DataError(
+            f"{file.path}: is a gzipped Parquet file. Parquet is compressed already; unpack it with gunzip.",
+            code="gzip-unsupported",
+        )
 
     def read() -> Iterator[pa.RecordBatch]:
         with pq.ParquetFile(file.path) as table:
@@ -38,11 +41,11 @@ def read_parquet(file: DataFile) -> Iterator[NumberedRow]:
 
 
 def read_arrow(file: DataFile) -> Iterator[NumberedRow]:
-    """What `datasets` writes (an Arrow stream), or an Arrow file with an index (Feather)."""
+    """Rows of an Arrow stream (as `datasets` writes it) or of an Arrow file with an index (Feather)."""
     import pyarrow as pa
 
     if file.is_gzip:
-        raise DataError(f"{file.path}: a gzipped Arrow file. Unpack it with gunzip.")
+        raise DataError(f"{file.path}: is a gzipped Arrow file. Unpack it with gunzip.", code="gzip-unsupported")
 
     def read() -> Iterator[pa.RecordBatch]:
         with pa.memory_map(str(file.path)) as source:
@@ -53,14 +56,14 @@ def read_arrow(file: DataFile) -> Iterator[NumberedRow]:
                 source.seek(0)
                 batches = pa.ipc.open_stream(source)
             for batch in batches:
-                batch.validate(full=True)  # a stream has no checksum, and a bad offset would read foreign memory
+                batch.validate(full=True)  # a stream has no checksum, and a bad offset reads memory outside it
                 yield batch
 
     return read_batches(str(file.path), read(), file.max_row_mb)
 
 
 def read_batches(name: str, batches: Iterable[pa.RecordBatch | pa.Table], max_row_mb: float) -> Iterator[NumberedRow]:
-    """Rows of the batches, which all have one schema.
+    """Rows of batches with one schema.
 
     Raises:
         DataError: the bytes are damaged, two columns have one name, or a value has no counterpart in Python.
@@ -78,20 +81,29 @@ def read_batches(name: str, batches: Iterable[pa.RecordBatch | pa.Table], max_ro
                     number += 1
                     value = clean(row)
                     yield number, value if is_small else bound_row(value, max_row_mb)
+    except DuplicateKey as error:
+        raise DataError(f"{name}:{number}: {error.msg}. Correct or remove the row.", code="duplicate-key") from None
     except json.JSONDecodeError as error:
-        raise DataError(f"{name}:{number}: {error.msg} (in a JSON column). Mend or remove the row.") from None
+        raise DataError(
+            f"{name}:{number}: broken JSON in a JSON column ({error.msg}). Correct or remove the row.",
+            code="broken-json",
+        ) from None
     except (pa.ArrowException, ValueError, TypeError, LookupError, ArithmeticError, RecursionError, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
         place = f" after row {number}" if number else ""
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{name}: not readable{place}: {first[:300]}. Write or download the file again.") from None
+        raise DataError(
+            f"{name}: unreadable{place}: {first[:300]}. Write or download the file again.", code="file-damaged"
+        ) from None
 
 
 def _clean_row(name: str, schema: pa.Schema) -> _Clean:
     repeated = find_repeated(schema.names)
     if repeated is not None:
-        raise DataError(f"{name}: two columns are both named {repeated!r}. Give each column a name of its own.")
+        raise DataError(
+            f"{name}: two columns are named {repeated!r}. Give each column its own name.", code="duplicate-column"
+        )
     cleaners = {field.name: clean for field in schema if (clean := _cleaner(name, field.name, field.type))}
 
     def clean_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +115,7 @@ def _clean_row(name: str, schema: pa.Schema) -> _Clean:
 
 
 def _cleaner(file: str, column: str, kind: pa.DataType) -> _Clean | None:
-    """What turns a Python value of this type into what was written; None where that is the value itself."""
+    """Function that restores what was written from a Python value of this type; None where nothing changes."""
     import pyarrow as pa
 
     types = pa.types
@@ -113,7 +125,10 @@ def _cleaner(file: str, column: str, kind: pa.DataType) -> _Clean | None:
         names = [field.name for field in kind]
         repeated = find_repeated(names)
         if repeated is not None:
-            raise DataError(f"{file}: column {column} has two fields named {repeated!r}. Rename or remove one of them.")
+            raise DataError(
+                f"{file}: column {column} has two fields named {repeated!r}. Rename or remove one of them.",
+                code="duplicate-field",
+            )
         return _clean_struct({field.name: _cleaner(file, column, field.type) for field in kind})
     if types.is_map(kind):
         return _clean_map(_cleaner(file, column, kind.item_type))
@@ -151,7 +166,7 @@ def _clean_map(clean_item: _Clean | None) -> _Clean:
             return None
         repeated = find_repeated(key for key, _ in pairs)
         if repeated is not None:
-            raise DuplicateKey(f"the key {repeated!r} stands twice in one map", "", 0)
+            raise DuplicateKey(f"the key {repeated!r} appears twice in one map", "", 0)
         return {key: clean_item(item) if clean_item else item for key, item in pairs}
 
     return clean_map

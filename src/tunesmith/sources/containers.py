@@ -1,4 +1,4 @@
-"""One file -> its rows, whatever it is written in. The container is told from name and first bytes."""
+"""Read rows from one file of any supported format, told by its name and first bytes."""
 
 from __future__ import annotations
 
@@ -22,37 +22,45 @@ NumberedRow = tuple[int, Any]
 def read_file(path: Path, encoding: str = "utf-8", max_row_mb: float = DEFAULT_MAX_ROW_MB) -> Iterator[NumberedRow]:
     """Every row with its number, 1-based: the first line of a JSON Lines or CSV row, else the item.
 
-    A row larger than max_row_mb has a RowTooLarge for its value; a .txt or .md file is one document of any size.
+    The value of a row larger than max_row_mb is a RowTooLarge; a .txt or .md file is one document of any size.
 
     Raises:
-        DataError: a file that is unreadable, empty, broken or of unknown kind ends the reading at once.
+        DataError: the file is unreadable, empty, broken or of an unknown kind.
     """
     file = DataFile(path, encoding, max_row_mb)
     if path.exists() and not (path.is_file() or path.is_dir()):
-        raise DataError(f"{path}: is a pipe or a device, and data are read more than once. Save them to a file first.")
+        raise DataError(
+            f"{path}: is a pipe or a device; data is read more than once. Save it to a file first.", code="not-a-file"
+        )
     if file.container is None:
-        raise DataError(f"{path}: unknown kind of file. Known: {', '.join(SUFFIXES)}, plain or .gz.")
+        raise DataError(
+            f"{path}: unknown file type. Known: {', '.join(SUFFIXES)}, plain or .gz.", code="unknown-file-type"
+        )
     number = 0
     try:
         if path.stat().st_size == 0:
-            raise DataError(f"{path}: the file is empty.")
+            raise DataError(f"{path}: the file is empty.", code="file-empty")
         for number, value in _READERS[file.container](file):
             yield number, value
     except UnicodeError as error:
         raise explain_undecodable(file, error) from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         place = f" after row {number}" if number else ""
-        raise DataError(f"{path}: cannot be read{place}: damaged gzip ({error}). Download or copy it again.") from None
+        raise DataError(
+            f"{path}: unreadable{place} (damaged gzip: {error}). Download or copy the file again.", code="file-damaged"
+        ) from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from None
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}.", code="file-unreadable") from None
     except MemoryError:
-        raise DataError(f"{path}: does not fit into memory. Split the file, or save it as JSON Lines.") from None
+        raise DataError(
+            f"{path}: does not fit into memory. Split the file or save it as JSON Lines.", code="out-of-memory"
+        ) from None
     if number == 0:
-        raise DataError(f"{path}: the file holds no rows.")
+        raise DataError(f"{path}: the file has no rows.", code="file-without-rows")
 
 
 def _read_text(file: DataFile) -> Iterator[NumberedRow]:
-    """A text file is one document; it is split to max_seq_len later, without loss."""
+    """A text file is one document; it is split into samples of max_seq_len later."""
     with file.open_text(newline="") as text:
         yield 1, {"text": text.read()}
 

@@ -1,4 +1,4 @@
-"""A file of comma, semicolon or tab separated values -> its rows."""
+"""Read rows from a file of comma, semicolon or tab separated values."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def read_csv(file: DataFile) -> Iterator[NumberedRow]:
                     yield number, bound_row(dict(zip(header, fields, strict=True)), file.max_row_mb)
         except csv.Error as error:
             raise DataError(
-                f"{file.path}:{last_line + 1}: broken CSV ({error}). Mend the row that begins there."
+                f"{file.path}:{last_line + 1}: broken CSV ({error}). Correct the row that begins there.",
+                code="broken-csv",
             ) from None
 
 
@@ -51,19 +52,22 @@ def check_header(where: str, names: list[str]) -> list[str]:
     """The names of the columns.
 
     Raises:
-        DataError: two columns have the same name, so that a row would keep one of the two only.
+        DataError: two columns have the same name; a row would keep only one of them.
     """
     repeated = find_repeated(names)
     if repeated is None:
         return names
     places = [str(place) for place, name in enumerate(names, 1) if name == repeated]
-    what = f"are both named {repeated!r}" if repeated else "have no name"
-    raise DataError(f"{where}: the columns {' and '.join(places)} {what}. Give each column a name of its own.")
+    what = f"are named {repeated!r}" if repeated else "have no name"
+    raise DataError(
+        f"{where}: the columns {' and '.join(places)} {what}. Give each column its own name.", code="duplicate-column"
+    )
 
 
 def _check_width(where: str, fields: list[str], header: list[str], delimiter: str) -> None:
     if len(fields) != len(header):
         raise DataError(
-            f"{where}: the row does not have the {len(header)} fields of the header ({len(fields)} found). "
-            f"Quote fields that hold {delimiter!r}."
+            f"{where}: the row has {len(fields)} fields, the header has {len(header)}. "
+            f"Quote fields that contain {delimiter!r}.",
+            code="wrong-field-count",
         )

@@ -1,4 +1,4 @@
-"""One file of data: its bytes, its text in the encoding that the person named, its lines in bounded memory."""
+"""One data file: its bytes, its text in the configured encoding, its lines in bounded memory."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv", 
 _PIECE = 1 << 20
 _HEAD = 4096
 _DAMAGED = (OSError, EOFError, zlib.error)
-_UNDECODED = "\udfff"  # no codec gives half a character, so it marks the places that could not be decoded
+_UNDECODED = "\udfff"  # half a character, which no codec produces: marks what could not be decoded
 
 
 def container_of(path: Path) -> str | None:
-    """The ending that says how a file is written, without .gz; None if unknown."""
+    """The suffix that names the format of a file, without .gz; None if unknown."""
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     return suffix if suffix in SUFFIXES else None
 
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A file and how to read it."""
+    """A file with its encoding and row limit."""
 
     path: Path
     encoding: str
@@ -52,7 +52,7 @@ class DataFile:
 
     @property
     def holds_small_rows_only(self) -> bool:
-        """Whether the whole file is smaller than a row may be; UTF-16 can grow by half in UTF-8."""
+        """Whether the whole file is smaller than the row limit; UTF-16 can grow by half in UTF-8."""
         return 2 * self.path.stat().st_size <= self.max_row_bytes and not self.is_gzip
 
     def open_bytes(self) -> IO[bytes]:
@@ -62,7 +62,7 @@ class DataFile:
         """The text without its byte order mark."""
         problem = explain_encoding(self.encoding)
         if problem:
-            raise DataError(f"data.encoding: {problem}")
+            raise DataError(f"data.encoding: {problem}", code="unknown-encoding")
         file = self.open_bytes()
         mark = _byte_order_mark(self.encoding)
         head = file.peek(_HEAD)[:_HEAD]  # type: ignore[attr-defined]
@@ -70,11 +70,11 @@ class DataFile:
             file.read(len(mark))
         elif (wide := _wide_encoding(head)) and len("a".encode(self.encoding)) == 1:
             file.close()
-            raise DataError(_not_text(self, f"its first bytes are those of {wide}", [wide]))
+            raise DataError(_not_text(self, f"its first bytes are those of {wide}", [wide]), code="wrong-encoding")
         return io.TextIOWrapper(file, encoding=self.encoding, errors=errors, newline=newline)
 
     def read_lines(self) -> Iterator[str | RowTooLarge]:
-        """Every line; of one that is longer than the bound only its size."""
+        """Every line; a line above the limit is a RowTooLarge."""
         with self.open_text() as file:
             bound = self.max_row_bytes
             while line := file.readline(bound + 1):
@@ -87,7 +87,7 @@ class DataFile:
 
 
 def _byte_order_mark(encoding: str) -> bytes:
-    """The mark that the codec itself would leave in the text."""
+    """The mark that the codec would leave in the text."""
     try:
         return "\ufeff".encode(encoding)
     except UnicodeError:
@@ -95,21 +95,21 @@ def _byte_order_mark(encoding: str) -> bytes:
 
 
 def explain_undecodable(file: DataFile, error: UnicodeError) -> DataError:
-    """Where the text is not in the encoding, and which encodings it may have."""
+    """The error for a file that is not text in its encoding: the place and the likely encodings."""
     number, line = _find_undecodable(file)
     place = f" in line {number}" if number else ""
     byte = f"byte 0x{error.object[error.start]:02x}" if isinstance(error, UnicodeDecodeError) else str(error)
-    return DataError(_not_text(file, byte + place, _likely_encodings(file, line)))
+    return DataError(_not_text(file, byte + place, _likely_encodings(file, line)), code="wrong-encoding")
 
 
 def _not_text(file: DataFile, why: str, likely: list[str]) -> str:
     flags = " or ".join(f"--data.encoding {name}" for name in likely)
     advice = f"Try {flags}, or save the file as UTF-8." if flags else "Save the file as UTF-8."
-    return f"{file.path}: not {file.encoding.upper()} text ({why}). {advice}"
+    return f"{file.path}: is not {file.encoding.upper()} text ({why}). {advice}"
 
 
 def _find_undecodable(file: DataFile) -> tuple[int, bytes]:
-    """Number and bytes of the first line (at most a piece of it) that cannot be decoded; 0 where there is none."""
+    """Number and bytes (bounded) of the first line that cannot be decoded; number 0 where there is none."""
     codecs.register_error("tunesmith.mark", _mark_undecoded)
     try:
         with file.open_text(newline="\n", errors="tunesmith.mark") as text:
@@ -140,7 +140,7 @@ def _nth_line(file: DataFile, number: int) -> bytes:
 
 
 def _likely_encodings(file: DataFile, line: bytes) -> list[str]:
-    """Encodings other than the one given in which the line that failed can be read, the likeliest first."""
+    """Other encodings that can decode the line that failed, the likeliest first."""
     head = b""
     with contextlib.suppress(*_DAMAGED), file.open_bytes() as opened:
         head = opened.read(_HEAD)
@@ -155,7 +155,7 @@ def _likely_encodings(file: DataFile, line: bytes) -> list[str]:
 
 
 def _wide_encoding(head: bytes) -> str:
-    """UTF-16 or UTF-32 where the first bytes show it; else empty."""
+    """UTF-16 or UTF-32 where the first bytes show it; else ""."""
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "utf-32"
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -166,7 +166,7 @@ def _wide_encoding(head: bytes) -> str:
 
 
 def _decode(line: bytes, encoding: str) -> str | None:
-    """None where the line is not text of this encoding; it may end inside a character."""
+    """The line decoded, None where it is not text in this encoding; it may end inside a character."""
     try:
         return codecs.getincrementaldecoder(encoding)().decode(line)
     except UnicodeError:

@@ -1,7 +1,7 @@
-"""LLaMA-Factory's dataset_info.json: a folder's data sets by name, and which column and tag means what.
+"""LLaMA-Factory's dataset_info.json: data sets of a folder by name, with the meaning of columns and tags.
 
-A row is turned into {"messages", "system", "tools"} (or {"text"} where an entry names no answer). Columns that the
-entry does not name stay in the row, so that whoever reads it can say that they are not used.
+A row is converted to {"messages", "system", "tools"} (or {"text"} where an entry names no answer). Columns that the
+entry does not name stay in the row, so that they are reported as unused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PLACES = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", 
 _DEFAULT_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
 _COLUMNS = (*_DEFAULT_COLUMNS, "history", "system", "tools", "images", "videos", "audios", "chosen", "rejected",
             "kto_tag")  # fmt: skip
-_CARRIED = ("system", "tools", "images", "videos", "audios", "kto_tag")  # columns that get these names in the row
+_CARRIED = ("system", "tools", "images", "videos", "audios", "kto_tag")  # columns renamed to these names
 _DEFAULT_TAGS = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
                  "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system"}  # fmt: skip
 _ROLES = {"user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool",
@@ -38,9 +38,9 @@ class Entry:
 
     Attributes:
         where: file and name, for messages.
-        hub: (id, config, split) where the hub holds the rows, else None.
+        hub: (id, config, split) where the rows are on the hub, else None.
         file_name: file or folder, beside dataset_info.json.
-        is_chat: the rows hold a list of turns; else prompt and response.
+        is_chat: the rows have a list of turns; else prompt and response.
         columns: part ("prompt", "system", ...) -> column.
         tags: LLaMA-Factory's name of a tag -> the tag.
         num_samples: rows to read, from the first; None for all.
@@ -56,7 +56,7 @@ class Entry:
 
 
 def list_entries(folder: Path) -> dict[str, Any]:
-    """The entries by name; empty where the folder's dataset_info.json is missing or something else."""
+    """The entries by name; empty where dataset_info.json is missing or of another kind."""
     entries = load_object(folder / "dataset_info.json")
     is_ours = all(isinstance(entry, dict) and any(place in entry for place in _PLACES) for entry in entries.values())
     return entries if is_ours else {}
@@ -66,7 +66,7 @@ def find_entry(folder: Path, name: str | None) -> Entry:
     """The entry of this name, or the only one.
 
     Raises:
-        DataError: no such entry, one of several to choose, or one that cannot be trained on; says what to do.
+        DataError: no such entry, several entries and no name, or an entry that cannot be trained on.
     """
     entries = list_entries(folder)
     if name is None and len(entries) == 1:
@@ -74,12 +74,15 @@ def find_entry(folder: Path, name: str | None) -> Entry:
     names = _shorten(entries)
     if name is None:
         raise DataError(
-            f"{folder}: dataset_info.json names several data sets ({names}). Give one, as in {folder}:NAME."
+            f"{folder}: dataset_info.json has several data sets ({names}). Name one as {folder}:NAME.",
+            code="several-datasets",
         )
     if name not in entries:
         close = difflib.get_close_matches(name, entries, n=1)
         hint = f" Did you mean {folder}:{close[0]}?" if close else ""
-        raise DataError(f"{folder}: dataset_info.json has no data set {name!r}.{hint} It names: {names}.")
+        raise DataError(
+            f"{folder}: dataset_info.json has no data set {name!r}.{hint} Found: {names}.", code="unknown-dataset"
+        )
     return _parse_entry(f"{folder / 'dataset_info.json'}: {name}", entries[name])
 
 
@@ -93,20 +96,25 @@ def _parse_entry(where: str, said: dict[str, Any]) -> Entry:
     for key in said:
         close = difflib.get_close_matches(key, _ENTRY_KEYS, n=1, cutoff=0.8)
         if close and key not in _ENTRY_KEYS:
-            raise DataError(f"{where}: unknown key {key!r}. Did you mean {close[0]}?")
+            raise DataError(f"{where}: unknown key {key!r}. Did you mean {close[0]}?", code="unknown-entry-key")
     columns = _names_of(where, said, "columns", _COLUMNS)
     tags = _DEFAULT_TAGS | _names_of(where, said, "tags", _DEFAULT_TAGS)
     formatting = said.get("formatting", "alpaca")
     if formatting not in _FORMATTINGS:
-        raise DataError(f"{where}: formatting {formatting!r} is not known. Known: {', '.join(_FORMATTINGS)}.")
+        raise DataError(
+            f"{where}: unknown formatting {formatting!r}. Known: {', '.join(_FORMATTINGS)}.", code="unknown-formatting"
+        )
     if said.get("ranking") or "rejected" in columns:
         raise DataError(
-            f"{where}: preference data (ranking true), and supervised training would also teach the rejected replies. "
-            "Give its file itself (--data FILE); `tunesmith check` then names the mapping that trains the chosen side."
+            f"{where}: is preference data (ranking true); supervised training would also teach the rejected replies. "
+            "Give the file itself (--data FILE); `tunesmith check` then names the mapping that trains the chosen side.",
+            code="preference-data",
         )
     num_samples = said.get("num_samples")
     if num_samples is not None and (type(num_samples) is not int or not 1 <= num_samples <= sys.maxsize):
-        raise DataError(f"{where}: num_samples is {str(num_samples)[:40]}, not a positive number.")
+        raise DataError(
+            f"{where}: num_samples is {str(num_samples)[:40]}, not a positive number.", code="bad-num-samples"
+        )
     return Entry(
         where=where,
         hub=_hub_of(where, said),
@@ -121,10 +129,12 @@ def _parse_entry(where: str, said: dict[str, Any]) -> Entry:
 def _names_of(where: str, said: dict[str, Any], key: str, known: Iterable[str]) -> dict[str, str]:
     names = said.get(key) or {}
     if not isinstance(names, dict) or not all(isinstance(name, str) or name is None for name in names.values()):
-        raise DataError(f"{where}: {key} is not an object of names.")
+        raise DataError(f"{where}: {key} must be an object of column names.", code="entry-not-names")
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise DataError(f"{where}: {key} has the unknown key {unknown[0]!r}. Known: {', '.join(known)}.")
+        raise DataError(
+            f"{where}: unknown key {unknown[0]!r} in {key}. Known: {', '.join(known)}.", code="unknown-entry-key"
+        )
     return {part: name for part, name in names.items() if name}
 
 
@@ -135,10 +145,11 @@ def _hub_of(where: str, said: dict[str, Any]) -> tuple[str, str | None, str] | N
         return None
     place = next((place for place in _PLACES if said.get(place)), None)
     if place is None:
-        raise DataError(f"{where}: file_name is empty. Name the file that holds the rows.")
+        raise DataError(f"{where}: file_name is empty. Name the file with the rows.", code="entry-without-file")
     raise DataError(
-        f"{where}: its rows lie at {place} {said[place]}, which tunesmith does not read. "
-        "Download them into the folder and name the file as file_name."
+        f"{where}: the rows are at {place} {said[place]}, which tunesmith does not read. "
+        "Download them into the folder and set file_name.",
+        code="entry-place-unsupported",
     )
 
 
@@ -146,7 +157,7 @@ def convert_rows(rows: Iterable[tuple[int, Any]], entry: Entry) -> Iterator[tupl
     """The rows of an entry, each with its number.
 
     Raises:
-        DataError: the first row lacks a column that the entry names for the prompt, the answer or the turns.
+        DataError: the first row has no column that the entry names for the prompt, the answer or the turns.
     """
     for place, (number, row) in enumerate(itertools.islice(rows, entry.num_samples)):
         if place == 0 and isinstance(row, dict):
@@ -154,14 +165,15 @@ def convert_rows(rows: Iterable[tuple[int, Any]], entry: Entry) -> Iterator[tupl
                 column = entry.columns.get(part)
                 if column is not None and column not in row:
                     raise DataError(
-                        f"{entry.where}: the {part} column is {column}, which the first row does not have. "
-                        f"Keys found: {', '.join(map(str, row))}. Correct columns in dataset_info.json."
+                        f"{entry.where}: the first row has no column {column} (columns.{part}). "
+                        f"Keys found: {', '.join(map(str, row))}. Correct columns in dataset_info.json.",
+                        code="entry-column-missing",
                     )
         yield number, convert_row(row, entry)
 
 
 def convert_row(row: Any, entry: Entry) -> Any:
-    """The row as formats.py reads it; what is not an object stays as it is."""
+    """The row in the form that rows/formats.py reads; a value that is not an object stays."""
     if not isinstance(row, dict):
         return row
     columns = entry.columns
@@ -171,7 +183,7 @@ def convert_row(row: Any, entry: Entry) -> Any:
     elif "response" in columns:
         used = ["prompt", "query", "response", "history", *_CARRIED]
         made = _convert_pairs(row, columns)
-    else:  # a data set for pre-training names the text as its prompt
+    else:  # pre-training data: the prompt column is the text
         used = ["prompt", "query", *_CARRIED]
         made = {"text": _join(row, columns)}
     made |= {part: row[columns[part]] for part in _CARRIED if columns.get(part) in row}
@@ -180,12 +192,12 @@ def convert_row(row: Any, entry: Entry) -> Any:
 
 
 def _unread(row: dict[str, Any], read: Iterable[str], made: Mapping[str, Any]) -> dict[str, Any]:
-    """What the entry does not name, under a name that is not read for something else."""
+    """Columns that the entry does not name, renamed where the name is read for something else."""
     return {f"{key} (unmapped)" if key in made else key: value for key, value in row.items() if key not in read}
 
 
 def _join(row: dict[str, Any], columns: Mapping[str, str]) -> Any:
-    """Prompt and query on lines of their own, as LLaMA-Factory joins them."""
+    """Prompt and query joined by a line break, as LLaMA-Factory does."""
     parts = [row[columns[part]] for part in ("prompt", "query") if row.get(columns.get(part, "")) not in (None, "")]
     if len(parts) < 2:
         return parts[0] if parts else ""

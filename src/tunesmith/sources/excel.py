@@ -1,4 +1,4 @@
-"""The sheet of an Excel workbook -> its rows; needs the extra `excel` (openpyxl)."""
+"""Read rows from an Excel workbook; needs the extra `excel` (openpyxl)."""
 
 from __future__ import annotations
 
@@ -23,20 +23,25 @@ NumberedRow = tuple[int, Any]
 
 
 def read_excel(file: DataFile) -> Iterator[NumberedRow]:
-    """Rows below the header of the only sheet that holds anything, with the numbers that Excel shows.
+    """Rows below the header of the only sheet with data, numbered as in Excel.
 
     Raises:
-        DataError: openpyxl is missing, not a workbook, several sheets, or a formula whose value was never computed.
+        DataError: openpyxl is not installed, the file is not a workbook, several sheets have data, or a formula has no
+            computed value.
     """
     try:
         import openpyxl  # noqa: F401
     except ImportError:
         raise DataError(
             f"{file.path}: Excel files need openpyxl, which is not installed: pip install 'tunesmith[excel]'. "
-            "Or save the sheet as CSV."
+            "Or save the sheet as CSV.",
+            code="openpyxl-missing",
         ) from None
     if file.is_gzip:
-        raise DataError(f"{file.path}: a gzipped workbook. Excel compresses inside; unpack it with gunzip.")
+        raise DataError(
+            f"{file.path}: is a gzipped workbook. Excel files are compressed already; unpack it with gunzip.",
+            code="gzip-unsupported",
+        )
     try:
         with contextlib.closing(_open(file, True)) as values, contextlib.closing(_open(file, False)) as formulas:
             title = _only_sheet(file, formulas)
@@ -44,16 +49,18 @@ def read_excel(file: DataFile) -> Iterator[NumberedRow]:
             yield from _read_sheet(file, values[title], formulas[title])
     except (DataError, OSError, MemoryError):
         raise
-    except Exception as error:  # openpyxl lets through whatever its parsers raise on a damaged file
+    except Exception as error:  # openpyxl passes on any exception of its parsers
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{file.path}: not a readable Excel workbook ({first[:200]}). Save it again.") from None
+        raise DataError(
+            f"{file.path}: is not a readable Excel workbook ({first[:200]}). Save it again.", code="file-damaged"
+        ) from None
 
 
 def _open(file: DataFile, data_only: bool) -> Any:
-    """With the values that Excel computed, or with the formulas themselves."""
+    """The workbook with computed values (data_only), or with the formulas."""
     import openpyxl
 
-    with warnings.catch_warnings(action="ignore"):  # about styles and extensions, which hold no data
+    with warnings.catch_warnings(action="ignore"):  # about styles and extensions, not data
         return openpyxl.load_workbook(file.path, read_only=True, data_only=data_only)
 
 
@@ -61,15 +68,16 @@ def _only_sheet(file: DataFile, book: Any) -> str:
     filled = [sheet.title for sheet in book.worksheets if any(map(_is_filled, sheet.iter_rows()))]
     if len(filled) > 1:
         raise DataError(
-            f"{file.path}: several sheets hold data ({', '.join(filled)}). Save the one to train on as a CSV file."
+            f"{file.path}: several sheets have data ({', '.join(filled)}). Save the one to train on as a CSV file.",
+            code="several-sheets",
         )
     if not filled:
-        raise DataError(f"{file.path}: the file holds no rows.")
+        raise DataError(f"{file.path}: the file has no rows.", code="file-without-rows")
     return str(filled[0])
 
 
 def _refuse_merged_rows(file: DataFile, sheet: Any) -> None:
-    """Of cells that are merged over several rows only the first row holds the text; the others would miss it."""
+    """Cells merged over several rows have their text in the first row only; the other rows would lack it."""
     with zipfile.ZipFile(file.path) as book, book.open(sheet._worksheet_path) as opened:
         before = b""
         while piece := opened.read(_PIECE):
@@ -77,8 +85,9 @@ def _refuse_merged_rows(file: DataFile, sheet: Any) -> None:
                 if found[2] != found[3]:
                     cells = found[1].decode("ascii")
                     raise DataError(
-                        f"{file.path}: the cells {cells} are merged, and only the first of their rows holds the text. "
-                        "Unmerge them and write the text into each row."
+                        f"{file.path}: the cells {cells} are merged over rows; only the first row has the text. "
+                        "Unmerge them and write the text into each row.",
+                        code="merged-cells",
                     )
             before = piece[-100:]
 
@@ -97,8 +106,9 @@ def _read_sheet(file: DataFile, values: Any, formulas: Any) -> Iterator[Numbered
         if header:
             if any(text not in (None, "") for text in texts[len(header) :]):
                 raise DataError(
-                    f"{where}: a cell stands beyond the last column of the header. "
-                    "Name its column, or remove what stands above the header."
+                    f"{where}: a cell is beyond the last column of the header. "
+                    "Name its column, or remove the rows above the header.",
+                    code="cell-beyond-header",
                 )
             yield number, bound_row(dict(itertools.zip_longest(header, texts[: len(header)])), file.max_row_mb)
         else:
@@ -108,15 +118,18 @@ def _read_sheet(file: DataFile, values: Any, formulas: Any) -> Iterator[Numbered
 
 
 def _plain(where: str, cell: Any, source: Any) -> Any:
-    """The value as JSON would hold it; dates are ISO text."""
+    """The value as in JSON; dates are ISO text."""
     value = cell.value
     if source.data_type == "f" and value is None:
         raise DataError(
-            f"{where}: cell {source.coordinate} holds a formula whose value was never computed. "
-            "Open the workbook in Excel or LibreOffice and save it, or save the sheet as CSV."
+            f"{where}: cell {source.coordinate} has a formula without a computed value. "
+            "Open the workbook in Excel or LibreOffice and save it, or save the sheet as CSV.",
+            code="formula-not-computed",
         )
     if cell.data_type == "e":
-        raise DataError(f"{where}: cell {cell.coordinate} holds the error {value}. Mend or empty the cell.")
+        raise DataError(
+            f"{where}: cell {cell.coordinate} has the error {value}. Correct or empty the cell.", code="cell-error"
+        )
     if isinstance(value, datetime.datetime) and value.time() == datetime.time():
         return value.date().isoformat()
     if isinstance(value, datetime.date | datetime.time):

@@ -1,4 +1,4 @@
-"""A folder of data -> the files to read: its layout, its splits, and what `datasets.save_to_disk` wrote."""
+"""Find the data files of a folder: splits, hub layouts, and what `datasets.save_to_disk` wrote."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ _ABOUT_DATA = ("README", "LICENSE", "LICENCE", "CHANGELOG", "REQUIREMENTS")
 
 
 def read_folder(folder: Path, split: str | None) -> tuple[list[Path], list[Path]]:
-    """Files to read, and what the folder holds besides.
+    """Files to read, and the other files of the folder.
 
     Raises:
-        DataError: no data, no such split, or only splits that no training should read unasked.
+        DataError: no data, no such split, or only evaluation splits and none named.
     """
     if is_run(folder):
-        raise DataError(f"{folder}: is a run of tunesmith, not data. Name the files or the folder that it was made of.")
+        raise DataError(
+            f"{folder}: is a tunesmith run, not data. Give the files or the folder that it was trained on.",
+            code="run-as-data",
+        )
     saved = _saved_files(folder)
     if saved is not None:
         chosen = _choose_split(saved, folder, split)
@@ -37,20 +40,26 @@ def read_folder(folder: Path, split: str | None) -> tuple[list[Path], list[Path]
     data = pick_data_files(files)
     if not data:
         names = ", ".join(path.name for path in subfolders[:4])
-        hint = f" Its subfolders ({names}) are not looked into: name them, or {folder}/**/*.jsonl." if names else ""
-        raise DataError(f"{folder}: the folder holds no data file ({', '.join(SUFFIXES)}, plain or .gz).{hint}")
+        hint = f" Subfolders ({names}) are not searched: name them, or {folder}/**/*.jsonl." if names else ""
+        raise DataError(
+            f"{folder}: the folder has no data file ({', '.join(SUFFIXES)}, plain or .gz).{hint}",
+            code="folder-without-data",
+        )
     chosen = [refuse_broken_link(path) for path in _choose_split(data, folder, split)]
     return chosen, sorted({*files, *subfolders} - {*chosen})
 
 
 def refuse_broken_link(path: Path) -> Path:
     if not path.exists():
-        raise DataError(f"{path}: a link to {os.readlink(path)}, which does not exist. Mend or remove the link.")
+        raise DataError(
+            f"{path}: is a link to {os.readlink(path)}, which does not exist. Correct or remove the link.",
+            code="broken-link",
+        )
     return path
 
 
 def has_card_with_configs(folder: Path) -> bool:
-    """A clone of a hub data set whose README says which files are which; `datasets` obeys it."""
+    """Whether the folder is a clone of a hub data set whose README lists configs, which `datasets` reads."""
     card = folder / "README.md"
     if not card.is_file():
         return False
@@ -59,7 +68,7 @@ def has_card_with_configs(folder: Path) -> bool:
 
 
 def _saved_files(folder: Path) -> list[Path] | None:
-    """The files of a Dataset or DatasetDict written by `datasets.save_to_disk`, each shard; None for other folders."""
+    """All shards of a Dataset or DatasetDict written by `datasets.save_to_disk`; None for other folders."""
     splits = load_object(folder / "dataset_dict.json").get("splits")
     if isinstance(splits, list):
         parts = [folder / str(name) for name in splits]
@@ -79,12 +88,15 @@ def _saved_files(folder: Path) -> list[Path] | None:
     missing = [path for path in files if not path.is_file()]
     if missing or not files:
         what = missing[0] if missing else folder / "state.json"
-        raise DataError(f"{what}: missing or empty, though the folder was written by save_to_disk. Copy it again.")
+        raise DataError(
+            f"{what}: missing or empty in a folder written by save_to_disk. Copy the folder again.",
+            code="saved-dataset-incomplete",
+        )
     return files
 
 
 def load_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a small file; empty where there is no such thing."""
+    """The JSON object in a small file; empty where there is none."""
     try:
         value = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError):
@@ -93,7 +105,7 @@ def load_object(path: Path) -> dict[str, Any]:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is what `train` made as --output."""
+    """Whether a folder is a RUN, written by `train --output`."""
     return all((folder / name).is_file() for name in ("run.json", "data_ledger.json", "config.yaml"))
 
 
@@ -107,7 +119,7 @@ def _list_folder(folder: Path, depth: int = 0) -> tuple[list[Path], list[Path]]:
             if not path.is_dir():
                 files.append(path)
             elif is_run(path):
-                subfolders.append(path)  # its metrics and ledger are JSON too, and no data
+                subfolders.append(path)  # its metrics and ledger are JSON but not data
             elif depth < 2 and (path.name.lower() == "data" or _SPLIT_WORD.search(path.name.lower())):
                 files_below, subfolders_below = _list_folder(path, depth + 1)
                 files += files_below
@@ -115,12 +127,12 @@ def _list_folder(folder: Path, depth: int = 0) -> tuple[list[Path], list[Path]]:
             else:
                 subfolders.append(path)
     except OSError as error:
-        raise DataError(f"{folder}: cannot be read: {error.strerror}.") from None
+        raise DataError(f"{folder}: cannot be read: {error.strerror}.", code="folder-unreadable") from None
     return files, subfolders
 
 
 def pick_data_files(files: list[Path]) -> list[Path]:
-    """Texts are data only where there is nothing else: beside rows they are notes about them."""
+    """Data files of a list; text files count only where there are no others (beside rows they are notes)."""
     data = [
         p
         for p in files
@@ -130,7 +142,7 @@ def pick_data_files(files: list[Path]) -> list[Path]:
 
 
 def _choose_split(files: list[Path], folder: Path, split: str | None) -> list[Path]:
-    """The files to read: those of the split asked for, else whatever no name holds back from training."""
+    """Files of the given split; without one, all files that are not named as an evaluation split."""
     named = [path for path in files if split is not None and path.relative_to(folder).parts[:-1] == (split,)]
     if named:
         return named
@@ -141,18 +153,23 @@ def _choose_split(files: list[Path], folder: Path, split: str | None) -> list[Pa
     if split is not None:
         chosen = splits.get(_SPLITS.get(split.lower(), split))
         if not chosen:
-            raise DataError(f"{folder}: no file of the split {split!r}. Splits found: {names or 'none'}.")
+            raise DataError(
+                f"{folder}: no file of split {split!r}. Splits found: {names or 'none'}.", code="split-not-found"
+            )
         return chosen
     if len(splits) == 1 or splits.keys() == {"train", None}:
         return files
     chosen = splits.get("train") or splits.get(None)
     if not chosen:
         example = next(iter(splits))
-        raise DataError(f"{folder}: holds only the splits {names}. Name the one to read, as in {folder}:{example}.")
+        raise DataError(
+            f"{folder}: has only the splits {names}. Name the one to read, as in {folder}:{example}.",
+            code="split-not-named",
+        )
     return chosen
 
 
 def _split_named_by(path: Path) -> str | None:
-    """The split that a file or one of the folders above it is named after; the outermost name counts."""
+    """The split in the name of a file or of a folder above it; the outermost counts."""
     words = (_SPLIT_WORD.search(part.lower()) for part in path.parts)
     return next((_SPLITS[word[1]] for word in words if word), None)

@@ -1,4 +1,4 @@
-"""A file of JSON -> its rows: JSON Lines whatever the file is called, an array of rows, one object, one chat."""
+"""Read rows from JSON: JSON Lines under any name, an array of rows, one object, or one chat."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NumberedRow = tuple[int, Any]
 
 
 def read_json(file: DataFile) -> Iterator[NumberedRow]:
-    """Every row with the number of its line, or of its item in an array."""
+    """Every row with its line number, or its index in an array."""
     if _is_json_lines(file):
         for number, line in enumerate(file.read_lines(), 1):
             if isinstance(line, RowTooLarge):
@@ -34,10 +34,10 @@ def read_json(file: DataFile) -> Iterator[NumberedRow]:
 
 
 def _is_json_lines(file: DataFile) -> bool:
-    """Whether the first line is a value of its own; a list must be followed by other lines to count as a row."""
+    """Whether the first line is a whole value; a list counts as a row only if other lines follow."""
     start = _first_character(file)
     if start not in ("[", "{"):
-        return True  # the error will name the line
+        return True  # the error names the line
     is_named_json = file.container == ".json"
     if start == "{" and not is_named_json:
         return True
@@ -59,7 +59,7 @@ def _first_character(file: DataFile) -> str:
 
 
 def _is_one_chat(items: list[Any]) -> bool:
-    """An array whose items are turns, and not rows."""
+    """Whether the items of an array are turns rather than rows."""
     return bool(items) and all(
         isinstance(item, dict) and any(keys <= item.keys() for keys in _TURN_KEYS) and not _ROW_KEYS & item.keys()
         for item in items
@@ -80,7 +80,7 @@ def _parse_line(file: DataFile, number: int, line: str) -> Any:
     except json.JSONDecodeError as error:
         shown = line.strip()
         shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        advice = "Each line must be one whole JSON object. Mend or remove the line."
+        advice = "Each line must be one whole JSON object. Correct or remove the line."
         raise _explain(f"{file.path}:{number}", error, f": {shown}", advice) from None
 
 
@@ -90,13 +90,14 @@ def _load_whole(file: DataFile) -> Any:
     try:
         return load_json(text)
     except json.JSONDecodeError as error:
-        raise _explain(f"{file.path}:{error.lineno}", error, "", "Mend the file from there on.") from None
+        raise _explain(f"{file.path}:{error.lineno}", error, "", "Correct the file from there on.") from None
 
 
 def _explain(where: str, error: json.JSONDecodeError, shown: str, advice: str) -> DataError:
+    joined = "\n" if shown else ". "
     if isinstance(error, DuplicateKey):
-        what = f"{error.msg} (column {error.colno})"
-        advice = "Programs keep one of the two values and lose the other. Rename or remove one of the two."
-    else:
-        what = f"broken JSON ({error.msg} at column {error.colno})"
-    return DataError(f"{where}: {what}{shown}{chr(10) if shown else '. '}{advice}")
+        advice = "Most programs keep one of the two values and lose the other. Rename or remove one of the two."
+        return DataError(f"{where}: {error.msg} (column {error.colno}){shown}{joined}{advice}", code="duplicate-key")
+    return DataError(
+        f"{where}: broken JSON ({error.msg} at column {error.colno}){shown}{joined}{advice}", code="broken-json"
+    )

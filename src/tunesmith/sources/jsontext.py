@@ -1,4 +1,4 @@
-"""JSON text -> values: floats keep their spelling, a key given twice is an error, one kind of error for all."""
+"""Parse JSON text: floats keep their spelling, a duplicate key is an error, all errors are of one class."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _COLON = re.compile(r"\s*:")
 
 
 class JsonFloat(float):
-    """A float whose str() is its spelling in the file: "3.0", "1e5", "0.10". repr() and json.dumps are float's own."""
+    """A float whose str() is its text in the file: "3.0", "1e5", "0.10". repr() and json.dumps are float's own."""
 
     __slots__ = ("text",)
     text: str
@@ -31,11 +31,11 @@ class JsonFloat(float):
 
 
 class DuplicateKey(json.JSONDecodeError):
-    """A key given twice in one object, of which Python would keep the last."""
+    """A key appears twice in one object; Python would keep the last value."""
 
 
 class _Duplicate(ValueError):
-    """Raised inside the decoder, which does not tell its hooks the place."""
+    """Raised inside the decoder, whose hooks do not know the position."""
 
     def __init__(self, key: str) -> None:
         super().__init__(key)
@@ -43,7 +43,7 @@ class _Duplicate(ValueError):
 
 
 def find_repeated(names: Iterable[str]) -> str | None:
-    """The first name that stands for the second time."""
+    """The first name that repeats an earlier one."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
@@ -66,7 +66,7 @@ def load_json(text: str) -> Any:
     """The value of a JSON text; its floats are JsonFloat.
 
     Raises:
-        JSONDecodeError: with the place; also where Python itself raises errors of other kinds.
+        JSONDecodeError: with the position; also where Python raises errors of other classes.
         DuplicateKey: a JSONDecodeError too.
     """
     try:
@@ -75,7 +75,7 @@ def load_json(text: str) -> Any:
         raise
     except _Duplicate as duplicate:
         key = duplicate.key if len(duplicate.key) <= 80 else duplicate.key[:77] + "..."
-        raise DuplicateKey(f"the key {key!r} stands twice in one object", text, _find_duplicate(text)) from None
+        raise DuplicateKey(f"the key {key!r} appears twice in one object", text, _find_duplicate(text)) from None
     except RecursionError:
         raise json.JSONDecodeError("nested too deeply", text, _deepest(text)) from None
     except ValueError:  # from int(), which takes only so many digits
@@ -86,8 +86,8 @@ def load_json(text: str) -> Any:
 
 
 def _find_duplicate(text: str) -> int:
-    """Where a key stands for the second time in its object."""
-    keys_above: list[set[str]] = []  # of each bracket that is open; a list's set stays empty
+    """Position of the first key that repeats another key of its object."""
+    keys_above: list[set[str]] = []  # one set for each open bracket; that of a list stays empty
     for found in _STRING_OR_BRACKET.finditer(text):
         mark = found.group()
         if mark in ("[", "{"):
@@ -103,7 +103,7 @@ def _find_duplicate(text: str) -> int:
 
 
 def _deepest(text: str) -> int:
-    """Where the innermost bracket stands."""
+    """Position of the innermost bracket."""
     depth = greatest = place = 0
     for found in _STRING_OR_BRACKET.finditer(text):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found.group(), 0)
@@ -113,7 +113,7 @@ def _deepest(text: str) -> int:
 
 
 def parse_json_list(value: Any) -> Any:
-    """The list that a JSON text holds, as CSV keeps lists of turns; any other value stays."""
+    """The list in a JSON text (CSV stores lists of turns so); any other value stays."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             return load_json(value)

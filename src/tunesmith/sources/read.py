@@ -1,4 +1,4 @@
-"""Files, folders, globs and hub ids -> rows with their place."""
+"""Read rows from files, folders, globs and hub ids, each with its file and number."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))??(?::(?P<
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """A row as the file holds it, or as an entry of dataset_info.json reads it.
+    """A row as it is in the file, or as an entry of dataset_info.json converts it.
 
     `number` is 1-based: the first line of a JSON Lines or CSV row, else the item. `value` is a RowTooLarge where the
     row is larger than data.max_row_mb.
@@ -41,14 +41,14 @@ class RawRow:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """What the names given by a person stand for.
+    """What the names in data.train or data.eval refer to.
 
     Attributes:
         files: files to read, in order.
         hub: (path or id, config, split) for `datasets`, read after the files.
-        entries: how to read a file, by its place in `files`, where a dataset_info.json says it.
+        entries: index in `files` -> entry of dataset_info.json that says how to read the file.
         hub_entries: the same for `hub`.
-        passed_over: what a folder holds besides: other splits, pictures, licences, subfolders not looked into.
+        passed_over: other contents of a folder: other splits, pictures, licences, subfolders that are not searched.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -59,15 +59,17 @@ class Sources:
 
 
 def find_sources(names: Iterable[str]) -> Sources:
-    """Look up every name before a row is read.
+    """Resolve every name before a row is read.
 
     Raises:
-        DataError: a name stands for nothing; similar names nearby are offered.
+        DataError: a name refers to nothing; the message offers similar names.
     """
     sources = Sources()
     for name in names:
         if not name.strip():
-            raise DataError("an empty data name. Give a file, a folder, a pattern or a hub id (owner/name).")
+            raise DataError(
+                "the data name is empty. Give a file, a folder, a pattern or a hub id (owner/name).", code="empty-name"
+            )
         path = Path(os.path.expanduser(name))
         if path.is_dir():
             _add_folder(path, None, None, sources)
@@ -78,12 +80,18 @@ def find_sources(names: Iterable[str]) -> Sources:
         elif any(mark in name for mark in "*?[") and not _HUB_ID.fullmatch(name):  # owner/name:train[:100] is a hub id
             found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if not p.is_dir())
             if not found:
-                raise DataError(f"{name}: no file matches this pattern. Check the folder and the ending.")
+                raise DataError(
+                    f"{name}: no file matches this pattern. Check the folder and the suffix.",
+                    code="pattern-without-match",
+                )
             sources.files.extend(refuse_broken_link(p) for p in found)
         else:
             hub = _HUB_ID.fullmatch(name)
             if not hub or _looks_like_path(name):
-                raise DataError(f"{name}: no such file or folder.{_similar(path)} A hub data set is named owner/name.")
+                raise DataError(
+                    f"{name}: no such file or folder.{_similar(path)} Hub data sets are named owner/name.",
+                    code="file-not-found",
+                )
             sources.hub.append((hub["id"], hub["config"], hub["split"] or "train"))
     return sources
 
@@ -94,7 +102,7 @@ def _looks_like_path(name: str) -> bool:
 
 def _similar(path: Path) -> str:
     if not path.parent.is_dir():
-        return f" There is no folder {path.parent} either."
+        return f" The folder {path.parent} does not exist."
     close = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1, cutoff=0.6)
     return f" Did you mean {path.parent / close[0]}?" if close else ""
 
@@ -117,7 +125,10 @@ def _add_folder(folder: Path, config: str | None, split: str | None, sources: So
     elif has_card_with_configs(folder):
         sources.hub.append((str(folder), config, split or "train"))
     elif config is not None:
-        raise DataError(f"{folder}: has no config {config!r}: no README.md in it lists any. Name it {folder}:{split}.")
+        raise DataError(
+            f"{folder}: has no config {config!r}: it has no README.md with configs. Write {folder}:{split}.",
+            code="config-not-found",
+        )
     elif entries:
         _add_entry(folder, find_entry(folder, split), sources)
     else:
@@ -138,7 +149,8 @@ def _add_entry(folder: Path, entry: Entry, sources: Sources) -> None:
         files = [path] if path.exists() or path.is_symlink() else []
     if not files:
         raise DataError(
-            f"{entry.where}: no such file or folder: {path}.{_similar(path)} Correct file_name, or add the file."
+            f"{entry.where}: no such file or folder: {path}.{_similar(path)} Correct file_name, or add the file.",
+            code="file-not-found",
         )
     for file in files:
         sources.entries[len(sources.files)] = entry
@@ -151,10 +163,10 @@ def read_rows(sources: Sources, encoding: str = "utf-8", max_row_mb: float = DEF
     Args:
         sources: from find_sources.
         encoding: of text files (data.encoding).
-        max_row_mb: a larger row has a RowTooLarge for its value (data.max_row_mb).
+        max_row_mb: the value of a larger row is a RowTooLarge (data.max_row_mb).
 
     Raises:
-        DataError: a file that is unreadable, empty, broken or of unknown kind ends the reading at once.
+        DataError: a file is unreadable, empty, broken or of an unknown kind.
     """
     for place, path in enumerate(sources.files):
         entry = sources.entries.get(place)
@@ -169,28 +181,32 @@ def read_rows(sources: Sources, encoding: str = "utf-8", max_row_mb: float = DEF
 
 
 def _read_hub(hub_id: str, config: str | None, split: str, max_row_mb: float) -> Iterator[tuple[int, Any]]:
-    """A data set of the hub, or a folder laid out like one, through `datasets`."""
+    """Rows of a hub data set, or of a folder laid out like one, through `datasets`."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(hub_id, config, split=split)
-    except Exception as error:  # the library raises a dozen kinds; its first line says which
-        raise DataError(_explain_hub(hub_id, split, error)) from None
+    except Exception as error:  # the library raises many classes; the first line of the text says why
+        raise _explain_hub(hub_id, split, error) from None
     yield from read_batches(f"{hub_id}:{split}", rows.with_format("arrow").iter(batch_size=1024), max_row_mb)
 
 
-def _explain_hub(hub_id: str, split: str, error: Exception) -> str:
+def _explain_hub(hub_id: str, split: str, error: Exception) -> DataError:
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     if "gated" in first.lower():
-        return f"{hub_id}: a gated data set. Accept its terms on its page, then log in with: hf auth login"
+        return DataError(
+            f"{hub_id}: is a gated data set. Accept its terms on its page, then log in with: hf auth login",
+            code="hub-gated",
+        )
     if "Config name is missing" in first:
-        return f"{hub_id}: {first} Name one as {hub_id}:CONFIG:{split}"
+        return DataError(f"{hub_id}: {first} Name one as {hub_id}:CONFIG:{split}", code="hub-config-missing")
     if "split" in first.lower():
-        return f"{hub_id}: {first} Name one as {hub_id}:SPLIT"
+        return DataError(f"{hub_id}: {first} Name one as {hub_id}:SPLIT", code="hub-split-missing")
     if Path(hub_id).is_dir():
-        return f"{hub_id}: cannot be read as a data set folder: {first}"
-    return (
-        f"{hub_id}: not a local file or folder, and the hub could not give it: {first}\n"
-        "Check the name, the network, and for a private data set: hf auth login"
+        return DataError(f"{hub_id}: cannot be read as a data set folder: {first}", code="folder-unreadable")
+    return DataError(
+        f"{hub_id}: not a local file or folder, and loading it from the hub failed: {first}\n"
+        "Check the name and the network; for a private data set, log in with: hf auth login",
+        code="hub-unreachable",
     )

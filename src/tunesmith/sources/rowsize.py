@@ -1,4 +1,4 @@
-"""How large a row may be. A row above the bound is never parsed or rendered; a marker stands in its place."""
+"""The size limit of a row. A larger row is never parsed or rendered; a marker takes its place."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ BYTES_PER_MB = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class RowTooLarge:
-    """The value of a row that is larger than data.max_row_mb; what it held is not kept.
+    """Marker for a row that is larger than data.max_row_mb; its contents are not kept.
 
     Attributes:
-        size_bytes: its size in UTF-8; counting may have stopped above the bound.
-        max_row_mb: the bound.
+        size_bytes: its size in UTF-8; counting may stop above the limit.
+        max_row_mb: the limit.
     """
 
     size_bytes: int
@@ -25,8 +25,8 @@ class RowTooLarge:
     def reason(self) -> str:
         size_mb = self.size_bytes / BYTES_PER_MB
         return (
-            f"is larger than data.max_row_mb {self.max_row_mb:g} allows (at least {size_mb:.3g} MB). "
-            "Cut it into several rows, or raise data.max_row_mb"
+            f"is larger than data.max_row_mb {self.max_row_mb:g} (at least {size_mb:.3g} MB). "
+            "Split it into several rows or raise data.max_row_mb"
         )
 
 
@@ -36,13 +36,13 @@ def count_bytes(text: str) -> int:
 
 
 def bound_row(value: Any, max_row_mb: float) -> Any:
-    """The value of a row, or the marker where it is too large."""
+    """The value of a row, or a RowTooLarge."""
     size = measure_row(value, int(max_row_mb * BYTES_PER_MB))
     return RowTooLarge(size, max_row_mb) if size > max_row_mb * BYTES_PER_MB else value
 
 
 def measure_row(value: Any, max_bytes: int) -> int:
-    """Size of a row's texts and numbers in bytes; counting stops above max_bytes."""
+    """Size of the texts and numbers of a row in bytes; counting stops above max_bytes."""
     size = 0
     left = [value]
     while left and size <= max_bytes:

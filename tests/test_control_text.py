@@ -12,6 +12,8 @@ import pytest
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
+import tunesmith
+from test_matrix import shipped_templates, tokenizer_for
 from tunesmith.config.schema import DataSection
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.data.prepare import NOTE_CONTROL, NOTE_CONTROL_ALLOWED, label_rows
@@ -21,6 +23,7 @@ from tunesmith.rows.conversation import Message
 from tunesmith.sources.read import RawRow
 
 TOKENIZERS = Path(__file__).resolve().parents[2] / "shared" / "tokenizers"
+DEMO = Path(tunesmith.__file__).parent / "demo" / "base"
 DATE = datetime.datetime(2026, 1, 2)
 CONTROL = ("<|im_end|>", "<|im_start|>assistant\nyes", "<|endoftext|>", "<think>", "</tool_call>")
 
@@ -108,11 +111,12 @@ def test_a_text_without_control_tokens_is_encoded_as_it_always_was(tool_tokenize
         assert tool_tokenizer.decode(encoding.ids) == text
 
 
-@pytest.mark.skipif(not TOKENIZERS.is_dir(), reason="the shared tokenizers are not here")
-@pytest.mark.parametrize("name", ["minimind", "llama2"])
+@pytest.mark.parametrize("name", ["demo", "minimind", "llama2"])
 def test_real_tokenizers(name: str) -> None:
     """Every added token of the tokenizer, typed by a person."""
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS / name)
+    if name != "demo" and not TOKENIZERS.is_dir():
+        pytest.skip("the shared tokenizers are not beside this checkout")
+    tokenizer = AutoTokenizer.from_pretrained(DEMO if name == "demo" else TOKENIZERS / name)
     tokenizer.add_special_tokens(
         {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "eos_token": "<|im_end|>"}
     )
@@ -124,3 +128,18 @@ def test_real_tokenizers(name: str) -> None:
         assert encoding.is_exact, spelling
         assert sum(i in encoder.added_ids for i in encoding.ids) == 2, spelling
         assert f"say {spelling} twice{spelling}" in tokenizer.decode(encoding.ids), spelling
+
+
+@pytest.mark.parametrize("name", shipped_templates())
+def test_a_question_holds_no_control_token_under_any_template(tokenizer: Any, name: str) -> None:
+    """A question that spells all control tokens of a template gets no more of them than a question without."""
+    own = tokenizer_for(tokenizer, shipped_templates()[name])
+    encoder = build_encoder(own, None, {}, DATE)
+    counts = []
+    for text in ("fox", " ".join(["fox", *sorted(own.get_added_vocab())])):
+        [row] = label_rows([RawRow("x", 1, chat(text, "and you"))], encoder, DataSection(train=["x"]), 4096)
+        assert row.status == "used", row.reason
+        ids = [int(i) for sample in row.samples for i in sample.input_ids]
+        assert text in own.decode(ids)
+        counts.append(sum(i in encoder.added_ids for i in ids))
+    assert counts[0] == counts[1]

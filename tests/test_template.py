@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from conftest import SHARED, needs_shared
+from conftest import SHARED
+from test_matrix import OWN_TEMPLATES
 from tunesmith.chat_template.habits import TemplateRefused
 from tunesmith.chat_template.template import ChatTemplate, load_built_in
 from tunesmith.errors import ModelError
@@ -30,6 +31,7 @@ CASES: dict[str, tuple[list[Message], list[dict[str, Any]], bool]] = {
     "reasoning": ([CHAT[0], Message("assistant", "A", reasoning_content="hm")], [], False),
     "tools": ([CHAT[0], Message("assistant", "", tool_calls=(CALL,)), Message("tool", "12"), CHAT[1]], [TOOL], False),
 }  # fmt: skip
+PATHS = [*sorted(OWN_TEMPLATES.rglob("*.jinja")), *sorted((SHARED / "templates").glob("*/*.jinja"))]
 DATE = datetime.datetime(2031, 5, 17, 10, 30)
 
 
@@ -37,11 +39,8 @@ def template(text: str, **kwargs: Any) -> ChatTemplate:
     return ChatTemplate(text, "test", SPECIAL, kwargs, DATE)
 
 
-@needs_shared
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(
-    "path", sorted((SHARED / "templates").glob("*/*.jinja")), ids=lambda p: f"{p.parent.name}-{p.stem}"
-)
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_renders_as_transformers_does(path: Any, case: str) -> None:
     text = path.read_text(encoding="utf-8")
     messages, tools, is_prompt = CASES[case]

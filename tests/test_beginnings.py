@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 import pytest
 
 from test_matrix import SHAPES, a, all_templates, u
+from tunesmith.chat_template.beginnings import Tails
 from tunesmith.chat_template.habits import TemplateRefused
-from tunesmith.chat_template.template import ChatTemplate
+from tunesmith.chat_template.template import ChatTemplate, Renderer, RenderSettings
 from tunesmith.rows.conversation import Message
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -54,20 +56,26 @@ def messages_of(turns: list[dict[str, Any]]) -> list[Message]:
     ]
 
 
-def trusting(text: str, by: list[dict[str, Any]]) -> ChatTemplate:
-    """A template that has been trusted after its first chat, so that what it would get wrong is seen."""
-    template = ChatTemplate(text, "test", SPECIAL)
+def open_template(text: str) -> Renderer:
+    return ChatTemplate(text, "test", SPECIAL).with_settings(RenderSettings(datetime.datetime(2026, 1, 2)))
+
+
+def trusting(text: str, by: list[dict[str, Any]]) -> Renderer:
+    """A template whose tails are taken from one chat and never compared, to show what the program's analysis gives."""
+    renderer, found = open_template(text), {}
+    messages = messages_of(by)
     try:
-        beginnings = template.render_beginnings(messages_of(by))
-        beginnings.until(1, True)
-        beginnings.until(2)
+        whole = renderer.watch(renderer.to_turns(messages), ())
+        for count, asks in ((1, True), (2, False)):
+            if count in whole.ends:
+                found[asks] = renderer.render(messages[:count], (), asks)[whole.ends[count] :]
     except TemplateRefused:
         pass
-    template._watched.proven = 1 << 30
-    return template
+    renderer.__dict__["tails"] = Tails(found.get(False), found.get(True))
+    return renderer
 
 
-def assert_alike(template: ChatTemplate, turns: list[dict[str, Any]], tools: list[dict[str, Any]]) -> None:
+def assert_alike(template: Renderer, turns: list[dict[str, Any]], tools: list[dict[str, Any]]) -> None:
     messages = messages_of(turns)
     try:
         whole = template.render(messages, tools)
@@ -94,13 +102,27 @@ def test_beginnings_are_what_rendering_them_gives(name: str) -> None:
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_plain_template_is_rendered_once(name: str) -> None:
-    template = trusting(PLAIN[name], CHAT)
-    beginnings = template.render_beginnings(messages_of(CHAT))
+    beginnings = open_template(PLAIN[name]).render_beginnings(messages_of(CHAT))
     rendered = []
-    beginnings._render = lambda *args: rendered.append(args)  # type: ignore[method-assign]
+    beginnings.render = lambda *args: rendered.append(args)  # type: ignore[method-assign]
     for count in range(1, len(CHAT)):
         assert beginnings.until(count, True) is not None
     assert not rendered
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *LOOKING, *sorted(all_templates())])
+def test_tails_are_proven_before_the_first_row(name: str) -> None:
+    """What the tails are does not depend on the chat that is rendered first."""
+    text = {**PLAIN, **LOOKING, **all_templates()}[name]
+    fresh, used = open_template(text), open_template(text)
+    for shape in SHAPES.values():
+        try:
+            beginnings = used.render_beginnings(messages_of(shape["messages"]), shape.get("tools", []))
+            beginnings.until(1, True)
+        except TemplateRefused:
+            continue
+    assert used.tails == fresh.tails
+    assert_alike(fresh, [u("other?"), *CHAT[1:], u("and?"), a("yes")], [])
 
 
 @pytest.mark.parametrize("name", sorted(all_templates()))

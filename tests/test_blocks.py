@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
+
 import pytest
 
-from tunesmith.chat_template.template import ChatTemplate
+from tunesmith.chat_template.template import ChatTemplate, RenderSettings
 from tunesmith.encode.blocks import read_blocks
 from tunesmith.rows.conversation import Message
 
@@ -15,7 +17,8 @@ KNOWS = (
 
 
 def read(content: str, template: str = KNOWS, role: str = "assistant") -> Message:
-    return read_blocks([Message("user", "Q"), Message(role, content)], ChatTemplate(template, "test", {}))[1]
+    renderer = ChatTemplate(template, "test", {}).with_settings(RenderSettings(datetime.datetime(2026, 1, 2)))
+    return read_blocks([Message("user", "Q"), Message(role, content)], renderer.habits)[1]
 
 
 def test_a_leading_think_block_is_the_reasoning() -> None:

@@ -16,8 +16,9 @@ import tunesmith
 from test_matrix import shipped_templates, tokenizer_for
 from tunesmith.config.schema import DataSection
 from tunesmith.data.ledger import LabelledRow
-from tunesmith.data.prepare import NOTE_CONTROL, NOTE_CONTROL_ALLOWED, label_rows
+from tunesmith.data.prepare import label_rows
 from tunesmith.encode.encoder import Encoder
+from tunesmith.encode.messages import NOTE_CONTROL, NOTE_CONTROL_ALLOWED
 from tunesmith.model.tokenizer import build_encoder
 from tunesmith.rows.conversation import Message
 from tunesmith.sources.read import RawRow

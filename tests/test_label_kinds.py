@@ -224,7 +224,7 @@ ASKS_FOR_IDS = (
 def test_a_template_that_asks_for_ids_gets_them_where_the_row_has_none(tokenizer: Any) -> None:
     encoder = with_template(tokenizer, ASKS_FOR_IDS)
     assert encoder.template is not None
-    assert encoder.template.habits.needs_ids
+    assert encoder.renderer().habits.needs_ids
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "", "tool_calls": [call, call]},
              {"role": "tool", "content": "R"}, {"role": "tool", "content": "S"},

@@ -11,7 +11,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from conftest import SHARED
 from test_matrix import OWN_TEMPLATES
 from tunesmith.chat_template.habits import TemplateRefused
-from tunesmith.chat_template.template import ChatTemplate, load_built_in
+from tunesmith.chat_template.template import ChatTemplate, Renderer, RenderSettings, load_built_in
 from tunesmith.errors import ModelError
 from tunesmith.rows.conversation import Message
 
@@ -35,8 +35,8 @@ PATHS = [*sorted(OWN_TEMPLATES.rglob("*.jinja")), *sorted((SHARED / "templates")
 DATE = datetime.datetime(2031, 5, 17, 10, 30)
 
 
-def template(text: str, **kwargs: Any) -> ChatTemplate:
-    return ChatTemplate(text, "test", SPECIAL, kwargs, DATE)
+def template(text: str, **kwargs: Any) -> Renderer:
+    return ChatTemplate(text, "test", SPECIAL).with_settings(RenderSettings(DATE, kwargs))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -57,7 +57,7 @@ def test_renders_as_transformers_does(path: Any, case: str) -> None:
             template(text).render(messages, tools, is_prompt)
         return
     today = datetime.datetime.now()
-    ours = ChatTemplate(text, "test", SPECIAL, {}, today).render(messages, tools, is_prompt)
+    ours = ChatTemplate(text, "test", SPECIAL).with_settings(RenderSettings(today)).render(messages, tools, is_prompt)
     assert ours == theirs
 
 

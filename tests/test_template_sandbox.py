@@ -15,7 +15,7 @@ import pytest
 
 from tunesmith.chat_template import budget
 from tunesmith.chat_template.habits import TemplateRefused
-from tunesmith.chat_template.template import ChatTemplate
+from tunesmith.chat_template.template import ChatTemplate, Renderer, RenderSettings
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.model.tokenizer import build_encoder
 from tunesmith.rows.conversation import Message
@@ -32,13 +32,13 @@ TOOL = {"type": "function", "function": {"name": "look", "description": "d", "pa
 SECRET = "tunesmith-secret-value"
 
 
-def template(text: str, **kwargs: Any) -> ChatTemplate:
-    return ChatTemplate(text, "test", {"bos_token": "<s>"}, kwargs, DATE)
+def template(text: str, **kwargs: Any) -> Renderer:
+    return ChatTemplate(text, "test", {"bos_token": "<s>"}).with_settings(RenderSettings(DATE, kwargs))
 
 
 def encode(text: str, tokenizer: Any) -> str:
     encoder = build_encoder(copy.deepcopy(tokenizer), None, {}, DATE)
-    encoder.template = template(text)
+    encoder.template = template(text).template
     return encoder.tokenizer.decode(encoder.encode_prompt(CHAT[:1]))
 
 
@@ -376,7 +376,7 @@ def test_what_cannot_be_compiled_is_an_error_in_words(text: str) -> None:
         lambda: template(text).render(CHAT),
         lambda: template(text).render_beginnings(CHAT).text,
         lambda: template(text).habits,
-        lambda: template(text).reads,
+        lambda: template(text).template.reads,
     ):
         try:
             run()

@@ -15,7 +15,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from conftest import save_folder, tiny_config
+from conftest import chat_row, save_folder, tiny_config
 from tunesmith.config.schema import DataSection, ModelSection
 from tunesmith.data.prepare import label_rows
 from tunesmith.encode.encoder import Encoder
@@ -129,6 +129,9 @@ def test_the_attack_is_one(tokenizer: Any) -> None:
         token = own.convert_tokens_to_ids(TOKEN)
         assert token in own(text)["input_ids"], name
         assert token in build_encoder(own, None, {}, DATE, "allow").encode_prompt([Message("user", text)])
+        allowing = build_encoder(own, None, {}, DATE, "allow")
+        [row] = label_rows([RawRow("x", 1, chat_row(text, "A"))], allowing, DataSection(train=["x"]), 512)
+        assert token in row.samples[0].input_ids, name  # a row and a prompt alike
         assert attack(build_encoder(own, None, {}, DATE), text) == ("refused" if text == "☃" else "used")
 
 

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from jinja2 import nodes
 
-from tunesmith.chat_template.beginnings import GenerationTag
 from tunesmith.chat_template.budget import OverLimit
 from tunesmith.chat_template.program import cut
+from tunesmith.chat_template.watched import GenerationTag
 from tunesmith.errors import ModelError
 from tunesmith.rows.conversation import Message
 from tunesmith.sources.jsontext import load_json
 
 if TYPE_CHECKING:
-    from tunesmith.chat_template.template import ChatTemplate
+    from tunesmith.chat_template.template import Renderer
 
 THINK = "<think>"
 _FLAG = re.compile(r"/\w+")  # what else a template takes out of a text is lost
@@ -116,18 +116,18 @@ class Habits:
     removed: frozenset[str]
 
 
-def find_habits(template: ChatTemplate) -> Habits:
-    form = _find_call_form(template)
-    closing = _find_closing(template, form)
-    asked = _try(template, [_user()], ask=True) or ""
+def find_habits(renderer: Renderer) -> Habits:
+    form = _find_call_form(renderer)
+    closing = _find_closing(renderer, form)
+    asked = _try(renderer, [_user()], ask=True) or ""
     return Habits(
         call_form=form or CallForm(),
         writes_calls=form is not None,
-        needs_ids=form is not None and _needs_ids(template, form),
-        writes_reasoning=_THOUGHT in _thoughtful(template, _reply(_SAID, thought=True)),
+        needs_ids=form is not None and _needs_ids(renderer, form),
+        writes_reasoning=_THOUGHT in _thoughtful(renderer, _reply(_SAID, thought=True)),
         closing=closing,
         opens_thinking=asked.rstrip().endswith(THINK),
-        removed=frozenset(_removed(template)),
+        removed=frozenset(_removed(renderer)),
     )
 
 
@@ -151,21 +151,19 @@ def _reply(content: str, thought: bool = False, call: bool = False) -> dict[str,
     return turn
 
 
-def _try(
-    template: ChatTemplate, turns: Sequence[Mapping[str, Any]], tools: bool = False, ask: bool = False
-) -> str | None:
+def _try(renderer: Renderer, turns: Sequence[Mapping[str, Any]], tools: bool = False, ask: bool = False) -> str | None:
     try:
-        return template.render_turns(turns, [PROBE_TOOL] if tools else [], ask)
+        return renderer.render_turns(turns, [PROBE_TOOL] if tools else [], ask)
     except TemplateOverLimit as error:  # no chat is shorter than these
         raise ModelError(
-            f"chat template {template.source}: {error}, in a chat of {len(turns)} short messages. Correct the "
+            f"chat template {renderer.template.source}: {error}, in a chat of {len(turns)} short messages. Correct the "
             "template or name another one with --data.chat_template."
         ) from None
     except TemplateRefused:
         return None
 
 
-def _find_call_form(template: ChatTemplate) -> CallForm | None:
+def _find_call_form(renderer: Renderer) -> CallForm | None:
     """The first form in which a call is written in full, neither as Python's repr nor as JSON text inside JSON."""
     result = {"role": "tool", "content": _RESULT, "name": _TOOL, "tool_call_id": _ID}
     for empty_is_none in (False, True):
@@ -173,16 +171,16 @@ def _find_call_form(template: ChatTemplate) -> CallForm | None:
             form = CallForm(as_text, empty_is_none)
             call = form.apply(_reply("", call=True))
             for turns in ([_user(), call, result, _reply(_END)], [_user(), call]):
-                text = _try(template, turns, tools=True)
+                text = _try(renderer, turns, tools=True)
                 if text is not None and _is_whole_call(text):
                     return form
     return None
 
 
-def _needs_ids(template: ChatTemplate, form: CallForm) -> bool:
+def _needs_ids(renderer: Renderer, form: CallForm) -> bool:
     call = form.apply(_reply("", call=True))
     without = {**call, "tool_calls": [{key: value for key, value in call["tool_calls"][0].items() if key != "id"}]}
-    with_id, without_id = (_try(template, [_user(), turn], tools=True) for turn in (call, without))
+    with_id, without_id = (_try(renderer, [_user(), turn], tools=True) for turn in (call, without))
     return with_id is not None and (without_id is None or not _is_whole_call(without_id))
 
 
@@ -191,13 +189,13 @@ def _is_whole_call(text: str) -> bool:
     return all(word in text for word in (_TOOL, _KEY, _VALUE)) and not any(word in text for word in odd)
 
 
-def _thoughtful(template: ChatTemplate, turn: Mapping[str, Any], tools: bool = False) -> str:
-    return _try(template, [_user(), CallForm().apply(dict(turn))], tools) or ""
+def _thoughtful(renderer: Renderer, turn: Mapping[str, Any], tools: bool = False) -> str:
+    return _try(renderer, [_user(), CallForm().apply(dict(turn))], tools) or ""
 
 
-def _find_closing(template: ChatTemplate, form: CallForm | None) -> str | None:
+def _find_closing(renderer: Renderer, form: CallForm | None) -> str | None:
     """What stands behind a thought, whatever follows it: the common start of what precedes words and a call."""
-    text = _thoughtful(template, _reply(_SAID, thought=True))
+    text = _thoughtful(renderer, _reply(_SAID, thought=True))
     _, thought, behind = text.partition(_THOUGHT)
     if not thought or _SAID not in behind:
         return None
@@ -205,7 +203,7 @@ def _find_closing(template: ChatTemplate, form: CallForm | None) -> str | None:
     if form is None:
         return before_words
     turns = [_user(), form.apply(_reply("", thought=True, call=True))]
-    _, thought, behind = (_try(template, turns, tools=True) or "").partition(_THOUGHT)
+    _, thought, behind = (_try(renderer, turns, tools=True) or "").partition(_THOUGHT)
     before_call, called, _ = behind.partition(_TOOL)
     if not (thought and called):
         return before_words
@@ -223,9 +221,9 @@ def shared_length(one: str, other: str) -> int:
     return low
 
 
-def _removed(template: ChatTemplate) -> Iterator[str]:
+def _removed(renderer: Renderer) -> Iterator[str]:
     """Flags for the template itself that it replaces by nothing."""
-    for name, texts in find_text_calls(template.text):
+    for name, texts in find_text_calls(renderer.template.text):
         if name == "replace" and len(texts) == 2 and _FLAG.fullmatch(texts[0]) and texts[1] == "":
             yield texts[0]
 

@@ -1,11 +1,12 @@
-"""Chat templates: messages -> text, as transformers renders them, but with the run's date instead of today's."""
+"""Chat templates: messages -> text as transformers renders them, under the date of the request."""
 
 from __future__ import annotations
 
 import datetime
+import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
@@ -15,19 +16,19 @@ from typing import Any
 import jinja2
 import jinja2.meta
 
-from tunesmith.chat_template.beginnings import GenerationTag, Watched, compile_watched, render_watched
+from tunesmith.chat_template.beginnings import Beginnings, Tails, find_tails
 from tunesmith.chat_template.budget import OverLimit
 from tunesmith.chat_template.habits import CallForm, Habits, find_habits, refusal_of
 from tunesmith.chat_template.program import MAX_SOURCE, build_environment, compile_program, dated, run_template
 from tunesmith.chat_template.sandbox import Sandbox
-from tunesmith.chat_template.trace import Trace, Turns, trace_rendering
+from tunesmith.chat_template.watched import GenerationTag, Watched, compile_watched, render_watched
 from tunesmith.errors import ModelError
 from tunesmith.reading import open_file
 from tunesmith.rows.conversation import Message
 
 BUILT_IN = ("chatml", "alpaca")
 NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
-_PROVEN = 32  # beginnings that are rendered by themselves before a template is trusted
+_MAX_HABITS = 64  # settings whose habits are kept; a server gets many
 
 
 @lru_cache(maxsize=1)
@@ -35,34 +36,75 @@ def environment() -> Sandbox:
     return build_environment(Sandbox, GenerationTag)
 
 
-@dataclass(frozen=True)
-class ChatTemplate:
-    """A chat template with everything that its text depends on.
+@dataclass(frozen=True, slots=True)
+class RenderSettings:
+    """What a request sets for a chat template besides its messages and tools.
 
     Attributes:
-        text: the Jinja source; saved with the model as it stands.
-        source: where it came from, for the summary.
-        special_tokens: bos_token, eos_token ... as the template may print them.
-        kwargs: data.template_kwargs.
         date: what `strftime_now` prints.
-        is_fallback: the model had no template and got ours.
+        variables: variables of the template, as data.template_kwargs sets them.
+    """
+
+    date: datetime.datetime
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Equal for settings under which a template treats messages alike: the same variables on the same day."""
+        return json.dumps([self.date.date().isoformat(), self.variables], sort_keys=True, default=repr)
+
+
+@dataclass(frozen=True, eq=False)
+class ChatTemplate:
+    """A chat template's program.
+
+    Attributes:
+        text: the Jinja source; saved with the model unchanged.
+        source: its origin, for the summary.
+        special_tokens: bos_token, eos_token ... as the template may print them.
+        is_fallback: the model had no template and got a built-in one.
     """
 
     text: str
     source: str
     special_tokens: Mapping[str, str]
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-    date: datetime.datetime = field(default_factory=datetime.datetime.now)
     is_fallback: bool = False
+    _habits: dict[str, Habits] = field(default_factory=dict, init=False, repr=False)
+
+    def with_settings(self, settings: RenderSettings) -> Renderer:
+        return Renderer(self, settings)
 
     @cached_property
-    def _compiled(self) -> jinja2.Template:
+    def program(self) -> jinja2.Template:
         return compile_program(self.text, environment().from_string, self.source)
 
     @cached_property
-    def _watched(self) -> _Watched:
-        made = compile_program(self.text, lambda text: compile_watched(environment(), text), self.source)
-        return _Watched(made)
+    def watched_program(self) -> jinja2.Template:
+        """The program with a mark at the end of each turn."""
+        return compile_program(self.text, lambda text: compile_watched(environment(), text), self.source)
+
+    @cached_property
+    def reads(self) -> frozenset[str]:
+        """Names of the variables that the template reads."""
+        _ = self.program  # says what is wrong with it
+        return frozenset(jinja2.meta.find_undeclared_variables(environment().parse(self.text)))
+
+    def habits_under(self, settings: RenderSettings) -> Habits:
+        """What the template does with reasoning and tool calls, found by rendering a probe conversation once."""
+        if settings.key not in self._habits:
+            while len(self._habits) >= _MAX_HABITS:
+                self._habits.pop(next(iter(self._habits)))
+            midnight = settings.date.replace(hour=0, minute=0, second=0, microsecond=0)
+            self._habits[settings.key] = find_habits(Renderer(self, replace(settings, date=midnight)))
+        return self._habits[settings.key]
+
+
+@dataclass(frozen=True, eq=False)
+class Renderer:
+    """A chat template under the settings of a request: messages -> text."""
+
+    template: ChatTemplate
+    settings: RenderSettings
 
     def render(
         self,
@@ -74,7 +116,7 @@ class ChatTemplate:
         """The text of these messages.
 
         Args:
-            variables: the row's own (chat_template_kwargs, documents), on top of `kwargs`.
+            variables: the row's own (chat_template_kwargs, documents), which override the settings'.
 
         Raises:
             TemplateRefused: with the template's own reason.
@@ -89,10 +131,10 @@ class ChatTemplate:
         variables: Mapping[str, Any] = NO_VARIABLES,
     ) -> str:
         """As `render`, of messages that already have the form that this template reads (`to_turns`)."""
-        template = self._compiled
+        program = self.template.program
         given = {**self.variables(tools, add_generation_prompt, variables), "messages": list(turns)}
         try:
-            return run_template(template, given)[0]
+            return run_template(program, given)[0]
         except MemoryError:
             raise
         except Exception as error:  # a template is a program: it may divide by zero or recurse without end
@@ -108,28 +150,47 @@ class ChatTemplate:
         return {
             "tools": list(tools) or None,
             "documents": None,
-            "strftime_now": dated(self.date),
-            **self.special_tokens,
-            **self.kwargs,
+            "strftime_now": dated(self.settings.date),
+            **self.template.special_tokens,
+            **self.settings.variables,
             **variables,
             "add_generation_prompt": add_generation_prompt,
         }
 
     def to_turns(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
-        """Messages as this template reads them: arguments of tool calls as objects or as JSON text, for one thing."""
+        """Messages in the form that this template reads (arguments of tool calls as objects or as JSON text)."""
         calls = self.habits.call_form if any(message.tool_calls for message in messages) else CallForm()
         return [calls.apply(message.to_template()) for message in messages]
 
     @cached_property
     def habits(self) -> Habits:
-        """What the template does with reasoning and tool calls, seen on a conversation of our own."""
-        return find_habits(self)
+        return self.template.habits_under(self.settings)
 
     @cached_property
-    def reads(self) -> frozenset[str]:
-        """Names of the variables that the template reads."""
-        _ = self._compiled  # says what is wrong with it
-        return frozenset(jinja2.meta.find_undeclared_variables(environment().parse(self.text)))
+    def tails(self) -> Tails:
+        """What stands behind the last turn, proven on stand-in chats and the same for every row."""
+        return find_tails(self)
+
+    def watch(
+        self,
+        turns: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] = NO_VARIABLES,
+    ) -> Watched:
+        """The text of all turns, and where each turn ends in it.
+
+        Raises:
+            TemplateRefused: with the template's own reason.
+        """
+        program = self.template.watched_program
+        try:
+            return render_watched(program, turns, self.variables(tools, False, variables))
+        except MemoryError:
+            raise
+        except OverLimit as error:
+            raise refusal_of(error) from None
+        except Exception:  # then it is rendered as it always is, and that says what is wrong
+            return Watched(self.render_turns(turns, tools, False, variables), {}, ())
 
     def render_beginnings(
         self,
@@ -143,93 +204,7 @@ class ChatTemplate:
             TemplateRefused: with the template's own reason.
         """
         turns = self.to_turns(messages)
-        watched = self._watched
-        try:
-            seen = render_watched(watched.template, turns, self.variables(tools, False, variables))
-        except MemoryError:
-            raise
-        except OverLimit as error:
-            raise refusal_of(error) from None
-        except Exception:  # then it is rendered as it always is, and that says what is wrong
-            seen = Watched(self.render_turns(turns, tools, False, variables), {}, ())
-        return Beginnings(self, turns, tools, variables, seen)
-
-
-@dataclass
-class _Watched:
-    """A template that marks where turns end.
-
-    Attributes:
-        tails: what it writes behind the last turn, by add_generation_prompt, once seen.
-        proven: beginnings that were rendered by themselves too and came out alike.
-    """
-
-    template: jinja2.Template
-    tails: dict[bool, str] = field(default_factory=dict)
-    proven: int = 0
-    is_trusted: bool = True
-
-
-class Beginnings:
-    """The renderings of a chat's first turns; `text` is that of all, `marks` its {% generation %} blocks."""
-
-    def __init__(
-        self,
-        template: ChatTemplate,
-        turns: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]],
-        variables: Mapping[str, Any],
-        seen: Watched,
-    ) -> None:
-        self.text, self.marks, self._ends = seen.text, seen.marks, seen.ends
-        self.turns, self.tools = turns, tools
-        self._template, self._variables = template, variables
-
-    def until(self, count: int, add_generation_prompt: bool = False) -> str:
-        """What the template writes for the first `count` messages.
-
-        The first of them are rendered by themselves too, and compared: a template that fools us is never trusted again.
-        """
-        if count == len(self.turns) and not add_generation_prompt:
-            return self.text
-        watched, end = self._template._watched, self._ends.get(count)
-        if end is None or not watched.is_trusted or self._variables:  # a row's own variables may decide what follows
-            return self._render(count, add_generation_prompt)
-        tail = watched.tails.get(add_generation_prompt)
-        if tail is not None and watched.proven >= _PROVEN:
-            return self.text[:end] + tail
-        text = self._render(count, add_generation_prompt)
-        tail = watched.tails.setdefault(add_generation_prompt, text[end:])
-        if text == self.text[:end] + tail:
-            watched.proven += 1
-        else:
-            watched.is_trusted = False
-        return text
-
-    def _render(self, count: int, add_generation_prompt: bool) -> str:
-        return self.render(self.turns[:count], self.tools, add_generation_prompt)
-
-    def render(
-        self,
-        turns: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = False,
-        documents: Sequence[Any] = (),
-    ) -> str:
-        """Other turns, tools or documents with this chat's variables."""
-        variables = {**self._variables, "documents": list(documents)} if documents else self._variables
-        return self._template.render_turns(turns, tools, add_generation_prompt, variables)
-
-    def trace(self, removed: frozenset[str], count: int | None = None, add_generation_prompt: bool = False) -> Trace:
-        """Where each part of the first `count` messages stands in what the template writes for them."""
-
-        def render(turns: Turns, tools: Turns, documents: Sequence[Any]) -> str:
-            return self.render(turns, tools, add_generation_prompt, documents)
-
-        count = len(self.turns) if count is None else count
-        text = self.until(count, add_generation_prompt)
-        documents = self._variables.get("documents") or ()
-        return trace_rendering(text, self.turns[:count], self.tools, render, removed, documents)
+        return Beginnings(self, turns, tools, variables, self.watch(turns, tools, variables))
 
 
 def find_template(

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from tunesmith.chat_template.trace import Place
 from tunesmith.encode.encoder import Encoder, Encoding
-from tunesmith.encode.render import Rendered, Span
+from tunesmith.encode.render import Rendered, RenderedChat, Span
 from tunesmith.rows.conversation import Conversation, RowRefused, Segments
 
 NOTE_UNKNOWN = "trains the tokenizer's unknown token, which stands for characters that it cannot write"
@@ -67,6 +67,22 @@ def label_chat(rendered: Rendered, whole: Encoding, encoder: Encoder) -> Sample:
         for context in span.context:
             _unmask(loss_mask, whole, start, stop_at, context)
     return Sample(np.array(whole.ids, dtype=np.uint32), loss_mask)
+
+
+def label_rendered(rendered: RenderedChat, encodings: Sequence[Encoding], encoder: Encoder) -> tuple[str, list[Sample]]:
+    """A row's samples and how they came about.
+
+    Args:
+        encodings: of the texts of `rendered.parts`.
+
+    Raises:
+        RowRefused: as `label_chat` and `label_reply`.
+    """
+    try:
+        pairs = zip(rendered.parts, encodings, strict=True)
+        return rendered.how, [label_chat(part, encoding, encoder) for part, encoding in pairs]
+    except BorderGlued:
+        return "composed", [label_reply(part, span, encoder) for part in rendered.parts for span in part.spans]
 
 
 def _unmask(

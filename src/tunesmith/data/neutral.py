@@ -23,11 +23,11 @@ from jinja2.runtime import Macro
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from tunesmith.chat_template.beginnings import GenerationTag
 from tunesmith.chat_template.habits import TemplateRefused
 from tunesmith.chat_template.program import build_environment, run_template
 from tunesmith.chat_template.sandbox import Sandbox
-from tunesmith.chat_template.template import ChatTemplate
+from tunesmith.chat_template.template import Renderer
+from tunesmith.chat_template.watched import GenerationTag
 from tunesmith.rows.conversation import Message
 
 STAND_IN = "qx{}xq"
@@ -114,10 +114,14 @@ class _Watching(Sandbox):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        self.finalize = _written
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was seen, so that the next rendering shows its own operations only."""
         self.sought: set[str] = set()
         self.edges: set[str] = set()
         self.largest_number = 0.0
-        self.finalize = _written
 
     def watch(self) -> None:
         """To be called once all filters are there."""
@@ -331,13 +335,13 @@ def _call(name: str, args: list[Any], line: int) -> nodes.Call:
 class Watcher:
     """A template's program, watched."""
 
-    def __init__(self, template: ChatTemplate) -> None:
-        self._template = template
+    def __init__(self, renderer: Renderer) -> None:
+        self._renderer = renderer
         self._made = build_environment(_Watching, GenerationTag)
         self._made.watch()
         self._program: jinja2.Template | None = None
         try:
-            tree = _Instrument().visit(self._made.parse(template.text))
+            tree = _Instrument().visit(self._made.parse(renderer.template.text))
             self._program = self._made.from_string(tree)
         except (_Looked, jinja2.TemplateError, RecursionError, SyntaxError):
             pass
@@ -347,6 +351,7 @@ class Watcher:
 
         Seen on the finished chat, on each reply at its end, and on each prompt.
         """
+        self._made.forget()
         try:
             is_alike = all(self._is_alike(messages, count) for count in range(1, len(messages) + 1))
         except (_Looked, TemplateRefused):
@@ -357,7 +362,9 @@ class Watcher:
             return None
         if not is_alike:
             return None
-        numbers = [float(value) for value in self._template.kwargs.values() if isinstance(value, (int, float))]
+        numbers = [
+            float(value) for value in self._renderer.settings.variables.values() if isinstance(value, (int, float))
+        ]
         return Terms.of(self._made.sought, self._made.edges, max([self._made.largest_number, *numbers]))
 
     def _is_alike(self, messages: Sequence[Message], count: int) -> bool:
@@ -365,6 +372,6 @@ class Watcher:
         asks = messages[count - 1].role != "assistant"
         if self._program is None or (asks and (count == len(messages) or messages[count].role != "assistant")):
             return self._program is not None
-        turns = self._template.to_turns(messages[:count])
-        text, _ = run_template(self._program, {"messages": turns, **self._template.variables((), asks)})
-        return text == self._template.render_turns(turns, (), asks)
+        turns = self._renderer.to_turns(messages[:count])
+        text, _ = run_template(self._program, {"messages": turns, **self._renderer.variables((), asks)})
+        return text == self._renderer.render_turns(turns, (), asks)

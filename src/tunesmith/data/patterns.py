@@ -7,10 +7,10 @@ a plan. The plan of a longer chat repeats its middle. Each control token and eac
 item of the plan; a stretch is encoded once, however many samples it stands in.
 
 That a plan holds for a row has three grounds. The template was watched while it rendered the stand-ins and the prompts
-of their replies, and looked into none of their texts except for what this row's texts do not hold (neutral.py). The
-finished chat of the row is rendered by the template itself, and must be the plan's own text. And the first rows of a
-run are labelled without a plan too, and compared, and their texts are encoded whole; if anything differs, plans are not
-used again.
+of their replies, and looked into none of their texts except for what this row's texts do not contain (neutral.py). The
+finished chat of the row is rendered by the template itself, and must be the plan's own text. And plans of a few lengths
+are filled with sample texts and compared with labelling without a plan, before any is used; if anything differs, none
+is. All of this depends on the template and the tokenizer alone, so a row's outcome does not depend on other rows.
 """
 
 from __future__ import annotations
@@ -24,18 +24,28 @@ import numpy as np
 import numpy.typing as npt
 
 from tunesmith.chat_template.habits import TemplateRefused
-from tunesmith.data.labels import Sample
+from tunesmith.chat_template.template import Renderer
+from tunesmith.data.labels import Sample, label_rendered
 from tunesmith.data.neutral import STAND_IN, Terms, Watcher
 from tunesmith.encode.encoder import Encoder
 from tunesmith.encode.render import Rendered, render_chat
 from tunesmith.encode.shield import MARK
+from tunesmith.encode.thoughts import has_thoughts
 from tunesmith.rows.conversation import Conversation, Message, RowRefused
 
 _SMALL = 6  # pairs of which plans are proven one by one; plans of more repeat the middle of these
 _BEYOND = 3
 _LARGE = 16  # a template that holds a larger number may tell long chats from those that are proven
-_COMPARED = 4  # rows that are labelled without a plan too
-_COMPARED_PAIRS = 12
+_SAMPLES = (
+    "Hello, world.",
+    "你好，世界。",
+    "e\u0301 🙂 שלום",
+    "12\n\n    x = 1",
+    "a\tb - c!",
+    "W",
+    "and so on ...",
+    "Ünï?",
+)
 
 Text = str | int  # of a stretch: letters of the template, or the number of a message whose content stands there
 Item = int | tuple[Text, ...]  # a control token, or a stretch of text between two
@@ -92,19 +102,25 @@ class Planned:
 class Planner:
     """Makes plans for one encoder, and samples from them."""
 
-    def __init__(self, encoder: Encoder, train_reasoning: bool) -> None:
-        self.encoder, self.train_reasoning = encoder, train_reasoning
+    def __init__(self, encoder: Encoder, renderer: Renderer, train_reasoning: bool) -> None:
+        self.encoder, self.renderer, self.train_reasoning = encoder, renderer, train_reasoning
         self._plans: dict[tuple[bool, int], Plan | None] = {}
-        self._compared = self._encoded = 0
         self._terms: dict[tuple[bool, int], Terms] = {}
         self._small: dict[bool, int] = {}
-        self._watcher = Watcher(encoder.template) if encoder.template else None
-        self.is_trusted = encoder.template is not None and not _has_greedy_tokens(encoder.tokenizer)
+        self._watcher = Watcher(renderer)
+        self._holds: dict[bool, bool] = {}
+        self._may_plan = not _has_greedy_tokens(encoder.tokenizer)
 
     def plan(self, conversation: Conversation) -> Planned | None:
         """The plan of a chat; None where it has to be labelled as any other."""
-        if not self.is_trusted or not self._is_plain(conversation):
+        if not self._may_plan or not self._is_plain(conversation):
             return None
+        has_system = conversation.messages[0].role == "system"
+        if has_system not in self._holds:
+            self._holds[has_system] = self._compare(has_system)
+        return self._plan(conversation) if self._holds[has_system] else None
+
+    def _plan(self, conversation: Conversation) -> Planned | None:
         messages = conversation.messages
         has_system = messages[0].role == "system"
         plan = self._find(has_system, len(messages) // 2)
@@ -118,6 +134,32 @@ class Planner:
             planned.stretches += [_fill(item, planned.contents) for item in part.items if not isinstance(item, int)]
         return planned if self._is_as_rendered(planned, conversation) else None
 
+    def _compare(self, has_system: bool) -> bool:
+        """Whether plans of a few lengths, filled with sample texts, give the samples of labelling without plans."""
+        few = self._find_small(has_system)
+        for pairs in (1, 2, few, few + 2):
+            if self._find(has_system, pairs) is None:
+                continue
+            for shift in range(len(_SAMPLES) if pairs == 1 else 1):
+                chat = _sample_chat(has_system, pairs, shift + pairs)
+                planned = self._plan(chat)
+                samples = self.label(planned, self.encode(planned.stretches)) if planned else None
+                if planned and samples is not None and not self._is_same(planned.plan.how, samples, chat):
+                    return False
+        return True
+
+    def _is_same(self, how: str, samples: Sequence[Sample], chat: Conversation) -> bool:
+        try:
+            rendered = render_chat(chat, self.renderer, self.encoder.stops, "auto", self.train_reasoning)
+            encodings = self.encoder.encode_texts([part.text for part in rendered.parts])
+            other, proven = label_rendered(rendered, encodings, self.encoder)
+        except RowRefused:
+            return False
+        return (how, len(samples)) == (other, len(proven)) and all(
+            np.array_equal(one.input_ids, two.input_ids) and np.array_equal(one.loss_mask, two.loss_mask)
+            for one, two in zip(samples, proven, strict=True)
+        )
+
     def _is_plain(self, conversation: Conversation) -> bool:
         if conversation.tools or conversation.documents or conversation.template_kwargs:
             return False
@@ -126,31 +168,27 @@ class Planner:
         for message in messages[1:] if messages[0].role == "system" else messages:
             if message.role != next(roles) or not message.is_trained or message.context_spans:
                 return False
+            if message.role == "assistant" and not self.train_reasoning and has_thoughts(message.content):
+                return False
         return not any(
             m.reasoning_content or m.tool_calls or m.name or m.tool_call_id or MARK in m.content for m in messages
         )
 
     def _find(self, has_system: bool, pairs: int) -> Plan | None:
-        key = (has_system, pairs)
-        if has_system not in self._small:
-            self._small[has_system] = self._pairs_to_prove(has_system)
-        small = self._small[has_system]
+        key, small = (has_system, pairs), self._find_small(has_system)
         if key not in self._plans:
             self._plans[key] = self._prove(has_system, pairs) if pairs <= small else self._extend(has_system, pairs)
         return self._plans[key]
 
     def _prove(self, has_system: bool, pairs: int) -> Plan | None:
         """The plan of a few pairs of stand-ins, labelled as any other chat."""
-        assert self.encoder.template is not None
         conversation = _stand_in(has_system, pairs)
-        terms = self._watcher.find_terms(conversation.messages) if self._watcher else None
+        terms = self._watcher.find_terms(conversation.messages)
         if terms is None:
             return None
         self._terms[has_system, pairs] = terms
         try:
-            rendered = render_chat(
-                conversation, self.encoder.template, self.encoder.stops, "auto", self.train_reasoning
-            )
+            rendered = render_chat(conversation, self.renderer, self.encoder.stops, "auto", self.train_reasoning)
         except (RowRefused, TemplateRefused):
             return None
         if rendered.how == "composed" or rendered.notes:
@@ -204,18 +242,19 @@ class Planner:
             return None
         return _repeat(small, has_system, pairs - few)
 
-    def _pairs_to_prove(self, has_system: bool) -> int:
-        """Enough for the template to have come to the largest number that it reckons with."""
-        terms = self._watcher.find_terms(_stand_in(has_system, _SMALL).messages) if self._watcher else None
-        is_far = terms is None or terms.largest_number > _LARGE
-        return _SMALL if is_far or terms is None else max(_SMALL, int(terms.largest_number) + _BEYOND)
+    def _find_small(self, has_system: bool) -> int:
+        """Pairs to prove one by one: enough for the template to reach the largest number that it calculates with."""
+        if has_system not in self._small:
+            terms = self._watcher.find_terms(_stand_in(has_system, _SMALL).messages)
+            is_far = terms is None or terms.largest_number > _LARGE
+            few = _SMALL if is_far or terms is None else max(_SMALL, int(terms.largest_number) + _BEYOND)
+            self._small[has_system] = few
+        return self._small[has_system]
 
     def _is_as_rendered(self, planned: Planned, conversation: Conversation) -> bool:
         """Whether the template itself writes the finished chat as the plan does."""
-        template = self.encoder.template
-        assert template is not None
         try:
-            text = template.render(conversation.messages)
+            text = self.renderer.render(conversation.messages)
         except TemplateRefused:
             return False
         return text == "".join(self._texts(planned))
@@ -238,18 +277,6 @@ class Planner:
         """
         if not all(stretch in ids for stretch in planned.stretches):
             return None  # a text in which the tokenizer finds a control token
-        samples = self._assemble(planned, ids)
-        if samples is None:
-            return None
-        if self._encoded < _COMPARED:
-            self._encoded += 1
-            [whole] = self.encoder.encode_texts(["".join(self._texts(planned))])
-            if whole.ids != samples[-1].input_ids.tolist():
-                self.is_trusted = False
-                return None
-        return samples
-
-    def _assemble(self, planned: Planned, ids: Mapping[str, npt.NDArray[np.uint32]]) -> list[Sample] | None:
         last = planned.plan.parts[-1]
         pieces = [self._ids_of(item, planned, ids) for item in last.items]
         whole = np.concatenate(pieces)
@@ -282,28 +309,15 @@ class Planner:
         assert not isinstance(item, int)
         return len(alone) if ids[_fill(item, planned.contents)][: len(alone)].tolist() == alone else None
 
-    def wants_comparison(self, planned: Planned) -> bool:
-        """Whether this row is one of the first, which are labelled without a plan too."""
-        if self._compared >= _COMPARED or len(planned.contents) > 2 * _COMPARED_PAIRS:
-            return False
-        self._compared += 1
-        return True
-
-    def compare(self, samples: Sequence[Sample] | None, proven: Sequence[Sample]) -> None:
-        """Gives plans up where they do not lead to the samples that labelling without them gives."""
-        self.is_trusted &= (
-            samples is not None
-            and len(samples) == len(proven)
-            and all(
-                np.array_equal(one.input_ids, other.input_ids) and np.array_equal(one.loss_mask, other.loss_mask)
-                for one, other in zip(samples, proven, strict=True)
-            )
-        )
-
 
 def _stand_in(has_system: bool, pairs: int) -> Conversation:
     roles = ["system"] * has_system + ["user", "assistant"] * pairs
     return Conversation(tuple(Message(role, STAND_IN.format(i)) for i, role in enumerate(roles)))
+
+
+def _sample_chat(has_system: bool, pairs: int, shift: int) -> Conversation:
+    roles = ["system"] * has_system + ["user", "assistant"] * pairs
+    return Conversation(tuple(Message(role, _SAMPLES[(i + shift) % len(_SAMPLES)]) for i, role in enumerate(roles)))
 
 
 def _split_stand_ins(rendered: Rendered, start: int, end: int) -> tuple[Text, ...]:

@@ -9,17 +9,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from tunesmith.chat_template.template import Renderer, RenderSettings
 from tunesmith.config.schema import DataSection
 from tunesmith.data.fit import fit_samples
 from tunesmith.data.labels import (
     NOTE_UNKNOWN,
     REFUSED_INEXACT,
-    BorderGlued,
     Sample,
     join_completion,
-    label_chat,
     label_completion,
-    label_reply,
+    label_rendered,
     label_segments,
     label_text,
     train_all,
@@ -27,9 +26,8 @@ from tunesmith.data.labels import (
 )
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.data.patterns import Planned, Planner
-from tunesmith.encode.blocks import read_blocks
-from tunesmith.encode.call_ids import add_call_ids, lacks_call_ids
 from tunesmith.encode.encoder import Encoder, Encoding
+from tunesmith.encode.messages import prepare_messages, prepare_text
 from tunesmith.encode.render import RenderedChat, render_chat
 from tunesmith.errors import DataError
 from tunesmith.rows.conversation import Conversation, Parsed, RawText, RowRefused, Segments, UnknownFormat
@@ -40,24 +38,23 @@ from tunesmith.sources.rowsize import RowTooLarge
 
 _BATCH_ROWS = 256
 
-NOTE_CONTROL = "spells control tokens in its text, kept as plain text (other programs would read control tokens)"
-NOTE_CONTROL_ALLOWED = "spells control tokens in its text, which become these tokens (data.control_text allow)"
 NOTE_RENDERED = "raw text that already holds a rendered chat template; every token of it is trained, the questions too"
-REFUSED_CONTROL = "spells a control token in its text (data.control_text refuse)"
 
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """A row on its way: parsed and rendered or planned (the first ones both), or already refused.
+    """A row on its way: parsed, and rendered or planned, or already refused.
 
     Attributes:
         texts: what has to be encoded for it, stretches of a plan excepted.
+        conversation: of a planned row, in the form that is rendered.
     """
 
     row: RawRow
     texts: tuple[str, ...] = ()
     rendered: RenderedChat | None = None
     planned: Planned | None = None
+    conversation: Conversation | None = None
     notes: tuple[str, ...] = ()
     refusal: RowRefused | None = None
     source: Parsed | None = None
@@ -66,16 +63,24 @@ class _Draft:
 Stretches = Mapping[str, npt.NDArray[np.uint32]]
 
 
-def label_rows(rows: Iterable[RawRow], encoder: Encoder, data: DataSection, max_seq_len: int) -> Iterator[LabelledRow]:
-    """Every row with its outcome, in order.
+def label_rows(
+    rows: Iterable[RawRow],
+    encoder: Encoder,
+    data: DataSection,
+    max_seq_len: int,
+    settings: RenderSettings | None = None,
+) -> Iterator[LabelledRow]:
+    """Every row with its outcome, in order. The outcome of a row does not depend on the rows before it.
+
+    Args:
+        settings: the date and template variables; the encoder's defaults otherwise.
 
     Raises:
         DataError: the first row of a file has no known format.
     """
     seen_files: set[str] = set()
     rows = itertools.islice(rows, data.limit) if data.limit else iter(rows)
-    may_plan = encoder.template is not None and data.history == "auto" and data.train_on != "last_assistant"
-    labeller = _Labeller(encoder, data, max_seq_len, Planner(encoder, data.train_reasoning) if may_plan else None)
+    labeller = _Labeller(encoder, data, max_seq_len, encoder.renderer(settings))
     while batch := list(itertools.islice(rows, _BATCH_ROWS)):
         drafts = []
         for row in batch:
@@ -87,10 +92,12 @@ def label_rows(rows: Iterable[RawRow], encoder: Encoder, data: DataSection, max_
 
 
 class _Labeller:
-    """What turns rows into labelled rows: an encoder, the config, and plans for chats that are alike."""
+    """Rows -> labelled rows: an encoder, the config, the template under the run's settings, and its plans."""
 
-    def __init__(self, encoder: Encoder, data: DataSection, max_seq_len: int, planner: Planner | None) -> None:
-        self.encoder, self.data, self.max_seq_len, self.planner = encoder, data, max_seq_len, planner
+    def __init__(self, encoder: Encoder, data: DataSection, max_seq_len: int, renderer: Renderer | None) -> None:
+        self.encoder, self.data, self.max_seq_len, self.renderer = encoder, data, max_seq_len, renderer
+        may_plan = renderer is not None and data.history == "auto" and data.train_on != "last_assistant"
+        self.planner = Planner(encoder, renderer, data.train_reasoning) if renderer and may_plan else None
 
     def draft(self, row: RawRow, is_first: bool) -> _Draft:
         if isinstance(row.value, RowTooLarge):
@@ -107,7 +114,7 @@ class _Labeller:
 
     def _draft_parsed(self, row: RawRow, parsed: Parsed) -> _Draft:
         if isinstance(parsed, RawText):
-            text, notes = _shield_text(parsed.text, self.encoder)
+            text, notes = prepare_text(parsed.text, self.encoder.shield, self.encoder.control_text)
             notes = (NOTE_RENDERED, *notes) if find_rendered_template(parsed.text) else notes
             return _Draft(row, (text,), notes=(*parsed.notes, *notes))
         if isinstance(parsed, Segments):
@@ -115,28 +122,22 @@ class _Labeller:
         return self._draft_chat(row, parsed)
 
     def _draft_chat(self, row: RawRow, conversation: Conversation) -> _Draft:
-        encoder = self.encoder
-        if encoder.template is not None:
-            messages = read_blocks(conversation.messages, encoder.template)
-            conversation = replace(conversation, messages=messages)
-            if encoder.template.habits.needs_ids and lacks_call_ids(conversation):
-                conversation = add_call_ids(conversation)
-        conversation, notes = _shield_chat(conversation, encoder)
-        if encoder.template is None:
+        habits = self.renderer.habits if self.renderer else None
+        conversation = prepare_messages(conversation, habits, self.encoder.shield, self.encoder.control_text)
+        notes = conversation.notes
+        if self.renderer is None:
             prompt, completion = join_completion(conversation)
             return _Draft(row, (prompt, prompt + completion), notes=notes)
         planned = self.planner.plan(conversation) if self.planner else None
-        if planned and self.planner and not self.planner.wants_comparison(planned):
-            return _Draft(row, planned=planned, notes=notes)
+        if planned:
+            return _Draft(row, planned=planned, notes=notes, conversation=conversation)
         rendered = self._render(conversation)
-        texts = tuple(part.text for part in rendered.parts)
-        return _Draft(row, texts, rendered, planned, notes=(*notes, *rendered.notes))
+        return _Draft(row, tuple(part.text for part in rendered.parts), rendered, notes=(*notes, *rendered.notes))
 
     def _render(self, conversation: Conversation) -> RenderedChat:
-        assert self.encoder.template is not None
+        assert self.renderer is not None
         history = "last_turn" if self.data.train_on == "last_assistant" else self.data.history
-        stops, reasoning = self.encoder.stops, self.data.train_reasoning
-        return render_chat(conversation, self.encoder.template, stops, history, reasoning)
+        return render_chat(conversation, self.renderer, self.encoder.stops, history, self.data.train_reasoning)
 
     def finish(self, drafts: list[_Draft]) -> Iterator[LabelledRow]:
         """Rows of a batch, all of its texts encoded together."""
@@ -177,57 +178,18 @@ class _Labeller:
         if isinstance(draft.source, Segments):
             return "segments", [label_segments(draft.source, encodings, self.encoder)]
         if draft.planned and self.planner:
-            samples = self.planner.label(draft.planned, stretches) if self.planner.is_trusted else None
-            if draft.rendered is None and samples is not None:
-                return draft.planned.plan.how, samples
-            rendered, encodings = draft.rendered, encodings
-            if rendered is None:  # its plan does not hold, so it is rendered as any other
-                return self._label_alone(draft)
-            how, proven = self._label_rendered(rendered, encodings)
-            self.planner.compare(samples, proven)
-            return how, proven
+            samples = self.planner.label(draft.planned, stretches)
+            return (draft.planned.plan.how, samples) if samples is not None else self._label_alone(draft)
         if draft.rendered is None:
             return "joined", [label_completion(encodings[0], encodings[1], self.encoder)]
-        return self._label_rendered(draft.rendered, encodings)
+        return label_rendered(draft.rendered, encodings, self.encoder)
 
     def _label_alone(self, draft: _Draft) -> tuple[str, list[Sample]]:
-        assert isinstance(draft.source, Conversation)
-        assert self.encoder.template is not None
-        rendered = self._render(
-            replace(draft.source, messages=read_blocks(draft.source.messages, self.encoder.template))
-        )
-        return self._label_rendered(rendered, self.encoder.encode_texts([part.text for part in rendered.parts]))
-
-    def _label_rendered(self, rendered: RenderedChat, encodings: list[Encoding]) -> tuple[str, list[Sample]]:
-        parts, encoder = rendered.parts, self.encoder
-        try:
-            pairs = zip(parts, encodings, strict=True)
-            return rendered.how, [label_chat(part, encoding, encoder) for part, encoding in pairs]
-        except BorderGlued:
-            return "composed", [label_reply(part, span, encoder) for part in parts for span in part.spans]
-
-
-def _shield_chat(conversation: Conversation, encoder: Encoder) -> tuple[Conversation, tuple[str, ...]]:
-    """The conversation as data.control_text wants it, and its notes."""
-    marked, is_marked = encoder.shield.mark_conversation(conversation)
-    if not is_marked:
-        return conversation, conversation.notes
-    if encoder.control_text == "allow":
-        return conversation, (*conversation.notes, NOTE_CONTROL_ALLOWED)
-    if encoder.control_text == "refuse":
-        raise RowRefused(REFUSED_CONTROL)
-    return marked, (*conversation.notes, NOTE_CONTROL)
-
-
-def _shield_text(text: str, encoder: Encoder) -> tuple[str, tuple[str, ...]]:
-    marked = encoder.shield.mark(text)
-    if marked == text:
-        return text, ()
-    if encoder.control_text == "allow":
-        return text, (NOTE_CONTROL_ALLOWED,)
-    if encoder.control_text == "refuse":
-        raise RowRefused(REFUSED_CONTROL)
-    return marked, (NOTE_CONTROL,)
+        """Without its plan, which does not hold for this row's tokens."""
+        assert draft.conversation is not None
+        rendered = self._render(draft.conversation)
+        encodings = self.encoder.encode_texts([part.text for part in rendered.parts])
+        return label_rendered(rendered, encodings, self.encoder)
 
 
 def _segment_texts(segments: Segments, encoder: Encoder) -> Iterator[str]:

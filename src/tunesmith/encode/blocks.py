@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tunesmith.chat_template.template import ChatTemplate
+from tunesmith.chat_template.habits import Habits
 from tunesmith.rows.conversation import Message, RowRefused
 from tunesmith.rows.turns import parse_tool_calls
 
@@ -16,7 +16,7 @@ _CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 _CALLS_AT_END = re.compile(r"(?:\s*<tool_call>\s*\{(?:(?!</?tool_call>).)*\}\s*</tool_call>)+\s*\Z", re.DOTALL)
 
 
-def read_blocks(messages: Sequence[Message], template: ChatTemplate) -> tuple[Message, ...]:
+def read_blocks(messages: Sequence[Message], habits: Habits) -> tuple[Message, ...]:
     """Assistant turns with a leading well-formed <think> block, or whole <tool_call> blocks at their end, parsed.
 
     Only where the template writes such fields, or its generation prompt opens the thinking: elsewhere they are trained
@@ -27,7 +27,6 @@ def read_blocks(messages: Sequence[Message], template: ChatTemplate) -> tuple[Me
     """
     if not any(m.role == "assistant" and ("<think>" in m.content or "<tool_call>" in m.content) for m in messages):
         return tuple(messages)
-    habits = template.habits
     thinks, calls = habits.writes_reasoning or habits.opens_thinking, habits.writes_calls
     if not thinks and not calls:
         return tuple(messages)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from tunesmith.chat_template.beginnings import Beginnings
 from tunesmith.chat_template.habits import THINK, Habits
-from tunesmith.chat_template.template import Beginnings
 from tunesmith.chat_template.trace import Place, Trace, trace_rendering
 from tunesmith.rows.conversation import Message, RowRefused
 

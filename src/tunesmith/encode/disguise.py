@@ -12,6 +12,7 @@ from typing import Any
 
 from tunesmith.rows.conversation import RowRefused
 
+CODE = "control-token-disguised"  # of the refusal of a text that marks cannot keep as text
 _ROUNDS = 4  # one finds the disguises, one shows that none is left; overlapping tokens need a few more
 
 
@@ -58,7 +59,8 @@ class Disguises:
         _, _, token = spans[0]
         raise RowRefused(
             f"holds characters that this tokenizer turns into the control token {self._backend.id_to_token(token)!r}, "
-            "and that cannot be kept as text"
+            "and that cannot be kept as text",
+            code=CODE,
         )
 
     def _find(self, text: str) -> list[tuple[int, int, int]]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import MutableSequence, Sequence
+import datetime
+from collections.abc import Iterator, Mapping, MutableSequence, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from tunesmith.chat_template.habits import TemplateRefused
-from tunesmith.chat_template.template import ChatTemplate
-from tunesmith.encode.blocks import read_blocks
+from tunesmith.chat_template.template import NO_VARIABLES, ChatTemplate, Renderer, RenderSettings
 from tunesmith.encode.longtext import PIECE, encode_long
+from tunesmith.encode.messages import prepare_messages
 from tunesmith.encode.shield import MARK, Shield, unmark_offsets, without_added_tokens
 from tunesmith.encode.stops import Stops, find_stops
 from tunesmith.encode.unknown import drops_text
@@ -20,7 +21,7 @@ from tunesmith.errors import ModelError
 from tunesmith.rows.conversation import Message, RowRefused, find_lone_surrogate
 
 _SHORT_TAIL = 64  # characters; longer ones are no generation prompt, and seldom met twice
-_PROVEN_PROMPTS = 32
+_STAND_INS = ("Hello, world.", "你好 🙂 שלום", "  x = 1\n\n", "12 e\u0301", "\n- a\tb ", "A")
 
 
 class Encoding:
@@ -70,6 +71,7 @@ class Encoder:
     Args:
         tokenizer: a transformers tokenizer with a Rust backend (it knows offsets).
         template: None joins prompt + completion + EOS without any template.
+        defaults: date and template variables of requests that give none; a run's own.
         control_text: data.control_text; with "allow", spellings of control tokens become these tokens.
 
     Raises:
@@ -77,9 +79,12 @@ class Encoder:
             generation could stop at.
     """
 
-    def __init__(self, tokenizer: Any, template: ChatTemplate | None, control_text: str = "plain") -> None:
+    def __init__(
+        self, tokenizer: Any, template: ChatTemplate | None, defaults: RenderSettings, control_text: str = "plain"
+    ) -> None:
         self.tokenizer = tokenizer
         self.template = template
+        self.defaults = defaults
         self.control_text = control_text
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
@@ -93,14 +98,14 @@ class Encoder:
         self._added_texts = {number: token.content for number, token in backend.get_added_tokens_decoder().items()}
         self.added_ids = frozenset(self._added_texts)
         self.shield = Shield(backend)
+        self._borders = self.added_ids - {self.shield.unknown_id}  # text may be unknown, marks too
         self._tails: dict[str, list[int]] = {}  # what stands between the last control token and a reply: a few texts
-        self._num_proven = 0
         self.bos_ids = bos_ids(tokenizer)
         self.eos_id: int | None = tokenizer.eos_token_id
         self.bos_id: int | None = tokenizer.bos_token_id
         self.is_control = np.zeros(max([*backend.get_vocab(with_added_tokens=True).values(), 0]) + 1, dtype=bool)
         self.is_control[sorted(self.shield.ids)] = True
-        self.stop, self.call_stop = find_stops(self, template)
+        self.stop, self.call_stop = find_stops(self, self.renderer())
 
     def encode_texts(self, texts: Sequence[str]) -> list[Encoding]:
         """Ids of rendered texts; nothing is added in front or behind."""
@@ -150,8 +155,7 @@ class Encoder:
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         start, first, is_exact = 0, 0, True
-        controls = self.added_ids - {self.shield.unknown_id}  # a mark may be unknown text
-        ends = [*(i for i, token in enumerate(with_marks.ids) if token in controls), len(with_marks.ids)]
+        ends = [*(i for i, token in enumerate(with_marks.ids) if token in self._borders), len(with_marks.ids)]
         for index in ends:
             at_end = index == len(with_marks.ids)
             stop, behind = (len(text), len(text)) if at_end else with_marks.offsets[index]
@@ -171,19 +175,56 @@ class Encoder:
     def find_border(self, whole: Encoding, prompt: str) -> int | None:
         """Index of the first token behind a prompt that a text begins with; None if its ids are not the prompt's.
 
-        Encoding splits at control tokens, so only what follows the last one in the prompt is encoded again. Where that
-        does not come out alike (a tokenizer that treats the beginning of a text in its own way), the whole prompt is,
-        and so it is for the first prompts that a tokenizer meets, which shows that the two ways agree.
+        Encoding splits at control tokens, so the prompt is encoded from its last one on. Where that does not give the
+        text's own ids, or stand-in chats show that this tokenizer does not split there, the whole prompt is encoded.
         """
+        if self._splits_at_controls and (border := self._find_border_from_control(whole, prompt)) is not None:
+            return border
+        return self._find_border_from_start(whole, prompt)
+
+    def _find_border_from_control(self, whole: Encoding, prompt: str) -> int | None:
         behind = whole.first_from(len(prompt))
-        control = next((i for i in range(behind - 1, -1, -1) if whole.ids[i] in self.added_ids), None)
-        if control is not None and (done := whole.span(control)[1]) <= len(prompt):
-            ids = self.encode_tail(prompt[done:])
-            if list(whole.ids[control + 1 : behind]) == ids and self._num_proven >= _PROVEN_PROMPTS:
-                return behind
-        self._num_proven += 1
+        control = next((i for i in range(behind - 1, -1, -1) if whole.ids[i] in self._borders), None)
+        if control is None:
+            return None
+        start, end = whole.span(control)
+        is_same = end <= len(prompt) and list(whole.ids[control:behind]) == self.encode_tail(prompt[start:])
+        return behind if is_same else None
+
+    def _find_border_from_start(self, whole: Encoding, prompt: str) -> int | None:
         alone = self.encode_texts([prompt])[0].ids
         return len(alone) if list(whole.ids[: len(alone)]) == list(alone) else None
+
+    @cached_property
+    def _splits_at_controls(self) -> bool:
+        """Whether a prompt encoded from its last control token on gives the border of the whole prompt.
+
+        Seen on stand-in chats, so that it is the same for every row.
+        """
+        found = [
+            (self._find_border_from_control(whole, prompt), self._find_border_from_start(whole, prompt))
+            for prompt, whole in self._stand_in_prompts()
+        ]
+        borders = [(one, other) for one, other in found if one is not None]
+        return bool(borders) and all(one == other for one, other in borders)
+
+    def _stand_in_prompts(self) -> Iterator[tuple[str, Encoding]]:
+        """Prompts of stand-in chats, each with the encoding of the finished chat that it begins."""
+        renderer = self.renderer()
+        if renderer is None:
+            return
+        for shift in range(len(_STAND_INS)):
+            said = [_STAND_INS[(shift + i) % len(_STAND_INS)] for i in range(5)]
+            pairs = [Message(role, text) for role, text in zip(("user", "assistant") * 2, said, strict=False)]
+            for messages in (pairs, [Message("system", said[-1]), *pairs]):
+                for turn in (turn for turn, message in enumerate(messages) if message.role == "assistant"):
+                    try:
+                        text = renderer.render(messages[: turn + 1])
+                        prompt = renderer.render(messages[:turn], add_generation_prompt=True)
+                    except TemplateRefused:
+                        continue
+                    if text.startswith(prompt):
+                        yield prompt, self.encode_texts([text])[0]
 
     def joins(self, prompt: Sequence[int], reply: Sequence[int], text: str) -> bool:
         """Whether ids of a prompt and of a reply, encoded apart, spell the prompt and then the reply's text."""
@@ -193,22 +234,39 @@ class Encoder:
         both = self._backend.decode(tail + list(reply), skip_special_tokens=False)
         return bool(both == before + text.replace(MARK, ""))
 
-    def encode_prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
-        """What the model is given to answer these messages: rendered up to where its reply begins."""
-        if self.template is not None:
-            messages = read_blocks(messages, self.template)
-        if self.control_text != "allow":
-            try:
-                messages, tools = [self.shield.mark_message(message) for message in messages], self.shield.mark(tools)
-            except RowRefused as refusal:
-                raise ModelError(f"the conversation {refusal.reason}. Leave it out.") from None
-        if self.template is None:
-            text = "".join(message.content for message in messages)
-            return self.bos_ids + self._encode_typed(text)
+    def renderer(self, settings: RenderSettings | None = None) -> Renderer | None:
+        """The template under the settings of a request; None where there is no template."""
+        return self.template.with_settings(settings or self.defaults) if self.template else None
+
+    def encode_prompt(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] = (),
+        *,
+        date: datetime.datetime | None = None,
+        variables: Mapping[str, Any] = NO_VARIABLES,
+    ) -> list[int]:
+        """What the model is given to answer these messages: rendered up to where its reply begins.
+
+        Args:
+            date: what the template prints as today's; the default date otherwise.
+            variables: variables of the template, on top of the default ones.
+        """
+        settings = RenderSettings(date or self.defaults.date, {**self.defaults.variables, **variables})
+        renderer = self.renderer(settings)
         try:
-            text = self.template.render(messages, tools, add_generation_prompt=True)
+            habits = renderer.habits if renderer else None
+            chat = prepare_messages(messages, habits, self.shield, self.control_text, tools)
+        except RowRefused as refusal:
+            raise ModelError(f"the conversation {refusal.reason}. Leave it out.", code="conversation-refused") from None
+        if renderer is None:
+            return self.bos_ids + self._encode_typed("".join(message.content for message in chat.messages))
+        try:
+            text = renderer.render(chat.messages, chat.tools, add_generation_prompt=True)
         except TemplateRefused as refusal:
-            raise ModelError(f"the chat template rejects this conversation: {refusal}") from None
+            raise ModelError(
+                f"the chat template rejects this conversation: {refusal}", code="template-refused"
+            ) from None
         return self._encode_typed(text)
 
     def _encode_typed(self, text: str) -> list[int]:

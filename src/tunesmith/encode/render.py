@@ -18,10 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tunesmith.chat_template.beginnings import Beginnings
 from tunesmith.chat_template.habits import TemplateRefused, shared_length
 from tunesmith.chat_template.scalars import find_lost_scalars
 from tunesmith.chat_template.schemas import writes_all_parameters
-from tunesmith.chat_template.template import Beginnings, ChatTemplate
+from tunesmith.chat_template.template import ChatTemplate, Renderer
 from tunesmith.chat_template.trace import Part, Place, Trace
 from tunesmith.encode.compose import compose_reply
 from tunesmith.encode.stops import Stops
@@ -88,7 +89,7 @@ class _Chat:
     """A conversation, and all that its rendering depends on."""
 
     conversation: Conversation
-    template: ChatTemplate
+    renderer: Renderer
     stops: Stops
     train_reasoning: bool
     variables: dict[str, Any]
@@ -99,12 +100,12 @@ class _Chat:
         return self.conversation.messages
 
     def begin(self, count: int) -> Beginnings:
-        return self.template.render_beginnings(self.messages[:count], self.conversation.tools, self.variables)
+        return self.renderer.render_beginnings(self.messages[:count], self.conversation.tools, self.variables)
 
 
 def render_chat(
     conversation: Conversation,
-    template: ChatTemplate,
+    renderer: Renderer,
     stops: Stops,
     history: str = "auto",
     train_reasoning: bool = True,
@@ -118,7 +119,7 @@ def render_chat(
     Raises:
         RowRefused: the template rejects the turns, or drops part of them.
     """
-    chat = _Chat(conversation, template, stops, train_reasoning, variables_of(conversation, template))
+    chat = _Chat(conversation, renderer, stops, train_reasoning, variables_of(conversation, renderer.template))
     try:
         trained = _find_trained(chat)
         done = _render_all(chat, trained, history)
@@ -130,9 +131,9 @@ def render_chat(
 
 
 def _writes_parameters(chat: _Chat, turn: int) -> bool:
-    turns = chat.template.to_turns(chat.messages[:turn])
+    turns = chat.renderer.to_turns(chat.messages[:turn])
     tools = chat.conversation.tools
-    return writes_all_parameters(tools, lambda tools: chat.template.render_turns(turns, tools, True, chat.variables))
+    return writes_all_parameters(tools, lambda tools: chat.renderer.render_turns(turns, tools, True, chat.variables))
 
 
 def variables_of(conversation: Conversation, template: ChatTemplate) -> dict[str, Any]:
@@ -160,7 +161,7 @@ def _find_trained(chat: _Chat) -> list[int]:
     if any(message.role != "system" for message in chat.messages[:first]):
         return trained
     try:
-        chat.template.render(chat.messages[:first], chat.conversation.tools, True, chat.variables)
+        chat.renderer.render(chat.messages[:first], chat.conversation.tools, True, chat.variables)
         return trained
     except TemplateRefused as refusal:
         if len(trained) == 1:
@@ -181,7 +182,7 @@ def _render_all(chat: _Chat, trained: list[int], history: str) -> RenderedChat:
 
 def _render_whole(chat: _Chat, trained: list[int]) -> Rendered:
     beginnings = chat.begin(len(chat.messages))
-    trace = beginnings.trace(chat.template.habits.removed)
+    trace = beginnings.trace(chat.renderer.habits.removed)
     spans = tuple(_find_span(chat, turn, beginnings, trace) for turn in trained)
     _refuse_lost_context(chat, trace, [(span.turn, len(span.prompt)) for span in spans])
     return Rendered(beginnings.text, spans, tuple(trace.places))
@@ -193,7 +194,7 @@ def _unroll(chat: _Chat, trained: list[int], first: RowRefused | None = None) ->
     for turn in trained:
         beginnings = chat.begin(turn + 1)
         prompt = beginnings.until(turn, add_generation_prompt=True)
-        trace = beginnings.trace(chat.template.habits.removed)
+        trace = beginnings.trace(chat.renderer.habits.removed)
         try:
             span = _find_span(chat, turn, beginnings, trace)
             _refuse_lost_context(chat, trace, [(turn, len(prompt))])
@@ -216,9 +217,9 @@ def _compose(
     """
     stop = chat.stops.of(chat.messages[turn])
     _refuse_unaskable(chat, turn, prompt, beginnings)
-    before = beginnings.trace(chat.template.habits.removed, turn, add_generation_prompt=True)
+    before = beginnings.trace(chat.renderer.habits.removed, turn, add_generation_prompt=True)
     _refuse_lost_context(chat, before, [(turn, len(prompt))])
-    reply = compose_reply(chat.template.habits, chat.messages[turn], turn, prompt, before, beginnings, trace, stop)
+    reply = compose_reply(chat.renderer.habits, chat.messages[turn], turn, prompt, before, beginnings, trace, stop)
     if reply is None:
         raise refusal
     if chat.stops.stand_in(reply.body):
@@ -227,7 +228,7 @@ def _compose(
     places = [replace(place, start=place.start + len(prompt), end=place.end + len(prompt)) for place in reply.places]
     _refuse_lost_reply(turn, chat, places, trace, len(prompt), len(text) - len(stop), beginnings)
     context = find_context(
-        chat.messages[turn], places, text, len(prompt), chat.template.habits, chat.train_reasoning, turn
+        chat.messages[turn], places, text, len(prompt), chat.renderer.habits, chat.train_reasoning, turn
     )
     span = _shift_start(Span(prompt, len(prompt), len(text), stop, turn, context), text)
     return Rendered(text, (span,), (*before.places, *places))
@@ -260,7 +261,7 @@ def _find_span(chat: _Chat, turn: int, beginnings: Beginnings, trace: Trace) -> 
     if text[end:stop_at].strip() or (start > len(prompt) and any(place.start < start for place in own)):
         raise RowRefused(f"turn {turn} (assistant): the template's {{% generation %}} mark leaves out part of it")
     _refuse_lost_reply(turn, chat, own, trace, start, stop_at, beginnings)
-    context = find_context(message, own, text, len(prompt), chat.template.habits, chat.train_reasoning, turn)
+    context = find_context(message, own, text, len(prompt), chat.renderer.habits, chat.train_reasoning, turn)
     return _shift_start(Span(prompt, start, stop_at + len(stop), stop, turn, context), text)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tunesmith.chat_template.habits import PROBE_TOOL, PROBE_WORDS, TemplateRefused, probe_call
-from tunesmith.chat_template.template import ChatTemplate
+from tunesmith.chat_template.template import Renderer
 from tunesmith.errors import ModelError
 from tunesmith.rows.conversation import Message
 
@@ -39,18 +39,18 @@ class Stops:
         return self.words in text or self.call in text
 
 
-def find_stops(encoder: Encoder, template: ChatTemplate | None) -> tuple[StopToken, StopToken]:
+def find_stops(encoder: Encoder, renderer: Renderer | None) -> tuple[StopToken, StopToken]:
     """What ends words, and what ends a tool call.
 
     Raises:
         ModelError: no EOS where one is needed, or a template whose replies end in nothing that generation could stop
             at.
     """
-    if template is None:
+    if renderer is None:
         eos = _eos_of(encoder)
         return eos, eos
-    words = StopToken(found := _find_stop(encoder, template), encoder.added_text(found))
-    call = _find_call_stop(encoder, template, words.id)
+    words = StopToken(found := _find_stop(encoder, renderer), encoder.added_text(found))
+    call = _find_call_stop(encoder, renderer, words.id)
     return words, StopToken(call, encoder.added_text(call))
 
 
@@ -63,14 +63,14 @@ def _eos_of(encoder: Encoder) -> StopToken:
     return StopToken(encoder.eos_id, encoder.tokenizer.eos_token)
 
 
-def _find_stop(encoder: Encoder, template: ChatTemplate) -> int:
+def _find_stop(encoder: Encoder, renderer: Renderer) -> int:
     """The last added token behind a reply that also stands there when the user speaks next; EOS where none does.
 
     Some templates write more at the very end of a chat (EOS behind <|im_end|>), some less (Apertus closes a turn
     when the next one begins).
     """
-    tail = _tail_of_reply(template)
-    between, head = _between_turns(encoder, template)
+    tail = _tail_of_reply(renderer)
+    between, head = _between_turns(encoder, renderer)
     found = encoder.find_added(tail)
     if found:
         both = [token for token in found if token in between]
@@ -79,47 +79,49 @@ def _find_stop(encoder: Encoder, template: ChatTemplate) -> int:
         between, head = between[:-1], head[:-1]
     if between:
         return between[-1]
-    ends_in_nothing = not tail.strip() and _asks(template)  # GLM's; its samples get EOS there
+    ends_in_nothing = not tail.strip() and _asks(renderer)  # GLM's; its samples get EOS there
     if ends_in_nothing and encoder.eos_id is not None and encoder.eos_id in encoder.added_ids:
         return encoder.eos_id
     raise ModelError(
-        f"the chat template ({template.source}) ends a reply with {tail!r}, which holds no special token of this "
-        "tokenizer, so generation could never stop there. Use a template that ends replies with eos_token "
+        f"the chat template ({renderer.template.source}) ends a reply with {tail!r}, which holds no special token of "
+        "this tokenizer, so generation could never stop there. Use a template that ends replies with eos_token "
         "(--data.chat_template alpaca does)."
     )
 
 
-def _asks(template: ChatTemplate) -> bool:
+def _asks(renderer: Renderer) -> bool:
     """Whether the template knows a generation prompt, so that a model can be asked at all."""
     question = [Message("user", "Hi")]
     try:
-        return template.render(question) != template.render(question, add_generation_prompt=True)
+        return renderer.render(question) != renderer.render(question, add_generation_prompt=True)
     except TemplateRefused:
         return False
 
 
-def _tail_of_reply(template: ChatTemplate) -> str:
+def _tail_of_reply(renderer: Renderer) -> str:
     said = [Message("user", "Hi"), Message("assistant", _PROBE)]
     try:
         try:
-            text = template.render(said)
+            text = renderer.render(said)
         except TemplateRefused:  # some templates are for chats with tools only
-            text = template.render(said, [PROBE_TOOL])
+            text = renderer.render(said, [PROBE_TOOL])
     except TemplateRefused as refusal:
         raise ModelError(
-            f"the chat template ({template.source}) cannot render a question and its answer: {refusal}"
+            f"the chat template ({renderer.template.source}) cannot render a question and its answer: {refusal}"
         ) from None
     _, found, tail = text.rpartition(_PROBE)
     if not found:
-        raise ModelError(f"the chat template ({template.source}) does not write what a reply says. Name another one.")
+        raise ModelError(
+            f"the chat template ({renderer.template.source}) does not write what a reply says. Name another one."
+        )
     return tail
 
 
-def _between_turns(encoder: Encoder, template: ChatTemplate) -> tuple[list[int], list[int]]:
+def _between_turns(encoder: Encoder, renderer: Renderer) -> tuple[list[int], list[int]]:
     """Added tokens between a reply and the next question, and those in front of the first question."""
     said = [Message("user", _ASKED), Message("assistant", _PROBE), Message("user", _ASKED)]
     try:
-        text = template.render(said)
+        text = renderer.render(said)
     except TemplateRefused:
         return [], []
     head, _, behind = text.partition(_ASKED)
@@ -127,12 +129,12 @@ def _between_turns(encoder: Encoder, template: ChatTemplate) -> tuple[list[int],
     return encoder.find_added(between), encoder.find_added(head)
 
 
-def _find_call_stop(encoder: Encoder, template: ChatTemplate, stop: int) -> int:
+def _find_call_stop(encoder: Encoder, renderer: Renderer, stop: int) -> int:
     """What ends a tool call, where that is not what ends words (gpt-oss writes <|call|>)."""
-    if not template.habits.writes_calls:
+    if not renderer.habits.writes_calls:
         return stop
     try:
-        text = template.render(probe_call(), [PROBE_TOOL])
+        text = renderer.render(probe_call(), [PROBE_TOOL])
     except TemplateRefused:
         return stop
     found = encoder.find_added(text[max(text.rfind(word) for word in PROBE_WORDS) :])

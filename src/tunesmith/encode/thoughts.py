@@ -22,6 +22,11 @@ _TAG = re.compile("|".join(re.escape(tag) for pair in _TAGS for tag in pair))
 _END_THINK = "</think>"
 
 
+def has_thoughts(text: str) -> bool:
+    """Whether a text has the tags of any family of reasoning models."""
+    return _TAG.search(text.replace(MARK, "")) is not None
+
+
 def find_context(
     message: Message, own: Sequence[Place], text: str, start: int, habits: Habits, train_reasoning: bool, turn: int
 ) -> tuple[tuple[int, int], ...]:

@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoTokenizer
 
-from tunesmith.chat_template.template import ChatTemplate, find_template, require_template_file
+from tunesmith.chat_template.template import ChatTemplate, RenderSettings, find_template, require_template_file
 from tunesmith.config.schema import DataSection, ModelSection
 from tunesmith.encode.encoder import Encoder, bos_ids
 from tunesmith.errors import ModelError
@@ -95,10 +95,11 @@ def build_encoder(
     date: datetime.datetime,
     control_text: str = "plain",
 ) -> Encoder:
+    defaults = RenderSettings(date, template_kwargs)
     if chat_template == "none":
-        return Encoder(tokenizer, None, control_text)
+        return Encoder(tokenizer, None, defaults, control_text)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     text, source, is_fallback = find_template(
         chat_template, tokenizer.chat_template, special, add_bos=bool(bos_ids(tokenizer))
     )
-    return Encoder(tokenizer, ChatTemplate(text, source, special, template_kwargs, date, is_fallback), control_text)
+    return Encoder(tokenizer, ChatTemplate(text, source, special, is_fallback), defaults, control_text)

@@ -66,7 +66,7 @@ def describe_run(
     own = {k: v for k, v in model_config.to_dict().items() if not k.startswith("_") and k not in _VOLATILE}
     return {
         "data": files,
-        "template": sha256_text(json.dumps([template.text, dict(template.kwargs)]) if template else "none"),
+        "template": sha256_text(json.dumps([template.text, dict(encoder.defaults.variables)]) if template else "none"),
         "tokenizer": sha256_text(
             encoder.tokenizer.backend_tokenizer.to_str() + json.dumps(encoder.tokenizer.special_tokens_map, default=str)
         ),

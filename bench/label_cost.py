@@ -46,7 +46,7 @@ def measure(tokenizer_name: str, data_path: str, rounds: int, template: str | No
             for row in usable[start : start + 256]:
                 parsed = parse_row(row.value, "auto", FieldsSection())
                 assert isinstance(parsed, Conversation)
-                texts.append(encoder.template.render(parsed.messages, parsed.tools))
+                texts.append(encoder.renderer().render(parsed.messages, parsed.tools))
             encoder.encode_texts(texts)
 
     def proven() -> None:

@@ -131,7 +131,8 @@ def test_the_attack_is_one(tokenizer: Any) -> None:
         assert token in build_encoder(own, None, {}, DATE, "allow").encode_prompt([Message("user", text)])
         allowing = build_encoder(own, None, {}, DATE, "allow")
         [row] = label_rows([RawRow("x", 1, chat_row(text, "A"))], allowing, DataSection(train=["x"]), 512)
-        assert token in row.samples[0].input_ids, name  # a row and a prompt alike
+        assert "control token" not in row.reason, (name, row.reason)  # as for a prompt
+        assert row.status == "refused" or token in row.samples[0].input_ids, name
         assert attack(build_encoder(own, None, {}, DATE), text) == ("refused" if text == "☃" else "used")
 
 

@@ -71,10 +71,24 @@ def find_raised() -> list[Raised]:
     """Every call of an error class in the package, and of its constructor in a subclass."""
     sources = parse_sources()
     classes = find_classes(sources.values())
-    return [one for name, tree in sources.items() for one in _find_in(name, tree, classes)]
+    with_code = classes_with_code(sources.values(), classes)
+    raised = [one for name, tree in sources.items() for one in find_in(name, tree, classes)]
+    return [one for one in raised if one.kind not in with_code or one.code]
 
 
-def _find_in(name: str, tree: ast.Module, classes: dict[str, int | None]) -> Iterator[Raised]:
+def classes_with_code(sources: Iterable[ast.Module], classes: dict[str, int | None]) -> set[str]:
+    """Subclasses whose own constructor gives the code, so that calls of them need none."""
+    nodes = [node for tree in sources for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    return {
+        node.name
+        for node in nodes
+        for method in node.body
+        if isinstance(method, ast.FunctionDef) and method.name == "__init__"
+        if node.name in classes and "code" not in [argument.arg for argument in method.args.kwonlyargs]
+    }
+
+
+def find_in(name: str, tree: ast.Module, classes: dict[str, int | None]) -> Iterator[Raised]:
     for scope in _functions_of(tree):
         for node in _walk_own(scope):
             if isinstance(node, ast.Call) and (kind := _error_class(node, scope, classes)):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from conftest import SHARED, needs_shared
+from conftest import SHARED, needs_shared, raises
 from test_rows_read import texts_of
 from tunesmith.config.schema import FieldsSection
 from tunesmith.errors import DataError
@@ -223,7 +223,7 @@ def test_no_nonsense_is_advised(row: dict[str, Any]) -> None:
     with pytest.raises(UnknownFormat) as refusal:
         parse_row(row, "auto", FieldsSection())
     assert "--data.fields" not in refusal.value.reason
-    assert "rows seem to lie" not in refusal.value.reason
+    assert "rows seem to be" not in refusal.value.reason
     assert "without answers" not in refusal.value.reason
 
 
@@ -231,7 +231,7 @@ def test_no_nonsense_is_advised(row: dict[str, Any]) -> None:
 @pytest.mark.parametrize("role", ["user", "assistant", "Human", "prompter"])
 def test_a_row_that_is_one_turn_is_refused(role: str, key: str) -> None:
     row = {"conversation_id": "1", "role": role, key: "Hello"}
-    with pytest.raises(UnknownFormat, match="one turn of a chat"):
+    with raises(UnknownFormat, "single-turn-row", role):
         parse_row(row, "auto", FieldsSection())
     raw = parse_row(row, "text", FieldsSection(text=key))
     assert raw.notes == ("column role is not read",)
@@ -239,7 +239,7 @@ def test_a_row_that_is_one_turn_is_refused(role: str, key: str) -> None:
 
 def test_a_transcript_in_one_column_is_named() -> None:
     row = {"system": "SYSTEM: Be brief", "chat": "USER: Hi\n\n\nASSISTANT: Hello <|endoftext|>"}
-    with pytest.raises(UnknownFormat, match="chat is a transcript of several speakers"):
+    with raises(UnknownFormat, "unknown-format", "chat is a transcript"):
         parse_row(row, "auto", FieldsSection())
 
 

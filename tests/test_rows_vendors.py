@@ -30,19 +30,23 @@ def reply(**turn: Any) -> Any:
     return parse({"messages": [ASK, {"role": "assistant", **turn}]}).messages[-1]
 
 
-def refusal_of(row: Any, **fields: str) -> str:
+def refusal_of(row: Any, **fields: str) -> RowRefused:
     with pytest.raises(RowRefused) as refusal:
         parse_row(row, "auto", FieldsSection(**fields))
-    return refusal.value.reason
+    return refusal.value
+
+
+def code_of(row: Any, **fields: str) -> str:
+    return refusal_of(row, **fields).code
 
 
 @pytest.mark.parametrize("key", ["thinking", "reasoning", "reasoning_content", "thought"])
 def test_reasoning_has_many_names(key: str) -> None:
     assert reply(content="No.", **{key: "Hm"}).reasoning_content == "Hm"
     assert reply(**({"content": "No.", "reasoning_content": ""} | {key: "Hm"})).reasoning_content == "Hm"
-    assert "differ" in refusal_of(user_assistant("A") | {"messages": [
-        ASK, {"role": "assistant", "content": "A", "thinking": "one", "reasoning": "two"}]})  # fmt: skip
-    assert "only the assistant's turns" in refusal_of({"messages": [{**ASK, key: "Hm"}, *SAME_TURNS[1:]]})
+    differ = {"role": "assistant", "content": "A", "thinking": "one", "reasoning": "two"}
+    assert code_of({"messages": [ASK, differ]}) == "reasoning-differs"
+    assert code_of({"messages": [{**ASK, key: "Hm"}, *SAME_TURNS[1:]]}) == "call-outside-reply"
 
 
 @pytest.mark.parametrize("key", ["loss", "loss_weight", "weight", "train", "training", "trainable"])
@@ -55,9 +59,10 @@ def test_flags_of_turns_say_what_is_trained(key: str, value: Any) -> None:
 
 def test_flags_that_differ_refuse_the_row() -> None:
     turn = {"role": "assistant", "content": "A", "loss": True, "weight": 0}
-    assert "loss and weight differ" in refusal_of({"messages": [ASK, turn]}) or "weight and loss differ" in refusal_of(
-        {"messages": [ASK, turn]}
-    )
+    refusal = refusal_of({"messages": [ASK, turn]})
+    assert refusal.code == "flags-differ"
+    assert "loss" in refusal.reason
+    assert "weight" in refusal.reason
 
 
 def detail(*spans: tuple[Any, Any, Any]) -> list[dict[str, Any]]:
@@ -72,21 +77,20 @@ def test_train_detail_becomes_spans_of_context(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spans", "words"),
+    ("spans", "code"),
     [
-        ([(0, 12, False)], "outside the content's 12 characters"),
-        ([(-1, 3, False)], "outside"),
-        ([(5, 3, False)], "outside"),
-        ([(0, 4, False), (4, 6, True)], "overlap"),
-        ([(0.5, 4, False)], "whole numbers"),
-        ([(0, 4, 1)], "true or false"),
-        ([(0, 11, False)], "nothing to train"),
+        ([(0, 12, False)], "details-out-of-range"),
+        ([(-1, 3, False)], "details-out-of-range"),
+        ([(5, 3, False)], "details-out-of-range"),
+        ([(0, 4, False), (4, 6, True)], "details-overlap"),
+        ([(0.5, 4, False)], "details-malformed"),
+        ([(0, 4, 1)], "details-malformed"),
+        ([(0, 11, False)], "nothing-to-train"),
     ],
 )
-def test_bad_train_details_refuse_the_row(spans: list[Any], words: str) -> None:
-    assert words in refusal_of(
-        {"messages": [ASK, {"role": "assistant", "content": "Hello, world", "train_detail": detail(*spans)}]}
-    )
+def test_bad_train_details_refuse_the_row(spans: list[Any], code: str) -> None:
+    turn = {"role": "assistant", "content": "Hello, world", "train_detail": detail(*spans)}
+    assert code_of({"messages": [ASK, turn]}) == code
 
 
 def test_openai_function_call_beside_a_content() -> None:
@@ -113,7 +117,7 @@ def test_arguments_stay_as_the_row_has_them(arguments: Any, kept: Any) -> None:
 
 def test_broken_json_arguments_refuse_the_row() -> None:
     turn = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": '}}]}
-    assert "the arguments of f is not JSON" in refusal_of({"messages": [ASK, turn]})
+    assert code_of({"messages": [ASK, turn]}) == "not-json"
 
 
 def test_ids_of_calls_and_results_are_kept() -> None:
@@ -157,9 +161,8 @@ def test_gemini_parts() -> None:
     assert chat.messages[2].tool_calls == (MADE_CALL,)
     assert chat.messages[2].reasoning_content == "Hm"
     assert (chat.messages[3].name, chat.messages[3].content) == ("weather", '{"sky": "blue"}')
-    assert "part of type inlineData" in refusal_of(
-        {"contents": [{"role": "user", "parts": [{"inlineData": {"data": "x"}}]}]}
-    )
+    picture = {"role": "user", "parts": [{"inlineData": {"data": "x"}}]}
+    assert code_of({"contents": [picture]}) == "media-not-supported"
 
 
 def test_calls_in_turns_of_their_own_are_one_reply() -> None:
@@ -175,11 +178,19 @@ def test_text_behind_a_call_is_noted() -> None:
     assert parse({"messages": [ASK, {"role": "assistant", "content": parts}]}).notes == (NOTE_TEXT_AFTER_CALL,)
 
 
-@pytest.mark.parametrize("kind", ["redacted_thinking", "image", "input_audio", "wizardry"])
-def test_parts_without_text_refuse_the_row(kind: str) -> None:
-    assert kind.split("_")[0] in refusal_of(
-        {"messages": [{"role": "user", "content": [{"type": kind}]}, SAME_TURNS[2]]}
-    )
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [
+        ("redacted_thinking", "redacted-thinking"),
+        ("image", "media-not-supported"),
+        ("input_audio", "media-not-supported"),
+        ("wizardry", "unknown-part-type"),
+    ],
+)
+def test_parts_without_text_refuse_the_row(kind: str, code: str) -> None:
+    refusal = refusal_of({"messages": [{"role": "user", "content": [{"type": kind}]}, SAME_TURNS[2]]})
+    assert refusal.code == code
+    assert kind.split("_")[0] in refusal.reason
 
 
 def test_parts_that_arrow_filled_with_nulls() -> None:
@@ -194,12 +205,12 @@ def test_the_system_prompt_has_many_names(name: str) -> None:
     for row in ({"messages": SAME_TURNS[1:]}, {"prompt": "Q", "completion": "A"}, {"instruction": "Q", "output": "A"},
                 {"query": "Q", "response": "A"}, {"conversation": pairs}, {"messages": SAME_TURNS}):  # fmt: skip
         assert turns({**row, name: "S"}) == expected
-    assert "differs from its first turn's" in refusal_of({"messages": SAME_TURNS, name: "T"})
+    assert code_of({"messages": SAME_TURNS, name: "T"}) == "system-prompt-differs"
 
 
 def test_two_system_prompts_that_differ_refuse_the_row() -> None:
     row = {"prompt": "Q", "completion": "A", "system": "S", "system_prompt": "T"}
-    assert "different system prompts" in refusal_of(row)
+    assert code_of(row) == "system-prompt-differs"
     assert turns({**row, "system_prompt": "S"})[0] == ("system", "S")
 
 
@@ -272,15 +283,15 @@ def test_columns_of_turns() -> None:
     assert [(m.role, m.content, m.is_trained) for m in chat.messages] == [
         ("user", "Q", False), ("assistant", "", False), ("tool", "sunny", False), ("assistant", "No", True)]  # fmt: skip
     carries_tools = {"role": "assistant", "content": "A", "tools": [{"name": "t"}]}
-    assert "tools of its own" in refusal_of({"prompt": "Q", "completion": [carries_tools]})
-    assert "tools of its own" in refusal_of({"query": "Q", "response": "A", "history": [carries_tools]})
+    assert code_of({"prompt": "Q", "completion": [carries_tools]}) == "tools-in-turns"
+    assert code_of({"query": "Q", "response": "A", "history": [carries_tools]}) == "tools-in-turns"
 
 
 def test_variables_and_documents_of_a_row() -> None:
     row = {"messages": SAME_TURNS, "chat_template_kwargs": {"enable_thinking": False}, "documents": '[{"text": "D"}]'}
     chat = parse(row)
     assert (chat.template_kwargs, chat.documents, chat.notes) == ({"enable_thinking": False}, ({"text": "D"},), ())
-    assert "chat_template_kwargs is not" in refusal_of({**row, "chat_template_kwargs": [1]})
+    assert code_of({**row, "chat_template_kwargs": [1]}) == "template-kwargs-not-object"
 
 
 def test_json_text_is_text() -> None:
@@ -308,13 +319,15 @@ def test_latex_and_vue_are_no_placeholders() -> None:
     assert parse(user_assistant("The root of {{a}} is $x^{{b}}$")).notes == ()
     assert parse(user_assistant("<p>{{message}}</p>")).notes == (NOTE_BRACES,)
     for name in ("name", "AUTHOR", "user", "char", "company"):
-        assert "unfilled placeholder" in refusal_of(user_assistant(f"I am {{{{{name}}}}}."))
+        refusal = refusal_of(user_assistant(f"I am {{{{{name}}}}}."))
+        assert refusal.code == "placeholder-in-reply"
+        assert f"{{{{{name}}}}}" in refusal.reason
 
 
 def test_segments_are_kept_in_their_pieces() -> None:
     row = {"segments": [{"label": False, "text": "<s>Q"}, {"label": True, "text": "A</s>"}]}
     assert parse_row(row, "auto", FieldsSection()) == Segments((("<s>Q", False), ("A</s>", True)))
-    assert "nothing to train" in refusal_of({"segments": [{"label": False, "text": "Q"}]})
+    assert code_of({"segments": [{"label": False, "text": "Q"}]}) == "nothing-to-train"
 
 
 def node(name: str, parent: str | None, role: str, **content: Any) -> dict[str, Any]:
@@ -331,7 +344,9 @@ def test_chatgpts_export_is_the_branch_last_seen() -> None:
     assert [(m.role, m.content) for m in chat.messages] == [("user", "Q"), ("assistant", "A2")]
     assert chat.notes == (NOTE_BRANCHES, NOTE_INSTRUCTIONS)
     picture = node("Q", None, "user", content_type="multimodal_text", parts=[{"asset_pointer": "x"}])
-    assert "multimodal_text" in refusal_of({"mapping": picture, "current_node": "Q"})
+    refusal = refusal_of({"mapping": picture, "current_node": "Q"})
+    assert refusal.code == "media-not-supported"
+    assert "multimodal_text" in refusal.reason
 
 
 @pytest.mark.parametrize(
@@ -367,7 +382,7 @@ def test_a_switch_of_reasoning_is_no_thought(value: object) -> None:
     parsed = parse_row({"input": "Q", "output": "A", "reasoning": value}, "auto", FieldsSection())
     assert isinstance(parsed, Conversation)
     assert parsed.messages[-1].reasoning_content is None
-    assert any("a switch" in note for note in parsed.notes)
+    assert any("a setting" in note for note in parsed.notes)
 
 
 @pytest.mark.parametrize("name", ["messages", "conversations", "conversation"])

@@ -1,4 +1,4 @@
-"""The flags that would read a row: always a complete mapping, or one that says what it leaves out."""
+"""Suggest data.fields.* flags that read all columns of a row, or name those that they leave out."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _PART_OF_WORD = {
 def complete_mapping(
     row: Row, parts: Mapping[str, str], format_name: str = "", beside: Sequence[str] = (), allowed: Sequence[str] = ()
 ) -> str:
-    """Flags that read these columns and all others of the row, or leave them out by name.
+    """Flags that read these columns and every other column of the row, or ignore it by name.
 
     Args:
-        parts: part -> column, as far as it is known.
-        beside: names that the format reads without being told.
-        allowed: parts that other columns may still become.
+        parts: part -> column, where already known.
+        beside: names that the format reads without a flag.
+        allowed: parts that other columns may take.
     """
     chosen = dict(parts)
     read = {column.partition(".")[0] for column in parts.values()}
@@ -64,12 +64,12 @@ def _flags(parts: Mapping[str, str], left: Sequence[str]) -> list[str]:
 def _choose_part(key: Any, value: Any, free: set[str]) -> str:
     part = find_part(key, value)
     if part == "instruction" and part not in free:
-        part = "system"  # beside a question or a chat, instructions are said first
+        part = "system"  # beside a question or a chat, instructions are the system prompt
     return part if part in free else ""
 
 
 def find_part(key: Any, value: Any) -> str:
-    """The part that a column of context could play by its name and its kind of value, "" for none."""
+    """The part that fits a context column by its name and type of value, "" for none."""
     name = str(key)
     if not isinstance(key, str) or not is_context(name):
         return ""
@@ -97,7 +97,7 @@ def _is_json_object(value: Any) -> bool:
 
 
 def explain_lost_columns(row: Row, columns: Sequence[str], format_name: str, fields: FieldsSection) -> str:
-    """Why a row with columns of context that nothing reads is refused, and the flags that read them."""
+    """Why a row with unread context columns is refused, and the flags that read them."""
     allowed = _parts_of(row, format_name, fields)
     chosen: dict[str, str] = {}
     left = []
@@ -107,15 +107,15 @@ def explain_lost_columns(row: Row, columns: Sequence[str], format_name: str, fie
         else:
             left.append(column)
     what, it = ("columns", "them") if len(columns) > 1 else ("column", "it")
-    because = f"{what} {', '.join(columns)} would not be read, and the replies may depend on {it}"
+    because = f"{what} {', '.join(columns)} would not be read, but the replies may depend on {it}"
     leave = f"to leave {it} out: --data.ignore_columns {' '.join(map(shlex.quote, columns))}"
     if not chosen:
-        return f"{because}. No part of the format {format_name} reads such a value; {leave}"
+        return f"{because}. The format {format_name} cannot read such a value; {leave}"
     return f"{because}. Add {' '.join(_flags(chosen, left))} (or, {leave})"
 
 
 def _parts_of(row: Row, format_name: str, fields: FieldsSection) -> set[str]:
-    """The parts that a column of such a row may still be mapped to."""
+    """Parts that a column of such a row may be mapped to."""
     if format_name in CHAT_FORMATS:
         allowed = {*CHAT_PARTS} - ({*CHAT_PARTS} if format_name == "chatgpt_export" else set())
     elif format_name in ("text", "segments"):

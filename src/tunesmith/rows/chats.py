@@ -1,4 +1,4 @@
-"""Rows that hold a list: of turns, of question and answer pairs, of texts in turn, of rendered segments."""
+"""Parse rows with a list: of turns, of question and answer pairs, of texts, or of rendered segments."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def parse_messages(keys: Keys, fields: FieldsSection) -> Draft:
     if isinstance(turns, str) and (messages := parse_transcript(turns)):
         return finish_draft(keys, fields, messages)
     if not isinstance(turns, list):
-        raise RowRefused(not_json_hint(name, turns) or f"{name} is not a list of turns")
+        raise RowRefused(not_json_hint(name, turns) or f"{name} is not a list of turns", code="turns-not-list")
     if turns and all(isinstance(turn, str) for turn in turns):  # LIMA
         speakers = ("user", "assistant")
         return finish_draft(keys, fields, [Message(speakers[i % 2], text) for i, text in enumerate(turns)])
@@ -40,21 +40,27 @@ def parse_xtuner(keys: Keys, fields: FieldsSection) -> Draft:
     name, pairs = read_column(keys, fields.messages, ("conversation",))
     pairs = parse_json_list(pairs)
     if not isinstance(pairs, list):
-        raise RowRefused(f"{name} is not a list of turns")
+        raise RowRefused(f"{name} is not a list of turns", code="turns-not-list")
     messages: list[Message] = []
     first_system = ""
     for number, value in enumerate(pairs):
         if not isinstance(value, Mapping):
-            raise RowRefused(f"turn {number} of {name} is {type(value).__name__}, not an object with input and output")
+            raise RowRefused(
+                f"turn {number} of {name} is {type(value).__name__}, not an object with input and output",
+                code="turn-not-object",
+            )
         pair = Keys(value, PAIR, keys.reading)
         system = as_text(pair.get("system"), "system")
         if system.strip() and number == 0:
             first_system = system
             messages.append(Message("system", system))
         if system.strip() and system != first_system:
-            raise RowRefused(f"turn {number} of {name} has another system prompt than the first turn")
+            raise RowRefused(
+                f"turn {number} of {name} has a different system prompt than the first turn",
+                code="system-prompt-differs",
+            )
         messages += _read_pair(pair, f"turn {number} of {name}")
-        pair.drop("need_eos_token")  # xtuner's switch for a stop token, which every reply has here
+        pair.drop("need_eos_token")  # xtuner's switch for a stop token; every reply gets one here
         pair.close()
     return finish_draft(keys, fields, messages)
 
@@ -63,32 +69,35 @@ def _read_pair(pair: Keys, where: str) -> list[Message]:
     asked, question = pair.first(PAIR_ASKED)
     answered, answer = pair.first(PAIR_ANSWERED)
     if not answered:
-        raise RowRefused(f"{where} has no output")
+        raise RowRefused(f"{where} has no output", code="reply-missing")
     text = as_text(question, asked)
     thoughts = read_reasoning(pair, ("reasoning_content", "reasoning", "thinking"))
     is_trained = read_flag(pair, ("output_with_loss", "loss", "loss_weight", "weight", "train"), "assistant")
     reply = Message("assistant", as_text(answer, answered), thoughts, is_trained=is_trained)
-    return [Message("user", text), reply] if text.strip() else [reply]  # xtuner: a bare output goes on
+    return [Message("user", text), reply] if text.strip() else [reply]  # xtuner: an output alone continues the reply
 
 
 def parse_segments(keys: Keys, fields: FieldsSection) -> Segments:
-    """Axolotl's input_output: {"segments": [{"text", "label"}]}, rendered text of which label true is trained."""
+    """Axolotl's input_output: {"segments": [{"text", "label"}]}, rendered text; label true: trained."""
     name, segments = read_column(keys, fields.messages, ("segments",))
     segments = parse_json_list(segments)
     if not isinstance(segments, list) or not segments:
-        raise RowRefused(f"{name} is not a list of objects with text and label")
+        raise RowRefused(f"{name} is not a list of objects with text and label", code="segments-not-list")
     parts: list[tuple[str, bool]] = []
     for number, value in enumerate(segments):
         if not isinstance(value, Mapping):
-            raise RowRefused(f"segment {number} is {type(value).__name__}, not an object with text and label")
+            raise RowRefused(
+                f"segment {number} is {type(value).__name__}, not an object with text and label",
+                code="segment-not-object",
+            )
         segment = Keys(value, "a segment", keys.reading)
         label, text = segment.get("label"), segment.get("text")
         if not isinstance(label, bool) or not isinstance(text, str):
-            raise RowRefused(f"segment {number} needs a text and a label of true or false")
+            raise RowRefused(f"segment {number} needs a text and a label of true or false", code="segment-incomplete")
         parts.append((text, label))
         segment.close()
     if not any(text and label for text, label in parts):
-        raise RowRefused("no segment has label true: nothing to train", by_choice=True)
+        raise RowRefused("no segment has label true; nothing to train", by_choice=True, code="nothing-to-train")
     return Segments(tuple(parts))
 
 
@@ -99,12 +108,12 @@ def parse_text(keys: Keys, fields: FieldsSection) -> RawText:
         value = "\n".join(value)
     text = as_text(value, name)
     if not text.strip():
-        raise RowRefused(f"{name} is empty")
+        raise RowRefused(f"{name} is empty", code="text-empty")
     return RawText(text)
 
 
 def are_pairs(turns: Any) -> bool:
-    """Whether a list holds questions with their answers rather than turns."""
+    """Whether a list has question and answer pairs rather than turns."""
     return (
         isinstance(turns, list)
         and bool(turns)

@@ -1,4 +1,4 @@
-"""Columns that every format shares: system prompt, tools, earlier turns, documents, template variables."""
+"""Columns common to all formats: system prompt, tools, earlier turns, documents, template variables."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PAST = "an earlier turn"
 
 @dataclass(slots=True)
 class Draft:
-    """A chat while it is put together from a row's columns."""
+    """A chat while it is built from the columns of a row."""
 
     messages: list[Message]
     tools: tuple[dict[str, Any], ...] = ()
@@ -37,7 +37,7 @@ class Draft:
 
 
 def read_column(keys: Keys, mapped: str | None, names: Sequence[str]) -> tuple[str, Any]:
-    """Name and value of the mapped column, else of the first of these names that holds something."""
+    """Name and value of the mapped column, else of the first of these names with a value."""
     if mapped:
         return mapped, keys.find(mapped)[1]
     name, value = keys.first(names)
@@ -48,7 +48,7 @@ def read_system(keys: Keys, fields: FieldsSection) -> str:
     """The row's system prompt, "" where there is none.
 
     Raises:
-        RowRefused: two columns hold different ones.
+        RowRefused: two columns have different ones.
     """
     found: dict[str, str] = {}
     for name in (fields.system,) if fields.system else SYSTEM_NAMES:
@@ -56,7 +56,10 @@ def read_system(keys: Keys, fields: FieldsSection) -> str:
         if present and (text := _system_text(value, name, keys.reading)).strip():
             found[name] = text
     if len(set(found.values())) > 1:
-        raise RowRefused(f"{' and '.join(found)} hold different system prompts; name one with --data.fields.system")
+        raise RowRefused(
+            f"{' and '.join(found)} have different system prompts; choose one with --data.fields.system",
+            code="system-prompt-differs",
+        )
     return next(iter(found.values()), "")
 
 
@@ -71,26 +74,27 @@ def _system_text(value: Any, name: str, reading: Reading) -> str:
         return as_text(value, name)
     content = read_content(value, reading)
     if content.calls or content.results or content.reasoning:
-        raise RowRefused(f"{name} holds parts that are not text")
+        raise RowRefused(f"{name} has parts that are not text", code="parts-not-text")
     return "\n\n".join(text for text in content.texts if text.strip())
 
 
 def add_system(messages: list[Message], system: str) -> list[Message]:
-    """The chat with its system prompt in front, where it does not stand there yet.
+    """The chat with its system prompt first.
 
     Raises:
-        RowRefused: it begins with another one.
+        RowRefused: it begins with a different system prompt.
     """
     if not system.strip():
         return messages
     if not messages or messages[0].role != "system":
         return [Message("system", system), *messages]
-    if not messages[0].content.strip():  # MiniMind's system turn may carry tools alone
+    if not messages[0].content.strip():  # MiniMind's system turn may have only tools
         return [replace(messages[0], content=system), *messages[1:]]
     if messages[0].content.strip() != system.strip():
         raise RowRefused(
-            "the row's system prompt differs from its first turn's. Keep one of them, or leave the column out with "
-            "--data.ignore_columns"
+            "the system prompt in a column differs from the one in the first turn. Keep one, or leave the column out "
+            "with --data.ignore_columns",
+            code="system-prompt-differs",
         )
     return messages
 
@@ -99,7 +103,7 @@ def read_tools(keys: Keys, fields: FieldsSection, in_turns: tuple[dict[str, Any]
     """The tool schemas of the row, or of a turn of it.
 
     Raises:
-        RowRefused: two places hold different ones.
+        RowRefused: two places have different ones.
     """
     found = [in_turns] if in_turns else []
     for name in (fields.tools,) if fields.tools else TOOLS_NAMES:
@@ -107,19 +111,21 @@ def read_tools(keys: Keys, fields: FieldsSection, in_turns: tuple[dict[str, Any]
         if tools := parse_tools(value):
             found.append(tools)
     if any(tools != found[0] for tools in found):
-        raise RowRefused("holds two different lists of tools; name one with --data.fields.tools")
+        raise RowRefused("has two different lists of tools; choose one with --data.fields.tools", code="tools-differ")
     return found[0] if found else ()
 
 
 def finish_draft(
     keys: Keys, fields: FieldsSection, messages: list[Message], tools: tuple[dict[str, Any], ...] = ()
 ) -> Draft:
-    """Add what stands beside the turns: system prompt, tools, template variables, documents."""
+    """Add what is not in the turns: system prompt, tools, template variables, documents."""
     draft = Draft(add_system(messages, read_system(keys, fields)), read_tools(keys, fields, tools))
     if "chat_template_kwargs" in keys.values:
         given = parse_json(keys.get("chat_template_kwargs") or {}, "chat_template_kwargs")
         if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
-            raise RowRefused("chat_template_kwargs is not an object of template variables")
+            raise RowRefused(
+                "chat_template_kwargs must be an object of template variables", code="template-kwargs-not-object"
+            )
         draft.template_kwargs = dict(given)
     if "documents" in keys.values and isinstance(documents := parse_json_list(keys.values["documents"]), list):
         keys.drop("documents")
@@ -136,7 +142,7 @@ def read_past(keys: Keys, fields: FieldsSection) -> list[Message]:
     if isinstance(items, list) and all(isinstance(item, Mapping) for item in items):
         return _past_of_objects(items, fields, keys.reading)
     if not isinstance(items, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in items):
-        raise RowRefused(f"{name} is not a list of [question, answer] pairs")
+        raise RowRefused(f"{name} is not a list of [question, answer] pairs", code="history-not-pairs")
     messages = []
     for question, answer in items:
         messages += [Message("user", as_text(question, name)), Message("assistant", as_text(answer, name))]
@@ -148,7 +154,7 @@ def _past_of_objects(items: list[Any], fields: FieldsSection, reading: Reading) 
     if any(key in items[0] for key in turn_keys):
         messages, tools = parse_turns(items, reading, fields.role, fields.content)
         if tools:
-            raise RowRefused("history carries tools of its own; put them into a column tools")
+            raise RowRefused("history contains tools; put them into a column tools", code="tools-in-turns")
         return messages
     messages = []
     for item in items:
@@ -157,7 +163,8 @@ def _past_of_objects(items: list[Any], fields: FieldsSection, reading: Reading) 
         answered, answer = inner.first(ANSWERED_NAMES)
         if not asked or not answered:
             raise RowRefused(
-                f"history has an item without question and answer (keys found: {', '.join(map(str, item))})"
+                f"history has an item without a question and an answer (keys found: {', '.join(map(str, item))})",
+                code="history-item-incomplete",
             )
         messages += [Message("user", as_text(question, asked)), Message("assistant", as_text(answer, answered))]
         inner.close()
@@ -165,7 +172,7 @@ def _past_of_objects(items: list[Any], fields: FieldsSection, reading: Reading) 
 
 
 def read_thoughts(keys: Keys, fields: FieldsSection) -> str | None:
-    """What the reply thinks, from a column beside it."""
+    """The reasoning of the reply, from its own column."""
     if fields.reasoning:
         value = keys.find(fields.reasoning)[1]
         return as_text("\n".join(value) if is_lines(value) else value, fields.reasoning) or None
@@ -177,7 +184,7 @@ _SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant|H|A):[ \t]*")
 
 
 def parse_transcript(text: str) -> list[Message]:
-    """Turns of hh-rlhf's "\\n\\nHuman: ...\\n\\nAssistant: ..."; none where a text is no such transcript."""
+    """Turns of hh-rlhf's "\\n\\nHuman: ...\\n\\nAssistant: ..."; none for other texts."""
     if not _TRANSCRIPT.match(text):
         return []
     pieces = _SPEAKER.split(text.strip())

@@ -1,4 +1,4 @@
-"""What a row becomes once it is read: a conversation, or plain text. After this nobody looks at raw keys."""
+"""The parsed forms of a row: Conversation, RawText or Segments. Later stages never see raw keys."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-NOTE_UNANSWERED = "ends on an unanswered turn, which is left off"
+NOTE_UNANSWERED = "ends with an unanswered turn, which is left out"
 NOTE_EMPTY_QUESTION = "has an empty question"
 NOTE_EMPTY_CONTEXT = "has an empty system or tool turn"
 
@@ -17,15 +17,15 @@ class Message:
 
     Attributes:
         role: system, user, assistant or tool.
-        content: its text; may be empty where tool_calls or reasoning_content stand instead.
-        reasoning_content: what a reasoning model thinks before it answers.
+        content: its text; may be empty where there are tool_calls or reasoning_content.
+        reasoning_content: reasoning before the answer.
         tool_calls: [{"id": str (where the row has one), "type": "function", "function": {"name": str, "arguments":
-            dict, or the row's own JSON text of one}}]. Each template is given the form that it reads.
-        is_trained: for assistant turns, whether the row wants it learnt (loss_weight 0 = no).
-        name: who speaks, or which tool, for templates that print it.
+            dict, or the JSON text of one as in the row}}]. Each template gets the form that it reads.
+        is_trained: whether an assistant turn is trained (loss_weight 0: no).
+        name: of the speaker or tool, for templates that print it.
         tool_call_id: of a tool turn, the id of the call that it answers.
-        context_spans: characters [start, end) of content that are context although the turn is trained: the prefill of
-            a prompt, the parts that Axolotl's train_detail leaves out. Sorted, not overlapping.
+        context_spans: characters [start, end) of content that are context in a trained turn: the prefill of a prompt,
+            the parts that Axolotl's train_detail excludes. Sorted, without overlap.
     """
 
     role: str
@@ -53,13 +53,13 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns with at least one trained assistant turn, the last turn being the assistant's.
+    """Turns with at least one trained assistant turn; the last turn is the assistant's.
 
     Attributes:
         tools: schemas as {"type": "function", "function": {...}}.
-        notes: what is worth counting about the row although it is used, keys that nothing reads among it.
-        template_kwargs: the row's own variables for the template (chat_template_kwargs), on top of the config's.
-        documents: texts for templates that read `documents` (retrieval), as the row holds them.
+        notes: oddities of a used row that are counted, unread keys among them.
+        template_kwargs: template variables of the row (chat_template_kwargs); they override the config's.
+        documents: texts for templates that read `documents` (retrieval), as in the row.
     """
 
     messages: tuple[Message, ...]
@@ -71,7 +71,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class RawText:
-    """Text of which every token is trained (pre-training)."""
+    """Text for pre-training; every token is trained."""
 
     text: str
     notes: tuple[str, ...] = ()
@@ -79,7 +79,7 @@ class RawText:
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Rendered text in pieces, each trained or context, without a template (Axolotl's input_output)."""
+    """Rendered text in pieces, each trained or context; no template (Axolotl's input_output)."""
 
     parts: tuple[tuple[str, bool], ...]
     notes: tuple[str, ...] = ()
@@ -109,11 +109,11 @@ class RowRefused(Exception):
 
 
 class UnknownFormat(RowRefused):
-    """No format of ours fits the row's keys."""
+    """The keys of the row fit no known format."""
 
 
 def find_lone_surrogate(text: str) -> str | None:
-    """Half of a character, as JSON can spell it ("\\ud83d"): it has no bytes, so no tokens. None if all is well."""
+    """The first half character ("\\ud83d" in JSON), which has no bytes and so no tokens; None if there is none."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""ChatGPT's data export (conversations.json): the branch of the message tree that the person last saw."""
+"""Parse ChatGPT's data export (conversations.json): the branch of the message tree that was last shown."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ ABOUT_THE_CHAT = (
     "is_starred", "safe_urls", "blocked_urls", "moderation_results", "default_model_slug", "voice", "async_status",
     "disabled_tool_ids", "is_do_not_remember", "memory_scope", "sugar_item_id", "conversation_origin", "is_read_only",
 )  # fmt: skip
-"""Keys of an exported chat that are no part of what was said."""
+"""Keys of an exported chat that are not messages."""
 NOTE_INSTRUCTIONS = "was answered under custom instructions, which are not read"
-NOTE_BRANCHES = "has other branches than the one last seen, which are not read"
+NOTE_BRANCHES = "has branches other than the last one shown, which are not read"
 NOTE_HIDDEN = "has hidden messages, which are left out"
 
 
@@ -28,7 +28,7 @@ def parse_chatgpt_export(keys: Keys, fields: FieldsSection) -> Draft:
     """{"mapping": {node: {"message", "parent"}}, "current_node"}."""
     mapping, current = keys.get("mapping"), keys.get("current_node")
     if not isinstance(mapping, Mapping):
-        raise RowRefused("mapping is not an object of nodes")
+        raise RowRefused("mapping must be an object of nodes", code="export-broken")
     keys.drop(*ABOUT_THE_CHAT)
     messages: list[Message] = []
     thoughts = ""
@@ -36,14 +36,14 @@ def parse_chatgpt_export(keys: Keys, fields: FieldsSection) -> Draft:
         try:
             message, thought = _read_node(value, keys)
         except RowRefused as refusal:
-            raise RowRefused(f"turn {number}: {refusal.reason}", refusal.by_choice) from None
+            raise RowRefused(f"turn {number}: {refusal.reason}", refusal.by_choice, code=refusal.code) from None
         thoughts += thought
         if message:
             if message.role == "assistant" and thoughts:
                 message, thoughts = replace(message, reasoning_content=thoughts), ""
             messages.append(message)
     if not messages:
-        raise RowRefused("holds no message")
+        raise RowRefused("has no messages", code="no-messages")
     return Draft(messages)
 
 
@@ -55,7 +55,7 @@ def _branch(mapping: Mapping[str, Any], current: Any, reading: Reading) -> list[
         seen.add(current)
         node = mapping[current]
         if not isinstance(node, Mapping):
-            raise RowRefused(f"node {current} is {type(node).__name__}, not an object")
+            raise RowRefused(f"node {current} is {type(node).__name__}, not an object", code="export-broken")
         place = Keys(node, "a node", reading)
         place.drop("id", "children")
         message, current = place.get("message"), place.get("parent")
@@ -63,7 +63,7 @@ def _branch(mapping: Mapping[str, Any], current: Any, reading: Reading) -> list[
         if isinstance(message, Mapping):
             branch.append(message)
     if not seen:
-        raise RowRefused("current_node names no node of mapping")
+        raise RowRefused("current_node is not a node of mapping", code="export-broken")
     if any(_has_message(node) for name, node in mapping.items() if name not in seen):
         reading.note(NOTE_BRANCHES)
     return branch[::-1]
@@ -74,12 +74,12 @@ def _has_message(node: Any) -> bool:
 
 
 def _read_node(value: Mapping[str, Any], keys: Keys) -> tuple[Message | None, str]:
-    """A node as a message, or the thought that it is; (None, "") for one that nobody saw."""
+    """A node as a message or as reasoning; (None, "") for a hidden node."""
     node = Keys(value, "a message", keys.reading)
     said_by, content = node.get("author"), node.get("content")
     node.drop("status", "end_turn", "metadata", "recipient", "channel")
     if not isinstance(said_by, Mapping) or not isinstance(content, Mapping):
-        raise RowRefused("has no author or no content")
+        raise RowRefused("has no author or no content", code="export-broken")
     author = Keys(said_by, "an author", keys.reading)
     role, speaker = author.get("role"), author.get("name")
     author.close()
@@ -93,7 +93,7 @@ def _read_node(value: Mapping[str, Any], keys: Keys) -> tuple[Message | None, st
             keys.reading.note(NOTE_INSTRUCTIONS if kind == "user_editable_context" else NOTE_HIDDEN)
         return None, ""
     if role not in ("system", "user", "assistant", "tool"):
-        raise RowRefused(f"unknown role {show(role)}")
+        raise RowRefused(f"unknown role {show(role)}", code="unknown-role")
     if not text.strip() and role != "user":
         return None, thought
     name = as_text(speaker, "name") or None
@@ -118,11 +118,11 @@ def _read_body(content: Mapping[str, Any], keys: Keys) -> tuple[Any, str, str]:
         body.close()
         return kind, "", "\n".join(texts)
     if kind not in ("text", "code", "execution_output"):
-        raise RowRefused(f"holds a content of type {show(kind)}; tunesmith trains on text only")
+        raise RowRefused(f"has content of type {show(kind)}; tunesmith trains on text only", code="media-not-supported")
     parts = body.get("parts")
     if isinstance(parts, list):
         if not all(isinstance(part, str) for part in parts):
-            raise RowRefused("holds a part that is not text; tunesmith trains on text only")
+            raise RowRefused("has a part that is not text; tunesmith trains on text only", code="media-not-supported")
         text = "".join(parts)
     else:
         text = as_text(body.get("text"), "content")

@@ -1,4 +1,4 @@
-"""Every kind of row that is read: docs/data.md prints this table, and the tests plant words in its examples."""
+"""Table of supported row formats with examples, for docs/data.md and the tests."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class Shape:
     """One kind of row.
 
     Attributes:
-        format: the value of data.format that reads it; auto recognises it too.
-        whose: who writes rows like this.
-        example: a row with all keys that are read.
-        becomes: what is made of it.
-        fields: data.fields.* that it needs; most need none.
+        format: the value of data.format that reads it; auto detects it too.
+        whose: tools that write such rows.
+        example: a row with every key that is read.
+        becomes: what it is parsed into.
+        fields: data.fields.* that it needs; usually none.
     """
 
     format: str

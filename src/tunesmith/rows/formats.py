@@ -1,4 +1,4 @@
-"""Parse one row into a Conversation, RawText or Segments, recognising its format from its keys."""
+"""Parse one row into a Conversation, RawText or Segments, detecting its format from its keys."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ Parser = Callable[[Keys, FieldsSection], Draft | RawText | Segments]
 
 FORMATS: dict[str, Parser] = {
     "messages": parse_messages,
-    "sharegpt": parse_messages,  # the turn itself tells role/content from from/value
+    "sharegpt": parse_messages,  # the turn shows whether it has role/content or from/value
     "prompt_completion": parse_prompt_completion,
     "alpaca": parse_alpaca,
     "query_response": parse_query_response,
@@ -80,7 +80,7 @@ MEDIA_COLUMNS = ("images", "image", "videos", "video", "audios", "audio")
 
 
 def recognise_format(row: Row, fields: FieldsSection) -> str | None:
-    """The name of the format that the mapped columns, else the row's own keys, stand for; None if unknown."""
+    """Name of the format, from the mapped columns or else from the keys of the row; None if unknown."""
     if fields.prompt or fields.completion:
         return "prompt_completion"
     if fields.messages:
@@ -97,7 +97,7 @@ def recognise_format(row: Row, fields: FieldsSection) -> str | None:
 
 
 def _find_turns(row: Row) -> tuple[str, list[Any]]:
-    """The first column of turns that holds a list, an empty one only where no other does; ("", []) for none."""
+    """The first column with a list of turns, preferring a list that is not empty; ("", []) for none."""
     empty = ""
     for name in TURNS_NAMES:
         if name in row and isinstance(turns := parse_json_list(row[name]), list):
@@ -117,7 +117,7 @@ def _recognise_turns(turns: list[Any], fields: FieldsSection) -> str | None:
 
 
 def _recognise_columns(row: Row) -> str | None:
-    """Formats told by the names of their columns, the most particular first."""
+    """Format by the names of the columns, the most specific first."""
     for name, columns in (
         ("alpaca", ("instruction", "output")),
         ("alpaca", ("instruction", "response")),
@@ -134,7 +134,7 @@ def _recognise_columns(row: Row) -> str | None:
         return "chatgpt_export"
     if isinstance(parse_json_list(row.get("segments")), list):
         return "segments"
-    has_pair = "question" in row and ("answer" in row or "response" in row)  # then the text is what they are about
+    has_pair = "question" in row and ("answer" in row or "response" in row)  # then the text is context
     return "text" if isinstance(row.get("text"), str) and not has_pair else None
 
 
@@ -142,19 +142,21 @@ def parse_row(row: Any, format_name: str, fields: FieldsSection, ignore_columns:
     """Parse one row.
 
     Args:
-        row: what the file holds: a dict, or a list of turns.
+        row: as in the file: a dict, or a list of turns.
         format_name: a key of FORMATS, or "auto".
-        fields: columns that the person named.
-        ignore_columns: columns, and keys of turns, that the person leaves out.
+        fields: mapped columns (data.fields).
+        ignore_columns: columns and keys of turns to ignore (data.ignore_columns).
 
     Raises:
         RowRefused: this row cannot be trained on.
-        UnknownFormat: its keys mean nothing to us; the message names the mapping that would help.
+        UnknownFormat: its keys fit no known format; the message suggests a mapping.
     """
     if isinstance(row, list) and row and all(isinstance(turn, Mapping) for turn in row):
         row = {"messages": row}  # JSON Lines of message lists
     if not isinstance(row, Mapping):
-        raise UnknownFormat(f"a row must be an object with keys, found {type(row).__name__}. {FORMATS_KNOWN}")
+        raise UnknownFormat(
+            f"a row must be an object with keys, found {type(row).__name__}. {FORMATS_KNOWN}", code="row-not-object"
+        )
     if ignore_columns:
         row = {key: value for key, value in row.items() if key not in ignore_columns}
     _refuse_other_media(row)
@@ -162,18 +164,18 @@ def parse_row(row: Any, format_name: str, fields: FieldsSection, ignore_columns:
     _refuse_absent_columns(row, fields, ignore_columns)
     try:
         name = recognise_format(row, fields) if format_name == "auto" else format_name
-        hint = chosen_side_hint(row, fields) or rejected_label_hint(row, fields, name)
-        if not hint and name in (None, "text") and not fields.text and format_name == "auto":
-            hint = lone_turn_hint(row)
-        if hint:
-            raise UnknownFormat(hint)
+        if hint := chosen_side_hint(row, fields) or rejected_label_hint(row, fields, name):
+            raise UnknownFormat(hint, code="preference-data")
+        may_be_turn = name in (None, "text") and not fields.text and format_name == "auto"
+        if may_be_turn and (hint := lone_turn_hint(row)):
+            raise UnknownFormat(hint, code="single-turn-row")
         if fields.label and not _is_wanted(row, fields.label):
-            raise RowRefused(f"{fields.label} is false: a reply that its readers rejected", by_choice=True)
+            raise RowRefused(f"{fields.label} is false: a rejected reply", by_choice=True, code="rejected-reply")
         if name is None:
-            raise UnknownFormat(describe_unknown(row))
+            raise UnknownFormat(describe_unknown(row), code="unknown-format")
         return _parse(row, name, fields, ignore_columns)
     except RecursionError:
-        raise RowRefused("is nested too deeply") from None
+        raise RowRefused("is nested too deeply", code="nested-too-deeply") from None
 
 
 def _parse(row: Row, name: str, fields: FieldsSection, ignore_columns: Sequence[str]) -> Parsed:
@@ -193,7 +195,7 @@ def _parse(row: Row, name: str, fields: FieldsSection, ignore_columns: Sequence[
         reading.settle(texts)
     except LostColumns as lost:
         reason = explain_lost_columns(row, lost.columns, name, fields)
-        raise UnknownFormat(reason, loses_context=True) from None
+        raise UnknownFormat(reason, loses_context=True, code="unread-context") from None
     _refuse_lone_surrogates("".join(texts))
     if isinstance(draft, Segments):
         return Segments(draft.parts, tuple(reading.notes))
@@ -203,31 +205,40 @@ def _parse(row: Row, name: str, fields: FieldsSection, ignore_columns: Sequence[
 
 
 def _refuse_doubled_columns(fields: FieldsSection) -> None:
-    """One column cannot be two parts: a model would learn to repeat its question."""
+    """Refuse one column for two parts: the model would learn to repeat its question."""
     parts: dict[str, str] = {}
     for part, column in fields:
         if column and part not in ("role", "content"):
             if column in parts:
-                raise UnknownFormat(f"data.fields.{parts[column]} and data.fields.{part} both name {column}")
+                raise UnknownFormat(
+                    f"data.fields.{parts[column]} and data.fields.{part} both name {column}", code="column-mapped-twice"
+                )
             parts[column] = part
 
 
 def _refuse_absent_columns(row: Row, fields: FieldsSection, ignored: Sequence[str]) -> None:
-    """A column that the person named and that is not there is a typing error; without it, rows would be half empty."""
+    """Refuse a mapped column that the row does not have: most likely a typing error."""
     for part, column in fields:
         if column and part not in ("role", "content") and not find_column(row, column)[0]:
             if column in ignored:
-                raise UnknownFormat(f"{column} is both data.fields.{part} and in data.ignore_columns; keep one of them")
-            raise UnknownFormat(f"the row has no column {column} (data.fields.{part}). Keys found: {list_keys(row)}.")
+                raise UnknownFormat(
+                    f"{column} is both data.fields.{part} and in data.ignore_columns; keep one of them",
+                    code="column-mapped-and-ignored",
+                )
+            raise UnknownFormat(
+                f"the row has no column {column} (data.fields.{part}). Keys found: {list_keys(row)}.",
+                code="mapped-column-missing",
+            )
 
 
 def _refuse_idle_fields(keys: Keys, name: str, fields: FieldsSection) -> None:
-    """A column that the person named and that the format does not read is context that they count on."""
+    """Refuse a mapped column that the format does not read: its contents would be lost."""
     for part, column in fields:
         if column and part not in ("role", "content") and not keys.was_read(column):
             raise UnknownFormat(
-                f"data.fields.{part} {column} is not read in a row of the format {name}. Leave the flag out, "
-                "or choose another --data.format"
+                f"data.fields.{part} {column} is not read by the format {name}. Remove the flag or choose another "
+                "--data.format",
+                code="mapped-column-unread",
             )
 
 
@@ -236,28 +247,31 @@ def _is_wanted(row: Row, label: str) -> bool:
     said = value.strip().lower() if isinstance(value, str) else value
     if isinstance(said, (str, int, float)) and said in ("true", "1", "false", "0", 1, 0):
         return said in ("true", "1", 1)
-    raise RowRefused(f"{label} is {show(value)}, not true or false")
+    raise RowRefused(f"{label} is {show(value)}, not true or false", code="label-not-boolean")
 
 
 def _refuse_other_media(row: Row) -> None:
     for key in MEDIA_COLUMNS:
         if key in row and not is_missing(row[key]) and row[key] not in ([], "", {}):
             raise UnknownFormat(
-                f"the row carries {key}, and tunesmith trains on text only; training on its text alone would "
-                "teach answers to questions that the model cannot see. Leave such rows out."
+                f"the row has {key}, but tunesmith trains on text only; training on the text alone would "
+                "teach answers about something that the model cannot see. Leave such rows out.",
+                code="media-not-supported",
             )
 
 
 def _finish_chat(draft: Draft, reading: Reading) -> Conversation:
-    """The checks that every chat passes through, whatever its format was."""
+    """Checks common to chats of all formats."""
     messages = draft.messages
     last_reply = max((i for i, m in enumerate(messages) if m.role == "assistant"), default=-1)
     if last_reply < 0:
-        raise RowRefused("no assistant turn: a question without an answer teaches nothing")
+        raise RowRefused("no assistant turn; nothing to train", code="no-assistant-turn")
     kept = messages[: last_reply + 1]
     trained = [(i, m) for i, m in enumerate(kept) if m.role == "assistant" and m.is_trained]
     if not trained:
-        raise RowRefused("every assistant turn has loss_weight 0: nothing to train", by_choice=True)
+        raise RowRefused(
+            "every assistant turn has loss_weight 0; nothing to train", by_choice=True, code="nothing-to-train"
+        )
     for index, message in trained:
         _refuse_bad_reply(index, message)
     reading.settle([text for m in messages for text in (m.content, m.reasoning_content) if text])
@@ -273,7 +287,7 @@ def _note_oddities(draft: Draft, kept: list[Message], reading: Reading) -> None:
     if not questions or any(not m.content.strip() for m in questions):
         reading.note(NOTE_EMPTY_QUESTION)
     others = [m for m in kept if m.role == "tool" or (m.role == "system" and not draft.tools)]
-    if any(not m.content.strip() for m in others):  # MiniMind's system turn may hold tools alone
+    if any(not m.content.strip() for m in others):  # MiniMind's system turn may have only tools
         reading.note(NOTE_EMPTY_CONTEXT)
     for message in kept:
         if message.role in ("user", "assistant") and is_transcript(message.content):
@@ -284,18 +298,19 @@ def _note_oddities(draft: Draft, kept: list[Message], reading: Reading) -> None:
 
 def _refuse_bad_reply(index: int, message: Message) -> None:
     if not message.content.strip() and not message.tool_calls:
-        raise RowRefused(f"turn {index} (assistant) is empty")
+        raise RowRefused(f"turn {index} (assistant) is empty", code="reply-empty")
     placeholder = find_placeholder(message.content)
     if placeholder:
         raise RowRefused(
-            f"turn {index} (assistant) holds the unfilled placeholder {placeholder}, which the model would "
-            "learn to say",
+            f"turn {index} (assistant) contains the unfilled placeholder {placeholder}, which the model would "
+            "learn to write",
             by_choice=True,
+            code="placeholder-in-reply",
         )
 
 
 def _text_of(messages: list[Message], draft: Draft) -> str:
-    """All text of a chat, keys and values of calls and schemas with it."""
+    """All text of a chat, with keys and values of tool calls and schemas."""
     texts = [text for m in messages for text in (m.content, m.reasoning_content, m.name, m.tool_call_id) if text]
     values = [list(m.tool_calls) for m in messages if m.tool_calls]
     others = [*values, *draft.tools, draft.template_kwargs, *draft.documents]
@@ -303,11 +318,16 @@ def _text_of(messages: list[Message], draft: Draft) -> str:
         try:
             texts.append(json.dumps(others, ensure_ascii=False))
         except (TypeError, ValueError) as error:
-            raise RowRefused(f"holds a tool, a call or a document that is not JSON ({error})") from None
+            raise RowRefused(
+                f"has a tool, a tool call or a document that is not JSON ({error})", code="not-json"
+            ) from None
     return "".join(texts)
 
 
 def _refuse_lone_surrogates(text: str) -> None:
     half = find_lone_surrogate(text)
     if half:
-        raise RowRefused(f"holds the lone surrogate {half!r}, half of a character, which no tokenizer can encode")
+        raise RowRefused(
+            f"contains the lone surrogate {half!r} (half a character), which no tokenizer can encode",
+            code="lone-surrogate",
+        )

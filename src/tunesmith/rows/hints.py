@@ -1,4 +1,4 @@
-"""What to tell a person whose rows we cannot train on: keys found, formats known, the mapping that would help."""
+"""Messages for rows of unknown format: keys found, likely mapping, known formats."""
 
 from __future__ import annotations
 
@@ -31,9 +31,8 @@ FORMATS_KNOWN = (
     "conversation [{system, input, output}], contents [{role, parts}], segments [{text, label}], text."
 )
 NAME_THE_COLUMNS = (
-    "Name the columns yourself: data.fields.prompt and data.fields.completion (data.fields.system, history, input, "
-    "reasoning and tools for what stands beside them), data.fields.messages for a list of turns, or data.fields.text "
-    "for raw text. "
+    "Map the columns: data.fields.prompt and data.fields.completion (with data.fields.system, history, input, "
+    "reasoning and tools), data.fields.messages for a list of turns, or data.fields.text for raw text. "
 )
 LABEL_NAMES = ("label", "kto_tag")
 CHAT_NAMES = ("messages", "conversations", "conversation", "completion")
@@ -54,28 +53,28 @@ QUESTION_NAMES, ANSWER_NAMES = tuple(_QUESTIONS.split()), tuple(_ANSWERS.split()
 CONTENT_GUESSES = ("content", "value", "text", "message", "utterance", "body")
 ABOUT_NAMES = ("title", "name", "headline", "heading", "subject", "topic", "chapter", "author", "artist", "dynasty",
                "rhythmic", "role", "speaker", "sender", "talker", "path", "preamble")  # fmt: skip
-"""Names of texts that describe another text; two of them are no question and answer."""
+"""Names of texts that describe another text; two of them are not a question and an answer."""
 
 
 def chosen_side_hint(row: Row, fields: FieldsSection) -> str | None:
-    """For DPO rows: what they are, and the mapping that trains the chosen side.
+    """Message for DPO rows with the mapping that trains the chosen side.
 
-    None where the person has already said which side to train.
+    None where the mapping already names one side.
     """
     if "chosen" not in row or "rejected" not in row or fields.completion or fields.messages or fields.output:
         return None
-    if not holds_content([row["chosen"], row["rejected"]]):  # a table that other rows use
+    if not holds_content([row["chosen"], row["rejected"]]):  # columns that only other rows fill
         return None
     return (
-        f"preference data (keys {list_keys(row)}): training on it as it stands would also teach the rejected "
+        f"preference data (keys {list_keys(row)}): training on it unchanged would also teach the rejected "
         f"replies. To train the chosen side: {_chosen_mapping(row)}"
     )
 
 
 def rejected_label_hint(row: Row, fields: FieldsSection, format_name: str | None) -> str | None:
-    """For KTO rows, whose label says whether readers liked the reply: the mapping that trains the liked ones.
+    """Message for KTO rows, whose label says whether the reply is good, with the mapping that trains the good ones.
 
-    0 and 1 may as well be classes of something else, so they count next to the columns of chats only.
+    0 and 1 may be other classes, so they count only beside the columns of chats.
     """
     if fields.label or format_name in (None, "text", "segments"):
         return None
@@ -89,39 +88,39 @@ def rejected_label_hint(row: Row, fields: FieldsSection, format_name: str | None
         is_bit = isinstance(said, (str, int, float)) and said in (0, 1, "0", "1")
         if is_truth or (is_bit and (has_chat or column == "kto_tag")):
             return (
-                f"preference data (keys {list_keys(row)}): rows with {column} false hold replies that their readers "
-                f"rejected. To train the rows with {column} true only: --data.fields.label {column} "
+                f"preference data (keys {list_keys(row)}): rows with {column} false have rejected replies. "
+                f"To train only the rows with {column} true: --data.fields.label {column} "
                 f"(if {column} means something else: --data.ignore_columns {column})"
             )
     return None
 
 
 def lone_turn_hint(row: Row) -> str | None:
-    """Why a row that is one turn of a chat cannot be trained: its question stands in another row."""
+    """Message for a row that is one turn of a chat."""
     role = next((row[key] for key in ROLE_KEYS if normal_role(row.get(key)) in ROLES), None)
     content = next((key for key in CONTENT_GUESSES if isinstance(row.get(key), str)), None)
     if role is None or content is None:
         return None
     hint = (
-        f"the row is one turn of a chat ({show(role)}). Write the turns of one chat into one row: "
+        f"the row is one turn of a chat ({show(role)}). Put all turns of a chat into one row: "
         '{"messages": [{"role": ..., "content": ...}, ...]}'
     )
     return f"{hint} (or, to train {content} as raw text: --data.format text --data.fields.text {content})"
 
 
 def not_json_hint(column: str, value: Any) -> str | None:
-    """Why a text that should be a list of turns is none."""
+    """Why a text cannot be parsed as a list of turns."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return None
     if re.match(r"\s*\[\s*\{\s*'", value):
         return f"{column} is a Python repr, not JSON. Write the column with json.dumps(turns), not str(turns)"
-    return f"{column} is not JSON, though it begins like a list of turns"
+    return f"{column} begins like a list of turns but is not JSON"
 
 
 def _chosen_mapping(row: Row) -> str:
     chosen = row["chosen"]
     is_chat = isinstance(chosen, list) and bool(chosen) and _role_of(chosen[0]) in ("user", "system")
-    if is_chat or (isinstance(chosen, str) and len(parse_transcript(chosen)) > 1):  # the whole chat stands in it
+    if is_chat or (isinstance(chosen, str) and len(parse_transcript(chosen)) > 1):  # the whole chat
         return complete_mapping(row, {"messages": "chosen"}, "", BESIDE_CHATS, CHAT_PARTS)
     if isinstance(row.get("instruction"), str) and isinstance(chosen, str):
         return complete_mapping(row, {"output": "chosen"}, "alpaca", BESIDE_ALPACA, PAIR_PARTS)
@@ -140,7 +139,7 @@ def _role_of(turn: Any) -> str | None:
 
 
 def describe_unknown(row: Row) -> str:
-    """Keys found, why they do not fit, the mapping where there is one, formats known."""
+    """Message for a row of unknown format: keys found, likely mapping, formats known."""
     return f"no known format. Keys found: {list_keys(row)}. {_why_unknown(row)}{FORMATS_KNOWN}"
 
 
@@ -178,7 +177,7 @@ def _roleless_turns(row: Row) -> str | None:
 
 
 def _content_key(turn: Row, role_key: str) -> str | None:
-    """The key of a turn that most likely holds what is said: by its name, else the longest text."""
+    """The key of a turn that most likely has its text: by name, else the longest text."""
     texts = {k: v for k, v in turn.items() if k != role_key and isinstance(k, str) and isinstance(v, str)}
     texts = {k: v for k, v in texts.items() if not is_irrelevant(k)}
     named = next((name for name in CONTENT_GUESSES if name in texts), None)
@@ -188,10 +187,7 @@ def _content_key(turn: Row, role_key: str) -> str | None:
 def _tree(row: Row) -> str | None:
     prompt = row.get("prompt")
     if isinstance(prompt, Mapping) and "replies" in prompt:
-        return (
-            "It is a message tree with several replies to one message; choose one path through it and write "
-            "it as messages."
-        )
+        return "It is a message tree with several replies to one message; choose one path and write it as messages."
     return None
 
 
@@ -226,23 +222,25 @@ def _one_sided(row: Row) -> str | None:
     ]
     answers = [key for key in held if key.lower() in (*ANSWER_NAMES, "answers", "ground_truth")]
     if answers and len(answers) == len(held):
-        return "It holds answers without their questions."
+        return "It has answers without questions."
     others = [key for key in held if not (key in questions or is_context(key)) and holds_content(row.get(key))]
     if len(questions) == 1 and not answers and (isinstance(row[questions[0]], list) or not others):
-        return "It holds questions without answers: there is nothing to learn to say."
+        return "It has questions without answers; nothing to train."
     return None
 
 
 def _question_and_answer(row: Row) -> str | None:
-    """Two columns whose names say question and answer, with all that stands beside them."""
+    """Two columns named like question and answer, and the other columns."""
     texts = {key.strip().lower(): key for key, value in row.items() if isinstance(value, str) and isinstance(key, str)}
     question = next((texts[name] for name in QUESTION_NAMES if name in texts), None)
     answer = next((texts[name] for name in ANSWER_NAMES if name in texts and texts[name] != question), None)
     if question and not answer and find_column(row, "answers.text.0")[0]:  # SQuAD
         answer = "answers.text.0"
     if question and not answer and any(name in row for name in REASONING_NAMES):
-        answer = texts.get("content")  # what DeepSeek's API gives
-    if not question or not answer or (question == "source" and answer != "target"):  # else the name of a data set
+        answer = texts.get("content")  # DeepSeek's API
+    if (
+        not question or not answer or (question == "source" and answer != "target")
+    ):  # source alone is the name of a data set
         return None
     worked = texts.get("solution")
     if worked and answer == texts.get("answer") and len(row[worked]) > len(row[answer]):
@@ -252,12 +250,12 @@ def _question_and_answer(row: Row) -> str | None:
     parts = {"prompt": question, "completion": answer}
     text = row.get("text")
     if "text" in row and question != "text" and isinstance(text, str) and str(row[question]).strip() not in text:
-        parts["input"] = "text"  # what the question is about, not the two rendered together
+        parts["input"] = "text"  # context of the question, not both rendered together
     return f"Train it with {complete_mapping(row, parts, '', BESIDE_PAIRS, PAIR_PARTS)}."
 
 
 def _dialog(row: Row) -> str | None:
-    """A list of texts that its name calls a talk (DailyDialog, UltraChat's first release)."""
+    """A list of texts in a column named like a dialogue (DailyDialog, UltraChat's first release)."""
     name = next((name for name in (*LIST_NAMES, "data", "utterances") if is_lines(row.get(name)) and row[name]), None)
     if name is None or len(row[name]) < 2:
         return None
@@ -268,7 +266,7 @@ def _dialog(row: Row) -> str | None:
 
 def _lines(row: Row) -> str | None:
     if any(str(key).lower() in QUESTION_NAMES and str(key) != "text" for key in row):
-        return None  # then the lines are what it is about
+        return None  # then the lines are its context
     for key, value in row.items():
         if value and is_lines(value) and not is_irrelevant(str(key)) and not is_context(str(key)):
             others = [name for name in row if name != key and str(name).lower() not in ABOUT_NAMES]
@@ -279,7 +277,7 @@ def _lines(row: Row) -> str | None:
 
 
 def _two_texts(row: Row) -> str | None:
-    """Two columns whose names say nothing, unless one of them describes the other, or more stands beside them."""
+    """Two text columns of unknown names, unless one describes the other or there are more columns."""
     held = [key for key, value in row.items() if find_fate(key, value) != "irrelevant"]
     texts = [str(key) for key in held if isinstance(row[key], str)]
     if len(texts) != 2 or any(not isinstance(row[key], str) and not find_part(key, row[key]) for key in held):
@@ -301,7 +299,7 @@ def _rows_below_key(row: Row) -> str | None:
         or any(str(key).lower() in QUESTION_NAMES for key in row)
     ):
         return None
-    return f"The rows seem to lie below the key {lists[0]}: save that list alone, as a JSON array or as JSON Lines."
+    return f"The rows seem to be under the key {lists[0]}: save that list alone, as a JSON array or JSON Lines."
 
 
 def _transcript(row: Row) -> str | None:
@@ -309,8 +307,8 @@ def _transcript(row: Row) -> str | None:
     if name is None:
         return None
     return (
-        f"{name} is a transcript of several speakers in one text: split it where the speaker changes, and write the "
-        "turns as messages [{role, content}]."
+        f"{name} is a transcript of several speakers in one text: split it by speaker and write the turns as "
+        "messages [{role, content}]."
     )
 
 
@@ -332,7 +330,7 @@ def _nested_turns(row: Row) -> str | None:
 
 
 def _collect_turns(path: str, value: Any, chats: dict[str, Any], turns: dict[str, Any], depth: int) -> None:
-    """Lists of turns, and turns that stand alone, each by its dotted path."""
+    """Lists of turns and single turns, each by its dotted path."""
     if isinstance(value, Mapping) and _role_of(value):
         turns[path] = value
     elif isinstance(value, list) and value and all(_role_of(item) for item in value):

@@ -1,6 +1,6 @@
-"""A mapping that remembers which of its keys were read, so that no key of a row is lost in silence.
+"""A mapping that records which of its keys are read, so that no key of a row is lost silently.
 
-Parsers read rows, turns, typed parts and tool calls through `Keys`. What no parser has read at the end is known to be
+Parsers read rows, turns, typed parts and tool calls through `Keys`. A key that no parser reads is known to be
 irrelevant (ids, sources, scores), is context (then the row is refused), or is named in the row's notes.
 """
 
@@ -37,10 +37,10 @@ IRRELEVANT_NAMES = _names("""
     status meta metadata signature
     toxic redacted moderation
 """)  # fmt: skip
-"""Names whose values say something about a row and are no part of it; also as the last word of a name (prompt_id)."""
+"""Names of metadata about a row; also as the last word of a name (prompt_id)."""
 
 NOT_AS_LAST_WORD = _names("key no row line position file path class")
-"""Irrelevant as a whole name only: answer_key and first_line may hold text of the chat."""
+"""Irrelevant only as a whole name: answer_key and first_line may be text of the chat."""
 
 CONTEXT_WORDS = _names("""
     system sys systemprompt persona history histories input inputs context contexts ctx background document documents
@@ -51,29 +51,29 @@ CONTEXT_WORDS = _names("""
     系统 系统提示 系统提示词 历史 历史对话 输入 上下文 背景 参考 参考资料 资料 工具 思考 思维链 推理过程
     systemprompt kontext hintergrund eingabe verlauf werkzeuge contexto contexte contesto контекст
 """)  # fmt: skip
-"""Words of names whose texts a reply depends on: unread, they refuse the row."""
+"""Words in names of texts that a reply may depend on; if unread, the row is refused."""
 
 FLAG_WORDS = _names("loss weight weights train trained training trainable mask masked masks")
-"""Words of names that decide what is trained: unread, they refuse the row, numbers too."""
+"""Words in names of flags that decide what is trained; if unread, the row is refused, even for numbers."""
 
 NO_OP_FLAGS = _names("loss loss_weight loss_weights weight weights train trained training trainable")
-"""Flags whose value 1 or true says what happens anyway."""
+"""Flags whose value 1 or true is the default."""
 
 FLAG_TEXTS = _names("""
     true false yes no on off none all 0 1 system user human assistant gpt model tool prompt completion last turn turns
 """)
-"""Texts that make a flag of a column such as `train` or `mask`; others ("Ultra", a split's name) are only named."""
+"""Values that make a column such as `train` or `mask` a flag; others ("Ultra", a split's name) are only named."""
 
 NOT_FLAG_WORDS = _names("attention padding pad special causal runtime step steps epoch epochs samples")
-"""Words beside which a flag's word speaks of something else: attention_mask, train_samples."""
+"""Words that give a flag's word another meaning: attention_mask, train_samples."""
 
 NAMING_WORDS = _names("name names title titles label labels choice effort budget mode window method")
-"""Last words that make a name of context (tool_name, tool_choice, reasoning_effort) one that is only named."""
+"""Last words of names that are only named, not refused as context: tool_name, tool_choice, reasoning_effort."""
 
 LONG_TEXT = 80
-"""Characters above which a text of several words under an irrelevant name (source, type) is named all the same."""
+"""Characters above which a text of several words under an irrelevant name (source, type) is still named."""
 
-_INDEX_NAME = re.compile(r"(?:Unnamed: \d+|__index_level_\d+__)(?:\.\d+)*")  # pandas: rows that it numbered
+_INDEX_NAME = re.compile(r"(?:Unnamed: \d+|__index_level_\d+__)(?:\.\d+)*")  # row numbers of pandas
 _NUMBERS = re.compile(r"\s*[\[{]?\s*[-+]?\.?\d")  # a weight, or a list of them, as text
 _WORD = re.compile(r"[^\W_]+")
 _CAMEL = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[^A-Z\W\d_]+|\d+")
@@ -100,7 +100,7 @@ def is_irrelevant(name: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def is_context(name: str) -> bool:
-    """Whether a name looks like something that a reply depends on."""
+    """Whether a name looks like context that a reply depends on."""
     words = words_of(name)
     return not is_irrelevant(name) and bool(CONTEXT_WORDS & {*words}) and words[-1] not in NAMING_WORDS
 
@@ -111,7 +111,7 @@ def is_flag(name: str) -> bool:
 
 
 def find_fate(name: Any, value: Any) -> str:
-    """What becomes of a key that nothing reads: "irrelevant", "named" or "refused"."""
+    """What happens to an unread key: "irrelevant", "named" or "refused"."""
     name = str(name)
     if is_missing(value):
         return "irrelevant"
@@ -123,16 +123,16 @@ def find_fate(name: Any, value: Any) -> str:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return "named" if is_number and len(words_of(name)) == 1 and is_context(name) else "irrelevant"
     if not name.strip() and isinstance(value, str) and value.isdecimal():
-        return "irrelevant"  # the row numbers that pandas writes into CSV
-    if not holds_content(value, with_flags=False):  # has_context, use_tools: no text to lose
+        return "irrelevant"  # row numbers that pandas writes into CSV
+    if not holds_content(value, with_flags=False):  # has_context, use_tools: no text is lost
         return "named"
-    if isinstance(value, str) and value in ("auto", "none", "required", "any"):  # how OpenAI's tools may be called
+    if isinstance(value, str) and value in ("auto", "none", "required", "any"):  # OpenAI's tool_choice
         return "named"
     return "refused" if is_context(name) or (is_flag(name) and not isinstance(value, str)) else "named"
 
 
 def _fate_of_flag(name: str, value: Any) -> str:
-    """What becomes of a value that says what is trained; "" for one that says something else."""
+    """What happens to an unread flag that decides what is trained; "" where it means something else."""
     words = words_of(name)
     if NOT_FLAG_WORDS & {*words}:
         return ""
@@ -156,7 +156,7 @@ def _changes_nothing(name: str, item: Any) -> bool:
 
 
 def _holds_long_text(value: Any) -> bool:
-    """Whether a sentence or more stands in a value, or in a list of texts."""
+    """Whether a value, or a list of texts, has a sentence or more."""
     for text in value if isinstance(value, list) else (value,):
         if isinstance(text, str) and len(text) > LONG_TEXT and len(text.split()) > 8:
             return True
@@ -164,7 +164,7 @@ def _holds_long_text(value: Any) -> bool:
 
 
 def _repeats(value: Any, said: set[str]) -> bool:
-    """Whether all texts in a value, ids and roles left aside, were read elsewhere; at least one."""
+    """Whether the texts in a value (at least one, without ids and roles) were all read elsewhere."""
     if isinstance(value, str):
         return value.strip() in said
     texts: list[str] = []
@@ -172,7 +172,7 @@ def _repeats(value: Any, said: set[str]) -> bool:
     while left and len(texts) <= len(said):
         item = left.pop()
         if isinstance(item, (Mapping, list)):
-            if id(item) in seen:  # a row of Python's own may hold itself
+            if id(item) in seen:  # a row made in Python may contain itself
                 return False
             seen.add(id(item))
         if isinstance(item, str) and item.strip():
@@ -187,7 +187,7 @@ def _repeats(value: Any, said: set[str]) -> bool:
 
 
 def note_unread(place: str, key: str) -> str:
-    """The note that names a key which nothing reads."""
+    """The note for an unread key."""
     return f"column {key} is not read" if place == ROW else f"key {key} of {place} is not read"
 
 
@@ -196,12 +196,12 @@ ROW = "a row"
 
 @dataclass(slots=True)
 class Reading:
-    """What is noticed while one row is read.
+    """Notes and unread keys collected while one row is parsed.
 
     Attributes:
-        ignored: columns and keys that the person leaves out knowingly (data.ignore_columns).
+        ignored: columns and keys in data.ignore_columns.
         notes: in order, without repetition.
-        unread: (place, key, value) of each key with content that nothing has read.
+        unread: (place, key, value) of each unread key with content.
     """
 
     ignored: frozenset[str] = frozenset()
@@ -212,10 +212,10 @@ class Reading:
         self.notes[text] = None
 
     def settle(self, texts: Iterable[str]) -> None:
-        """Name what nothing has read, or refuse the row for it.
+        """Add notes for unread keys, or refuse the row.
 
         Args:
-            texts: contents that were read; a column that repeats one of them whole, or is a list of such, is no loss
+            texts: contents that were read; a column that repeats one of them, or is a list of such, is not lost
                 (UltraChat's prompt, OpenRouter's reasoning_details).
 
         Raises:
@@ -241,17 +241,18 @@ class Reading:
             named = ", ".join(f"key {key} of {place}" for place, key in dict.fromkeys(lost))
             ignored = " ".join(map(shlex.quote, dict.fromkeys(key for _, key in lost)))
             raise RowRefused(
-                f"{named} would not be read, and the replies may depend on it. "
+                f"{named} would not be read, but the replies may depend on it. "
                 f"To leave it out: --data.ignore_columns {ignored}",
                 loses_context=True,
+                code="unread-context",
             )
 
 
 class LostColumns(UnknownFormat):
-    """Columns that look like context and that nothing reads; formats.py adds the mapping that would read them."""
+    """Unread columns that look like context; formats.py adds a mapping that reads them."""
 
     def __init__(self, columns: list[str]) -> None:
-        super().__init__(f"nothing reads {', '.join(columns)}")
+        super().__init__(f"columns {', '.join(columns)} are not read", code="unread-context")
         self.columns = columns
 
 
@@ -259,8 +260,8 @@ class Keys:
     """A mapping whose reads are recorded.
 
     Attributes:
-        values: the mapping itself, for looks that do not count as reading.
-        place: what it is, as people say it ("a turn"), for notes.
+        values: the mapping itself, for access that does not count as reading.
+        place: what it is ("a turn"), for notes.
     """
 
     __slots__ = ("_paths", "_unread", "place", "reading", "values")
@@ -273,13 +274,13 @@ class Keys:
         self._paths: list[str] = []
 
     def get(self, name: str) -> Any:
-        """The value of a key, read; None where it is absent, null or NaN."""
+        """Read a key; None where it is absent, null or NaN."""
         self._unread.discard(name)
         value = self.values.get(name)
         return None if value is None or is_missing(value) else value
 
     def find(self, path: str) -> tuple[bool, Any]:
-        """Whether there is a column of this name, and its value, read; dots reach inside ("instances.0.output")."""
+        """Read a column: whether it exists, and its value; dots reach inside ("instances.0.output")."""
         if path in self.values:
             return True, self.get(path)
         found, value = find_column(self.values, path)
@@ -325,7 +326,7 @@ class Keys:
 
 
 def find_column(row: Mapping[str, Any], path: str) -> tuple[bool, Any]:
-    """Whether there is a column of this name, and its value; dots reach into lists and dicts ("instances.0.output")."""
+    """Whether a column exists, and its value; dots reach into lists and dicts ("instances.0.output")."""
     if path in row:
         return True, row[path]
     value: Any = row
@@ -340,7 +341,7 @@ def find_column(row: Mapping[str, Any], path: str) -> tuple[bool, Any]:
 
 
 def _leftovers(path: str, value: Any, read: list[str]) -> Iterator[tuple[str, Any]]:
-    """What dotted reads have left of a column, each with its own dotted path."""
+    """Parts of a column that dotted reads left unread, each with its dotted path."""
     if path in read:
         return
     if not any(one.startswith(path + ".") for one in read):

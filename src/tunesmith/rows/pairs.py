@@ -21,12 +21,12 @@ from tunesmith.rows.tools import parse_tool_calls
 from tunesmith.rows.turns import is_lines, parse_turns
 from tunesmith.rows.values import as_text, parse_json
 
-NOTE_JSON_QUESTION = "has a question that is JSON text of turns, trained as the text that it is"
-NOTE_JSON_ANSWER = "has an answer that is JSON text of turns, trained as the text that it is"
+NOTE_JSON_QUESTION = "has a question that is JSON text of turns; it is used as text"
+NOTE_JSON_ANSWER = "has an answer that is JSON text of turns; it is trained as text"
 
 
 def parse_prompt_completion(keys: Keys, fields: FieldsSection) -> Draft:
-    """{"prompt", "completion"}, each a string or a list of messages; a mapped instruction, input, history with them."""
+    """{"prompt", "completion"}, each a string or a list of messages; with mapped instruction, input and history."""
     prompt_name, prompt = read_column(keys, fields.prompt, ("prompt",))
     answer_name, completion = read_column(keys, fields.completion or fields.output, ("completion",))
     for name, value in ((prompt_name, prompt), (answer_name, completion)):
@@ -59,7 +59,7 @@ def parse_xlam(keys: Keys, fields: FieldsSection) -> Draft:
     answer_name, answers = read_column(keys, fields.completion, ("answers",))
     calls = parse_json(answers, answer_name)
     if not isinstance(calls, list):
-        raise RowRefused(f"{answer_name} is not a list of tool calls")
+        raise RowRefused(f"{answer_name} is not a list of tool calls", code="calls-not-list")
     reply = Message("assistant", "", read_thoughts(keys, fields), parse_tool_calls(calls, keys.reading))
     return _ask(keys, fields, [as_text(question, question_name), _mapped_text(keys, fields.input)], [reply])
 
@@ -89,7 +89,9 @@ def _are_turns(value: Any) -> bool:
 
 
 def _absent(name: str, keys: Keys) -> RowRefused:
-    return RowRefused(f"column {name} is missing or null (keys found: {', '.join(map(str, keys.values))})")
+    return RowRefused(
+        f"column {name} is missing or null (keys found: {', '.join(map(str, keys.values))})", code="column-missing"
+    )
 
 
 def _mapped_text(keys: Keys, column: str | None) -> str:
@@ -102,7 +104,7 @@ def _mapped_text(keys: Keys, column: str | None) -> str:
 
 
 def _ask(keys: Keys, fields: FieldsSection, parts: Sequence[str], replies: list[Message]) -> Draft:
-    """The chat: earlier turns, the question in its parts joined by line breaks, the reply."""
+    """The chat: earlier turns, the question (parts joined by line breaks), the reply."""
     kept = [part for part in parts if part.strip()]
     question = "\n".join(kept) if kept else next(iter(parts), "")
     _note_json(keys, question, NOTE_JSON_QUESTION)
@@ -115,12 +117,12 @@ def _note_json(keys: Keys, text: Any, note: str) -> None:
 
 
 def _read_answer(keys: Keys, fields: FieldsSection, value: Any, name: str) -> list[Message]:
-    """The reply: a text, one turn, or a list of turns; a column of reasoning goes with it."""
+    """The reply: a text, one turn, or a list of turns, with the reasoning from its column."""
     if isinstance(value, (list, Mapping)):
         turns = value if isinstance(value, list) else [value]
         messages, tools = parse_turns(turns, keys.reading, fields.role, fields.content)
         if tools:
-            raise RowRefused(f"{name} carries tools of its own; put them into a column tools")
+            raise RowRefused(f"{name} contains tools; put them into a column tools", code="tools-in-turns")
     else:
         messages = [Message("assistant", as_text(value, name))]
         _note_json(keys, value, NOTE_JSON_ANSWER)
@@ -130,16 +132,22 @@ def _read_answer(keys: Keys, fields: FieldsSection, value: Any, name: str) -> li
     first = next((i for i, m in enumerate(messages) if m.role == "assistant"), None)
     said = messages[first].reasoning_content if first is not None else None
     if first is None or (said and said.strip() != thoughts.strip()):
-        raise RowRefused("a column holds other reasoning than the reply's own turn; keep one of them")
+        raise RowRefused(
+            "the reasoning in a column differs from the reasoning in the reply; keep one of them",
+            code="reasoning-differs",
+        )
     messages[first] = replace(messages[first], reasoning_content=thoughts)
     return messages
 
 
 def _after_turns(keys: Keys, fields: FieldsSection, prompt: list[Any], replies: list[Message]) -> Draft:
-    """A prompt of turns, which are context, and the completion."""
+    """A prompt of turns (context) and the completion."""
     for part in ("instruction", "input"):
         if column := getattr(fields, part):
-            raise RowRefused(f"data.fields.{part} {column} cannot be joined to a prompt that is a list of messages")
+            raise RowRefused(
+                f"data.fields.{part} {column} cannot be joined to a prompt that is a list of messages",
+                code="column-not-joinable",
+            )
     turns, tools = parse_turns(prompt, keys.reading, fields.role, fields.content)
     turns = [replace(turn, is_trained=False, context_spans=()) for turn in turns]
     if turns[-1].role == "assistant" and replies and replies[0].role == "assistant" and not turns[-1].tool_calls:
@@ -151,9 +159,12 @@ def _after_turns(keys: Keys, fields: FieldsSection, prompt: list[Any], replies: 
 
 
 def _with_prefill(prefill: Message, reply: Message) -> Message:
-    """A prompt that ends inside the reply: one turn, whose beginning is context."""
+    """Join a prompt that ends inside the reply: one turn whose beginning is context."""
     if prefill.reasoning_content or reply.reasoning_content:
-        raise RowRefused("the prompt ends in an assistant turn with reasoning; write the whole reply as the completion")
+        raise RowRefused(
+            "the prompt ends with an assistant turn that has reasoning; write the whole reply as the completion",
+            code="reasoning-in-prefill",
+        )
     length = len(prefill.content)
     if not length:
         return reply

@@ -1,4 +1,4 @@
-"""Typed parts of a turn's content -> text, reasoning, tool calls and tool results.
+"""Parse typed content parts of a turn into text, reasoning, tool calls and tool results.
 
 OpenAI (text, input_text, output_text), Anthropic (thinking, tool_use, tool_result), Gemini (functionCall, thought),
 LLaMA-Factory (reasoning, tool_call).
@@ -23,12 +23,12 @@ RESULT_PARTS = ("tool_result", "function_call_output", "tool_response")
 MEDIA_PARTS = ("image", "image_url", "input_image", "video", "video_url", "audio", "audio_url", "input_audio",
                "file", "input_file", "inlineData", "inline_data", "fileData", "file_data")  # fmt: skip
 PART = "a part"
-NOTE_TEXT_AFTER_CALL = "has text after a tool call in one turn, which templates write before the call"
+NOTE_TEXT_AFTER_CALL = "has text after a tool call in one turn; templates write it before the call"
 
 
 @dataclass(slots=True)
 class Result:
-    """What a tool answered, inside a turn of somebody else (Anthropic, Gemini)."""
+    """A tool result inside the turn of another role (Anthropic, Gemini)."""
 
     text: str
     call_id: str | None = None
@@ -37,7 +37,7 @@ class Result:
 
 @dataclass(slots=True)
 class Content:
-    """A turn's content, taken apart. `before` and `after` are the tool results around its text."""
+    """The content of a turn by kind of part."""
 
     texts: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
@@ -62,7 +62,9 @@ def read_content(value: Any, reading: Reading) -> Content:
         elif isinstance(part, Mapping):
             _read_part(Keys(part, PART, reading), content, reading)
         else:
-            raise RowRefused(f"holds a part that is {type(part).__name__}, not text or an object with a type")
+            raise RowRefused(
+                f"has a part that is {type(part).__name__}, not text or an object with a type", code="part-not-object"
+            )
     return content
 
 
@@ -71,7 +73,7 @@ def _read_part(keys: Keys, content: Content, reading: Reading) -> None:
     if kind in TEXT_PARTS:
         _, text = keys.first(("text", "value", "content"))
         if not isinstance(text, str):
-            raise RowRefused(f"holds a part of type {kind} without a text")
+            raise RowRefused(f"has a part of type {kind} without text", code="part-without-text")
         is_thought = keys.get("thought") is True  # Gemini
         if content.calls and text.strip() and not is_thought:
             reading.note(NOTE_TEXT_AFTER_CALL)
@@ -79,7 +81,7 @@ def _read_part(keys: Keys, content: Content, reading: Reading) -> None:
     elif kind in REASONING_PARTS:
         _, text = keys.first(("text", "value", "thinking", "reasoning", "content"))
         if not isinstance(text, str):
-            raise RowRefused(f"holds a part of type {kind} without a text")
+            raise RowRefused(f"has a part of type {kind} without text", code="part-without-text")
         content.reasoning.append(text)
     elif kind in CALL_PARTS:
         _read_call(keys, kind, content, reading)
@@ -88,17 +90,17 @@ def _read_part(keys: Keys, content: Content, reading: Reading) -> None:
     elif kind == "refusal":
         content.texts.append(as_text(keys.get("refusal"), "refusal"))
     elif kind == "redacted_thinking":
-        raise RowRefused("holds redacted thinking, which nobody can read; leave such rows out")
+        raise RowRefused("has redacted thinking, which is unreadable; leave such rows out", code="redacted-thinking")
     elif kind in MEDIA_PARTS:
-        raise RowRefused(f"holds a part of type {kind}; tunesmith trains on text only")
+        raise RowRefused(f"has a part of type {kind}; tunesmith trains on text only", code="media-not-supported")
     else:
         known = ", ".join((*TEXT_PARTS, *REASONING_PARTS[:2], *CALL_PARTS[:2], "tool_result"))
-        raise RowRefused(f"holds a part of unknown type {show(kind)}; known: {known}")
+        raise RowRefused(f"has a part of unknown type {show(kind)}; known: {known}", code="unknown-part-type")
     keys.close()
 
 
 def _kind_of(keys: Keys) -> Any:
-    """A part's type; Gemini's parts have none and are told by their key."""
+    """Type of a part; Gemini's parts have none and are recognised by their key."""
     kind = keys.get("type")
     if kind is not None:
         return kind
@@ -116,7 +118,7 @@ def _read_call(keys: Keys, kind: str, content: Content, reading: Reading) -> Non
     if wrapped is not None:
         content.calls += parse_tool_calls(wrapped, reading)
         return
-    content.calls += parse_tool_calls(keys.values, reading)  # the part is the call (Anthropic); its keys count there
+    content.calls += parse_tool_calls(keys.values, reading)  # the part itself is the call (Anthropic)
     keys.drop(*keys.values)
 
 
@@ -130,7 +132,7 @@ def _read_result(keys: Keys, reading: Reading) -> Result:
         return result
     _, call_id = keys.first(("tool_use_id", "tool_call_id", "call_id"))
     _, value = keys.first(("content", "output", "value", "text"))
-    keys.drop("is_error")  # its text says so
+    keys.drop("is_error")  # the text says so
     return Result(_result_text(value, reading), _id_of(call_id), _id_of(keys.get("name")))
 
 
@@ -139,25 +141,25 @@ def _id_of(value: Any) -> str | None:
 
 
 def _result_text(value: Any, reading: Reading) -> str:
-    """A tool's answer as text: itself, its parts joined, or an object as JSON."""
+    """A tool result as text: itself, its parts joined, or an object as JSON."""
     if isinstance(value, list):
         inner = read_content(value, reading)
         if inner.calls or inner.results or inner.reasoning:
-            raise RowRefused("holds a tool result with parts that are not text")
+            raise RowRefused("has a tool result with parts that are not text", code="result-not-text")
         return inner.text
     return as_json(value) if isinstance(value, Mapping) else as_text(value, "a tool result")
 
 
 def as_json(value: Any) -> str:
-    """What a tool answered, as JSON text."""
+    """A tool result as JSON text."""
     try:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError) as error:
-        raise RowRefused(f"holds a tool result that is not JSON ({error})") from None
+        raise RowRefused(f"has a tool result that is not JSON ({error})", code="result-not-json") from None
 
 
 def is_object(value: Any) -> bool:
-    """Whether a content is an object of somebody's own, or a list of such, and no typed part."""
+    """Whether content is a plain object or a list of objects, not typed parts."""
     items = value if isinstance(value, list) else [value]
     known = ("type", "text", "functionResponse", "function_response")
     return bool(items) and all(isinstance(i, Mapping) and not any(key in i for key in known) for i in items)

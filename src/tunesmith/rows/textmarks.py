@@ -1,4 +1,4 @@
-"""Marks inside a text that say it is not what it seems: unfilled placeholders, transcripts, rendered templates."""
+"""Detect unfilled placeholders, transcripts and rendered chat templates inside texts."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _NAMES = """
     bot bot_name botname assistant assistant_name ai_name model_name product_name customer customer_name client_name
 """
 PLACEHOLDER_NAMES = frozenset(_NAMES.split())  # fmt: skip
-"""Names that people leave unfilled, as in "I am {{name}}"; in any case."""
+"""Names of placeholders that are often left unfilled ("I am {{name}}"), in any case."""
 
 NOTE_BRACES = "has a reply with a word in double braces, perhaps an unfilled placeholder"
 NOTE_TRANSCRIPT_REPLY = (
-    "has a transcript of several speakers inside a reply; every token of it is trained, the questions too"
+    "has a transcript of several speakers inside a reply; all of its tokens are trained, questions included"
 )
-NOTE_TRANSCRIPT_QUESTION = "has a transcript of several speakers inside a question; the replies in it are not trained"
+NOTE_TRANSCRIPT_QUESTION = "has a transcript of several speakers inside a question; its replies are not trained"
 NOTE_TRANSCRIPT_TEXT = (
-    "raw text that is a transcript of several speakers; every token of it is trained, the questions too"
+    "raw text that is a transcript of several speakers; all of its tokens are trained, questions included"
 )
 
 _BRACES = re.compile(r"\{\{([A-Za-z_]\w*)\}\}")
@@ -34,12 +34,12 @@ _ANSWERED = re.compile(
 
 
 def find_placeholder(text: str) -> str | None:
-    """A fill-me-in mark like {{name}} outside of code, where it is somebody's forgotten template."""
+    """An unfilled placeholder like {{name}} outside code, None if there is none."""
     return next((f"{{{{{word}}}}}" for word in _braced_words(text) if word.lower() in PLACEHOLDER_NAMES), None)
 
 
 def has_braces(text: str) -> bool:
-    """Whether a word of several letters stands in double braces outside of code ({{a}} is LaTeX)."""
+    """Whether a word of several letters is in double braces outside code ({{a}} is LaTeX)."""
     return any(len(word) > 1 for word in _braced_words(text))
 
 
@@ -48,7 +48,7 @@ def _braced_words(text: str) -> list[str]:
 
 
 def find_rendered_template(text: str) -> str | None:
-    """The mark of a chat template that raw text was already rendered with."""
+    """A mark of a chat template in raw text that is already rendered, None if there is none."""
     return next((mark for mark in RENDERED_MARKS if mark in text), None)
 
 

@@ -1,4 +1,4 @@
-"""Tool schemas and tool calls of every vendor -> the one form that chat templates read."""
+"""Convert tool schemas and tool calls of all vendors to the form that chat templates read."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ CALL = "a tool call"
 def parse_tool_calls(value: Any, reading: Reading | None = None) -> tuple[dict[str, Any], ...]:
     """Calls as a list, one object, or JSON text of either.
 
-    The arguments stay an object or the row's own JSON text; nothing is left out of either.
+    The arguments stay an object or the JSON text of the row, unchanged.
 
     Args:
-        reading: where keys that nothing reads are noticed; None: such keys refuse the call.
+        reading: collects unread keys; None: an unread key refuses the call.
     """
     loaded = parse_json(value, CALL)
     noticed = Reading() if reading is None else reading
     calls = tuple(_parse_call(call, noticed) for call in (loaded if isinstance(loaded, list) else [loaded]))
     if reading is None and noticed.unread:
-        raise RowRefused(f"{CALL} has a key {noticed.unread[0][1]} that nothing reads")
+        raise RowRefused(f"{CALL} has the unknown key {noticed.unread[0][1]}", code="unread-call-key")
     return calls
 
 
 def _parse_call(call: Any, reading: Reading) -> dict[str, Any]:
     call = parse_json(call, CALL)  # a column of type list[str]
     if not isinstance(call, Mapping):
-        raise RowRefused(f"{CALL} is {type(call).__name__}, not an object with a name")
+        raise RowRefused(f"{CALL} is {type(call).__name__}, not an object with a name", code="call-not-object")
     outer = Keys(call, CALL, reading)
     outer.drop("type", "index")
     _, call_id = outer.first(CALL_ID_KEYS)
@@ -43,7 +43,7 @@ def _parse_call(call: Any, reading: Reading) -> dict[str, Any]:
     if name is None and isinstance(function, str):
         name = function
     if not isinstance(name, str) or not name.strip():
-        raise RowRefused(f"{CALL} has no name")
+        raise RowRefused(f"{CALL} has no name", code="call-without-name")
     _, arguments = inner.first(ARGUMENT_KEYS)
     if isinstance(arguments, str) and arguments.lstrip().startswith("{"):
         parse_json(arguments, f"the arguments of {name}")
@@ -59,7 +59,7 @@ def _parse_call(call: Any, reading: Reading) -> dict[str, Any]:
 def parse_tools(value: Any) -> tuple[dict[str, Any], ...]:
     """Tool schemas as a list or JSON text, each in the form {"type": "function", "function": {...}}.
 
-    Bare schemas are wrapped; Anthropic's input_schema becomes parameters; Gemini's functionDeclarations are unfolded.
+    Bare schemas are wrapped, Anthropic's input_schema becomes parameters, Gemini's functionDeclarations are expanded.
     """
     if is_missing(value) or (isinstance(value, (str, list, dict)) and not value):
         return ()
@@ -67,30 +67,32 @@ def parse_tools(value: Any) -> tuple[dict[str, Any], ...]:
     if isinstance(loaded, Mapping):
         loaded = [loaded]
     if not isinstance(loaded, list):
-        raise RowRefused("tools is not a list of tool schemas")
+        raise RowRefused("tools is not a list of tool schemas", code="tools-not-list")
     schemas: list[dict[str, Any]] = []
     for tool in loaded:
         schemas += _parse_tool(plain_numbers(parse_json(tool, "tools")))
     for schema in schemas:
         name = schema["function"].get("name")
         if not isinstance(name, str) or not name.strip():
-            raise RowRefused("a tool schema has no name")
+            raise RowRefused("a tool schema has no name", code="tool-without-name")
     return tuple(schemas)
 
 
 def _parse_tool(tool: Any) -> list[dict[str, Any]]:
     if not isinstance(tool, Mapping) or not isinstance(tool.get("function", tool), Mapping):
-        raise RowRefused("tools is not a list of tool schemas")
+        raise RowRefused("tools is not a list of tool schemas", code="tools-not-list")
     for key in ("functionDeclarations", "function_declarations"):
         if isinstance(tool.get(key), list):
             if len(tool) > 1:
-                raise RowRefused(f"a tool has {key} and other keys ({', '.join(map(str, tool))})")
+                raise RowRefused(
+                    f"a tool has {key} and other keys ({', '.join(map(str, tool))})", code="tool-with-other-keys"
+                )
             return [schema for declared in tool[key] for schema in _parse_tool(declared)]
     if "function" in tool:
         return [{"type": "function", **tool}]
     kind = tool.get("type")
     if "name" in tool and isinstance(kind, str) and kind not in ("function", "custom", "object"):
-        raise RowRefused(f"a tool of type {kind!r} runs at its vendor and has no schema to show")
+        raise RowRefused(f"a tool of type {kind!r} runs at its vendor and has no schema", code="tool-without-schema")
     schema = {
         ("parameters" if key == "input_schema" and "parameters" not in tool else key): below
         for key, below in tool.items()

@@ -1,4 +1,4 @@
-"""One turn of a chat in any of its spellings -> Message; a list of turns -> messages and the tools they carry."""
+"""Parse turns of a chat, in the key names of all common tools, into messages and tool schemas."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONTENT_KEYS = ("content", "value", "parts")
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning", "thought", "thoughts")
 TRAIN_KEYS = ("loss_weight", "weight", "train", "training", "trainable", "loss")
 DETAIL_KEYS = ("train_detail", "training_detail")
-CALL_ROLES = ("function_call", "tool_call", "tool_calls")  # their content is the call (ShareGPT, ms-swift)
+CALL_ROLES = ("function_call", "tool_call", "tool_calls")  # the content is the call (ShareGPT, ms-swift)
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -48,26 +48,26 @@ ROLES = {
     "tool_output": "tool",
 }
 ITEM_TYPES = {"function_call": "tool_call", "function_call_output": "tool", "reasoning": "assistant"}
-"""Items of OpenAI's Responses API that have a type in place of a role."""
+"""Items of OpenAI's Responses API that have a type instead of a role."""
 TYPE_ROLES = ("system", "human", "ai", "tool")
 """Types of LangChain's messages, which have no role."""
 SWITCHES = ("on", "off", "true", "false", "none", "auto", "low", "medium", "high")
-"""Values of a column of reasoning that say how it was switched (Nemotron), and are no thought."""
+"""Values of a reasoning column that are settings (Nemotron), not reasoning."""
 SWITCH_KEYS = {"type", "enabled", "effort", "budget_tokens", "max_tokens", "summary", "generate_summary", "exclude"}
-"""Keys of a request's settings for reasoning (OpenAI, Anthropic)."""
+"""Keys of reasoning settings in a request (OpenAI, Anthropic)."""
 TURN = "a turn"
-NOTE_USER_TRAINED = "has train true on a turn that is not the assistant's, which stays context"
+NOTE_USER_TRAINED = "has train true on a turn that is not the assistant's; the turn stays context"
 _PLAIN = ({"role", "content"}, {"from", "value"})
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A turn as read.
+    """A parsed turn.
 
     Attributes:
-        messages: one; several where it holds tool results beside text.
-        tools: schemas that it carries (MiniMind's system turn).
-        joins_next: it is a call or a thought that belongs to one reply with the turn after it.
+        messages: one; several where the turn has tool results beside text.
+        tools: schemas in the turn (MiniMind's system turn).
+        joins_next: a tool call or reasoning that forms one reply with the next turn.
     """
 
     messages: list[Message]
@@ -78,9 +78,9 @@ class Turn:
 def parse_turns(
     turns: list[Any], reading: Reading, role_key: str | None = None, content_key: str | None = None
 ) -> tuple[list[Message], tuple[dict[str, Any], ...]]:
-    """The turns of a chat, and the tool schemas where a turn carries them."""
+    """Messages of a chat, and the tool schemas found in its turns."""
     if not turns:
-        raise RowRefused("the list of turns is empty")
+        raise RowRefused("the list of turns is empty", code="no-turns")
     messages: list[Message] = []
     tools: tuple[dict[str, Any], ...] = ()
     is_open = False
@@ -89,17 +89,17 @@ def parse_turns(
             turn = parse_turn(value, reading, role_key, content_key)
             if turn.tools:
                 if tools and tools != turn.tools:
-                    raise RowRefused("has other tools than an earlier turn")
+                    raise RowRefused("has different tools than an earlier turn", code="tools-differ")
                 tools = turn.tools
         except RowRefused as refusal:
-            raise type(refusal)(f"turn {number}: {refusal.reason}", refusal.by_choice) from None
+            raise type(refusal)(f"turn {number}: {refusal.reason}", refusal.by_choice, code=refusal.code) from None
         _append(messages, turn, is_open)
         is_open = turn.joins_next
     return messages, tools
 
 
 def _append(messages: list[Message], turn: Turn, is_open: bool) -> None:
-    """Add a turn; calls and thoughts that stand in turns of their own go into one reply."""
+    """Add a turn; separate turns with tool calls or reasoning are joined into one reply."""
     first = turn.messages[0]
     last = messages[-1] if messages else None
     can_join = turn.joins_next or (last is not None and not last.tool_calls)
@@ -119,7 +119,7 @@ def _append(messages: list[Message], turn: Turn, is_open: bool) -> None:
 
 def parse_turn(turn: Any, reading: Reading, role_key: str | None = None, content_key: str | None = None) -> Turn:
     if not isinstance(turn, Mapping):
-        raise RowRefused(f"is {type(turn).__name__}, not an object with role and content")
+        raise RowRefused(f"is {type(turn).__name__}, not an object with role and content", code="turn-not-object")
     keys = Keys(turn, TURN, reading)
     said_role, role = _read_role(keys, role_key)
     content_keys = (content_key,) if content_key else CONTENT_KEYS
@@ -135,14 +135,14 @@ def parse_turn(turn: Any, reading: Reading, role_key: str | None = None, content
 
 
 def _stand_ins(turn: Mapping[str, Any]) -> list[str]:
-    """Keys that hold something in place of a content."""
+    """Keys with a value that can replace content."""
     names = ("tool_calls", "tools", "function_call", *REASONING_KEYS)
     is_item = turn.get("type") in ITEM_TYPES if isinstance(turn.get("type"), str) else False
     return [name for name in names if turn.get(name)] + (["type"] if is_item else [])
 
 
 def _read_role(keys: Keys, role_key: str | None) -> tuple[str, str]:
-    """The role as the turn says it, in lower case, and the one of four that it stands for."""
+    """The role as in the turn (lower case), and the standard role it maps to."""
     _, said = keys.first((role_key,) if role_key else ROLE_KEYS)
     if said is None and not role_key:
         kind = keys.values.get("type")
@@ -153,21 +153,22 @@ def _read_role(keys: Keys, role_key: str | None) -> tuple[str, str]:
     role = ROLES.get(name)
     if role is None:
         raise RowRefused(
-            f"unknown role {show(said)}; known: {', '.join(ROLES)}. Write user or assistant for whoever speaks, "
-            "or name the key that holds the role with --data.fields.role"
+            f"unknown role {show(said)}; known: {', '.join(ROLES)}. Use one of these, or name the key of the role with "
+            "--data.fields.role",
+            code="unknown-role",
         )
     return name, role
 
 
 def normal_role(said: Any) -> str:
-    """A role as ROLES spells it: "Human", "function-call"."""
+    """A role normalised as in ROLES ("Human", "function-call"), "" if it is not text."""
     return said.strip().lower().replace("-", "_").replace(" ", "_") if isinstance(said, str) else ""
 
 
 def _missing_key(part: str, mapped: str | None, turn: Mapping[str, Any]) -> RowRefused:
-    """A key that the person named themselves and that is not there is a mistake of the command, not of one row."""
+    """The error for a missing key; a missing mapped key is a mistake of the command, not of one row."""
     reason = f"has no {mapped or part} (keys found: {', '.join(map(str, turn))}). Name it with --data.fields.{part}"
-    return UnknownFormat(reason) if mapped else RowRefused(reason)
+    return UnknownFormat(reason, code="turn-key-missing") if mapped else RowRefused(reason, code="turn-key-missing")
 
 
 def _read_turn(keys: Keys, said_role: str, role: str, content_keys: tuple[str, ...], reading: Reading) -> Turn:
@@ -191,9 +192,12 @@ def _read_turn(keys: Keys, said_role: str, role: str, content_keys: tuple[str, .
     calls = content.calls + _read_calls(keys, reading)
     thoughts = _join_thoughts(reasoning, content)
     if role != "assistant" and (calls or thoughts):
-        raise RowRefused(f"a {role} turn has {'tool calls' if calls else 'reasoning'}; only the assistant's turns can")
+        what = "tool calls" if calls else "reasoning"
+        raise RowRefused(f"a {role} turn has {what}; only assistant turns may have them", code="call-outside-reply")
     if content.results and role == "assistant":
-        raise RowRefused("an assistant turn holds a tool result; put it into a turn of role tool")
+        raise RowRefused(
+            "an assistant turn has a tool result; put it into a turn of role tool", code="result-inside-reply"
+        )
     spans = _read_details(keys, content.text, role)
     if spans and spans == ((0, len(content.text)),):
         spans, is_trained = (), False
@@ -205,7 +209,7 @@ def _read_turn(keys: Keys, said_role: str, role: str, content_keys: tuple[str, .
 
 
 def _with_results(message: Message, content: Content) -> list[Message]:
-    """Tool results inside a user's or tool's turn (Anthropic, Gemini) become turns of their own, before its text."""
+    """Tool results inside a user or tool turn (Anthropic, Gemini) as separate turns before its text."""
     results = [
         Message("tool", r.text, name=r.name or message.name, tool_call_id=r.call_id or message.tool_call_id)
         for r in content.results
@@ -214,7 +218,7 @@ def _with_results(message: Message, content: Content) -> list[Message]:
 
 
 def _read_calls(keys: Keys, reading: Reading) -> tuple[dict[str, Any], ...]:
-    """OpenAI's tool_calls, and its older function_call beside a content."""
+    """OpenAI's tool_calls, and its older function_call beside content."""
     calls: tuple[dict[str, Any], ...] = ()
     for key in ("tool_calls", "function_call"):
         value = keys.get(key)
@@ -224,10 +228,10 @@ def _read_calls(keys: Keys, reading: Reading) -> tuple[dict[str, Any], ...]:
 
 
 def read_reasoning(keys: Keys, names: tuple[str, ...]) -> str | None:
-    """What a reply thinks, from whichever key holds it.
+    """The reasoning of a reply, from the first of these keys that has it.
 
     Raises:
-        RowRefused: two keys hold different thoughts.
+        RowRefused: two keys have different reasoning.
     """
     found: dict[str, str] = {}
     for key in names:
@@ -235,13 +239,13 @@ def read_reasoning(keys: Keys, names: tuple[str, ...]) -> str | None:
             continue
         value = keys.get(key)
         if _is_switch(value):
-            keys.reading.note(f"{key} is {show(value)}, a switch and no thought; it is not read")
+            keys.reading.note(f"{key} is {show(value)}, a setting and not reasoning; it is not read")
             continue
         text = "\n".join(value) if is_lines(value) else as_text(value, key)
         if text.strip():
             found[key] = text
     if len(set(found.values())) > 1:
-        raise RowRefused(f"{' and '.join(found)} differ; keep the one that the reply shall think")
+        raise RowRefused(f"{' and '.join(found)} differ; keep one of them", code="reasoning-differs")
     return next(iter(found.values()), None)
 
 
@@ -260,12 +264,14 @@ def _join_thoughts(reasoning: str | None, content: Content) -> str | None:
     if not reasoning or not in_parts.strip():
         return reasoning or in_parts or None
     if reasoning.strip() != in_parts.strip():
-        raise RowRefused("its reasoning differs from the reasoning among its parts; keep one of them")
+        raise RowRefused(
+            "its reasoning differs from the reasoning in its parts; keep one of them", code="reasoning-differs"
+        )
     return reasoning
 
 
 def read_flag(keys: Keys, names: tuple[str, ...], role: str) -> bool:
-    """Whether the row wants a turn trained: a weight of 0 or 1, or a bool. Other weights are refused, not rounded."""
+    """Whether a turn is trained: a weight of 0 or 1, or a bool. Other weights refuse the row."""
     said: dict[str, bool] = {}
     for key in names:
         if key not in keys.values:
@@ -274,46 +280,57 @@ def read_flag(keys: Keys, names: tuple[str, ...], role: str) -> bool:
         if is_missing(weight):
             continue
         if not isinstance(weight, (int, float)) or weight not in (0, 1):
-            raise RowRefused(f"{key} is {show(weight)}; only 0 (not trained) and 1 (trained) are known")
+            raise RowRefused(
+                f"{key} is {show(weight)}; only 0 (not trained) and 1 (trained) are allowed", code="weight-not-binary"
+            )
         if role != "assistant" and weight == 1:
             if key != "train":  # some files write it on every turn
-                raise RowRefused(f"a {role} turn has {key} 1, but only assistant turns are trained")
+                raise RowRefused(
+                    f"a {role} turn has {key} 1, but only assistant turns are trained", code="flag-outside-reply"
+                )
             keys.reading.note(NOTE_USER_TRAINED)
         said[key] = bool(weight)
     if len(set(said.values())) > 1:
-        raise RowRefused(f"{' and '.join(said)} differ; keep the one that says whether the turn is trained")
+        raise RowRefused(
+            f"{' and '.join(said)} differ; keep the one that decides whether the turn is trained", code="flags-differ"
+        )
     return next(iter(said.values()), True)
 
 
 def _read_details(keys: Keys, text: str, role: str) -> tuple[tuple[int, int], ...]:
-    """Axolotl's train_detail: characters of the content that are context. Their end_offset is the last character."""
+    """Axolotl's train_detail: characters of the content that are context. end_offset is the last character."""
     name, details = keys.first(DETAIL_KEYS)
     if not details:
         return ()
     if role != "assistant":
-        raise RowRefused(f"a {role} turn has {name}, but only assistant turns are trained")
+        raise RowRefused(f"a {role} turn has {name}, but only assistant turns are trained", code="flag-outside-reply")
     if not isinstance(details, list) or not all(isinstance(detail, Mapping) for detail in details):
-        raise RowRefused(f"{name} is not a list of objects with begin_offset, end_offset and train")
+        raise RowRefused(
+            f"{name} is not a list of objects with begin_offset, end_offset and train", code="details-malformed"
+        )
     spans = []
     for detail in details:
         inner = Keys(detail, name, keys.reading)
         begin, end, is_trained = inner.get("begin_offset"), inner.get("end_offset"), inner.get("train")
         inner.close()
         if not isinstance(begin, int) or not isinstance(end, int) or not isinstance(is_trained, bool):
-            raise RowRefused(f"{name} needs whole numbers begin_offset and end_offset, and train true or false")
+            raise RowRefused(
+                f"{name} needs integers begin_offset and end_offset, and train true or false", code="details-malformed"
+            )
         if not 0 <= begin <= end < len(text):
             raise RowRefused(
-                f"{name} reaches from {show(begin)} to {show(end)}, outside the content's {len(text)} characters"
+                f"{name} has offsets {show(begin)} to {show(end)}, outside the {len(text)} characters of the content",
+                code="details-out-of-range",
             )
         spans.append((begin, end + 1, is_trained))
     spans.sort()
     if any(after[0] < before[1] for before, after in pairwise(spans)):
-        raise RowRefused(f"{name} has spans that overlap")
+        raise RowRefused(f"{name} has overlapping spans", code="details-overlap")
     return _joined([(begin, end) for begin, end, is_trained in spans if not is_trained])
 
 
 def _joined(spans: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Neighbouring spans as one."""
+    """Adjacent spans merged."""
     joined: list[tuple[int, int]] = []
     for begin, end in spans:
         if joined and joined[-1][1] == begin:

@@ -1,4 +1,4 @@
-"""A single value of a row: missing, text, or JSON inside a text."""
+"""Single values of a row: missing values, text, JSON inside text."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _INFINITE = (math.inf, -math.inf)
 
 
 def is_missing(value: Any) -> bool:
-    """null, or NaN, which Parquet and pandas write for it."""
+    """Whether a value is null, or NaN as Parquet and pandas write it."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def as_text(value: Any, what: str) -> str:
-    """A text as it stands, a number as its file spells it, "" for what is missing."""
+    """Text unchanged, a number as spelled in the file, "" for a missing value."""
     if isinstance(value, str):
         return value
     if is_missing(value):
@@ -27,22 +27,22 @@ def as_text(value: Any, what: str) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and value not in _INFINITE:
         try:
             return str(value)
-        except ValueError:  # Python prints integers of so many digits only
-            raise RowRefused(f"{what} is a number of too many digits") from None
-    raise RowRefused(f"{what} is {type(value).__name__}, not text")
+        except ValueError:  # Python limits the digits of an integer
+            raise RowRefused(f"{what} is a number with too many digits", code="number-too-long") from None
+    raise RowRefused(f"{what} is {type(value).__name__}, not text", code="value-not-text")
 
 
 def show(value: Any) -> str:
-    """A value for a message, of any size and depth."""
+    """A value for a message, at most 80 characters."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # an integer of too many digits
+    except (ValueError, RecursionError):  # an integer with too many digits
         return type(value).__name__
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def parse_json(value: Any, what: str) -> Any:
-    """The value of a JSON text; a value that is no text stays.
+    """The value of a JSON text; a value that is not text stays.
 
     Raises:
         RowRefused: the text is not JSON.
@@ -52,11 +52,11 @@ def parse_json(value: Any, what: str) -> Any:
     try:
         return load_json(value)
     except json.JSONDecodeError as error:
-        raise RowRefused(f"{what} is not JSON ({error.msg} at character {error.pos})") from None
+        raise RowRefused(f"{what} is not JSON ({error.msg} at character {error.pos})", code="not-json") from None
 
 
 def plain_numbers(value: Any) -> Any:
-    """JSON with ordinary floats, as templates get them when a model is served; a JsonFloat prints as it was spelled."""
+    """JSON with ordinary floats, as templates get them in serving; a JsonFloat would print as spelled."""
     if isinstance(value, float):
         return float(value)
     if isinstance(value, Mapping):
@@ -67,12 +67,12 @@ def plain_numbers(value: Any) -> Any:
 
 
 def holds_content(value: Any, with_flags: bool = True) -> bool:
-    """Whether a text that is not blank, as bytes too, or a flag, stands in a value or anywhere below it."""
+    """Whether a value contains, at any depth, non-blank text or bytes, or a flag."""
     stack, seen = [value], set()
     while stack:
         item = stack.pop()
         if isinstance(item, (Mapping, list, tuple)):
-            if id(item) in seen:  # a row of Python's own may hold itself
+            if id(item) in seen:  # a row made in Python may contain itself
                 continue
             seen.add(id(item))
         if (with_flags and isinstance(item, bool)) or (isinstance(item, (str, bytes)) and item.strip()):

@@ -11,7 +11,8 @@ import pytest
 
 from conftest import SHARED, chat_row, needs_shared, write_jsonl
 from tunesmith.rows.conversation import Message
-from tunesmith.use.generate import PieceDecoder, Sampling, generate_ids, load_speaker
+from tunesmith.use.batch import Sampling
+from tunesmith.use.generate import PieceDecoder, load_speaker, reply_to, stream_reply
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def test_pieces_never_show_half_a_character(trained: Path) -> None:
     speaker = load_speaker(ModelSection(path=str(trained)))
     decoder = PieceDecoder(speaker.encoder)
     ids = speaker.encoder.encode_texts(["a🙂 龘!"])[0].ids
-    pieces = [decoder.push(i) for i in [*ids, speaker.encoder.stop.id]]
+    pieces = [*(decoder.push(i) for i in ids), decoder.finish()]
     assert "".join(pieces) == "a🙂 龘!"
     assert "\ufffd" not in "".join(pieces)
     assert len([p for p in pieces if p]) < len(ids)
@@ -97,8 +98,25 @@ def test_sampling_is_seeded(trained: Path) -> None:
 
     speaker = load_speaker(ModelSection(path=str(trained)))
     prompt = speaker.encoder.encode_prompt([Message("user", "you")])
-    draws = [generate_ids(speaker, prompt, Sampling(20, temperature=3.0, seed=seed)) for seed in (1, 1, 2)]
+    draws = [reply_to(speaker, [prompt], Sampling(20, temperature=3.0, seed=seed)) for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
+    assert "".join(stream_reply(speaker, prompt, Sampling(20, temperature=3.0, seed=1))) == draws[0][0].text
+
+
+def test_replies_to_many_prompts_are_those_to_each(trained: Path) -> None:
+    from tunesmith.config.schema import ModelSection
+
+    speaker = load_speaker(ModelSection(path=str(trained)))
+    asked = ["Who are you?", "And the fox?", "you " * 30, "And the fox?"]
+    prompts = [speaker.encoder.encode_prompt([Message("user", text)]) for text in asked]
+    sampling = Sampling(20, temperature=0)
+    together = reply_to(speaker, prompts, sampling, batch_size=3)
+    assert [(reply.text, reply.has_stopped) for reply in together[:2]] == [
+        ("I am a small model. 你好🙂", True),
+        ("jumps over the lazy dog", True),
+    ]
+    assert together == [reply_to(speaker, [prompt], sampling)[0] for prompt in prompts]
+    assert not reply_to(speaker, prompts[:1], Sampling(2, 0))[0].has_stopped
 
 
 @pytest.mark.parametrize(
@@ -225,7 +243,8 @@ def test_chat_stops_where_the_context_is_full(run, short_sighted: Path) -> None:
     assert out
     code, _, err = run("chat", short_sighted, "--prompt", "龘" * 64)
     assert code == 1
-    assert "and the model's context 64, so no reply fits. Forget the conversation (/reset" in err
+    assert "and the model's context 64, so no reply fits" in err
+    assert "/reset" not in err
 
 
 def test_chat_goes_on_after_a_message_that_does_not_fit(short_sighted: Path) -> None:
@@ -237,6 +256,7 @@ def test_chat_goes_on_after_a_message_that_does_not_fit(short_sighted: Path) -> 
         check=True,
     )
     assert result.stderr.decode().count("so no reply fits") == 1
+    assert "/reset" not in result.stderr.decode()  # there is nothing to forget yet
     assert "(forgotten)" in result.stdout.decode()
 
 

@@ -23,9 +23,11 @@ from tunesmith.config.runfile import resolve_config
 from tunesmith.config.schema import ModelSection, RunConfig
 from tunesmith.demo.tasks import HeldOut, Task, draw_chats, draw_held_out
 from tunesmith.display import raw_stream, visible
+from tunesmith.rows.conversation import Message
 from tunesmith.run.folder import resolve_output
 from tunesmith.run.start import run_training
-from tunesmith.use.generate import Reply, Sampling, answer_all, load_speaker
+from tunesmith.use.batch import Sampling
+from tunesmith.use.generate import Reply, load_speaker, reply_to
 
 # how often each kind is trained: some need more practice. Looking up, which the base has drilled too, is left out:
 # a model of this size gets 10 % of it right
@@ -119,7 +121,8 @@ def demo_config(data: Path, eval_data: Path, output: Path) -> RunConfig:
 
 def ask(model: Path, tasks: Sequence[Task]) -> list[Reply]:
     speaker = load_speaker(ModelSection(path=str(model)))
-    return answer_all(speaker, [task.question for task in tasks], Sampling(48, temperature=0))
+    prompts = [speaker.encoder.encode_prompt([Message("user", task.question)]) for task in tasks]
+    return reply_to(speaker, prompts, Sampling(48, temperature=0))
 
 
 def score(held_out: Sequence[Task], before: Sequence[Reply], after: Sequence[Reply], output: Path) -> DemoResult:

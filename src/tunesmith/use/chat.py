@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import io
 import sys
 
 from tunesmith.config.schema import ModelSection
 from tunesmith.errors import ModelError
 from tunesmith.rows.conversation import Message
-from tunesmith.use.generate import PieceDecoder, Sampling, Speaker, decode_reply, generate_ids, load_speaker
+from tunesmith.use.batch import Sampling
+from tunesmith.use.generate import Speaker, load_speaker, stream_reply
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system prompt (and resets), /exit leaves"
 
@@ -69,7 +71,8 @@ def _handle_line(chat: Chat, line: str) -> None:
         except KeyboardInterrupt:  # stops the reply, not the chat
             print(" (interrupted)")
         except ModelError as error:
-            print(f"error: {error}", file=sys.stderr)
+            advice = " Type /reset to forget this one." if error.code == "context-full" and chat.messages else ""
+            print(f"error: {error}{advice}", file=sys.stderr)
 
 
 class Chat:
@@ -88,15 +91,12 @@ class Chat:
     def answer(self, text: str) -> str:
         """Print the reply as it comes, and keep both turns once it is whole."""
         asked = [*self.messages, Message("user", text)]
-        prompt = self.speaker.encoder.encode_prompt(asked)
-        pieces = PieceDecoder(self.speaker.encoder)
-
-        def show(token_id: int) -> None:
-            sys.stdout.write(pieces.push(token_id))
+        prompt = self.speaker.encoder.encode_prompt(asked, date=datetime.datetime.now())
+        reply = ""
+        for piece in stream_reply(self.speaker, prompt, self.sampling):
+            sys.stdout.write(piece)
             sys.stdout.flush()
-
-        ids = generate_ids(self.speaker, prompt, self.sampling, show)
+            reply += piece
         print()
-        reply = decode_reply(self.speaker.encoder, ids)
         self.messages = [*asked, Message("assistant", reply)]
         return reply

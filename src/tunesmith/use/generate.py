@@ -1,15 +1,17 @@
-"""A model folder opened for use, and replies streamed from it piece by piece."""
+"""Open a model folder for use, and turn its tokens into text."""
 
 from __future__ import annotations
 
 import datetime
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers.decoders import DecodeStream
 from torch import nn
 
 from tunesmith.adapters.open_adapter import open_adapter
@@ -21,10 +23,10 @@ from tunesmith.model.device import pick_device
 from tunesmith.model.load import load_config, load_model, require_own_base
 from tunesmith.model.source import ModelSource, find_model, telling_text
 from tunesmith.model.tokenizer import build_encoder, load_tokenizer
-from tunesmith.rows.conversation import Message
+from tunesmith.use.batch import Prompt, Sampling, Token, generate_tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Speaker:
     """A loaded model that answers; it encodes with the same code as training.
 
@@ -63,18 +65,31 @@ class Speaker:
         if prompt_tokens >= self.context:
             raise ModelError(
                 f"the conversation has {prompt_tokens:,} tokens and the model's context {self.context:,}, so no reply "
-                "fits. Forget the conversation (/reset in the chat), or write less."
+                "fits. Start a new conversation or write less.",
+                code="context-full",
             )
         return min(wanted, self.context - prompt_tokens)
 
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Where generation stops: the template's stop tokens, and those of the model's generation_config."""
+        config = getattr(self.model, "generation_config", None)
+        own = config.eos_token_id if config is not None else None
+        return frozenset(
+            [*self.encoder.stop_ids, *(own if isinstance(own, list) else [own] if own is not None else [])]
+        )
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How a reply is drawn. temperature None: as the model's generation_config says; 0: greedy."""
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Token]:
+        """Tokens of the replies to some prompts' ids as they come, stop tokens included.
 
-    max_new_tokens: int = 512
-    temperature: float | None = None
-    seed: int = 0
+        Raises:
+            ModelError: no reply fits the context, or the model's own settings or weights cannot be used.
+        """
+        rows = [
+            Prompt(ids, replace(sampling, max_new_tokens=self.room_for_reply(len(ids), sampling.max_new_tokens)))
+            for ids in prompts
+        ]
+        return generate_tokens(self.model, rows, self.stop_ids)
 
 
 def load_speaker(
@@ -163,82 +178,38 @@ def _data_section(file: Path) -> dict[str, Any]:
         raise ConfigError(str(file), [f"data: is not what a run writes there: {telling_text(error)}"]) from None
 
 
-@torch.no_grad()
-def generate_ids(
-    speaker: Speaker, prompt: list[int], sampling: Sampling, on_token: Callable[[int], None] | None = None
-) -> list[int]:
-    """Ids of the reply, its stop token included where it stopped by itself."""
-    torch.manual_seed(sampling.seed)
-    config = speaker.model.generation_config
-    options: dict[str, Any] = {"max_new_tokens": speaker.room_for_reply(len(prompt), sampling.max_new_tokens)}
-    if sampling.temperature == 0:
-        options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    elif sampling.temperature is not None:
-        options |= {"do_sample": True, "temperature": sampling.temperature}
-    stops = config.eos_token_id if config.eos_token_id is not None else speaker.encoder.stop.id
-    stops = [*speaker.encoder.stop_ids, *(stops if isinstance(stops, list) else [stops])]
-    pad = config.pad_token_id if config.pad_token_id is not None else speaker.encoder.stop.id
-    ids = torch.tensor([prompt], device=next(speaker.model.parameters()).device)
-    try:
-        output = speaker.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            eos_token_id=sorted(set(stops)),
-            pad_token_id=pad,
-            streamer=_TokenStreamer(on_token) if on_token else None,
-            **options,
-        )
-    except (ValueError, TypeError, AttributeError) as error:  # settings of generation_config.json that make no sense
-        raise ModelError(
-            f"the model's generation_config.json cannot be used: {telling_text(error)}. Correct or remove it."
-        ) from None
-    except RuntimeError as error:
-        if "probability tensor" not in str(error):
-            raise
-        raise ModelError("the model computes no probabilities (inf or nan): its weights are damaged.") from None
-    return output[0, len(prompt) :].tolist()
-
-
-class _TokenStreamer:
-    """What `generate` calls with each new token; the first call carries the prompt."""
-
-    def __init__(self, on_token: Callable[[int], None]) -> None:
-        self._on_token = on_token
-        self._has_prompt = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if self._has_prompt:
-            self._on_token(int(value.reshape(-1)[0]))
-        self._has_prompt = True
-
-    def end(self) -> None:
-        pass
-
-
 class PieceDecoder:
-    """Tokens to printable pieces: holds back bytes of an unfinished character, drops the stop token."""
+    """Tokens to printable pieces: holds back bytes of an unfinished character."""
 
     def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
+        self._backend = encoder.tokenizer.backend_tokenizer
+        self._stream: DecodeStream | None = DecodeStream(skip_special_tokens=False)
         self._ids: list[int] = []
         self._shown = ""
 
     def push(self, token_id: int) -> str:
-        if token_id in self._encoder.stop_ids:
-            return ""
+        """The text that a token completes."""
         self._ids.append(token_id)
-        text = self._encoder.tokenizer.decode(self._ids, skip_special_tokens=False)
-        if text.endswith("\ufffd"):
+        if self._stream is None:
             return ""
-        piece = text[len(self._shown) :]
-        self._shown = text
+        try:
+            piece = self._stream.step(self._backend, token_id) or ""
+        except Exception:  # a decoder that rewrites earlier text once more follows; `finish` has the rest
+            self._stream = None
+            return ""
+        self._shown += piece
         return piece
+
+    def finish(self) -> str:
+        """What is left: the bytes of a character that was never finished, as U+FFFD."""
+        whole = self._backend.decode(self._ids, skip_special_tokens=False)
+        return whole[len(self._shown) :] if whole.startswith(self._shown) else ""
 
 
 def decode_reply(encoder: Encoder, ids: Sequence[int]) -> str:
     """Text of a reply without its stop token."""
     kept = [i for i in ids if i not in encoder.stop_ids and i != encoder.eos_id]
-    return str(encoder.tokenizer.decode(kept, skip_special_tokens=False))
+    return str(encoder.tokenizer.backend_tokenizer.decode(kept, skip_special_tokens=False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,28 +220,37 @@ class Reply:
     has_stopped: bool
 
 
-@torch.no_grad()
-def answer_all(speaker: Speaker, questions: Sequence[str], sampling: Sampling, batch_size: int = 32) -> list[Reply]:
-    """Greedy replies to many questions, each a conversation of its own, in batches padded on the left."""
-    prompts = [speaker.encoder.encode_prompt([Message("user", question)]) for question in questions]
-    stops, device = speaker.encoder.stop_ids, next(speaker.model.parameters()).device
-    replies: dict[int, Reply] = {}
+def stream_reply(speaker: Speaker, prompt: Sequence[int], sampling: Sampling) -> Iterator[str]:
+    """Pieces of the reply to a prompt's ids as they come; joined they are the text of `reply_to`.
+
+    Raises:
+        ModelError: no reply fits the context.
+    """
+    pieces = PieceDecoder(speaker.encoder)
+    for token in speaker.generate([prompt], sampling):
+        if token.id not in speaker.stop_ids:
+            yield pieces.push(token.id)
+    yield pieces.finish()
+
+
+def reply_to(
+    speaker: Speaker, prompts: Sequence[Sequence[int]], sampling: Sampling, batch_size: int = 32
+) -> list[Reply]:
+    """The reply to each prompt's ids, computed in batches.
+
+    Raises:
+        ModelError: no reply fits the context.
+    """
+    found: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # equal lengths pad least
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        width = max(len(prompts[i]) for i in chosen)
-        ids = torch.full((len(chosen), width), stops[0])
-        mask = torch.zeros_like(ids)
-        for row, index in enumerate(chosen):
-            ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
-            mask[row, width - len(prompts[index]) :] = 1
-        output = speaker.model.generate(
-            ids.to(device), attention_mask=mask.to(device), do_sample=False,
-            max_new_tokens=speaker.room_for_reply(width, sampling.max_new_tokens),
-            eos_token_id=stops, pad_token_id=stops[0],
-        )  # fmt: skip
-        for row, index in enumerate(chosen):
-            reply = output[row, width:].tolist()
-            end = next((at for at, token in enumerate(reply) if token in stops), None)
-            replies[index] = Reply(decode_reply(speaker.encoder, reply[:end]), end is not None)
-    return [replies[index] for index in range(len(prompts))]
+        for token in speaker.generate([prompts[i] for i in chosen], sampling):
+            found[chosen[token.row]].append(token.id)
+    return [
+        Reply(
+            decode_reply(speaker.encoder, [i for i in ids if i not in speaker.stop_ids]),
+            bool(ids) and ids[-1] in speaker.stop_ids,
+        )
+        for ids in found
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ from tunesmith.config.schema import ModelSection, RunConfig
 from tunesmith.data.labels import Sample
 from tunesmith.data.store import open_store
 from tunesmith.display import to_html
+from tunesmith.errors import ModelError
 from tunesmith.files import write_text_atomic
 from tunesmith.model.load import count_parameters
 from tunesmith.model.source import telling_text
 from tunesmith.reading import read_text
 from tunesmith.train.metrics import read_metrics
 from tunesmith.train.plan import split_eval
+from tunesmith.use.batch import Sampling
 from tunesmith.use.charts import CHART_CSS, Series, line_chart
-from tunesmith.use.generate import Sampling, Speaker, decode_reply, generate_ids, load_speaker
+from tunesmith.use.generate import Speaker, decode_reply, load_speaker, reply_to
 
 NUM_SAMPLES = 5
 _REPLY_TOKENS = 96
@@ -64,19 +67,28 @@ def sample_replies(run: Path, config: RunConfig) -> tuple[list[SampleReply], str
     ids = list(range(len(store))) if has_eval or not len(held_out) else held_out.tolist()
     step = max(1, len(ids) // NUM_SAMPLES)
     remark = "greedy replies to held-out rows" if has_eval or len(held_out) else "greedy replies to training rows"
-    return [_reply_to(speaker, store[index]) for index in ids[::step][:NUM_SAMPLES]], remark
+    samples = [store[index] for index in ids[::step][:NUM_SAMPLES]]
+    try:
+        return _reply_to_all(speaker, samples), remark
+    except ModelError as error:
+        return [], f"none: {error}"
 
 
-def _reply_to(speaker: Speaker, sample: Sample) -> SampleReply:
-    ids, mask = sample.input_ids.tolist(), sample.loss_mask.tolist()
-    start = mask.index(1) if 1 in mask else len(ids)
-    end = next((i for i in range(start, len(mask)) if not mask[i]), len(mask))
-    if start == 0:  # raw text
-        start = min(_TEXT_PROMPT_TOKENS, len(ids) // 2)
-        end = min(end, start + _REPLY_TOKENS)
-    reply = generate_ids(speaker, ids[:start] or ids[:1], Sampling(_REPLY_TOKENS, temperature=0))
-    prompt = speaker.encoder.tokenizer.decode(ids[:start])
-    return SampleReply(prompt, decode_reply(speaker.encoder, reply), decode_reply(speaker.encoder, ids[start:end]))
+def _reply_to_all(speaker: Speaker, samples: Sequence[Sample]) -> list[SampleReply]:
+    """Replies to the prompt of each sample's first reply, or to the beginning of a raw text."""
+    asked, wanted = [], []
+    for sample in samples:
+        ids, mask = sample.input_ids.tolist(), sample.loss_mask.tolist()
+        start = mask.index(1) if 1 in mask else len(ids)
+        end = next((i for i in range(start, len(mask)) if not mask[i]), len(mask))
+        if start == 0:  # raw text
+            start = min(_TEXT_PROMPT_TOKENS, len(ids) // 2)
+            end = min(end, start + _REPLY_TOKENS)
+        asked.append(ids[:start] or ids[:1])
+        wanted.append(decode_reply(speaker.encoder, ids[start:end]))
+    replies = reply_to(speaker, asked, Sampling(_REPLY_TOKENS, temperature=0))
+    prompts = [speaker.encoder.tokenizer.decode(ids) for ids in asked]
+    return [SampleReply(*row) for row in zip(prompts, [reply.text for reply in replies], wanted, strict=True)]
 
 
 def draw_charts(records: list[dict[str, Any]]) -> str:

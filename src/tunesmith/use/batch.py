@@ -1,0 +1,209 @@
+"""Generate tokens for a batch of prompts: the one loop behind chat, reports and the demo."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+from transformers.generation import logits_process as process
+
+from tunesmith.errors import ModelError
+from tunesmith.model.source import telling_text
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a reply is sampled.
+
+    Attributes:
+        max_new_tokens: tokens of the reply, its stop token included.
+        temperature: None takes the model's generation_config; 0 is greedy.
+        seed: of the row's own random generator, so that a row's reply does not depend on the rows beside it.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids to continue, at least one."""
+
+    ids: Sequence[int]
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A generated token.
+
+    Attributes:
+        row: index of its prompt.
+        is_last: it is a stop token, or the last that its prompt may get.
+    """
+
+    row: int
+    id: int
+    is_last: bool
+
+
+@torch.no_grad()
+def generate_tokens(model: nn.Module, prompts: Sequence[Prompt], stop_ids: Collection[int]) -> Iterator[Token]:
+    """Tokens of all replies as they come, one of each unfinished row at a time.
+
+    The model's generation_config decides what `Sampling` does not: do_sample, top_k, top_p, repetition_penalty and the
+    other rules that choose one token at a time. Beam search and guidance are not done.
+
+    Raises:
+        ModelError: a generation_config that cannot be used, or logits that are not numbers.
+    """
+    rows = [_Row(model, index, prompt) for index, prompt in enumerate(prompts) if prompt.sampling.max_new_tokens > 0]
+    if not rows:
+        return
+    batch = _Batch(model, [row.prompt.ids for row in rows])
+    unfinished = set(range(len(rows)))
+    while unfinished:
+        logits = batch.next_logits()
+        chosen = _choose(rows, logits, batch, unfinished)
+        batch.append(chosen)
+        for place in sorted(unfinished):
+            rows[place].left -= 1
+            token = Token(rows[place].index, chosen[place], chosen[place] in stop_ids or not rows[place].left)
+            if token.is_last:
+                unfinished.remove(place)
+            yield token
+
+
+class _Batch:
+    """Token ids of all rows, padded on the left, with the model's cache of what it has computed."""
+
+    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
+        self._model, self._cache = model, None
+        self._takes = inspect.signature(model.forward).parameters
+        device = next(model.parameters()).device
+        width = max(map(len, prompts))
+        self.starts = [width - len(ids) for ids in prompts]
+        self.ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        self._mask = torch.zeros_like(self.ids)
+        for place, (ids, start) in enumerate(zip(prompts, self.starts, strict=True)):
+            self.ids[place, start:] = torch.tensor(ids)
+            self._mask[place, start:] = 1
+        self.ids, self._mask = self.ids.to(device), self._mask.to(device)
+
+    def next_logits(self) -> Tensor:
+        """Logits of each row's next token, [rows, vocab], in float32."""
+        length = self.ids.shape[1] if self._cache is None else 1
+        given = {"position_ids": (self._mask.cumsum(-1) - 1).clamp(min=0)[:, -length:], "logits_to_keep": 1}
+        output = self._model(
+            input_ids=self.ids[:, -length:],
+            attention_mask=self._mask,
+            past_key_values=self._cache,
+            use_cache=True,
+            **{name: value for name, value in given.items() if name in self._takes},
+        )
+        self._cache = getattr(output, "past_key_values", None)
+        logits: Tensor = output.logits[:, -1].float()
+        return logits
+
+    def append(self, tokens: Sequence[int]) -> None:
+        column = torch.tensor(tokens, device=self.ids.device)[:, None]
+        self.ids = torch.cat([self.ids, column], dim=1)
+        self._mask = torch.cat([self._mask, torch.ones_like(column)], dim=1)
+
+
+class _Row:
+    """A prompt being continued: its rules, its random generator and the tokens that it may still get."""
+
+    def __init__(self, model: nn.Module, index: int, prompt: Prompt) -> None:
+        self.index, self.prompt, self.left = index, prompt, prompt.sampling.max_new_tokens
+        config = _settings(model, prompt.sampling)
+        self.is_sampled = bool(config.do_sample)
+        try:
+            self.rules = _rules(config, next(model.parameters()).device)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ModelError(
+                f"the model's generation_config.json cannot be used: {telling_text(error)}. Correct or remove it.",
+                code="generation-config",
+            ) from None
+        self._generator = torch.Generator().manual_seed(prompt.sampling.seed)
+
+    def draw(self, scores: Tensor) -> int:
+        """A token by its probability, by one random number in [0, 1)."""
+        totals = torch.softmax(scores, dim=-1).double().cpu().cumsum(dim=-1)
+        number = torch.rand(1, generator=self._generator, dtype=torch.float64) * totals[-1]
+        return min(int(torch.searchsorted(totals, number, right=True)), len(totals) - 1)
+
+
+def _choose(rows: Sequence[_Row], logits: Tensor, batch: _Batch, unfinished: Collection[int]) -> list[int]:
+    """A token of each row; of finished rows any."""
+    chosen = logits.argmax(dim=-1).tolist()
+    is_number = logits.isfinite().any(dim=-1) & ~logits.isnan().any(dim=-1)
+    for place, is_usable in enumerate(is_number.tolist()):
+        row = rows[place]
+        if place not in unfinished:
+            continue
+        if not is_usable:
+            raise ModelError(
+                "the model computes no probabilities (inf or nan): its weights are damaged.", code="logits-not-finite"
+            )
+        if not row.rules and not row.is_sampled:
+            continue
+        scores = logits[place : place + 1]
+        history = batch.ids[place : place + 1, batch.starts[place] :]
+        for rule in row.rules:
+            scores = rule(history, scores)
+        chosen[place] = row.draw(scores[0]) if row.is_sampled else int(scores[0].argmax())
+    return chosen
+
+
+def _settings(model: nn.Module, sampling: Sampling) -> GenerationConfig:
+    """The model's generation_config with what `sampling` says on top, and transformers' defaults below."""
+    own = getattr(model, "generation_config", None)
+    config = copy.deepcopy(own) if own is not None else GenerationConfig()
+    if sampling.temperature == 0:
+        config.do_sample = False
+    elif sampling.temperature is not None:
+        config.do_sample, config.temperature = True, sampling.temperature
+    if config.top_k is None:
+        config.top_k = _DEFAULT_TOP_K
+    return config
+
+
+_DEFAULT_TOP_K = 50  # of transformers, where a model names none
+
+
+def _rules(config: GenerationConfig, device: torch.device) -> list[Any]:
+    """transformers' processors of logits for these settings, in the order in which `generate` applies them."""
+    rules: list[Any] = []
+    if config.repetition_penalty not in (None, 1.0):
+        rules.append(process.RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+    if config.no_repeat_ngram_size:
+        rules.append(process.NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
+    if config.bad_words_ids:
+        rules.append(process.NoBadWordsLogitsProcessor(config.bad_words_ids, config.eos_token_id))
+    if config.suppress_tokens:
+        rules.append(process.SuppressTokensLogitsProcessor(config.suppress_tokens, device=device))
+    if not config.do_sample:
+        return rules
+    if config.temperature not in (None, 1.0):
+        rules.append(process.TemperatureLogitsWarper(config.temperature))
+    if config.top_k:
+        rules.append(process.TopKLogitsWarper(config.top_k))
+    if config.top_p is not None and config.top_p < 1.0:
+        rules.append(process.TopPLogitsWarper(config.top_p))
+    if config.min_p is not None:
+        rules.append(process.MinPLogitsWarper(config.min_p))
+    if config.typical_p is not None and config.typical_p < 1.0:
+        rules.append(process.TypicalLogitsWarper(config.typical_p))
+    if config.epsilon_cutoff:
+        rules.append(process.EpsilonLogitsWarper(config.epsilon_cutoff))
+    if config.eta_cutoff:
+        rules.append(process.EtaLogitsWarper(config.eta_cutoff, device=device))
+    return rules

@@ -1,0 +1,195 @@
+"""One loop generates for chat, report and demo: transformers' greedy tokens, and the same reply alone and in a batch."""
+
+from __future__ import annotations
+
+import random
+import time
+import types
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import tokenizers_of_others as others
+from conftest import build_model, tiny_config
+from tunesmith.errors import ModelError
+from tunesmith.use.batch import Prompt, Sampling, Token, generate_tokens
+from tunesmith.use.generate import PieceDecoder
+
+LENGTHS = (3, 17, 1, 40)
+NEW = 24
+GREEDY = Sampling(NEW, temperature=0)
+
+
+def prompts_of(lengths: tuple[int, ...], sampling: Sampling) -> list[Prompt]:
+    rng = random.Random(0)
+    return [Prompt([rng.randrange(3, 400) for _ in range(length)], sampling) for length in lengths]
+
+
+def replies(model: Any, prompts: list[Prompt], stops: tuple[int, ...] = ()) -> list[list[int]]:
+    found: list[list[int]] = [[] for _ in prompts]
+    for token in generate_tokens(model, prompts, stops):
+        found[token.row].append(token.id)
+    return found
+
+
+def theirs(model: Any, prompt: Prompt, **options: Any) -> list[int]:
+    """What transformers' generate gives; its tokens behind the stop token are left off."""
+    ids = torch.tensor([list(prompt.ids)])
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, pad_token_id=0, **options)
+    return output[0, len(prompt.ids) :].tolist()
+
+
+@pytest.fixture(params=["llama", "qwen3", "qwen3_moe", "gpt2", "gemma3"])
+def model(request: pytest.FixtureRequest) -> Any:
+    made = build_model(tiny_config(request.param)).eval()
+    made.generation_config.eos_token_id = None
+    return made
+
+
+def test_greedy_tokens_are_those_of_transformers_alone_and_in_a_batch(model: Any) -> None:
+    prompts = prompts_of(LENGTHS, GREEDY)
+    wanted = [theirs(model, prompt, do_sample=False) for prompt in prompts]
+    assert [replies(model, [prompt])[0] for prompt in prompts] == wanted
+    assert replies(model, prompts) == wanted
+
+
+@pytest.mark.parametrize(
+    "rules", [{"repetition_penalty": 1.7}, {"no_repeat_ngram_size": 2}, {"suppress_tokens": [*range(3, 200)]}]
+)
+def test_rules_of_generation_config_hold_in_greedy_replies(rules: dict[str, Any]) -> None:
+    model = build_model(tiny_config("qwen3")).eval()
+    prompts = prompts_of(LENGTHS, GREEDY)
+    plain = replies(model, prompts)
+    for name, value in rules.items():
+        setattr(model.generation_config, name, value)
+    model.generation_config.eos_token_id = None
+    wanted = [theirs(model, prompt, do_sample=False) for prompt in prompts]
+    assert wanted != plain
+    assert replies(model, prompts) == wanted
+
+
+def test_a_sampled_reply_is_the_same_alone_and_in_a_batch(model: Any) -> None:
+    prompts = [Prompt(prompt.ids, Sampling(NEW, 1.5, seed)) for seed, prompt in enumerate(prompts_of(LENGTHS, GREEDY))]
+    together = replies(model, prompts)
+    assert together == [replies(model, [prompt])[0] for prompt in prompts]
+    assert together == replies(model, prompts)
+    again = [Prompt(prompt.ids, Sampling(NEW, 1.5, seed=9)) for prompt in prompts]
+    assert all(one != other for one, other in zip(replies(model, again), together, strict=True))
+
+
+def test_samples_follow_the_probabilities_that_generation_config_leaves() -> None:
+    """2,000 draws of one token: only the top three that top_k leaves, as often as they are probable."""
+    model = build_model(tiny_config("qwen3", initializer_range=0.1)).eval()
+    model.generation_config.do_sample, model.generation_config.top_k = True, 3
+    model.generation_config.temperature = 2.0
+    ids = [5, 9, 20]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, -1] / 2.0
+    top = logits.topk(3)
+    probable = dict(zip(top.indices.tolist(), top.values.softmax(-1).tolist(), strict=True))
+    drawn = [reply[0] for reply in replies(model, [Prompt(ids, Sampling(1, seed=seed)) for seed in range(2000)])]
+    assert set(drawn) == set(probable)
+    for token, share in probable.items():
+        assert drawn.count(token) / 2000 == pytest.approx(share, abs=0.04)
+
+
+def test_top_k_is_transformers_default_where_the_model_names_none() -> None:
+    model = build_model(tiny_config("qwen3", initializer_range=1e-6)).eval()  # every token is as probable
+    drawn = [reply[0] for reply in replies(model, [Prompt([5], Sampling(1, 1.0, seed)) for seed in range(2000)])]
+    assert len(set(drawn)) <= 50
+
+
+def test_a_row_ends_at_its_stop_token_or_its_own_limit() -> None:
+    model = build_model(tiny_config("qwen3")).eval()
+    prompts = prompts_of(LENGTHS, GREEDY)
+    whole = replies(model, prompts)
+    stop = whole[1][5]
+    ends = [reply.index(stop) + 1 if stop in reply else NEW for reply in whole]
+    assert replies(model, prompts, (stop,)) == [reply[:end] for reply, end in zip(whole, ends, strict=True)]
+    limits = (1, 4, 0, 9)
+    some = [Prompt(prompt.ids, Sampling(limit, 0)) for prompt, limit in zip(prompts, limits, strict=True)]
+    assert replies(model, some) == [reply[:limit] for reply, limit in zip(whole, limits, strict=True)]
+    tokens = list(generate_tokens(model, prompts[:1], ()))
+    assert tokens == [Token(0, token, number == NEW) for number, token in enumerate(whole[0], 1)]
+
+
+def test_tokens_come_one_by_one() -> None:
+    model = build_model(tiny_config("qwen3")).eval()
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    tokens = generate_tokens(model, prompts_of((4, 7), GREEDY), ())
+    rows = [next(tokens).row for _ in range(6)]
+    assert (rows, len(calls)) == ([0, 1, 0, 1, 0, 1], 3)
+    tokens.close()
+
+
+@pytest.mark.parametrize(
+    "field", [{"top_p": "much"}, {"temperature": "warm"}, {"temperature": -1.0}, {"typical_p": 0.0}]
+)
+def test_a_generation_config_that_makes_no_sense(field: dict[str, Any]) -> None:
+    model = build_model(tiny_config("qwen3")).eval()
+    model.generation_config.do_sample = True
+    for name, value in field.items():
+        setattr(model.generation_config, name, value)
+    with pytest.raises(ModelError) as error:
+        replies(model, prompts_of((3,), Sampling(2)))
+    assert error.value.code == "generation-config"
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_logits_that_are_not_numbers(temperature: float) -> None:
+    model = build_model(tiny_config("qwen3")).eval()
+    with torch.no_grad():
+        model.lm_head.weight[7] = float("nan")
+    with pytest.raises(ModelError) as error:
+        replies(model, prompts_of((3, 9), Sampling(2, temperature)))
+    assert error.value.code == "logits-not-finite"
+
+
+def test_no_prompts() -> None:
+    assert replies(build_model(tiny_config("qwen3")), []) == []
+
+
+@pytest.mark.parametrize("name", ["own", "word pieces", *(others.NAMES if others.FOLDER.is_dir() else ())])
+def test_pieces_join_to_what_the_tokenizer_decodes(tokenizer: Any, name: str) -> None:
+    """Byte-level, byte-fallback and metaspace decoders: also for ids that no text gives."""
+    own = {"own": lambda: tokenizer, "word pieces": word_pieces}.get(name, lambda: others.build(name))()
+    backend, rng = own.backend_tokenizer, random.Random(0)
+    texts = [
+        "a🙂 龘! é e\u0301 שלום 你好，世界。\n\n    x = 1\t👩‍👩‍👧 end  ",
+        "Hello there  my friend.",
+        " leading",
+        "\n\n",
+    ]
+    cases = [backend.encode(text, add_special_tokens=False).ids for text in texts]
+    cases += [[rng.randrange(backend.get_vocab_size()) for _ in range(30)] for _ in range(100)]
+    for ids in cases:
+        decoder = PieceDecoder(types.SimpleNamespace(tokenizer=own))  # type: ignore[arg-type]
+        pieces = [*map(decoder.push, ids), decoder.finish()]
+        assert "".join(pieces) == backend.decode(ids, skip_special_tokens=False)
+        assert "\ufffd" not in "".join(pieces[:-1]) or "\ufffd" in backend.decode(ids, skip_special_tokens=False)
+        shown = [piece for piece in pieces[:-1] if piece]
+        assert len(shown) >= len(ids) // 4  # it streams
+
+
+def word_pieces() -> Any:
+    vocab = ["[UNK]", *"abcdefghij", *(f"##{letter}" for letter in "abcdefghij"), ".", ","]
+    core = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(vocab)}, unk_token="[UNK]"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+def test_decoding_takes_time_by_length_not_by_its_square(tokenizer: Any) -> None:
+    ids = tokenizer.backend_tokenizer.encode("the quick brown fox. " * 4000, add_special_tokens=False).ids
+
+    def seconds(count: int) -> float:
+        decoder = PieceDecoder(types.SimpleNamespace(tokenizer=tokenizer))  # type: ignore[arg-type]
+        start = time.process_time()
+        for token in ids[:count]:
+            decoder.push(token)
+        return time.process_time() - start
+
+    assert seconds(16_000) < 10 * max(seconds(4_000), 0.01)

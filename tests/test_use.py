@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from conftest import SHARED, chat_row, needs_shared, write_jsonl
+from tunesmith.errors import ModelError
 from tunesmith.rows.conversation import Message
 from tunesmith.use.batch import Sampling
 from tunesmith.use.generate import PieceDecoder, load_speaker, reply_to, stream_reply
@@ -101,6 +102,17 @@ def test_sampling_is_seeded(trained: Path) -> None:
     draws = [reply_to(speaker, [prompt], Sampling(20, temperature=3.0, seed=seed)) for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
     assert "".join(stream_reply(speaker, prompt, Sampling(20, temperature=3.0, seed=1))) == draws[0][0].text
+
+
+@pytest.mark.parametrize("ids", ["x", [[1]], [1, "x"]])
+def test_stop_ids_that_are_none(trained: Path, ids: object) -> None:
+    from tunesmith.config.schema import ModelSection
+
+    speaker = load_speaker(ModelSection(path=str(trained)))
+    speaker.model.generation_config.eos_token_id = ids
+    with pytest.raises(ModelError) as error:
+        reply_to(speaker, [[5]], Sampling(2))
+    assert error.value.code == "generation-config"
 
 
 def test_replies_to_many_prompts_are_those_to_each(trained: Path) -> None:

@@ -75,9 +75,13 @@ class Speaker:
         """Where generation stops: the template's stop tokens, and those of the model's generation_config."""
         config = getattr(self.model, "generation_config", None)
         own = config.eos_token_id if config is not None else None
-        return frozenset(
-            [*self.encoder.stop_ids, *(own if isinstance(own, list) else [own] if own is not None else [])]
-        )
+        models = own if isinstance(own, list) else [own] if own is not None else []
+        if not all(isinstance(token, int) for token in models):
+            raise ModelError(
+                f"the model's generation_config.json cannot be used: eos_token_id is {own!r}, not token ids. Correct it.",
+                code="generation-config",
+            )
+        return frozenset([*self.encoder.stop_ids, *models])
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Token]:
         """Tokens of the replies to some prompts' ids as they come, stop tokens included.

@@ -78,7 +78,7 @@ class Speaker:
         models = own if isinstance(own, list) else [own] if own is not None else []
         if not all(isinstance(token, int) for token in models):
             raise ModelError(
-                f"the model's generation_config.json cannot be used: eos_token_id is {own!r}, not token ids. Correct it.",
+                f"the model's generation_config.json cannot be used: eos_token_id is {own!r}, not ids. Correct it.",
                 code="generation-config",
             )
         return frozenset([*self.encoder.stop_ids, *models])

@@ -36,7 +36,7 @@ from damage import Damage, damage_file, damage_words
 
 LIMIT_S, LIMIT_RSS_MB, LIMIT_TEXT = 60, 3000, 20_000
 NOTES = ("note: ", "nothing to do")  # a run says where it is not the one that it was
-BAD = ("Traceback (most recent", "UNCAUGHT", "Exception ignored", "in a way it should not", "Fatal Python error")
+BAD = ("Traceback (most recent", "UNCAUGHT", "Exception ignored", "report it as a bug", "Fatal Python error")
 
 
 @dataclass(frozen=True)

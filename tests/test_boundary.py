@@ -18,7 +18,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+import tunesmith
 from conftest import chat_row, save_folder, tiny_config, write_jsonl
+from tunesmith import boundary
 from tunesmith.boundary import explain
 
 FORKS = Path(__file__).parents[1] / "bench" / "forks.py"
@@ -81,7 +83,7 @@ def plainly(done: dict[str, Any], *words: str, codes: tuple[int, ...] = (1,)) ->
     """One message that says what is wrong; nothing that looks like a bug."""
     text = done["out"] + done["err"]
     assert done["code"] in codes, done
-    for bad in ("Traceback", "UNCAUGHT", "Exception ignored", "should not"):
+    for bad in ("Traceback", "UNCAUGHT", "Exception ignored", "report it as a bug"):
         assert bad not in text, text
     assert done["err"].count("error: ") <= 1, done["err"]
     assert len(done["err"]) < 20_000
@@ -137,10 +139,10 @@ def test_a_printer_ends_with_its_reader_and_tells_of_a_full_disk(forks: Forks, i
         plainly(forks(*words, stdout="leaving"), codes=(code,))
         done = forks(*words, stdout="/dev/full")
         if code == 0:
-            plainly(done, "standard output cannot be written: No space left on device", codes=(4,))
-    plainly(forks("check", *given, "--json", stdout="/dev/full"), "standard output cannot be written", codes=(4,))
+            plainly(done, "cannot write standard output: No space left on device", codes=(4,))
+    plainly(forks("check", *given, "--json", stdout="/dev/full"), "cannot write standard output", codes=(4,))
     plainly(forks("check", *given, "--json", stdout="leaving"), codes=(0,))
-    plainly(forks("--help", stdout="/dev/full"), "standard output cannot be written", codes=(4,))
+    plainly(forks("--help", stdout="/dev/full"), "cannot write standard output", codes=(4,))
 
 
 def test_errors_end_with_their_code_where_nobody_reads_them(forks: Forks) -> None:
@@ -429,7 +431,7 @@ def test_memory_that_ends(forks: Forks, inputs: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-GPU, MACHINE = "the memory of the GPU does not suffice", "the memory of this machine does not suffice"
+GPU, MACHINE = "out of memory on the GPU", "out of memory on this machine"
 ASKED = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"
 LACKING = [
     (torch.OutOfMemoryError(ASKED), GPU),
@@ -456,7 +458,7 @@ def test_memory_that_ends_by_whatever_name(error: BaseException, said: str) -> N
 
 def test_a_text_that_speaks_of_memory_is_no_lack_of_it() -> None:
     for error in (ValueError("row 3: 'CUDA out of memory' is no number"), KeyError("std::bad_alloc")):
-        assert "in a way it should not" in explain(error, ["train"])[0]
+        assert "report it as a bug" in explain(error, ["train"])[0]
 
 
 def raised_in(module: str, source: str, **given: object) -> BaseException:
@@ -470,12 +472,12 @@ def raised_in(module: str, source: str, **given: object) -> BaseException:
 
 OURS = [
     ("use.preview", "open('/dev/null', 'w', encoding='utf-8').write('a\\ud800b')"),  # we fail to write
-    ("data.jsontext", "'\\ud800'.encode()"),
-    ("data.template", "import jinja2; jinja2.Template('{{ a.b.c }}').render()"),
-    ("data.encode", "raise Exception('left over')"),
+    ("sources.jsontext", "'\\ud800'.encode()"),
+    ("chat_template.template", "import jinja2; jinja2.Template('{{ a.b.c }}').render()"),
+    ("encode.encoder", "raise Exception('left over')"),
     ("train.loop", "raise Exception('left over')"),
     ("train.loop", "def again(): again()\nagain()"),
-    ("train.run", "import json; json.loads('{')"),
+    ("run.start", "import json; json.loads('{')"),
     ("train.loop", "raise OSError('ours')"),
     ("model.save", "from safetensors.numpy import save; save({'a': 3})"),
 ]
@@ -485,23 +487,30 @@ OURS = [
 def test_what_nothing_explains_is_called_a_bug(module: str, source: str) -> None:
     text, code = explain(raised_in(module, source), ["train"])
     assert code == 4
-    assert "tunesmith failed in a way it should not: " in text
+    assert "report it as a bug: " in text
     assert "TUNESMITH_DEBUG=1" in text
+
+
+def test_modules_that_read_files_exist() -> None:
+    package = Path(tunesmith.__file__).parent
+    for name in boundary._READING:
+        assert (package / name.removeprefix("tunesmith.").replace(".", "/")).with_suffix(".py").is_file(), name
+    assert {path.name for path in package.iterdir() if path.is_dir()} >= set(boundary._STAGES)
 
 
 READ = [
     ("model.reopen", "from tokenizers import Tokenizer; Tokenizer.from_file(str(path))", "EOF while parsing"),
-    ("model.tensors", "from safetensors.numpy import load_file; load_file(path)", "header"),
-    ("data.jsontext", "import json; json.loads(path.read_text())", "JSONDecodeError"),
-    ("data.excel", "import zipfile; zipfile.ZipFile(path)", "not a zip file"),
-    ("data.containers", "import gzip; gzip.open(path).read()", "Not a gzipped file"),
-    ("data.read", "import json; json.loads('[' * 100_000)", "nested too deep"),
+    ("tensors", "from safetensors.numpy import load_file; load_file(path)", "header"),
+    ("sources.jsontext", "import json; json.loads(path.read_text())", "JSONDecodeError"),
+    ("sources.excel", "import zipfile; zipfile.ZipFile(path)", "not a zip file"),
+    ("sources.containers", "import gzip; gzip.open(path).read()", "Not a gzipped file"),
+    ("sources.read", "import json; json.loads('[' * 100_000)", "nested too deep"),
     (
         "model.reopen",
         "from tokenizers import Tokenizer; Tokenizer.from_file(str(path) + 'x')",
         "No such file or directory",
     ),
-    ("model.tensors", "raise FileNotFoundError('No such file or directory: x.safetensors')", "x.safetensors"),
+    ("tensors", "raise FileNotFoundError('No such file or directory: x.safetensors')", "x.safetensors"),
 ]
 
 
@@ -518,7 +527,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, module: str, source: str, said:
 def test_a_file_that_is_not_known_has_its_stage_named() -> None:
     error = raised_in("model.reopen", "raise Exception('No such file or directory (os error 2)')")
     assert explain(error, [])[0].startswith("error: the model or its tokenizer: No such file or directory. ")
-    error = raised_in("data.read", "import io; raise OSError('the block is torn')")
+    error = raised_in("sources.read", "import io; raise OSError('the block is torn')")
     text, code = explain(error, [])
     assert code == 1
     assert "the data: OSError: the block is torn" in text

@@ -73,7 +73,7 @@ def test_hostile_run_files_are_refused_in_a_few_lines(run: Run, tmp_path: Path, 
         assert code == 1 or command == "convert-config"
         assert len(err) < 5000
         assert "Traceback" not in err
-        assert "should not" not in err
+        assert "report it as a bug" not in err
     assert time.monotonic() - started < 60
 
 
@@ -173,5 +173,5 @@ def test_python_values_are_refused_too() -> None:
     cycle: dict[str, Any] = {}
     cycle["a"] = cycle
     for value in (cycle, {"a": {1, 2}}, {"a": (1,)}, {"a": b"x"}, {"a": object()}, {"a": 10**5000}):
-        with pytest.raises(ValueError, match=r"nested|holds a|64 bits"):
+        with pytest.raises(ValueError, match=r"nested|contains a|64 bits"):
             require_plain(value)

@@ -191,7 +191,7 @@ def test_a_count_of_eval_rows_is_no_share() -> None:
 
 def test_what_is_no_file_of_another_tool(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
-    for text, words in (("a: 1\n", "holds no key of TRL"), ("a: [\n", "line 2"), ("- 1\n", "must hold sections")):
+    for text, words in (("a: 1\n", "no known key"), ("a: [\n", "line 2"), ("- 1\n", "must contain sections")):
         path.write_text(text)
         code, _, err = run("convert-config", path)
         assert code == 1

@@ -1,8 +1,8 @@
-"""The last place that an error reaches: whatever it is, one message in plain words and an exit code.
+"""Turn any error into one plain message and an exit code.
 
-Stages explain what they know about (TunesmithError). Here is explained what can happen anywhere: the system refuses a
-file, memory ends, a library meets a damaged file. What nothing explains is a bug of ours, and is called one.
-TUNESMITH_DEBUG=1 prints the traceback as well.
+Stages raise TunesmithError for what they know. This module explains what can happen anywhere: the system refuses a
+file, memory is full, a library meets a damaged file. Any other error is reported as a bug of tunesmith.
+TUNESMITH_DEBUG=1 also prints the traceback.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tunesmith.streams import OutputLost
 
 _LONGEST = 2000  # characters of a library's text
 _DEBUG = "TUNESMITH_DEBUG"
-# what the system says -> what to do; these codes end with exit 4, since the input is not to blame
+# error number -> advice; exit code 4, since the input is not the cause
 _MACHINE = {
     errno.ENOSPC: "Make room on that disk, or name another place.",
     errno.EDQUOT: "Make room within the quota, or name another place.",
@@ -55,42 +55,46 @@ _INPUT = {
     errno.EISDIR: "Give a file, not a folder.",
     errno.ENOTDIR: "A part of this name is a file, not a folder. Check the name.",
     errno.ENAMETOOLONG: "Give a shorter name.",
-    errno.ELOOP: "Its links lead back to themselves. Mend or remove them.",
+    errno.ELOOP: "Its links form a loop. Correct or remove them.",
     errno.EEXIST: "Remove it, or give another name.",
-    errno.ENOTEMPTY: "Remove what it holds, or give another name.",
+    errno.ENOTEMPTY: "Remove its contents, or give another name.",
 }
 _NETWORK = "Check the network and HF_ENDPOINT; with HF_HUB_OFFLINE=1 only what is already downloaded is used."
 _UNREACHED = (errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT, errno.EHOSTUNREACH,
               errno.EHOSTDOWN, errno.ENETUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL)  # fmt: skip
 _CLIENTS = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "aiohttp")
-# packages that read files; what is raised in one of them, or of its kinds, speaks about the file
+# packages that read files; their errors are about the file
 _READERS = ("datasets", "jinja2", "openpyxl", "peft", "pyarrow", "safetensors", "tokenizers", "transformers", "yaml")
-# our own modules that read what others wrote; libraries in C and Rust leave no frame of their own
+# our modules that read files; libraries in C and Rust leave no frame
 _READING = frozenset(
     f"tunesmith.{name}"
     for name in (
-        "reading", "files", "plainyaml", "runfile", "data.arrow", "data.containers", "data.csvfile", "data.datafile",
-        "data.dataset_info", "data.excel", "data.folders", "data.jsonfile", "data.jsontext", "data.read", "data.store",
-        "model.adapter_config", "model.base", "model.load", "model.open_adapter", "model.reopen", "model.source",
-        "model.tensors", "model.tokenizer", "train.checkpoint", "train.folder", "train.metrics", "use.combine",
-        "use.generate", "use.merge", "use.proof",
+        "reading", "files", "tensors", "config.plainyaml", "config.runfile", "sources.arrow", "sources.containers",
+        "sources.csvfile", "sources.datafile", "sources.dataset_info", "sources.excel", "sources.folders",
+        "sources.jsonfile", "sources.jsontext", "sources.read", "data.store", "adapters.adapter_config",
+        "adapters.base", "adapters.open_adapter", "run.folder", "model.load", "model.reopen", "model.source",
+        "model.tokenizer", "train.checkpoint", "train.metrics", "use.combine", "use.generate", "use.merge", "use.proof",
     )
 )  # fmt: skip
-# kinds of the standard library that speak about what was read; tokenizers has none but Exception itself
+# standard errors about what was read; tokenizers raises Exception itself
 _DAMAGED = (UnicodeDecodeError, json.JSONDecodeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, gzip.BadGzipFile,
             csv.Error, pickle.UnpicklingError, EOFError, RecursionError)  # fmt: skip
-_PLACES = ("path", "file", "folder", "source")  # what our functions call what they read
+_PLACES = ("path", "file", "folder", "source")  # parameters of our functions for what they read
 _STAGES = {
+    "config": "the run file",
+    "sources": "the data",
+    "rows": "the data",
     "data": "the data",
+    "adapters": "the adapter",
     "model": "the model or its tokenizer",
     "train": "the folder of the run",
+    "run": "the folder of the run",
     "use": "the model or adapter",
-    "runfile": "the run file",
 }
 
 
 def report_failure(error: BaseException, words: list[str]) -> int:
-    """Print what is to be said about an error that ended the command; returns the exit code."""
+    """Print the message of an error that ended the command; returns the exit code."""
     if isinstance(error, OutputLost) and error.has_reader_left:
         return 0
     if os.environ.get(_DEBUG):
@@ -110,7 +114,7 @@ def explain(error: BaseException, words: list[str]) -> tuple[str, int]:
         return f"interrupted; {_what_stands(words)}", InterruptedRun.exit_code
     if isinstance(error, OutputLost):
         return (
-            f"error: standard output cannot be written: {error}. {_MACHINE.get(error.error.errno or 0, '')}".rstrip(),
+            f"error: cannot write standard output: {error}. {_MACHINE.get(error.error.errno or 0, '')}".rstrip(),
             RunError.exit_code,
         )
     if is_out_of_memory(error):
@@ -124,29 +128,29 @@ def explain(error: BaseException, words: list[str]) -> tuple[str, int]:
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's expanduser
         named = ", ".join(word for word in words if word.startswith("~")) or "a name"
         return (
-            f"error: {named}: no such user. Write the folder of the user out, or put ./ before the ~ of a file.",
+            f"error: {named}: no such user. Write out the user's folder, or put ./ before a file name with ~.",
             TunesmithError.exit_code,
         )
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop from"):  # pathlib's resolve
         return f"error: {error}. {_INPUT[errno.ELOOP]}", TunesmithError.exit_code
     if isinstance(error, RecursionError) and _was_reading(error):
-        return f"error: {_place_of(error)}: nested too deep to be read. Flatten it.", TunesmithError.exit_code
+        return f"error: {_place_of(error)}: nested too deeply to be read. Flatten it.", TunesmithError.exit_code
     if _is_about_input(error) and _was_reading(error):
         return (
-            f"error: {_place_of(error)}: cannot be read: {tell(error)}. A file is damaged, or is not what its name "
-            f"says. Save or download it again; {_DEBUG}=1 shows what was being read.",
+            f"error: {_place_of(error)}: cannot be read: {tell(error)}. The file is damaged or of another type. "
+            f"Save or download it again; {_DEBUG}=1 shows what was being read.",
             TunesmithError.exit_code,
         )
-    if refused is not None and not isinstance(error, ValueError) and _was_reading(error):  # a library's, in its words
+    if refused is not None and not isinstance(error, ValueError) and _was_reading(error):  # of a library
         return f"error: {_place_of(error)}: {tell(error)}. {_DEBUG}=1 shows more.", TunesmithError.exit_code
     return (
-        f"error: tunesmith failed in a way it should not: {tell(error)}\n{_DEBUG}=1 shows where; please report it.",
+        f"error: unexpected error, please report it as a bug: {tell(error)}\n{_DEBUG}=1 shows the traceback.",
         RunError.exit_code,
     )
 
 
 def tell(error: BaseException) -> str:
-    """Kind and text in one line of bounded length."""
+    """Class and text of an error in one line of bounded length."""
     text = " ".join(str(error).split())
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
     return f"{type(error).__name__}: {text}".rstrip(". :")
@@ -160,11 +164,11 @@ def _explain_memory(error: BaseException, words: list[str]) -> str:
     )
     advice = {
         "train": "lower train.micro_batch_tokens and data.max_seq_len, or train an adapter (--lora.kind lora)",
-        "resume": f"{others}; a run goes on with the model and batch that it began with",
-        "merge": f"{others}, or merge on a machine that holds the base model twice",
-        "chat": "give a smaller model, or a lower --max-new-tokens",
-    }.get(command, f"{others}, or give less data at once")
-    return f"the memory of {whose} does not suffice. What helps: {advice}."
+        "resume": f"{others}; a resumed run keeps its model and batch size",
+        "merge": f"{others}, or merge on a machine with memory for two copies of the base model",
+        "chat": "use a smaller model or a lower --max-new-tokens",
+    }.get(command, f"{others}, or use less data at once")
+    return f"out of memory on {whose}. To fix: {advice}."
 
 
 def _explain_system(error: OSError, place: str) -> tuple[str, int]:
@@ -174,31 +178,31 @@ def _explain_system(error: OSError, place: str) -> tuple[str, int]:
     number = error.errno or 0
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
     where = " -> ".join(name if len(name) <= 200 else f"{name[:60]}..." for name in names) or place
-    advice = _MACHINE.get(number) or _INPUT.get(number) or (names and "Check the file and the disk that it lies on.")
-    advice = advice or f"{_DEBUG}=1 shows what was being done."
+    advice = _MACHINE.get(number) or _INPUT.get(number) or (names and "Check the file and its disk.")
+    advice = advice or f"{_DEBUG}=1 shows where."
     code = RunError.exit_code if number in _MACHINE else TunesmithError.exit_code
     return f"error: {where}: {error.strerror}. {advice}", code
 
 
 def _is_about_network(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
-        # gaierror's numbers are its own: no such host
+        # gaierror (no such host) has its own numbers
         return error.errno in _UNREACHED or type(error).__name__ == "gaierror"
     is_clients = any(kind.__module__.split(".")[0] in _CLIENTS for kind in type(error).__mro__)
     return is_clients or isinstance(error, (ConnectionError, TimeoutError))
 
 
 def _is_about_input(error: BaseException) -> bool:
-    """Whether errors of this kind speak about what was given to read."""
+    """Whether an error of this class is about the input."""
     kinds = type(error).__mro__
-    if "TemplateRuntimeError" in {kind.__name__ for kind in kinds}:  # jinja2's: rendering, not reading
+    if "TemplateRuntimeError" in {kind.__name__ for kind in kinds}:  # of jinja2: rendering, not reading
         return False
     is_librarys = type(error).__module__.split(".")[0] in _READERS
     return type(error) is Exception or isinstance(error, _DAMAGED) or is_librarys
 
 
 def _was_reading(error: BaseException) -> bool:
-    """Whether it was raised by a library that reads, or where we read; our own bugs are raised elsewhere."""
+    """Whether the error comes from a reading library or one of our reading modules; else it is a bug of ours."""
     is_reading = False
     for name in _modules_of(error):
         if name.split(".")[0] == "tunesmith":
@@ -214,7 +218,7 @@ def _modules_of(error: BaseException) -> Iterator[str]:
 
 
 def _stage_of(error: BaseException) -> str:
-    """What was being worked on, by the innermost of our modules on the stack."""
+    """What was being processed, by our innermost module on the stack."""
     stage = "what was given"
     for name in _modules_of(error):
         parts = name.split(".")
@@ -224,7 +228,7 @@ def _stage_of(error: BaseException) -> str:
 
 
 def _place_of(error: BaseException) -> str:
-    """The file that was being read, where the innermost of our reading functions hold it; else the stage."""
+    """The file that our innermost reading function was reading; else the stage."""
     place = ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         name = str(frame.f_globals.get("__name__", ""))
@@ -237,7 +241,7 @@ def _place_of(error: BaseException) -> str:
 
 
 def _as_path(value: object) -> str:
-    """Of a path, a name of something that is there, or an open file."""
+    """Name of a path, an existing file or an open file; "" for other values."""
     value = getattr(value, "name", "") if isinstance(value, io.IOBase) else value
     if isinstance(value, Path):
         return str(value)
@@ -252,7 +256,7 @@ def _is_there(name: str) -> bool:
 
 
 def _unsuppressed(error: BaseException) -> BaseException:
-    """With everything that it was raised from: `from None` is for those who did not ask."""
+    """Restore the context of errors that were raised `from None`."""
     seen: BaseException | None = error
     while seen is not None:
         seen.__suppress_context__ = False
@@ -261,22 +265,22 @@ def _unsuppressed(error: BaseException) -> BaseException:
 
 
 def _what_stands(words: list[str]) -> str:
-    """A folder that is made whole or not at all is there or not."""
+    """What an interrupted command has left: a complete folder or nothing."""
     command = words[0] if words else ""
     output = next((words[at + 1] for at, word in enumerate(words[:-1]) if word == "--output"), None)
     output = next((word.partition("=")[2] for word in words if word.startswith("--output=")), output)
     if command in ("merge", "tokenizer") and output and os.path.isdir(output) and os.listdir(output):
         return f"{output} is complete"
     if command == "demo":
-        return "what it has made so far is kept; give --output a new folder to begin again"
+        return "its files so far are kept; give --output a new folder to start again"
     return "nothing was left behind"
 
 
 class Signals:
-    """Ctrl-C, SIGTERM and a closed terminal as exceptions where the program stands, so that files are cleaned up.
+    """Raise Ctrl-C, SIGTERM and a closed terminal as exceptions, so that files are cleaned up.
 
-    An interrupt is made again where Python or a library drops it: inside a destructor it cannot be raised, and some
-    libraries turn one that meets them half imported into an error of their own.
+    An interrupt is sent again where Python or a library drops it: it cannot be raised inside a destructor, and some
+    libraries turn one during their import into another error.
     """
 
     def __init__(self) -> None:
@@ -287,7 +291,7 @@ class Signals:
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
     def drop(self, dropped: Any) -> None:
-        """What sys.unraisablehook calls."""
+        """Hook for sys.unraisablehook."""
         if not issubclass(dropped.exc_type, KeyboardInterrupt):
             sys.__unraisablehook__(dropped)
             return
@@ -296,7 +300,7 @@ class Signals:
         again.start()
 
     def cause_of(self, error: BaseException) -> BaseException:
-        """The interrupt that a moment ago led to an error, else the error itself."""
+        """The interrupt that caused an error within the last second, else the error itself."""
         is_explained = isinstance(error, (TunesmithError, OutputLost, KeyboardInterrupt))
         if is_explained or time.monotonic() - self._last > 1:
             return error
@@ -305,9 +309,9 @@ class Signals:
 
 @contextlib.contextmanager
 def taken_signals() -> Iterator[Signals]:
-    """Within the block, signals that would end the process are interrupts; one that is ignored (nohup) still is."""
+    """Within the block, signals that would end the process raise interrupts; ignored ones (nohup) stay ignored."""
     signals = Signals()
-    if threading.current_thread() is not threading.main_thread():  # Python takes signals nowhere else
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals only there
         yield signals
         return
     ending = (signal.SIG_DFL, signal.default_int_handler)
@@ -325,7 +329,7 @@ def taken_signals() -> Iterator[Signals]:
 
 
 def end_at_next_interrupt(code: int) -> None:
-    """What is left is Python's own end; another Ctrl-C ends the process without a word."""
+    """While Python shuts down, another Ctrl-C ends the process silently."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: os._exit(code))

@@ -1,6 +1,6 @@
-"""The command: call the stage, turn errors into one message and an exit code.
+"""The command line: run one command, report errors as a message and an exit code.
 
-Nothing here imports torch or transformers: `--help` and every config error answer before that.
+Nothing here imports torch or transformers, so that `--help` and config errors are fast.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tunesmith.streams import lasting_streams
 
 
 def _take_open_maps(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Cut --model.config.KEY VALUE and --data.template_kwargs.KEY VALUE out; their keys are the person's own."""
+    """Split off --model.config.KEY VALUE and --data.template_kwargs.KEY VALUE, whose keys are free."""
     from tunesmith.config.plainyaml import load
     from tunesmith.config.runfile import OPEN_MAPS
 
@@ -49,18 +49,16 @@ def _take_open_maps(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
 
 
 def _take_unknown_flags(argv: list[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
-    """Cut flags that the command does not know out with their values, to be reported beside all other problems."""
-    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    known = set(commands.choices[argv[0]]._option_string_actions)
+    """Split off unknown flags and drop their values, so that they are reported with all other problems."""
+    _, extras = parser.parse_known_args(argv)
     rest: list[str] = []
     unknown: list[str] = []
     is_skipping = False
     for word in argv:
         if word.startswith("--") and word != "--":
-            name = word.partition("=")[0]
-            is_skipping = name not in known
+            is_skipping = word in extras
             if is_skipping:
-                unknown.append(name.removeprefix("--"))
+                unknown.append(word.partition("=")[0].removeprefix("--"))
         if not is_skipping:
             rest.append(word)
     return rest, unknown
@@ -99,7 +97,7 @@ def _parse_config_command(parser: argparse.ArgumentParser, argv: list[str]) -> t
 
 
 def run_command(argv: list[str]) -> None:
-    """Run one command; an error of the user's leaves it as a TunesmithError."""
+    """Run one command; raises a TunesmithError for what the user can fix."""
     _require_text(argv)
     parser = build_parser()
     if not argv:
@@ -174,13 +172,13 @@ def _resume(options: argparse.Namespace, flags: dict[str, Any], unknown: list[st
 
 @contextmanager
 def _reported(output: Path) -> Iterator[None]:
-    """Leaves report.html in the run's folder however it ended."""
+    """Write report.html into the run's folder, however the run ends."""
     from tunesmith.use.report import write_report_quietly
 
     try:
         yield
     except (RunError, InterruptedRun) as error:
-        with suppress(KeyboardInterrupt):  # how the run ended is said all the same
+        with suppress(KeyboardInterrupt):  # the error of the run is still reported
             write_report_quietly(output.expanduser(), f"not finished: {error}")
         raise
     try:
@@ -220,7 +218,7 @@ def _print_schema() -> None:
 
 
 def _quiet_libraries() -> None:
-    """Our own lines say what matters; set these variables yourself to see theirs."""
+    """Silence the progress lines of libraries, unless the user has set these variables."""
     for name, value in {
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -229,7 +227,7 @@ def _quiet_libraries() -> None:
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     }.items():
         os.environ.setdefault(name, value)
-    # a line for every forward in 8 bits, and one for kernels that it can do without
+    # it logs a line for every 8-bit forward
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
@@ -243,13 +241,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         except BaseException as error:
             code = report_failure(signals.cause_of(error), words)
-        if argv is None:  # a process of its own: at its end, Ctrl-C has nothing left to stop
+        if argv is None:  # own process: at its end, Ctrl-C has nothing left to stop
             end_at_next_interrupt(code)
     return code
 
 
 def _exit_code(words: list[str]) -> int:
-    """Of a command that ends by itself, argparse's --help and usage errors among them."""
+    """Exit code of a command without an error; argparse exits for --help and usage errors."""
     try:
         run_command(words)
     except SystemExit as stop:
@@ -258,9 +256,9 @@ def _exit_code(words: list[str]) -> int:
 
 
 def _needs_output(words: list[str]) -> tuple[bool, bool]:
-    """Whether the command ends when nobody reads what it prints, and when that cannot be written.
+    """Whether the command ends when nobody reads its output, and when the output cannot be written.
 
-    What makes files goes on in both cases. `check` is for its exit code too, which `| head` must not hide.
+    Commands that write files continue in both cases. `check` continues for its exit code, also under `| head`.
     """
     command = words[0] if words else ""
     makes_files = command in ("train", "resume", "merge", "tokenizer", "demo") and "--json-schema" not in words
@@ -270,7 +268,7 @@ def _needs_output(words: list[str]) -> tuple[bool, bool]:
 
 
 def _require_text(words: list[str]) -> None:
-    """Names go into JSON, YAML and pages, which hold text only."""
+    """Refuse arguments that are not text: names go into JSON, YAML and pages."""
     for word in words:
         try:
             word.encode()

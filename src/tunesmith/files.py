@@ -185,7 +185,9 @@ def take_name(made: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
-        raise TunesmithError(f"{path}: another process made it meanwhile. Give --output a new folder.") from None
+        raise TunesmithError(
+            f"{path}: another process made it meanwhile. Give --output a new folder.", code="output-taken"
+        ) from None
     sync_path(path.parent)
 
 

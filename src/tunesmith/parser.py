@@ -1,4 +1,4 @@
-"""Every command and flag, with its help; imports nothing heavy."""
+"""Commands and flags with their help; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from tunesmith import __version__
+from tunesmith.config.choices import MERGE_METHODS, RESUME_PARTS
 
 _EPILOG = {
     "train": """examples:
@@ -49,17 +50,6 @@ _USAGE = {
 }
 
 
-RESUME_PARTS = (  # run/identity.py knows them too, but imports torch
-    "data", "template", "tokenizer", "model", "optimizer", "lora", "schedule", "batch", "seed", "precision", "versions",
-)  # fmt: skip
-
-
-MERGE_METHODS = (  # use/merge.py knows them too, but imports torch
-    "sequential", "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties",
-    "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd",
-)  # fmt: skip
-
-
 LABEL_KEYS = ("model", "data", "lora.kind", "train.micro_batch_tokens")  # sections and keys that decide the labels
 
 
@@ -72,75 +62,79 @@ def build_parser() -> argparse.ArgumentParser:
     train = _add_command(commands, "train", "fine-tune a model on your data")
     _add_config_flags(train, ("model", "data", "optim", "lora", "train"))
     train.add_argument("--json-schema", action="store_true", help="print the JSON schema of run.yaml for editors")
-    resume = _add_command(commands, "resume", "go on with an interrupted run, or train a finished one longer")
-    resume.add_argument("run", type=_name, metavar="RUN", help="the folder that train was given as --output")
+    resume = _add_command(commands, "resume", "continue an interrupted run, or train a finished one longer")
+    resume.add_argument("run", type=_name, metavar="RUN", help="folder of the run (train --output)")
     resume.add_argument(
         "--allow", nargs="+", default=[], choices=RESUME_PARTS, metavar="PART",
-        help=f"what may differ from how the run began: {', '.join(RESUME_PARTS)}",
+        help=f"parts that may differ from the start of the run: {', '.join(RESUME_PARTS)}",
     )  # fmt: skip
     _add_config_flags(resume, ("model", "data", "optim", "lora", "train"), has_file=False)
-    preview = _add_command(commands, "preview", "show rows as the model will see them, trained tokens coloured")
+    preview = _add_command(commands, "preview", "show rows as the model sees them, with trained tokens coloured")
     _add_config_flags(preview, LABEL_KEYS)
     preview.add_argument("--rows", type=_positive, default=5, metavar="N", help="how many rows (default: 5)")
     output = preview.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="one JSON object a row")
-    output.add_argument("--html", type=_path, metavar="FILE", help="write a page to read and forward")
-    check = _add_command(commands, "check", "read a whole data set and say what is wrong or odd about it")
+    output.add_argument("--html", type=_path, metavar="FILE", help="write an HTML page")
+    check = _add_command(commands, "check", "read a whole data set and report errors and oddities")
     _add_config_flags(check, LABEL_KEYS)
-    check.add_argument("--strict", action="store_true", help="exit 1 for warnings too")
+    check.add_argument("--strict", action="store_true", help="exit with 1 for warnings too")
     output = check.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="one JSON object")
-    output.add_argument("--html", type=_path, metavar="FILE", help="also write a page to read and forward")
+    output.add_argument("--html", type=_path, metavar="FILE", help="also write an HTML page")
     tokenizer = _add_command(commands, "tokenizer", "train a byte-level BPE tokenizer on your texts")
     _add_config_flags(tokenizer, ("data",))
     tokenizer.add_argument("--vocab-size", type=_positive, default=6400, metavar="N", help="tokens (default: 6400)")
-    tokenizer.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder to make")
+    tokenizer.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder to create")
     _add_use_commands(commands)
     return parser
 
 
 def _add_use_commands(commands: Any) -> None:
-    """What is done with a model once it is trained."""
+    """Commands that use a trained model."""
     chat = _add_command(commands, "chat", "talk to a model or a finished run")
     chat.add_argument("model", type=_name, metavar="MODEL_OR_RUN", help="folder of a run or model, or a hub id")
-    chat.add_argument("more", metavar="ADAPTER", nargs="*", help="further adapters of the same base, to switch to")
-    chat.add_argument("--prompt", metavar="TEXT", help="answer once and exit")
+    chat.add_argument("more", metavar="ADAPTER", nargs="*", help="more adapters of the same base, to switch between")
+    chat.add_argument("--prompt", metavar="TEXT", help="answer one prompt and exit")
     chat.add_argument("--system", metavar="TEXT", help="system prompt")
     chat.add_argument("--max-new-tokens", type=_positive, default=512, metavar="N", help="longest reply (default: 512)")
-    chat.add_argument("--temperature", type=_temperature, metavar="T", help="0 is greedy; default: the model's own")
-    chat.add_argument("--seed", type=_seed, default=0, metavar="N", help="of sampling (default: 0)")
+    chat.add_argument("--temperature", type=_temperature, metavar="T", help="0: greedy; default: the model's own")
+    chat.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of sampling (default: 0)")
     chat.add_argument(
         "--chat-template", metavar="T", help="a .jinja file, chatml, alpaca or none; default: the model's"
     )
     chat.add_argument("--trust-remote-code", action="store_true", help="run Python code in the model's folder")
-    chat.add_argument("--allow-changed-base", action="store_true", help="open an adapter on a base that has changed")
-    merge = _add_command(commands, "merge", "put adapters into their base model, and prove that it is the same")
+    chat.add_argument("--allow-changed-base", action="store_true", help="open an adapter although its base has changed")
+    merge = _add_command(commands, "merge", "merge adapters into their base model and verify the result")
     merge.add_argument(
         "adapters", type=_name, nargs="+", metavar="ADAPTER", help="PEFT folders, or runs that trained an adapter"
     )
-    merge.add_argument("--output", required=True, type=_name, metavar="DIR", help="folder to make")
+    merge.add_argument("--output", required=True, type=_name, metavar="DIR", help="folder to create")
     merge.add_argument(
         "--method", choices=MERGE_METHODS, default="sequential",
-        help="how several adapters become one (default: sequential, one after another)",
+        help="how several adapters are combined (default: sequential, one after another)",
     )  # fmt: skip
-    merge.add_argument("--weights", nargs="+", type=float, metavar="X", help="of each adapter (default: 1)")
+    merge.add_argument("--weights", nargs="+", type=float, metavar="X", help="weight of each adapter (default: 1)")
     merge.add_argument(
-        "--density", type=_share, default=0.5, metavar="X", help="share of values that ties, dare and prune keep (0.5)"
+        "--density",
+        type=_share,
+        default=0.5,
+        metavar="X",
+        help="share of values that ties, dare and prune keep (default: 0.5)",
     )
-    merge.add_argument("--seed", type=_seed, default=0, metavar="N", help="of dare's choice (default: 0)")
+    merge.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of dare's choice (default: 0)")
+    merge.add_argument("--base", type=_name, metavar="M", help="the base model in full precision, if it has moved")
     merge.add_argument(
-        "--base", type=_name, metavar="M", help="the base in full precision, where it lies elsewhere by now"
-    )
-    merge.add_argument(
-        "--allow-changed-base", action="store_true", help="merge into a base that is not the one that was trained on"
+        "--allow-changed-base", action="store_true", help="merge although the base has changed since training"
     )
     merge.add_argument("--trust-remote-code", action="store_true", help="run Python code in the base's folder")
-    _add_command(commands, "recipes", "list the run files in the package, for train recipe:NAME")
-    convert = _add_command(commands, "convert-config", "turn a TRL, LLaMA-Factory or Axolotl YAML into a run file")
-    convert.add_argument("file", type=_path, metavar="FILE", help="their YAML; ours goes to standard output")
-    demo = _add_command(commands, "demo", "fine-tune the base model in the package in a few minutes and ask it")
+    _add_command(commands, "recipes", "list the run files of the package, for train recipe:NAME")
+    convert = _add_command(commands, "convert-config", "convert a TRL, LLaMA-Factory or Axolotl YAML to a run file")
+    convert.add_argument(
+        "file", type=_path, metavar="FILE", help="the YAML to convert; the run file goes to standard output"
+    )
+    demo = _add_command(commands, "demo", "fine-tune the small model of the package in a few minutes and test it")
     demo.add_argument(
-        "--output", type=_name, default="runs/demo", metavar="RUN", help="folder to make (default: runs/demo)"
+        "--output", type=_name, default="runs/demo", metavar="RUN", help="folder to create (default: runs/demo)"
     )
 
 
@@ -158,7 +152,7 @@ def _add_command(commands: Any, name: str, summary: str) -> argparse.ArgumentPar
 
 
 def _name(text: str) -> str:
-    """Of a file, folder or model; an empty one comes from a shell variable that is not set."""
+    """Name of a file, folder or model; an empty one comes from an unset shell variable."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; give a name")
     return text
@@ -211,7 +205,7 @@ def _temperature(text: str) -> float:
 
 
 def _add_config_flags(parser: argparse.ArgumentParser, names: tuple[str, ...], has_file: bool = True) -> None:
-    """A flag for every key of the config below these sections and keys, its help being the key's own text."""
+    """Add a flag for every config key of these sections or names; its help is the docstring of the key."""
     from pydantic_core import PydanticUndefined
 
     from tunesmith.config.runfile import OPEN_MAPS, SHORTHANDS, leaf_fields, takes_list
@@ -245,7 +239,7 @@ def _add_config_flags(parser: argparse.ArgumentParser, names: tuple[str, ...], h
 
 
 def _metavar(annotation: Any) -> str:
-    """What a value looks like: the choices, N for a whole number, X for any number, TEXT."""
+    """Placeholder of a value: the choices, N for an integer, X for any number, TEXT."""
     options = get_args(annotation) or (annotation,)
     if all(isinstance(option, str) for option in options):
         return "|".join(options)

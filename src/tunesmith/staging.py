@@ -33,7 +33,7 @@ def staged_folder(output: Path) -> Iterator[Path]:
     try:
         staging.mkdir(parents=True)
     except OSError as error:
-        raise TunesmithError(f"{output}: cannot be made: {error.strerror}.") from None
+        raise TunesmithError(f"{output}: cannot be made: {error.strerror}.", code="output-not-creatable") from None
     try:
         with locked(staging):
             remove_abandoned(staging.parent, output.name)
@@ -59,7 +59,10 @@ def refuse_second(staging: Path, output: Path) -> None:
     """
     partial = [path for path in staging.parent.iterdir() if is_partial(path, output.name)]
     if min(partial) != staging:
-        raise TunesmithError(f"{output}: another process prepares this run. Let it end, or give --output a new folder.")
+        raise TunesmithError(
+            f"{output}: another process prepares this run. Let it end, or give --output a new folder.",
+            code="output-taken",
+        )
 
 
 def _move_in(staging: Path, output: Path) -> None:
@@ -113,7 +116,9 @@ def locked(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise TunesmithError(f"{run}: is being trained by another process. Let it end first.") from None
+            raise TunesmithError(
+                f"{run}: is being trained by another process. Let it end first.", code="run-in-use"
+            ) from None
         except OSError:  # a file system without locks
             pass
         yield

@@ -1,11 +1,11 @@
-"""The names that other tools give to the same things: TRL and transformers, LLaMA-Factory, Axolotl -> ours."""
+"""Convert config keys of TRL and transformers, LLaMA-Factory and Axolotl to ours."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-# their name -> ours, where the value means the same
+# their key -> our key, same value
 SAME = {
     "model_name_or_path": "model.path", "base_model": "model.path", "tokenizer_name_or_path": "model.tokenizer",
     "model_revision": "model.revision", "trust_remote_code": "model.trust_remote_code",
@@ -25,7 +25,7 @@ SAME = {
     "loraplus_lr_ratio": "lora.lr_ratio",
 }  # fmt: skip
 
-# what is always so here, or decided otherwise: said, not converted
+# keys without a counterpart -> what tunesmith does instead
 ALWAYS = {
     "packing": "every pack is full and no document sees another, always",
     "sample_packing": "every pack is full and no document sees another, always",
@@ -40,7 +40,7 @@ ALWAYS = {
     "liger_kernel": "the head is applied at trained positions only, always",
     "template": "the model's own chat template is used; another one: data.chat_template",
     "stage": "tunesmith trains sft and, on raw text, pt",
-    "do_train": "the command says it: tunesmith train",
+    "do_train": "the command is tunesmith train",
     "plot_loss": "RUN/report.html has the curves",
     "evaluation_strategy": "train.eval_steps N evaluates every N steps, and at the end always",
     "eval_strategy": "train.eval_steps N evaluates every N steps, and at the end always",
@@ -48,11 +48,11 @@ ALWAYS = {
     "resume_from_checkpoint": "tunesmith resume RUN",
     "overwrite_output_dir": "a run never overwrites another",
     "push_to_hub": "hf upload RUN/model",
-    "remove_unused_columns": "columns that are not needed are left alone",
+    "remove_unused_columns": "unused columns are ignored",
     "dataset_num_proc": "the tokenizer uses all cores",
     "preprocessing_num_workers": "the tokenizer uses all cores",
     "ddp_timeout": "one process trains",
-    "save_only_model": "a checkpoint that cannot be gone on with is none",
+    "save_only_model": "every checkpoint can be resumed",
 }
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
@@ -61,7 +61,7 @@ Tree = dict[str, Any]
 
 
 def explain_key(key: str) -> str:
-    """What to write here instead of another tool's key; empty where it is none that we know."""
+    """What to use instead of a key of another tool; "" for an unknown key."""
     name = key.rsplit(".", 1)[-1]
     if name in SAME:
         return f"here it is called {SAME[name]}"
@@ -71,7 +71,7 @@ def explain_key(key: str) -> str:
 
 
 def convert(theirs: Mapping[str, Any]) -> tuple[Tree, list[str], list[str]]:
-    """A flat config of TRL, LLaMA-Factory or Axolotl -> (our dotted keys, what to know, keys without a counterpart)."""
+    """Convert a flat config of TRL, LLaMA-Factory or Axolotl: (our dotted keys, notes, keys without a counterpart)."""
     ours: Tree = {}
     notes: list[str] = []
     lost: list[str] = []
@@ -105,7 +105,7 @@ def convert(theirs: Mapping[str, Any]) -> tuple[Tree, list[str], list[str]]:
 
 
 def _trains_all_weights(theirs: Mapping[str, Any]) -> bool:
-    """Whether the file says that no adapter is trained, whatever else of an adapter stands in it."""
+    """Whether the file trains all weights, even if it has other keys of an adapter."""
     is_off = [name in theirs and not theirs[name] for name in ("adapter", "use_peft")]
     return theirs.get("finetuning_type") == "full" or any(is_off)
 
@@ -123,7 +123,7 @@ def nest(dotted: Mapping[str, Any]) -> Tree:
 
 
 def _plain(value: Any) -> Any:
-    """YAML reads 1e-4 as text."""
+    """A number that YAML reads as text (1e-4)."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -235,7 +235,7 @@ def _datasets(part: str) -> Callable[..., None]:
         entries = value if isinstance(value, list) else [value]
         ours[part] = [str(entry.get("path")) if isinstance(entry, dict) else str(entry) for entry in entries]
         if any(isinstance(entry, dict) and entry.get("type") for entry in entries):
-            notes.append(f"{part}: the form of the rows is recognised from their keys; tunesmith preview shows it")
+            notes.append(f"{part}: the format of the rows is detected from their keys; tunesmith preview shows it")
 
     return turn
 

@@ -1,4 +1,4 @@
-"""YAML as plain data: read without surprises, bounded in size, and written so that it reads back to the same values."""
+"""Read and write YAML as plain data: bounded in size, values survive a round trip."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-MAX_CHARACTERS = 8 * 2**20  # of a run file: some 60,000 names of files
-_GROWTH = 20  # times that aliases may make a file larger; each value counts its characters and 16
+MAX_CHARACTERS = 8 * 2**20  # of a run file: about 60,000 file names
+_GROWTH = 20  # limit on expansion by aliases; each value counts its characters and 16
 _MAX_DEPTH = 50
 _LARGEST = 2**63
 _STR_TAG = "tag:yaml.org,2002:str"
@@ -16,8 +16,8 @@ _BREAKS = "\x85\u2028\u2029"  # line breaks to YAML, which would read back as \n
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML without what surprises: a key that stands twice is an error instead of a silent win of the second, dates
-    stay text, tags (!!set, !!python/object) are refused, and aliases may repeat a value but not multiply it.
+    """YAML loader without surprises: a duplicate key is an error, dates stay text, tags (!!set, !!python/object) are
+    refused, and the expansion of aliases is limited.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012
@@ -41,7 +41,7 @@ class StrictLoader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         if is_alias:
             if id(node) not in self._sizes:
-                raise _problem("this alias stands inside of what it repeats", event)
+                raise _problem("this alias is inside the value that it repeats", event)
             self._size += self._sizes[id(node)]
         else:
             self._sizes[id(node)] = self._size - before
@@ -54,19 +54,19 @@ class StrictLoader(yaml.SafeLoader):
         tag = getattr(event, "tag", None)
         if tag not in (None, "!", _STR_TAG):
             shown = tag.replace("tag:yaml.org,2002:", "!!")[:60]
-            raise _problem(f"the tag {shown} is not read here; write the value as text, number, list or keys", event)
+            raise _problem(f"the tag {shown} is not supported; write the value as text, number, list or keys", event)
         if self._depth >= _MAX_DEPTH:
-            raise _problem(f"nested more than {_MAX_DEPTH} deep", event)
+            raise _problem(f"nested more than {_MAX_DEPTH} levels deep", event)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Checked here, because later `<<: *other` has put the other's keys among the mapping's own."""
+        """Check keys before `<<: *other` adds the keys of another mapping."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise _problem("a key must be a word", key)
             if key.value in seen:
-                raise _problem(f"the key {show(key.value)} stands twice", key)
+                raise _problem(f"the key {show(key.value)} appears twice", key)
             seen.add(key.value)
         return node
 
@@ -95,11 +95,11 @@ def load(text: str) -> Any:
     """Plain data.
 
     Raises:
-        ValueError: with the line, in words.
+        ValueError: what is wrong, with the line.
     """
     if len(text) > MAX_CHARACTERS:
         raise ValueError(
-            f"has {len(text):,} characters; more than {MAX_CHARACTERS:,} are not read. Name a folder or a pattern "
+            f"has {len(text):,} characters; the limit is {MAX_CHARACTERS:,}. Name a folder or a pattern "
             "(data/*.jsonl in quotes) instead of each file."
         )
     try:
@@ -111,22 +111,22 @@ def load(text: str) -> Any:
 
 
 def show(value: Any, length: int = 200) -> str:
-    """A value as errors quote it: its repr, of bounded length."""
+    """A value for a message: its repr, of bounded length."""
     try:
         text = repr(value)
-    except (RecursionError, ValueError):  # nested without end; a number of many thousand digits
+    except (RecursionError, ValueError):  # contains itself; an integer with too many digits
         return f"a {type(value).__name__} that is too large to show"
     return text if len(text) <= length else f"{text[:length]}..."
 
 
 def require_plain(value: Any, depth: int = 0) -> None:
-    """Accept what YAML and JSON keep exactly.
+    """Accept values that YAML and JSON keep exactly.
 
     Raises:
-        ValueError: what in it they do not keep.
+        ValueError: names the value that they do not keep.
     """
     if depth > _MAX_DEPTH - 10:  # below the sections and keys of a run file
-        raise ValueError(f"is nested more than {_MAX_DEPTH - 10} deep")
+        raise ValueError(f"is nested more than {_MAX_DEPTH - 10} levels deep")
     if isinstance(value, dict):
         for key, below in value.items():
             if not isinstance(key, str):
@@ -138,14 +138,14 @@ def require_plain(value: Any, depth: int = 0) -> None:
             require_plain(below, depth + 1)
     elif isinstance(value, str):
         if any(0xD800 <= ord(char) < 0xE000 for char in value):
-            raise ValueError(f"the text {show(value)} holds half a character (a surrogate)")
+            raise ValueError(f"the text {show(value)} contains half a character (a surrogate)")
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError(f"{value} is not a finite number")
     elif isinstance(value, int):
         if not -_LARGEST <= value < _LARGEST:
-            raise ValueError("a whole number in it has more than 64 bits")
+            raise ValueError("an integer in it has more than 64 bits")
     elif value is not None:
         raise ValueError(
-            f"holds a {type(value).__name__}; only text, numbers, true, false, null, lists and keys can be kept"
+            f"contains a {type(value).__name__}; allowed are text, numbers, true, false, null, lists and keys"
         )

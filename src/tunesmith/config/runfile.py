@@ -1,4 +1,4 @@
-"""Run files and flags -> a config: flags win over YAML, every problem reported at once, a guess for every typo."""
+"""Build the config from a run file and flags; report all problems at once, with suggestions for typos."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ SHORTHANDS = {
     "--eval-data": "data.eval",
     "--output": "train.output_dir",
 }
-_MAX_GUESSES = 100  # unknown keys that are compared with all known ones; a file with more is no run file
-OPEN_MAPS = ("model.config", "data.template_kwargs")  # any key below these is the user's own
+_MAX_GUESSES = 100  # unknown keys that get a suggestion
+OPEN_MAPS = ("model.config", "data.template_kwargs")  # free keys below these
 
 
 def leaf_fields(model: type[Section], prefix: str = "") -> dict[str, FieldInfo]:
-    """Dotted key -> field, for every key that a person can set, in the order of the page."""
+    """Dotted key -> field for every key, in the order of docs/config.md."""
     leaves: dict[str, FieldInfo] = {}
     for name, field in model.model_fields.items():
         annotation = field.annotation
@@ -56,14 +56,14 @@ def suggest_key(key: str, known: list[str], dashes: str = "") -> str:
 
 
 def find_recipe(path: Path) -> Path:
-    """recipe:NAME -> the file in the package; other paths as they are."""
+    """The file of recipe:NAME in the package; other paths unchanged."""
     name = str(path).removeprefix("recipe:")
     if name == str(path):
         return path
     folder = Path(__file__).parents[1] / "recipes"
     known = sorted(file.stem for file in folder.glob("*.yaml"))
     if name not in known:
-        raise ConfigError(str(path), [f"no such recipe; known: {', '.join(known)}"])
+        raise ConfigError(str(path), [f"no such recipe; known: {', '.join(known)}"], code="unknown-recipe")
     return folder / f"{name}.yaml"
 
 
@@ -73,17 +73,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
         text = read_text_or_pipe(find_recipe(path))
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ConfigError(str(path), [f"cannot be read: {reason}. Give the path of a YAML run file."]) from None
+        raise ConfigError(
+            str(path), [f"cannot be read: {reason}. Give the path of a YAML run file."], code="file-unreadable"
+        ) from None
     except UnicodeDecodeError:
-        raise ConfigError(str(path), ["is not UTF-8 text, so not a YAML run file"]) from None
+        raise ConfigError(str(path), ["is not UTF-8 text, so not a YAML run file"], code="wrong-encoding") from None
     try:
         loaded = load(text)
     except ValueError as error:
-        raise ConfigError(str(path), [str(error)]) from None
+        raise ConfigError(str(path), [str(error)], code="broken-yaml") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        raise ConfigError(str(path), ["must hold sections (model:, data:, optim:, lora:, train:)"])
+        raise ConfigError(
+            str(path), ["must contain sections (model:, data:, optim:, lora:, train:)"], code="no-sections"
+        )
     return loaded
 
 
@@ -124,7 +128,7 @@ def _unknown_keys(tree: Mapping[str, Any], known: list[str], prefix: str = "") -
 
 
 def _without(tree: Mapping[str, Any], known: list[str], prefix: str = "") -> dict[str, Any]:
-    """The tree less its unknown keys, so that the other problems are found in the same go."""
+    """The tree without unknown keys, so that other problems are found in the same pass."""
     kept: dict[str, Any] = {}
     for name, value in tree.items():
         dotted = f"{prefix}{name}"
@@ -144,7 +148,7 @@ def _explain(error: ValidationError) -> list[str]:
         if item["type"] in ("missing", "too_long") and dotted == "optim.betas":
             problems.append("optim.betas: needs two numbers, as in --optim.betas 0.9 0.999")
         elif item["type"] == "missing":
-            if dotted in ("model", "data", "train"):  # the whole section is missing: name its required keys
+            if dotted in ("model", "data", "train"):  # the section is missing: name its required key
                 dotted = {"model": "model.path", "data": "data.train", "train": "train.output_dir"}[dotted]
             problems.append(f"{dotted}: missing; give {flags.get(dotted, '--' + dotted)} or set it in the YAML")
         elif item["type"] == "value_error" and not dotted:
@@ -171,8 +175,8 @@ def resolve_config(
 
     Args:
         model: RunConfig or PreviewConfig.
-        flags: dotted key -> value as typed.
-        unknown_flags: flags that no command knows; reported with everything else.
+        flags: dotted key -> value as given.
+        unknown_flags: unknown flags; reported with all other problems.
 
     Raises:
         ConfigError: with every problem of file and flags at once.
@@ -187,7 +191,7 @@ def resolve_config(
     for key in unknown_flags or []:
         dotted = SHORTHANDS.get(f"--{key}", key)
         if any(dotted == k or (k in OPEN_MAPS and dotted.startswith(f"{k}.")) for k in known):
-            problems.append(f"--{key}: this command has no such flag (a run file may hold {dotted}; it is not read)")
+            problems.append(f"--{key}: this command has no such flag (it ignores {dotted} in a run file)")
         else:
             hint = explain_key(key.replace("-", "_"))
             problems.append(f"--{key}: unknown flag{f'; {hint}' if hint else suggest_key(key, flag_names, '--')}")
@@ -198,8 +202,8 @@ def resolve_config(
         problems += _explain(error)
     if not problems and len(dump_yaml(config)) > MAX_CHARACTERS:
         problems.append(
-            "the names and settings together are longer than a run file may be, so the run could never be gone on "
-            "with; name a folder or a pattern (in quotes) instead of each file"
+            "the names and settings exceed the size limit of a run file, so the run could not be resumed; name a "
+            "folder or a pattern (in quotes) instead of each file"
         )
     if problems:
         source = str(yaml_path) if yaml_path else "the command line"
@@ -214,7 +218,7 @@ _LISTS = (
 
 
 def _split_lists(tree: dict[str, Any]) -> None:
-    """One name where a list is meant ("train: chats.jsonl", "trackers: wandb") counts as a list of one."""
+    """Turn single names into lists of one ("train: chats.jsonl", "trackers: wandb")."""
     for section, key in _LISTS:
         below = tree.get(section)
         if isinstance(below, dict) and isinstance(below.get(key), str):
@@ -235,14 +239,14 @@ def list_recipes() -> list[tuple[str, str]]:
 
 
 def convert_config(path: Path) -> tuple[str, list[str]]:
-    """A TRL, LLaMA-Factory or Axolotl YAML as one of ours, and what there is to say about it.
+    """Convert a TRL, LLaMA-Factory or Axolotl YAML: the run file and remarks.
 
     Raises:
-        ConfigError: it cannot be read, or holds nothing that we know.
+        ConfigError: it cannot be read, or has no known key.
     """
     dotted, notes, lost = convert(read_yaml(path))
     if not dotted:
-        raise ConfigError(str(path), ["holds no key of TRL, LLaMA-Factory or Axolotl that is known here"])
+        raise ConfigError(str(path), ["has no known key of TRL, LLaMA-Factory or Axolotl"], code="no-known-keys")
     text = dump(nest(dotted))
     remarks = [*(f"note: {note}" for note in notes), *(f"no counterpart: {key}" for key in lost)]
     problems = []
@@ -250,7 +254,7 @@ def convert_config(path: Path) -> tuple[str, list[str]]:
         RunConfig.model_validate(nest({"model.path": "?", "data.train": ["?"], "train.output_dir": "?"} | dotted))
     except ValidationError as error:
         problems = _explain(error)
-    return text, [*remarks, *(f"mend by hand: {problem}" for problem in problems)]
+    return text, [*remarks, *(f"correct by hand: {problem}" for problem in problems)]
 
 
 def dump_yaml(config: Section) -> str:
@@ -263,7 +267,7 @@ def json_schema() -> dict[str, Any]:
     schema = RunConfig.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "tunesmith run"
-    # in a file, every section may be left to flags, and one name may stand for a list of one
+    # in a file, every section may be left to flags, and one name may replace a list of one
     schema.pop("required", None)
     for definition in schema["$defs"].values():
         definition.pop("required", None)

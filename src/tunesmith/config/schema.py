@@ -1,6 +1,6 @@
-"""The config of a run: every key, its type, its default and what it means; no torch needed.
+"""Schema of a run's config: keys, types, defaults and help; imports no torch.
 
-The text under each field is its help in `tunesmith train --help`, in README and in the JSON schema.
+The text under each field is its help in `tunesmith train --help`, in docs/config.md and in the JSON schema.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ def _means_number(annotation: Any) -> bool:
 
 class ModelSection(Section):
     path: str
-    """What to train: a local Hugging Face folder, a run of ours, a hub id, or new:PRESET for random weights."""
+    """Model to train: a local Hugging Face folder, a RUN, a hub id, or new:PRESET for random weights."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer; default: the model's own. A new:PRESET model needs one."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
-    """Run Python code that lies in the model's folder. Off: such a model is refused."""
+    """Run Python code in the model's folder. Off: such a model is refused."""
     add_tokens: list[str] = Field(default_factory=list)
-    """Tokens that the tokenizer gets in addition; with an adapter, of the embedding only their rows are trained."""
+    """Tokens to add to the tokenizer; with an adapter, only their rows of the embedding are trained."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Overrides of a preset's transformers config, as in --model.config.hidden_size 256."""
 
@@ -66,21 +66,21 @@ class FieldsSection(Section):
     messages: str | None = None
     """Column with the list of turns."""
     role: str | None = None
-    """Key of a turn that says who speaks (default: role or from)."""
+    """Key of a turn with the speaker (default: role or from)."""
     content: str | None = None
-    """Key of a turn that holds its text (default: content or value)."""
+    """Key of a turn with the text (default: content or value)."""
     system: str | None = None
     """Column with the system prompt."""
     history: str | None = None
     """Column with earlier turns: [question, answer] pairs, dicts of the two, or messages."""
     reasoning: str | None = None
-    """Column with what the answer's author thought before it (chain of thought)."""
+    """Column with the reasoning before the answer (chain of thought)."""
     tools: str | None = None
     """Column with the tool schemas, a list or JSON text."""
     instruction: str | None = None
     """Column with an alpaca instruction."""
     input: str | None = None
-    """Column with an alpaca input or other context; joined behind the question by a line break."""
+    """Column with an alpaca input or other context; appended to the question after a line break."""
     output: str | None = None
     """Column with an alpaca output."""
     text: str | None = None
@@ -90,7 +90,7 @@ class FieldsSection(Section):
 
 
 def explain_encoding(name: str) -> str | None:
-    """Why this is not the name of a text encoding; None if it is one."""
+    """Why a name is not a text encoding; None if it is one."""
     try:
         "a".encode(name)
     except (LookupError, ValueError):
@@ -112,11 +112,11 @@ class DataSection(Section):
         "auto", "messages", "sharegpt", "prompt_completion", "alpaca", "query_response", "input_output", "xtuner",
         "xlam", "chatgpt_export", "segments", "text",
     ] = "auto"  # fmt: skip
-    """How to read a row; auto recognises it from its keys."""
+    """Format of the rows; auto detects it from their keys."""
     fields: FieldsSection = Field(default_factory=FieldsSection)
-    """Which column plays which part, as in --data.fields.prompt question."""
+    """Column of each part, as in --data.fields.prompt question."""
     ignore_columns: list[str] = Field(default_factory=list)
-    """Columns, and keys of turns, to leave out; others that nothing reads are named, or refused as context."""
+    """Columns and keys of turns to ignore; other unread ones are named, or refuse the row as context."""
     chat_template: str | None = None
     """A .jinja file, chatml, alpaca, or none (prompt + completion + EOS); default: the model's own."""
     template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -124,21 +124,21 @@ class DataSection(Section):
     max_seq_len: int | None = Field(default=None, ge=8)
     """Longest sample in tokens; default: 2048, or the model's context where that is shorter."""
     overlong: Literal["truncate", "drop", "split", "error"] = "truncate"
-    """A chat longer than max_seq_len: cut its end, leave it out, cut it in pieces, or end. Raw text is always split."""
+    """A chat longer than max_seq_len: cut its end, drop it, split it, or fail. Raw text is always split."""
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
     """Which tokens of a chat are trained: every reply, the last reply, or everything, the questions too."""
     train_reasoning: bool = True
-    """Train what a reply thinks before its </think>; off, it is context only."""
+    """Train the reasoning before </think>; off: it is context only."""
     history: Literal["auto", "unroll", "last_turn"] = "auto"
-    """One sample for all turns where the template allows it (auto), one a turn (unroll), or the last turn only."""
+    """One sample for all turns where the template allows it (auto), one per turn (unroll), or only the last turn."""
     control_text: Literal["plain", "refuse", "allow"] = "plain"
-    """A text that spells a control token (<|im_end|>): encode it as plain text, refuse its row, or let it be one."""
+    """Text that spells a control token (<|im_end|>): encode it as plain text, refuse the row, or allow the token."""
     max_refused: float = Field(default=0.01, ge=0.0, le=1.0)
-    """Share of bad rows above which the command ends."""
+    """Share of bad rows above which the command fails."""
     limit: int | None = Field(default=None, ge=1)
     """Read only this many rows of the training data."""
     encoding: str = "utf-8"
-    """Encoding of text files (CSV, JSON, text): gb18030, cp1252, utf-16 or another name that Python knows."""
+    """Encoding of text files (CSV, JSON, text): gb18030, cp1252, utf-16 or another Python name."""
     max_row_mb: float = Field(default=16.0, gt=0.0, le=1000.0)
     """Largest row in MB; a larger one is refused and never parsed. A .txt or .md file may have any size."""
 
@@ -166,25 +166,25 @@ DEFAULT_WARMUP_RATIO = 0.03
 
 class OptimSection(Section):
     name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
-    """AdamW (Loshchilov and Hutter 2019), fused; with averages in 8 bits, or paged to the CPU, by the extra `qlora`."""
+    """Fused AdamW (Loshchilov and Hutter 2019); 8-bit or paged state needs the extra `qlora`."""
     lr: float = Field(default=2e-5, gt=0.0)
     """Peak learning rate; with an adapter (lora.kind) the default is 2e-4."""
     schedule: Literal["cosine", "linear", "constant", "minimind"] = "cosine"
-    """Course of the learning rate after warmup; minimind: lr * (0.1 + 0.5 * (1 + cos)), from 1.1 lr to 0.1 lr."""
+    """Learning rate schedule after warmup; minimind: lr * (0.1 + 0.5 * (1 + cos)), from 1.1 lr to 0.1 lr."""
     warmup_ratio: float = Field(default=DEFAULT_WARMUP_RATIO, ge=0.0, lt=1.0)
     """Share of the steps over which lr rises from 0."""
     warmup_steps: int | None = Field(default=None, ge=0)
     """Number of steps over which lr rises from 0; wins over warmup_ratio."""
     min_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Where cosine and linear end, as a share of lr."""
+    """Final value of cosine and linear, as a share of lr."""
     weight_decay: float = Field(default=0.0, ge=0.0)
-    """Decay of the weight matrices; biases, norms and embeddings have none."""
+    """Decay of weight matrices; biases, norms and embeddings are not decayed."""
     betas: tuple[_Beta, _Beta] = (0.9, 0.999)
-    """AdamW's running averages."""
+    """Coefficients of AdamW's running averages."""
     eps: float = Field(default=1e-8, gt=0.0)
-    """AdamW's divisor floor."""
+    """Term added to AdamW's divisor."""
     max_grad_norm: float = Field(default=1.0, ge=0.0)
-    """Gradients are scaled down to this norm; 0 turns clipping off."""
+    """Largest gradient norm; 0 disables clipping."""
 
 
 DEFAULT_LORA_LR = 2e-4
@@ -195,7 +195,7 @@ LoraKind = Literal["none", "lora", "rslora", "dora", "pissa", "olora"]
 
 class LoraSection(Section):
     kind: LoraKind = "none"
-    """Train an adapter instead of all weights: LoRA (Hu et al. 2021) or a relative of it; none: full fine-tuning."""
+    """Train an adapter instead of all weights: LoRA (Hu et al. 2021) or a variant; none: full fine-tuning."""
     rank: int = Field(default=16, ge=1)
     """Inner dimension of the adapter's two matrices."""
     alpha: float | None = Field(default=None, gt=0.0)
@@ -205,17 +205,17 @@ class LoraSection(Section):
     target_modules: list[str] = Field(default_factory=lambda: ["all-linear"])
     """all-linear (each linear layer but the head and MoE routers), names of modules, or one regex of whole names."""
     target_parameters: list[str] | None = None
-    """Weights that are no module of their own, as MoE experts are; default: with all-linear, the fused experts."""
+    """Weights that are not modules, such as MoE experts; default: with all-linear, the fused experts."""
     modules_to_save: list[str] | None = None
-    """Modules trained whole and kept with the adapter, as in lm_head embed_tokens."""
+    """Modules trained in full and saved with the adapter, as in lm_head embed_tokens."""
     bias: Literal["none", "all", "lora_only"] = "none"
-    """Which biases are trained too."""
+    """Biases that are trained too."""
     lr_ratio: float = Field(default=1.0, gt=0.0)
     """Learning rate of the B matrices over that of the A matrices (LoRA+, Hayou et al. 2024, suggests 16)."""
     quantize: Literal["none", "nf4", "int8"] = "none"
     """Keep the frozen weights in 4 bits (QLoRA, Dettmers et al. 2023) or 8: bitsandbytes, the extra `qlora`."""
     double_quant: bool = True
-    """nf4: quantise the quantisation's own constants too."""
+    """nf4: also quantise the quantisation constants."""
 
     @property
     def scale_alpha(self) -> float:
@@ -227,41 +227,41 @@ LARGEST_SEED = 2**63 - 1  # torch takes no larger one
 
 class TrainSection(Section):
     output_dir: str
-    """The RUN folder; must not exist yet, or be empty."""
+    """The RUN folder; must be new or empty."""
     epochs: float = Field(default=1.0, gt=0.0, le=10_000)
     """Passes over the data; fractions count."""
     max_steps: int | None = Field(default=None, ge=1)
     """Number of optimizer steps; wins over epochs."""
     micro_batch_tokens: int | None = Field(default=None, ge=8)
-    """Tokens of one packed forward, at least max_seq_len; default: max(max_seq_len, 2048)."""
+    """Tokens of one packed forward pass, at least max_seq_len; default: max(max_seq_len, 2048)."""
     grad_accum_steps: int = Field(default=1, ge=1)
-    """Forwards per optimizer step. The loss is the mean over all their supervised tokens."""
+    """Forward passes per optimizer step. The loss is the mean over all their supervised tokens."""
     precision: Literal["auto", "fp32", "bf16", "bf16_pure", "fp16"] = "auto"
     """bf16, fp16: autocast over fp32 weights; bf16_pure: bf16 weights; auto: bf16 on a GPU that has it, else fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, far less memory."""
     compile: bool = False
-    """torch.compile the model; pays off on long GPU runs only."""
+    """torch.compile the model; worth it only for long GPU runs."""
     deterministic: bool = False
-    """Only deterministic kernels (slower on a GPU; the CPU path is deterministic anyway)."""
+    """Use only deterministic kernels (slower on a GPU; the CPU path is always deterministic)."""
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
-    """Decides everything random: new weights, eval split, order, dropout."""
+    """Seed of all randomness: new weights, eval split, order, dropout."""
     log_steps: int = Field(default=1, ge=1)
-    """A line in metrics.jsonl every so many steps."""
+    """Steps between lines in metrics.jsonl."""
     eval_steps: int | None = Field(default=None, ge=1)
-    """Evaluate every so many steps and at the end; default: at the end only."""
+    """Steps between evaluations; the end of the run is always evaluated. Default: only the end."""
     save_steps: int | None = Field(default=None, ge=1)
-    """A checkpoint every so many steps; default: 500."""
+    """Steps between checkpoints; default: 500."""
     save_minutes: float | None = Field(default=10.0, gt=0.0)
-    """A checkpoint also every so many minutes; null: by steps only."""
+    """Minutes between checkpoints, besides save_steps; null: only save_steps."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """How many checkpoints stay, besides the best one."""
+    """Number of checkpoints to keep, besides the best one."""
     early_stop_patience: int | None = Field(default=None, ge=1)
-    """Stop after so many evaluations without a lower eval_loss."""
+    """Stop after this many evaluations without a lower eval_loss."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A step whose loss or gradient is NaN or infinite: end the run, or leave it out (up to 10 in a row)."""
+    """On a NaN or infinite loss or gradient: stop the run, or skip the step (up to 10 in a row)."""
     trackers: list[Literal["tensorboard", "wandb", "swanlab", "trackio"]] = Field(default_factory=list)
-    """Also log to these (each an extra: pip install 'tunesmith[wandb]')."""
+    """Trackers to log to (each an extra: pip install 'tunesmith[wandb]')."""
 
 
 class RunConfig(Section):
@@ -276,7 +276,7 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _choose_lr(cls, tree: Any) -> Any:
-        """An adapter learns at ten times the rate of full fine-tuning (Schulman et al. 2025), unless told otherwise."""
+        """The default lr of an adapter is ten times that of full fine-tuning (Schulman et al. 2025)."""
         if not isinstance(tree, dict):
             return tree
         lora, optim = tree.get("lora") or {}, tree.get("optim") or {}
@@ -287,7 +287,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _validate_across(self) -> RunConfig:
-        """Rules between keys; each names both keys and a way out."""
+        """Rules between keys; each message names both keys and a fix."""
         data, train = self.data, self.train
         problems = _check_lengths(data, train.micro_batch_tokens)
         if data.eval and data.eval_split:
@@ -297,7 +297,7 @@ class RunConfig(Section):
             problems.append("train.eval_steps: nothing to evaluate on; give data.eval or data.eval_split")
         if train.early_stop_patience and not train.eval_steps:
             problems.append("train.early_stop_patience: needs train.eval_steps and data to evaluate on")
-        # a resolved config holds both keys, so a ratio at its default, or at 0, counts as not given
+        # a resolved config has both keys, so a ratio at its default or at 0 counts as not given
         if self.optim.warmup_steps is not None and self.optim.warmup_ratio not in (0.0, DEFAULT_WARMUP_RATIO):
             problems.append(
                 f"optim.warmup_steps: optim.warmup_ratio {self.optim.warmup_ratio} is given too; keep one of the two "

@@ -19,8 +19,6 @@ from tunesmith.adapters.deltas import Delta
 from tunesmith.adapters.open_adapter import open_adapter
 from tunesmith.errors import ModelError, RunError
 
-METHODS = ("linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",
-           "magnitude_prune", "magnitude_prune_svd", "sequential")  # fmt: skip
 _NOT_COMBINED = {
     "use_dora": "is a DoRA adapter",
     "trainable_token_indices": "has rows of added tokens",
@@ -36,7 +34,7 @@ class MergePlan:
     Attributes:
         base: folder of the base's files.
         adapters: PEFT folders, in order.
-        method: one of METHODS; how several become one, or sequential.
+        method: one of config.choices.MERGE_METHODS.
         weights: of each adapter.
         density: share of the values that TIES, DARE and pruning keep.
         seed: of DARE's choice.

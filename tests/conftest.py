@@ -24,6 +24,9 @@ from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import TunesmithError
 from tunesmith.model.bpe import train_tokenizer
 from tunesmith.model.tokenizer import build_encoder
+from tunesmith.use import report
+
+NUM_SAMPLES, REPLY_TOKENS = report.NUM_SAMPLES, report._REPLY_TOKENS
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 WORDS = (
@@ -38,6 +41,22 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data f
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread_pool() -> None:
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_replies() -> Iterator[None]:
+    """One sample reply of a few tokens in each run's report: they take longer than the runs of most tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "NUM_SAMPLES", 1)
+        patch.setattr(report, "_REPLY_TOKENS", 3)
+        yield
+
+
+@pytest.fixture
+def full_replies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sample replies as users get them, for tests of the report."""
+    monkeypatch.setattr(report, "NUM_SAMPLES", NUM_SAMPLES)
+    monkeypatch.setattr(report, "_REPLY_TOKENS", REPLY_TOKENS)
 
 
 @pytest.fixture(scope="session")

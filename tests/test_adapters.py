@@ -183,6 +183,7 @@ def test_settings_without_a_kind_are_refused(run: Run, tokenizer: Any, chats: Pa
     assert "lora.rank: lora.kind is none" in err
 
 
+@pytest.mark.usefixtures("full_replies")
 def test_the_report_has_replies_of_the_adapter(run: Run, tokenizer: Any, chats: Path, tmp_path: Path) -> None:
     base = base_of(tmp_path / "base", tokenizer)
     assert run(*train_words(base, chats, tmp_path / "run", "lora"), "--data.eval_split", 0.1)[0] == 0

@@ -53,7 +53,7 @@ def tools() -> list[Any]:
         {
             "messages": [
                 turn("user", f"Look {i}"), turn("assistant", "", tool_calls=[CALL]),
-                turn("tool", "a dog", name="look", tool_call_id="AbCdEfG12"), turn("assistant", "It is a dog."),
+                turn("tool", "a dog" * (1 + 20 * (i % 3)), name="look", tool_call_id="AbCdEfG12"), turn("assistant", "It is a dog."),
             ],
             "tools": [TOOL],
         }
@@ -71,6 +71,8 @@ def texts() -> list[Any]:
     return [{"text": "the quick brown fox jumps over the lazy dog and says hello\n" * (1 + 5 * i)} for i in range(6)]
 
 
+# some rows of each are longer
+MAX_SEQ_LEN = {"chats": 96, "thoughts": 96, "tools": 450, "instructions": 40, "texts": 96}
 ROWS = {"chats": chats, "thoughts": thoughts, "tools": tools, "instructions": instructions, "texts": texts}
 TEMPLATES = ("default_system", "strips_thinking", "generation_marks", "documents_and_names", "arguments_as_text")
 CASES = [
@@ -82,9 +84,9 @@ CASES = [
     ("texts", "default_system", ()),
     ("chats", "default_system", ("--data.overlong", "drop")),
     ("chats", "default_system", ("--data.history", "unroll")),
-    ("chats", "default_system", ("--data.train_on", "last")),
+    ("chats", "default_system", ("--data.train_on", "last_assistant")),
     ("chats", "default_system", ("--data.control_text", "allow")),
-    ("thoughts", "strips_thinking", ("--data.train_reasoning", "false")),
+    ("chats", "default_system", ("--data.train_on", "all")),
 ]
 
 
@@ -103,14 +105,14 @@ def test_preview_shows_the_tokens_of_a_run(
     own = copy.deepcopy(tokenizer) if text is None else tokenizer_for(tokenizer, text)
     model = save_folder(tmp_path / "model", tiny_config("qwen3", vocab_size=len(own)), own)
     data = write_jsonl(tmp_path / "data.jsonl", ROWS[rows]())
-    given = ["--model", model, "--data", data, "--data.max_seq_len", 96, "--data.max_refused", 0.5, *flags,
+    given = ["--model", model, "--data", data, "--data.max_seq_len", MAX_SEQ_LEN[rows], "--data.max_refused", 0.5, *flags,
              *(["--data.chat_template", template] if built_in else [])]  # fmt: skip
     code, out, err = run("preview", *given, "--rows", 1000, "--json")
     assert code == 0, err
     shown = [json.loads(line) for line in out.splitlines()]
     assert len(shown) == len(ROWS[rows]())
     code, _, err = run(
-        "train", *given, "--output", tmp_path / "run", "--train.max_steps", 1, "--train.micro_batch_tokens", 128
+        "train", *given, "--output", tmp_path / "run", "--train.max_steps", 1, "--train.micro_batch_tokens", 512
     )
     assert code == 0, err
     store = open_store(tmp_path / "run" / "tokens")

@@ -485,6 +485,7 @@ def test_warmup_steps(run, model_folder: Path, chats: Path, tmp_path: Path) -> N
     assert [r["lr"] for r in metrics(tmp_path / "run")] == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3])
 
 
+@pytest.mark.usefixtures("full_replies")
 def test_every_run_leaves_a_report(run, model_folder: Path, chats: Path, tmp_path: Path) -> None:
     code, out, err = run(
         "train",

@@ -9,8 +9,9 @@ import torch
 import transformers
 
 from conftest import ARCHITECTURES, build_model, tiny_config
+from tunesmith.data.pack import Documents
 from tunesmith.errors import ModelError
-from tunesmith.model.attention import PACKED_ATTENTION, Documents
+from tunesmith.model.attention import PACKED_ATTENTION
 from tunesmith.model.isolation import choose_doc_lens, measure_difference, set_up_attention
 
 LENS = [7, 1, 12, 40, 9]

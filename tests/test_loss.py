@@ -13,24 +13,31 @@ import transformers
 from conftest import ARCHITECTURES, build_model, tiny_config
 from test_pack import make_store
 from tunesmith.config.schema import OptimSection
-from tunesmith.data.pack import IGNORE_INDEX, build_batch
+from tunesmith.data.feed import Batches
+from tunesmith.data.pack import Batch, build_batch
 from tunesmith.model import loss as loss_module
-from tunesmith.model.attention import Documents
+from tunesmith.model.head import choose_head_path
 from tunesmith.model.isolation import set_up_attention
-from tunesmith.model.loss import SupervisedLM, to_tensors
-from tunesmith.train.loop import train_step
+from tunesmith.model.loss import SupervisedLM, supervised_loss
 from tunesmith.train.optim import build_optimizer
 from tunesmith.train.precision import Precision
+from tunesmith.train.step import train_step
 
 LENGTHS = [9, 3, 21, 14, 2, 17, 6, 30]
 FP64 = Precision("fp32", torch.float64, None)
-CPU = torch.device("cpu")
 BATCHINGS = {  # the same eight documents as forwards of one step
     "one forward": [[0, 1, 2, 3, 4, 5, 6, 7]],
     "two forwards": [[2, 0, 5, 7], [1, 3, 4, 6]],
     "unequal forwards": [[7, 6, 5, 4, 3, 2, 1], [0]],
     "one document a forward": [[0], [1], [2], [3], [4], [5], [6], [7]],
 }
+
+
+def unshifted_labels(batch: Batch) -> torch.Tensor:
+    """As transformers takes them: -100 where nothing is trained."""
+    labels = torch.full((1, batch.num_tokens), -100)
+    labels[0, batch.target_at + 1] = torch.from_numpy(batch.targets)
+    return labels
 
 
 def gradients(
@@ -40,13 +47,13 @@ def gradients(
     model = build_model(tiny_config(name, initializer_range=0.02, **extra), torch.float64)
     if is_packed:
         assert set_up_attention(model, 64, 256).is_isolated
-    lm = SupervisedLM(model, is_packed=is_packed)
+    lm = SupervisedLM(model, is_packed, choose_head_path(model, is_packed))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     kept = {}
     optimizer.register_step_pre_hook(
         lambda *_: kept.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     )
-    batches = [build_batch(store, pack) for pack in packs]
+    batches = Batches(store, [np.array(pack) for pack in packs])
     result = train_step(lm, optimizer, batches, 0.0, FP64, torch.amp.GradScaler("cpu", enabled=False))
     return result.loss, kept
 
@@ -77,9 +84,9 @@ def test_the_loss_is_the_one_transformers_computes(name: str, tmp_path: Path) ->
     with torch.no_grad():
         for index in range(len(LENGTHS)):
             batch = build_batch(store, [index])
-            labels = torch.from_numpy(batch.labels)
             logits = model(input_ids=torch.from_numpy(batch.input_ids), use_cache=False).logits
-            total += F.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=IGNORE_INDEX, reduction="sum").item()
+            labels = unshifted_labels(batch)
+            total += F.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=-100, reduction="sum").item()
             count += batch.num_targets
     assert abs(loss - total / count) < 1e-5
 
@@ -130,11 +137,11 @@ def test_heads_that_scale_cap_or_bias_are_honoured(name: str, tmp_path: Path) ->
         model.lm_head.bias.data.normal_()
     store = make_store(tmp_path, LENGTHS)
     assert set_up_attention(model, 64, 256).is_isolated
-    lm = SupervisedLM(model, is_packed=True)
+    lm = SupervisedLM(model, True, choose_head_path(model, True))
     assert lm.head_path == path
-    ours = lm(**to_tensors(build_batch(store, range(8)), CPU)).loss.item()
+    ours = supervised_loss(lm, build_batch(store, range(8))).loss.item()
     lm.head_path = "logits"
-    theirs = lm(**to_tensors(build_batch(store, range(8)), CPU)).loss.item()
+    theirs = supervised_loss(lm, build_batch(store, range(8))).loss.item()
     assert abs(ours - theirs) < 1e-8 * theirs
 
 
@@ -152,24 +159,24 @@ def test_a_head_that_we_do_not_know_is_left_to_the_model(tmp_path: Path) -> None
     Odd.__module__ = type(model).__module__
     model.__class__ = Odd
     set_up_attention(model, 64, 256)
-    lm = SupervisedLM(model, is_packed=True)
+    lm = SupervisedLM(model, True, choose_head_path(model, True))
     assert lm.head_path == "logits_to_keep"
     store = make_store(tmp_path, LENGTHS)
-    ours = lm(**to_tensors(build_batch(store, range(8)), CPU)).loss
+    ours = supervised_loss(lm, build_batch(store, range(8))).loss
     lm.head_path = "logits"
-    assert torch.allclose(ours, lm(**to_tensors(build_batch(store, range(8)), CPU)).loss)
+    assert torch.allclose(ours, supervised_loss(lm, build_batch(store, range(8))).loss)
 
 
 def test_the_router_loss_is_added_and_kept_apart(tmp_path: Path) -> None:
     store = make_store(tmp_path, LENGTHS)
     model = build_model(tiny_config("qwen3_moe", router_aux_loss_coef=0.5))
     assert set_up_attention(model, 64, 256).is_isolated
-    lm = SupervisedLM(model, is_packed=True)
+    lm = SupervisedLM(model, True, choose_head_path(model, True))
     batch = build_batch(store, range(8))
-    sums = lm(**to_tensors(batch, CPU))
+    sums = supervised_loss(lm, batch)
     theirs = model(
         input_ids=torch.from_numpy(batch.input_ids), position_ids=torch.from_numpy(batch.position_ids),
-        labels=torch.from_numpy(batch.labels), output_router_logits=True, use_cache=False, documents=Documents(batch.doc_lens),
+        labels=unshifted_labels(batch), output_router_logits=True, use_cache=False, documents=batch.layout,
     )  # fmt: skip
     assert torch.allclose(sums.router_loss, 0.5 * theirs.aux_loss)
     assert torch.allclose(sums.loss / batch.num_targets + sums.router_loss, theirs.loss, rtol=1e-4)
@@ -188,10 +195,10 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, tmp_path: Path) -
     for checkpointing in (False, True):
         model = build_model(tiny_config(name), torch.float64)
         assert set_up_attention(model, 64, 256).is_isolated
-        lm = SupervisedLM(model, is_packed=True).train()
+        lm = SupervisedLM(model, True, choose_head_path(model, True)).train()
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        lm(**to_tensors(build_batch(store, range(8)), CPU)).loss.backward()
+        supervised_loss(lm, build_batch(store, range(8))).loss.backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*grads, strict=True))
 

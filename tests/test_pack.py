@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tunesmith.data.labels import Sample
 from tunesmith.data.ledger import LabelledRow
-from tunesmith.data.pack import IGNORE_INDEX, build_batch, pack_lengths, plan_epoch
+from tunesmith.data.pack import WINDOW, build_batch, count_epoch, count_packs, pack_lengths, plan_epoch
 from tunesmith.data.store import StoreWriter, TokenStore, open_store
 
 
@@ -36,6 +38,8 @@ def test_packs_hold_everything_once_and_never_too_much(seed: int) -> None:
 def test_a_sample_longer_than_a_pack_is_an_error() -> None:
     with pytest.raises(ValueError, match="does not fit"):
         pack_lengths([5, 11], 10)
+    with pytest.raises(ValueError, match="does not fit"):
+        count_packs(np.array([5, 11]), 10)
 
 
 def test_epochs_differ_and_repeat_by_seed() -> None:
@@ -56,18 +60,35 @@ def test_store_gives_back_what_was_written(tmp_path: Path) -> None:
     assert store[0].input_ids.tolist() == rng.integers(0, 400, 5).tolist()
 
 
-def test_batch_positions_labels_and_counts(tmp_path: Path) -> None:
+def test_batch_positions_targets_and_counts(tmp_path: Path) -> None:
     store = make_store(tmp_path, [4, 3])
     batch = build_batch(store, np.array([1, 0]))
-    assert batch.doc_lens == [3, 4]
+    assert batch.layout.lens == [3, 4]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3]]
     first, second = store[1], store[0]
-    assert batch.input_ids[0].tolist() == [*first.input_ids, *second.input_ids]
-    expected = [*np.where(first.loss_mask, first.input_ids.astype(int), IGNORE_INDEX)]
-    expected += [*np.where(second.loss_mask, second.input_ids.astype(int), IGNORE_INDEX)]
-    expected[0] = expected[3] = IGNORE_INDEX  # a document's first token has nothing to be predicted from
-    assert batch.labels[0].tolist() == expected
+    ids = [*first.input_ids, *second.input_ids]
+    assert batch.input_ids[0].tolist() == ids
+    trained = [*first.loss_mask, *second.loss_mask]
+    trained[0] = trained[3] = 0  # a document's first token has nothing to be predicted from
+    assert batch.targets.tolist() == [token for token, is_trained in zip(ids, trained, strict=True) if is_trained]
+    assert [ids[at + 1] for at in batch.target_at] == batch.targets.tolist()
+    assert all(trained[at + 1] for at in batch.target_at)
     assert batch.num_targets == first.num_targets + second.num_targets
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 60), st.lists(st.integers(1, 60), max_size=200))
+def test_packs_are_counted_without_packing(capacity: int, lengths: list[int]) -> None:
+    lengths = [min(length, capacity) for length in lengths]
+    assert count_packs(np.array(lengths, np.int64), capacity) == len(pack_lengths(lengths, capacity))
+
+
+@pytest.mark.parametrize("num_samples", [50, WINDOW, WINDOW + 1, 2 * WINDOW + 77])
+def test_epochs_are_counted_without_packing(num_samples: int) -> None:
+    """One window or several: exactly as many packs as the plan has."""
+    lengths = np.random.default_rng(num_samples).geometric(0.02, num_samples).clip(1, 512)
+    for epoch in (0, 1, 5):
+        assert count_epoch(lengths, 512, 3, epoch) == len(plan_epoch(lengths, 512, 3, epoch))
 
 
 def test_an_empty_store_opens(tmp_path: Path) -> None:

@@ -20,9 +20,10 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import chat_row, killed_after, save_folder, tiny_config, write_jsonl
+from tunesmith.runfolder import RunFolder
 from tunesmith.train.checkpoint import MANIFEST, find_damage, newest_valid, read_checkpoint, write_manifest
 from tunesmith.train.interrupt import StopRequest
-from tunesmith.train.loop import Progress
+from tunesmith.train.progress import Progress
 
 ROOT = Path(__file__).parents[1]
 FAST = ("--data.max_seq_len", 64, "--train.micro_batch_tokens", 128, "--optim.lr", 3e-3)
@@ -138,7 +139,7 @@ def test_a_longer_run_is_not_finished_before_its_model_is(
     run: Run, model_folder: Path, chats: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Ended between the last checkpoint of the extension and its model, while the model of before lies there."""
-    from tunesmith.run import start as running
+    from tunesmith.run import finish
 
     words = ("--model", model_folder, "--data", chats, *FAST, "--optim.schedule", "constant")
     for name, steps in (("short", 2), ("long", 4)):
@@ -148,7 +149,7 @@ def test_a_longer_run_is_not_finished_before_its_model_is(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(running, "save_model", killed)
+        patched.setattr(finish, "save_model", killed)
         assert run("resume", tmp_path / "short", "--train.max_steps", 4)[0] == 3
     code, out, err = run("resume", tmp_path / "short")
     assert code == 0, err
@@ -255,7 +256,7 @@ def test_changed_settings_are_refused_and_named(
 def test_other_versions_are_refused_by_their_minor_number(run: Run, straight: Path, tmp_path: Path) -> None:
     for version, wanted in (("2.1.0", 1), (None, 0)):
         killed = killed_after(straight, 4, tmp_path / f"part-{wanted}")
-        newest, _ = newest_valid(killed)
+        newest, _ = newest_valid(RunFolder(killed))
         assert newest
         ours = newest.guard["versions"]["torch"]
         patch = ".".join([*ours.split(".")[:2], "99"])
@@ -570,7 +571,7 @@ def test_a_disk_that_fills_up_at_a_save(
     lines = []
     for line in process.stdout:
         lines.append(line)
-        if line.startswith("step ") and not ballast.exists() and newest_valid(output)[0]:
+        if line.startswith("step ") and not ballast.exists() and newest_valid(RunFolder(output))[0]:
             fill_up(ballast)
         if room_comes_back and "no room for the checkpoint" in line:
             os.truncate(ballast, 0)

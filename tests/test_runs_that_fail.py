@@ -26,10 +26,13 @@ from tunesmith.data.ledger import LabelledRow
 from tunesmith.data.store import StoreWriter, open_store
 from tunesmith.errors import RunError, TunesmithError
 from tunesmith.files import atomic_directory, require_written, write_text_atomic
+from tunesmith.run.console import ConsoleReporter
 from tunesmith.run.failures import explained_failures
+from tunesmith.runfolder import RunFolder
 from tunesmith.staging import staged_folder
 from tunesmith.tensors import is_same_bits, require_tensors, write_tensors
 from tunesmith.train.metrics import OutsideTracker
+from tunesmith.train.progress import Progress
 
 FAST = ("--data.max_seq_len", 64, "--train.micro_batch_tokens", 128, "--optim.lr", 3e-3)
 Run = Callable[..., tuple[int, str, str]]
@@ -175,7 +178,7 @@ def test_a_changed_file_of_a_run_is_known(run: Run, model_folder: Path, chats: P
 def test_a_file_that_changes_while_it_is_read(
     run: Run, model_folder: Path, chats: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from tunesmith.train import plan
+    from tunesmith.data import dataset
 
     def slow(*args: Any) -> Any:
         for number, row in enumerate(real(*args)):
@@ -184,8 +187,8 @@ def test_a_file_that_changes_while_it_is_read(
                     file.write(json.dumps(chat_row("more", "and more")) + "\n")
             yield row
 
-    real = plan.read_rows
-    monkeypatch.setattr(plan, "read_rows", slow)
+    real = dataset.read_rows
+    monkeypatch.setattr(dataset, "read_rows", slow)
     code, _, err = run("train", "--model", model_folder, "--data", chats, "--output", tmp_path / "r", *FAST)
     assert (code, f"{chats}: was changed while it was read" in err) == (1, True)
     assert not (tmp_path / "r").exists()
@@ -281,16 +284,13 @@ def test_names_that_begin_alike_are_two_runs(tmp_path: Path) -> None:
 def test_two_runs_into_one_new_folder(
     run: Run, model_folder: Path, chats: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from tunesmith.run import start as running
+    output = tmp_path / "run"
 
-    output, real = tmp_path / "run", running.print_summary
-
-    def other_is_faster(lines: Any) -> None:
-        real(lines)
+    def other_is_faster(reporter: ConsoleReporter, lines: Any) -> None:
         output.mkdir()
         (output / "run.json").write_text("{}")
 
-    monkeypatch.setattr(running, "print_summary", other_is_faster)
+    monkeypatch.setattr(ConsoleReporter, "summary", other_is_faster)
     code, _, err = run("train", "--model", model_folder, "--data", chats, "--output", output, *FAST)
     assert (code, "another process made it meanwhile" in err) == (1, True)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
@@ -314,7 +314,7 @@ def test_an_empty_folder_whose_run_was_killed(
     (tmp_path / "empty").mkdir()
     for place, output in (("print_summary", tmp_path / "empty"), ("_move_in", make_disk("8m"))):
         script = (
-            "import os, sys, tunesmith.run.start as run, tunesmith.run.folder as folder\n"
+            "import os, sys, tunesmith.run.console as console, tunesmith.staging as folder\n"
             "from tunesmith.cli import main\n"
             "def half(staging, output):\n"
             "    rename = type(staging).rename\n"
@@ -325,7 +325,7 @@ def test_an_empty_folder_whose_run_was_killed(
             "    real(staging, output)\n"
             "real = folder._move_in\n"
             f"if {place!r} == '_move_in': folder._move_in = half\n"
-            "else: run.print_summary = lambda lines: os._exit(9)\n"
+            "else: console.print_summary = lambda lines: os._exit(9)\n"
             f"main({['train', *words, '--output', str(output)]!r})"
         )
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
@@ -384,7 +384,7 @@ def test_memory_that_is_not_enough(tmp_path: Path) -> None:
         with pytest.raises(
             RunError, match=r"memory of this machine is not enough.*train\.micro_batch_tokens 1024"
         ) as info:
-            with explained_failures(tmp_path, config, 2048):
+            with explained_failures(RunFolder(tmp_path), config, 2048, Progress()):
                 hungry()
         assert info.value.exit_code == 4
 

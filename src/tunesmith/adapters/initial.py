@@ -14,19 +14,20 @@ from typing import Any
 from tunesmith.adapters.adapter import save_initial
 from tunesmith.errors import RunError, TunesmithError
 from tunesmith.files import sha256_file
+from tunesmith.runfolder import RunFolder
 
-INITIAL = "adapter_init"
+Hashes = Mapping[str, str]
 
 
-def keep_initial(adapter: Any, run: Path) -> dict[str, str]:
+def keep_initial(adapter: Any, run: RunFolder) -> dict[str, str]:
     """Write the folder; SHA-256 of its files."""
-    save_initial(adapter, run / INITIAL)
+    save_initial(adapter, run.initial_adapter)
     return hash_initial(run)
 
 
-def hash_initial(run: Path) -> dict[str, str]:
-    """SHA-256 of the matrices that lie there now; peft writes the config beside them anew when it converts."""
-    folder = run / INITIAL
+def hash_initial(run: RunFolder) -> dict[str, str]:
+    """SHA-256 of the matrices that are there now; peft rewrites the config beside them when it converts."""
+    folder = run.initial_adapter
     try:
         if any(path.is_symlink() or not path.is_file() for path in folder.iterdir()):  # peft would write through a link
             return {}
@@ -35,37 +36,43 @@ def hash_initial(run: Path) -> dict[str, str]:
         return {}
 
 
-def is_initial_whole(run: Path, facts_of_run: Mapping[str, Any]) -> bool:
-    """Runs of earlier versions have no hashes; there the folder must at least be."""
+def is_initial_whole(run: RunFolder, recorded: Hashes | None) -> bool:
+    """Runs of earlier versions have no hashes; there the folder must at least exist."""
     now = hash_initial(run)
-    return bool(now) and facts_of_run.get(INITIAL, now) == now
+    return bool(now) and (recorded is None or recorded == now)
 
 
-def require_initial(run: Path, facts_of_run: Mapping[str, Any]) -> Path:
+def require_initial(run: RunFolder, recorded: Hashes | None) -> Path:
     """The folder, unchanged.
+
+    Args:
+        recorded: in run.json.
 
     Raises:
         RunError: it was changed or removed while the run trained; resume makes it anew.
     """
-    if not is_initial_whole(run, facts_of_run):
-        raise RunError(f"{run / INITIAL}: was changed or removed since the run began; the adapter is not written.")
-    return run / INITIAL
+    if not is_initial_whole(run, recorded):
+        raise RunError(
+            f"{run.initial_adapter}: was changed or removed since the run began; the adapter is not written."
+        )
+    return run.initial_adapter
 
 
-def restore_initial(adapter: Any, run: Path, facts_of_run: Mapping[str, Any]) -> None:
-    """Make a damaged folder anew from an adapter that has only just begun, as the run began.
+def restore_initial(adapter: Any, run: RunFolder, recorded: Hashes | None) -> str:
+    """Write a damaged folder again from an adapter that is as it was at step 0; a remark where that was needed.
 
     Raises:
         TunesmithError: what comes out is not what the run began with.
     """
-    if is_initial_whole(run, facts_of_run):
-        return
-    shutil.rmtree(run / INITIAL, ignore_errors=True)
+    folder = run.initial_adapter
+    if is_initial_whole(run, recorded):
+        return ""
+    shutil.rmtree(folder, ignore_errors=True)
     made = keep_initial(adapter, run)
-    if facts_of_run.get(INITIAL) != made:
-        shutil.rmtree(run / INITIAL, ignore_errors=True)
+    if recorded != made:
+        shutil.rmtree(folder, ignore_errors=True)
         raise TunesmithError(
-            f"{run / INITIAL}: was changed or removed, and cannot be made again as it was (other base, seed or "
+            f"{folder}: was changed or removed, and cannot be made again as it was (other base, seed or "
             "versions). Put it back from a copy, or train anew."
         )
-    print(f"{INITIAL}: was changed or removed; made again, equal to what the run began with")
+    return f"{folder.name}: was changed or removed; made again, equal to what the run began with"

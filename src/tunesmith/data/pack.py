@@ -7,7 +7,8 @@ over windows of shuffled samples, so that any pack may hold any sample and the o
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +16,7 @@ import numpy.typing as npt
 
 from tunesmith.data.store import TokenStore
 
-IGNORE_INDEX = -100
-_WINDOW = 8192  # samples packed together; large enough for over 99 % fill, small enough to be quick
+WINDOW = 8192  # samples packed together; large enough for over 99 % fill, small enough to be quick
 
 
 def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -34,7 +34,7 @@ def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     for index in order:
         length = lengths[index]
         if length > capacity:
-            raise ValueError(f"a sample of {length} tokens does not fit into {capacity}")
+            raise too_long(length, capacity)
         at = bisect.bisect_left(rooms, length)
         if at == len(rooms):
             pack, room = len(packs), capacity
@@ -53,34 +53,101 @@ def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return packs
 
 
+def count_packs(lengths: npt.NDArray[np.int64], capacity: int) -> int:
+    """len(pack_lengths(lengths, capacity)), from how often each length occurs: no sample is placed by itself.
+
+    Items of one length that fit into a pack several times go there together: after the first of them that pack has
+    less room than before, so it is still the fullest one.
+    """
+    rooms: list[int] = []  # distinct amounts of free room, ascending
+    how_many: Counter[int] = Counter()  # free room -> packs that have it
+    num_packs = 0
+
+    def add(room: int, count: int) -> None:
+        if count and not how_many[room]:
+            bisect.insort(rooms, room)
+        how_many[room] += count
+
+    for length, count in sorted(Counter(lengths.tolist()).items(), reverse=True):
+        if length > capacity:
+            raise too_long(length, capacity)
+        left = count
+        while left:
+            at = bisect.bisect_left(rooms, length)
+            is_new = at == len(rooms)
+            room = capacity if is_new else rooms[at]
+            per_pack = room // length
+            there = -(-left // per_pack) if is_new else how_many[room]
+            full = min(there, left // per_pack)
+            rest = left - full * per_pack if full < there else 0  # they share one more pack
+            used = full + bool(rest)
+            if is_new:
+                num_packs += used
+            else:
+                how_many[room] -= used
+                if not how_many[room]:
+                    del rooms[at], how_many[room]
+            add(room - per_pack * length, full)
+            add(room - rest * length, bool(rest))
+            left -= full * per_pack + rest
+    return num_packs
+
+
+def too_long(length: int, capacity: int) -> ValueError:
+    return ValueError(f"a sample of {length} tokens does not fit into {capacity}")
+
+
 def plan_epoch(lengths: npt.NDArray[np.int64], capacity: int, seed: int, epoch: int) -> list[npt.NDArray[np.int64]]:
     """The packs of an epoch, each an array of sample numbers; the same arguments give the same plan."""
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
     packs = []
-    for start in range(0, len(order), _WINDOW):
-        window = order[start : start + _WINDOW]
+    for start in range(0, len(order), WINDOW):
+        window = order[start : start + WINDOW]
         packs += [window[pack] for pack in pack_lengths(lengths[window].tolist(), capacity)]
     return [packs[i] for i in rng.permutation(len(packs))]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PackedBatch:
-    """Documents one behind another, as one forward takes them.
+def count_epoch(lengths: npt.NDArray[np.int64], capacity: int, seed: int, epoch: int) -> int:
+    """len(plan_epoch(...)) of the same arguments."""
+    if len(lengths) <= WINDOW:  # one window: the order changes nothing
+        return count_packs(lengths, capacity)
+    order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
+    windows = (lengths[order[start : start + WINDOW]] for start in range(0, len(order), WINDOW))
+    return sum(count_packs(window, capacity) for window in windows)
+
+
+class Documents:
+    """Layout of a batch: documents one behind another, each of which attends to itself alone.
+
+    An object rather than a list, so that torch.compile does not compile again for each.
 
     Attributes:
-        input_ids, position_ids, labels: int64 [1, tokens]; positions start anew with each document; labels are
-            unshifted, IGNORE_INDEX where nothing is trained and at each document's first token, which has no
-            context to be predicted from.
-        doc_lens: tokens of each document.
-        samples: the sample numbers in it.
+        lens: tokens of each document, in order; they add up to the batch.
+    """
+
+    __slots__ = ("lens",)
+
+    def __init__(self, lens: list[int]) -> None:
+        self.lens = lens
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """What one forward computes. The shift is made here: nothing after it moves labels.
+
+    Attributes:
+        input_ids, position_ids: int64 [1, tokens]; positions count from 0 in each document.
+        targets: int64 [targets], the tokens to predict. A document's first token is never one: it has no context.
+        target_at: int64 [targets], the positions whose outputs predict them, ascending.
+        layout: which tokens attend to which.
     """
 
     input_ids: npt.NDArray[np.int64]
     position_ids: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.int64]
-    doc_lens: list[int]
-    samples: list[int]
+    targets: npt.NDArray[np.int64]
+    target_at: npt.NDArray[np.int64]
+    layout: Documents
 
     @property
     def num_tokens(self) -> int:
@@ -88,30 +155,16 @@ class PackedBatch:
 
     @property
     def num_targets(self) -> int:
-        return int((self.labels != IGNORE_INDEX).sum())
+        return len(self.targets)
 
 
-def build_batch(store: TokenStore, pack: Sequence[int] | npt.NDArray[np.int64]) -> PackedBatch:
-    """Join the samples of one pack."""
-    samples = [store[int(index)] for index in pack]
-    doc_lens = [len(sample.input_ids) for sample in samples]
-    input_ids = np.concatenate([sample.input_ids for sample in samples]).astype(np.int64)
-    loss_mask = np.concatenate([sample.loss_mask for sample in samples]).astype(bool)
-    loss_mask[np.cumsum([0, *doc_lens[:-1]])] = False
-    labels = np.where(loss_mask, input_ids, IGNORE_INDEX)
-    position_ids = np.concatenate([np.arange(length) for length in doc_lens])
-    return PackedBatch(input_ids[None], position_ids[None], labels[None], doc_lens, [int(i) for i in pack])
-
-
-def build_batches(
-    store: TokenStore, packs: Sequence[npt.NDArray[np.int64]], one_document: bool
-) -> Iterator[PackedBatch]:
-    """The forwards of these packs.
-
-    Args:
-        one_document: each sample is a forward of its own (for models that mix packed documents); a step is still
-            made of the same samples.
-    """
-    for pack in packs:
-        for samples in [[index] for index in pack] if one_document else [pack]:
-            yield build_batch(store, samples)
+def build_batch(store: TokenStore, samples: Sequence[int] | npt.NDArray[np.int64]) -> Batch:
+    """Join samples, given by number, to one forward."""
+    documents = [store[int(index)] for index in samples]
+    lens = [len(document.input_ids) for document in documents]
+    input_ids = np.concatenate([document.input_ids for document in documents]).astype(np.int64)
+    loss_mask = np.concatenate([document.loss_mask for document in documents]).astype(bool)
+    loss_mask[np.cumsum([0, *lens[:-1]])] = False
+    trained = np.flatnonzero(loss_mask)
+    position_ids = np.concatenate([np.arange(length) for length in lens])
+    return Batch(input_ids[None], position_ids[None], input_ids[trained], trained - 1, Documents(lens))

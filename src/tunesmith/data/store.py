@@ -52,6 +52,11 @@ class TokenStore:
     def lengths(self) -> npt.NDArray[np.int64]:
         return np.diff(self.offsets)
 
+    def lengths_of(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Tokens of these samples."""
+        lengths: npt.NDArray[np.int64] = self.offsets[samples + 1] - self.offsets[samples]
+        return lengths
+
     def where(self, index: int) -> str:
         """file:row of a sample, for messages."""
         return f"{self.files[self.file_numbers[index]]}:{self.row_numbers[index]}"

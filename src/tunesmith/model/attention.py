@@ -15,21 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from tunesmith.data.pack import Documents
+
 PACKED_ATTENTION = "tunesmith_packed"
 _QUERY_BLOCK = 1024  # queries of one block where scores are computed by hand
-
-
-class Documents:
-    """The documents of a pack. An object rather than a list, so that torch.compile does not compile anew for each.
-
-    Attributes:
-        lens: tokens of each document, in order; they add up to the pack.
-    """
-
-    __slots__ = ("lens",)
-
-    def __init__(self, lens: list[int]) -> None:
-        self.lens = lens
 
 
 def packed_attention(

@@ -6,16 +6,17 @@ and rope that looks at the longest position of a pack (longrope, dynamic NTK) ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from tunesmith.data.pack import Documents
 from tunesmith.errors import ModelError
-from tunesmith.model.attention import PACKED_ATTENTION, Documents, register_packed_attention
+from tunesmith.model.attention import PACKED_ATTENTION, register_packed_attention
+from tunesmith.model.probe import in_fp32, probe_model
 
 _SHORT_DOCS = [7, 33, 5, 20]
 # Allowed difference relative to the channel's largest value. Measured in fp32 even where training will not be: rounding
@@ -31,10 +32,28 @@ class Isolation:
     report: str
 
 
-def set_up_attention(model: nn.Module, max_seq_len: int, micro_batch_tokens: int) -> Isolation:
-    """Switch the model to packed attention and compare with its own attention on single documents.
+def set_up_attention(model: PreTrainedModel, max_seq_len: int, micro_batch_tokens: int) -> Isolation:
+    """Probe packed attention and switch the model to it where that is safe.
 
-    Where the two differ, the model is switched back to its own attention and must get one document a forward.
+    Raises:
+        ModelError: the model is not causal.
+    """
+    isolation = probe_isolation(probe_model(model), max_seq_len, micro_batch_tokens)
+    if isolation.is_isolated:
+        use_packed_attention(model)
+    return isolation
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    register_packed_attention()
+    model.set_attn_implementation(PACKED_ATTENTION)
+
+
+def probe_isolation(model: PreTrainedModel, max_seq_len: int, micro_batch_tokens: int) -> Isolation:
+    """Compare packed attention with the model's own attention on single documents; the model stays as it was.
+
+    Args:
+        model: from probe_model.
 
     Raises:
         ModelError: a token's hidden state depends on tokens behind it, so next-token training would teach nothing.
@@ -48,37 +67,18 @@ def set_up_attention(model: nn.Module, max_seq_len: int, micro_batch_tokens: int
                 "would be trained on text that it can read. Use a causal language model."
             )
         try:
-            register_packed_attention()
-            model.set_attn_implementation(PACKED_ATTENTION)
+            use_packed_attention(model)
             difference = measure_difference(model, own, doc_lens)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever a stranger's model does with an attention it does not know
-            model.set_attn_implementation(own)
+        except Exception as error:  # a model may fail in any way with an attention that it does not know
             return Isolation(False, f"one document a forward: packing fails on this model ({_first_line(error)})")
+        finally:
+            model.set_attn_implementation(own)
     seen = f"packed and solo differ by {difference:.1e} (documents of {', '.join(map(str, doc_lens))} tokens)"
     if difference <= _TOLERANCE:
         return Isolation(True, f"packed: {seen}")
-    model.set_attn_implementation(own)
     return Isolation(False, f"one document a forward: {seen}, so this model mixes packed documents")
-
-
-@contextmanager
-def in_fp32(model: nn.Module) -> Iterator[None]:
-    """No gradient, no dropout, and fp32 for weights that are kept in half precision; all as before afterwards."""
-    tensors = [*model.parameters(), *model.buffers()]
-    halves = [(t, t.dtype) for t in tensors if t.dtype in (torch.bfloat16, torch.float16)]
-    was_training = model.training
-    model.eval()
-    for tensor, _ in halves:
-        tensor.data = tensor.data.float()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for tensor, dtype in halves:
-            tensor.data = tensor.data.to(dtype)  # exact: it came from there
-        model.train(was_training)
 
 
 def _first_line(error: Exception) -> str:
@@ -104,19 +104,20 @@ def choose_doc_lens(config: Any, max_seq_len: int, micro_batch_tokens: int) -> l
     return lens
 
 
-def _random_docs(model: nn.Module, lens: list[int]) -> list[Tensor]:
+def _random_docs(model: PreTrainedModel, lens: list[int]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     vocab = model.config.get_text_config().vocab_size
     device = next(model.parameters()).device
     return [torch.randint(0, vocab, (1, n), generator=generator).to(device) for n in lens]
 
 
-def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
+def hidden_states(model: PreTrainedModel, **inputs: Any) -> Tensor:
     """Final hidden states [1, tokens, hidden]; equal ones give equal logits, and a vocabulary's width is spared."""
-    return model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    hidden: Tensor = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    return hidden
 
 
-def sees_later_tokens(model: nn.Module) -> bool:
+def sees_later_tokens(model: PreTrainedModel) -> bool:
     """Whether changing the last token moves what the model computed before it."""
     (one,) = _random_docs(model, [12])
     two = one.clone()
@@ -128,7 +129,7 @@ def sees_later_tokens(model: nn.Module) -> bool:
     return _relative_difference(first, second) > _TOLERANCE
 
 
-def measure_difference(model: nn.Module, own: str, doc_lens: list[int]) -> float:
+def measure_difference(model: PreTrainedModel, own: str, doc_lens: list[int]) -> float:
     """Largest |packed - solo| relative to the largest value of its channel."""
     docs = _random_docs(model, doc_lens)
     positions = torch.cat([torch.arange(n, device=docs[0].device) for n in doc_lens])[None]
@@ -142,4 +143,4 @@ def measure_difference(model: nn.Module, own: str, doc_lens: list[int]) -> float
 def _relative_difference(one: Tensor, two: Tensor) -> float:
     """[tokens, channels] each; a channel with large values must not hide what happens in the others."""
     scale = one.abs().amax(0).clamp_min(1e-30)
-    return ((one - two).abs().amax(0) / scale).max().item()
+    return float(((one - two).abs().amax(0) / scale).max())

@@ -1,12 +1,12 @@
 """The supervised loss: a sum over trained positions, the head applied to those positions alone, in chunks.
 
-Labels are unshifted as in transformers; the one shift of the project is in `SupervisedLM.forward`.
+A batch names its targets and the positions whose outputs predict them (data/pack.py), so nothing is shifted here.
 """
 
 from __future__ import annotations
 
-import inspect
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
-from tunesmith.data.pack import IGNORE_INDEX, PackedBatch
-from tunesmith.model.attention import Documents
-from tunesmith.model.isolation import in_fp32
+from tunesmith.data.pack import Batch, Documents
+from tunesmith.model.head import head_logits
 
 _CHUNK_BYTES = 256 * 2**20  # fp32 logits that may exist at once
 
@@ -44,41 +44,39 @@ class SupervisedLM(nn.Module):
 
     Args:
         model: a transformers causal LM.
-        is_packed: whether its attention is ours and takes the documents; else a batch holds one document.
+        is_packed: whether its attention is ours and takes the layout; else a batch has one document.
+        head_path: from choose_head_path.
         adapter: peft's PeftModel around the model, where only an adapter is trained.
     """
 
-    def __init__(self, model: nn.Module, is_packed: bool, adapter: Any = None) -> None:
+    def __init__(self, model: PreTrainedModel, is_packed: bool, head_path: str, adapter: Any = None) -> None:
         super().__init__()
         self.model = model
-        self._adapter = (adapter,)  # in a tuple: as a submodule it would hold every weight a second time
+        self._adapter = (adapter,)  # in a tuple: as a submodule it would register every weight a second time
         self.is_packed = is_packed
         self.router = find_router(model)
-        self.head_path = "logits"
-        self.head_path = choose_head_path(self)
+        self.head_path = head_path
 
     @property
     def adapter(self) -> Any:
         return self._adapter[0]
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, doc_lens: list[int]) -> LossSums:
-        """Loss sums of one pack; all tensors int64 [1, tokens]."""
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, targets: Tensor, target_at: Tensor, layout: Documents
+    ) -> LossSums:
+        """Loss sums of a batch; its arrays as tensors."""
         # alone, a document gets the positions that the model gives it itself (RoBERTa's begin at 2)
-        extra = {"position_ids": position_ids, "documents": Documents(doc_lens)} if self.is_packed else {}
-        targets = labels[0, 1:]
-        at = (targets != IGNORE_INDEX).nonzero(as_tuple=True)[0]  # position i predicts token i + 1
-        targets = targets[at]
+        extra = {"position_ids": position_ids, "documents": layout} if self.is_packed else {}
         inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False, **extra}
-        router_loss = expert_counts = None
+        if self.router:
+            inputs["output_router_logits"] = True
         if self.head_path == "decoder":
-            if self.router:
-                inputs["output_router_logits"] = True
             output = self.model.get_decoder()(**inputs)
-            hidden = output.last_hidden_state[0, at]
-            loss, num_correct = self._chunked_loss(hidden, targets)
+            loss, num_correct = self._chunked_loss(output.last_hidden_state[0, target_at], targets)
         else:
-            output, logits = self._model_logits(inputs, at)
+            output, logits = self._model_logits(inputs, target_at)
             loss, num_correct = token_loss_sum(logits, targets)
+        router_loss = expert_counts = None
         if self.router:
             router_loss = self.router.loss(output.router_logits)
             expert_counts = self.router.count_choices(output.router_logits)
@@ -86,34 +84,17 @@ class SupervisedLM(nn.Module):
 
     def _model_logits(self, inputs: dict[str, Any], at: Tensor) -> tuple[Any, Tensor]:
         """The model's output, and its own [targets, vocab] logits."""
-        if self.router:
-            inputs = inputs | {"output_router_logits": True}
         if self.head_path == "logits_to_keep":
             output = self.model(**inputs, logits_to_keep=at)
             return output, output.logits[0]
         output = self.model(**inputs)
         return output, output.logits[0, at]
 
-    def head_logits(self, hidden: Tensor) -> Tensor:
-        """[targets, hidden] -> [targets, vocab], with what the model's forward does to its logits."""
-        config = self.model.config.get_text_config()
-        logits = self.model.get_output_embeddings()(hidden)
-        scale = getattr(config, "logit_scale", None)  # Cohere
-        if scale is not None:
-            logits = logits * scale
-        divisor = getattr(config, "logits_scaling", None)  # Granite
-        if divisor is not None:
-            logits = logits / divisor
-        cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-        if cap is not None:
-            logits = cap * torch.tanh(logits / cap)
-        return logits
-
     def _chunked_loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Loss sum and correct count without ever holding all logits; chunks are recomputed in the backward."""
 
         def chunk_loss(hidden_chunk: Tensor, target_chunk: Tensor) -> tuple[Tensor, Tensor]:
-            return token_loss_sum(self.head_logits(hidden_chunk), target_chunk)
+            return token_loss_sum(head_logits(self.model, hidden_chunk), target_chunk)
 
         vocab = self.model.config.get_text_config().vocab_size
         rows = max(1, _CHUNK_BYTES // (4 * vocab))
@@ -147,17 +128,18 @@ class Router:
 
     def loss(self, router_logits: Any) -> Tensor:
         """coefficient * the mean over layers, of one forward."""
-        value = self.function(router_logits, self.num_experts, self.top_k)
+        value: Tensor = self.function(router_logits, self.num_experts, self.top_k)
         return self.coefficient * value
 
     @torch.no_grad()
     def count_choices(self, router_logits: Any) -> Tensor:
         """[experts], over all tokens and layers of one forward."""
         chosen = torch.cat([layer.topk(self.top_k, -1).indices.reshape(-1) for layer in router_logits])
-        return torch.bincount(chosen, minlength=self.num_experts)
+        counts = torch.zeros(self.num_experts, dtype=torch.int64, device=chosen.device)
+        return counts.scatter_add_(0, chosen, torch.ones_like(chosen))  # bincount would wait for the device
 
 
-def find_router(model: nn.Module) -> Router | None:
+def find_router(model: PreTrainedModel) -> Router | None:
     """The router loss that belongs to this architecture, or None."""
     config = model.config.get_text_config()
     function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
@@ -168,38 +150,21 @@ def find_router(model: nn.Module) -> Router | None:
     return Router(function, coefficient, num_experts, config.num_experts_per_tok)
 
 
-def choose_head_path(lm: SupervisedLM) -> str:
-    """ "decoder" where decoder + head give the model's own logits, else the cheapest way through the model itself.
+Objective = Callable[[nn.Module, Batch], LossSums]
 
-    Checked on a tiny document at start: a model may scale, cap or bias its logits in ways unknown to us.
+
+def supervised_loss(lm: nn.Module, batch: Batch) -> LossSums:
+    """The objective of supervised fine-tuning and of pre-training; another objective is another such function.
+
+    Args:
+        lm: a SupervisedLM, or a data parallel wrapper around one.
     """
-    with in_fp32(lm.model):
-        return _choose_head_path(lm)
+    sums: LossSums = lm(**to_tensors(batch, next(lm.parameters()).device))
+    return sums
 
 
-def _choose_head_path(lm: SupervisedLM) -> str:
-    model = lm.model
-    device = next(model.parameters()).device
-    vocab = model.config.get_text_config().vocab_size
-    ids = torch.randint(0, vocab, (1, 8), generator=torch.Generator().manual_seed(1)).to(device)
-    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-    if lm.is_packed:
-        inputs |= {"position_ids": torch.arange(8, device=device)[None], "documents": Documents([8])}
-    reference = model(**inputs).logits[0]
-    path = "logits"
-    if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
-        path = "logits_to_keep"
-    try:
-        ours = lm.head_logits(model.get_decoder()(**inputs).last_hidden_state[0])
-        if ours.shape == reference.shape and torch.allclose(ours, reference, rtol=1e-4, atol=1e-5):
-            path = "decoder"
-    except (AttributeError, TypeError):  # no decoder of the usual shape
-        pass
-    return path
-
-
-def to_tensors(batch: PackedBatch, device: torch.device) -> dict[str, Any]:
+def to_tensors(batch: Batch, device: torch.device) -> dict[str, Any]:
     """The keyword arguments of SupervisedLM.forward."""
-    arrays = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "labels": batch.labels}
-    tensors = {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
-    return {**tensors, "doc_lens": batch.doc_lens}
+    names = ("input_ids", "position_ids", "targets", "target_at")
+    tensors = {name: torch.from_numpy(getattr(batch, name)).to(device, non_blocking=True) for name in names}
+    return {**tensors, "layout": batch.layout}

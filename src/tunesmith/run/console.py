@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,6 +12,68 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tunesmith.display import cover_streams, one_line, raw_stream, visible
 
 _PLAIN_LINES = 20  # lines of a run whose output goes to a file
+
+
+class Reporter(Protocol):
+    """Shows a run to a person while it goes on."""
+
+    def summary(self, lines: list[tuple[str, str]]) -> None:
+        """Names and texts, before step 1; an empty name continues the line before."""
+
+    def note(self, text: str) -> None:
+        """One remark."""
+
+    def begin(self, total_steps: int, first_step: int) -> None:
+        """Training starts behind `first_step`."""
+
+    def step(self, record: dict[str, Any], remark: str) -> None:
+        """A record of metrics.jsonl; `remark` is what could not be saved, while that holds."""
+
+    def end(self) -> None:
+        """Training ended, or failed."""
+
+
+class ConsoleReporter:
+    """Prints to standard output: what the commands use."""
+
+    def __init__(self) -> None:
+        self._display: StepDisplay | None = None
+
+    def summary(self, lines: list[tuple[str, str]]) -> None:
+        print_summary(lines)
+
+    def note(self, text: str) -> None:
+        print(text)
+
+    def begin(self, total_steps: int, first_step: int) -> None:
+        self._display = StepDisplay(total_steps, first_step)
+
+    def step(self, record: dict[str, Any], remark: str) -> None:
+        assert self._display is not None
+        self._display.show(record, remark)
+
+    def end(self) -> None:
+        if self._display:
+            self._display.close()
+
+
+class Silent:
+    """Shows nothing."""
+
+    def summary(self, lines: list[tuple[str, str]]) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def begin(self, total_steps: int, first_step: int) -> None:
+        pass
+
+    def step(self, record: dict[str, Any], remark: str) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
 
 
 def print_summary(lines: list[tuple[str, str]]) -> None:

@@ -5,31 +5,31 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from tunesmith.config.schema import RunConfig
 from tunesmith.errors import InterruptedRun, RunError, TunesmithError
 from tunesmith.files import NO_ROOM, is_out_of_memory, lacking_memory, system_error
-from tunesmith.runfolder import RUN_FILE
+from tunesmith.runfolder import RunFolder
 from tunesmith.train.checkpoint import newest_valid
-from tunesmith.train.loop import Trainer
+from tunesmith.train.progress import Progress
 
 
 @contextmanager
-def explained_failures(run: Path, config: RunConfig, capacity: int) -> Iterator[list[Trainer]]:
+def explained_failures(run: RunFolder, config: RunConfig, capacity: int, progress: Progress) -> Iterator[None]:
     """Turn failures into errors that name the last good checkpoint and the command to go on.
 
-    Yields a list that the trainer is put into once there is one.
+    Args:
+        capacity: tokens of one forward.
+        progress: of the run; read when something fails.
     """
-    running: list[Trainer] = []
 
     def where() -> str:
-        return f"at step {running[0].progress.step}" if running else "before step 1"
+        return f"at step {progress.step}" if progress.step else "before step 1"
 
     try:
-        yield running
+        yield
     except KeyboardInterrupt:
-        if not (run / RUN_FILE).exists():
+        if not run.record.exists():
             raise
         raise InterruptedRun(f"interrupted {where()}. {how_to_go_on(run)}") from None
     except InterruptedRun as stopped:
@@ -48,20 +48,20 @@ def explained_failures(run: Path, config: RunConfig, capacity: int) -> Iterator[
         raise RunError(f"{explain_system(reason, run, where())} {how_to_go_on(run)}") from error
 
 
-def explain_system(error: OSError, run: Path, where: str) -> str:
+def explain_system(error: OSError, run: RunFolder, where: str) -> str:
     """What the system refused, to which file, and when."""
-    file = os.fspath(error.filename) if isinstance(error.filename, (str, os.PathLike)) else run
+    file = os.fspath(error.filename) if isinstance(error.filename, (str, os.PathLike)) else run.path
     if error.errno in NO_ROOM:
-        return f"{run}: no room left on the disk {where}. Make room there."
+        return f"{run.path}: no room left on the disk {where}. Make room there."
     return f"{file}: {error.strerror or error}, {where}."
 
 
-def how_to_go_on(run: Path) -> str:
-    if not (run / RUN_FILE).exists():
+def how_to_go_on(run: RunFolder) -> str:
+    if not run.record.exists():
         return "Nothing of it was kept."
     last, _ = newest_valid(run)
     stands = f"Last good checkpoint: {last.folder}." if last else "There is no checkpoint yet; it would begin anew."
-    return f"{stands} Go on with: tunesmith resume {run}"
+    return f"{stands} Go on with: tunesmith resume {run.path}"
 
 
 def explain_memory(config: RunConfig, capacity: int) -> str:

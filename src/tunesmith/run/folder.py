@@ -9,7 +9,7 @@ from tunesmith.config.schema import RunConfig
 from tunesmith.display import format_bytes
 from tunesmith.errors import TunesmithError
 from tunesmith.model.loss import SupervisedLM
-from tunesmith.runfolder import RUN_FILE
+from tunesmith.runfolder import RunFolder
 from tunesmith.staging import is_partial, remove_abandoned
 from tunesmith.train.checkpoint import estimate_bytes
 from tunesmith.train.loop import DEFAULT_SAVE_STEPS
@@ -36,14 +36,15 @@ def resolve_output(name: str) -> Path:
 
 
 def _explain_taken(name: str, output: Path) -> str:
-    if (output / RUN_FILE).exists() and not any((output / name).exists() for name in ("model", "adapter")):
+    run = RunFolder(output)
+    if run.is_run and not run.has_model:
         return (
             f"{name}: holds a run that has not finished. Go on with it: tunesmith resume {name}. Or give --output a "
             "new folder."
         )
     if any(is_partial(path, output.name) for path in output.iterdir()):
         return f"{name}: another process prepares a run there. Let it end first, or give --output a new folder."
-    what = "holds another run" if (output / "config.yaml").exists() else "is not empty"
+    what = "holds another run" if run.config.exists() else "is not empty"
     return f"{name}: {what}; give --output a new folder, or remove this one."
 
 

@@ -1,11 +1,11 @@
-"""What a run is made of, kept with it, so that it never goes on as another run without somebody meaning it.
+"""Fingerprint of a run (data, tokenizer, model, config, versions). Resume refuses changes that would alter training.
 
-What changes the mathematics refuses to go on and is named; what does not (log lines, trackers, how often is saved) is
-taken over.
+Changes that do not alter it (log lines, trackers, how often it saves) are taken over.
 """
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import importlib.metadata
 import json
@@ -15,19 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
 
 from tunesmith.adapters.base import hub_commit
-from tunesmith.config.schema import DataSection, RunConfig
-from tunesmith.encode.encoder import Encoder
+from tunesmith.data.dataset import DataSources, StoreHashes
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.files import sha256_ends, sha256_file, sha256_text
-from tunesmith.model.source import find_model
-from tunesmith.sources.read import find_sources
+from tunesmith.model.source import ModelSource
+from tunesmith.run.records import Fingerprint
+from tunesmith.run.session import Session
 
-PARTS = (
-    "data", "template", "tokenizer", "model", "optimizer", "lora", "schedule", "batch", "seed", "precision", "versions",
-)  # fmt: skip
 RELABELS = ("data", "template", "tokenizer")  # what the tokens on disk were made with
 _WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "pytorch_model*.bin")
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft")
@@ -54,28 +50,28 @@ _KEYS = {
 }
 
 
-def describe_run(
-    config: RunConfig, encoder: Encoder, model_config: PretrainedConfig, files: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Hashes, settings and versions, as JSON.
+def take_fingerprint(session: Session, files: FileRecords, store: StoreHashes) -> Fingerprint:
+    """Hashes, settings and versions of a run.
 
     Args:
         files: from `describe_files`.
+        store: hashes of its tokens.
     """
-    template = encoder.template
-    own = {k: v for k, v in model_config.to_dict().items() if not k.startswith("_") and k not in _VOLATILE}
-    return {
-        "data": files,
-        "template": sha256_text(json.dumps([template.text, dict(encoder.defaults.variables)]) if template else "none"),
-        "tokenizer": sha256_text(
+    encoder, template = session.encoder, session.encoder.template
+    own = {k: v for k, v in session.model_config.to_dict().items() if not k.startswith("_") and k not in _VOLATILE}
+    return Fingerprint(
+        data={part: list(entries) for part, entries in files.items()},
+        template=sha256_text(json.dumps([template.text, dict(encoder.defaults.variables)]) if template else "none"),
+        tokenizer=sha256_text(
             encoder.tokenizer.backend_tokenizer.to_str() + json.dumps(encoder.tokenizer.special_tokens_map, default=str)
         ),
-        "model": sha256_text(json.dumps(own, sort_keys=True, default=str)),
-        "weights": describe_weights(config),
-        "config": config.model_dump(mode="json"),
-        "threads": torch.get_num_threads(),
-        "versions": {name: _version(name) for name in _PACKAGES},
-    }
+        model=sha256_text(json.dumps(own, sort_keys=True, default=str)),
+        weights=describe_weights(session.model, session.config.model.revision),
+        config=session.config.model_dump(mode="json"),
+        threads=torch.get_num_threads(),
+        versions={name: _version(name) for name in _PACKAGES},
+        store={folder: dict(hashes) for folder, hashes in store.items()},
+    )
 
 
 _VOLATILE = ("transformers_version", "dtype", "torch_dtype", "attn_implementation", "use_cache")
@@ -88,13 +84,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-def describe_weights(config: RunConfig) -> dict[str, Any]:
+def describe_weights(source: ModelSource, revision: str | None) -> dict[str, Any]:
     """The files of a local model, by size, time and SHA-256 of their ends; the commit of a hub model."""
-    source = find_model(config.model.path)
     if source.kind == "preset":
         return {}
     if source.kind == "hub":
-        return {source.name: hub_commit(source.name, source.revision or config.model.revision)}
+        return {source.name: hub_commit(source.name, source.revision or revision)}
     folders = [Path(source.name), *([source.adapter] if source.adapter else [])]
     files = [path for folder in folders for pattern in _WEIGHTS for path in sorted(folder.glob(pattern))]
     for path in files:
@@ -103,11 +98,13 @@ def describe_weights(config: RunConfig) -> dict[str, Any]:
     return {str(path.resolve()): {"size": path.stat().st_size, "ends": sha256_ends(path)} for path in files}
 
 
-def describe_files(data: DataSection) -> dict[str, list[dict[str, Any]]]:
+FileRecords = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def describe_files(data: DataSources) -> dict[str, list[dict[str, Any]]]:
     """Every file that is read, in order, with its size, time and SHA-256; hub data by name."""
     described: dict[str, list[dict[str, Any]]] = {}
-    for part, names in (("train", data.train), ("eval", data.eval or [])):
-        sources = find_sources(names)
+    for part, sources in (("train", data.train), ("eval", data.eval)):
         described[part] = [_describe_file(path) for path in sources.files]
         described[part] += [{"hub": list(name)} for name in sources.hub]
     return described
@@ -123,16 +120,14 @@ def _describe_file(path: Path) -> dict[str, Any]:
     }
 
 
-def describe_store(folder: Path) -> dict[str, str]:
-    """SHA-256 of the token store's files."""
-    return {file.name: sha256_file(file) for file in sorted(folder.iterdir())}
-
-
-def compare_files(before: Mapping[str, Any], names: DataSection) -> tuple[list[str], list[str]]:
+def compare_files(before: FileRecords, sources: DataSources | None) -> tuple[list[str], list[str]]:
     """Files that are no longer what they were when the run began: reasons to refuse, and remarks.
 
     A file whose size and time are as they were is not read again; one that is gone is only remarked on, since the run
     has its tokens.
+
+    Args:
+        sources: what the names mean today; None where one of them is gone.
     """
     refusals, notes = [], []
     for part in ("train", "eval"):
@@ -148,7 +143,7 @@ def compare_files(before: Mapping[str, Any], names: DataSection) -> tuple[list[s
                 continue
             if stat.st_size != entry["size"] or sha256_file(path) != entry["sha256"]:
                 refusals.append(f"data: {path} has changed since the run began")
-    given = [str(path.resolve()) for path in find_named(names)]
+    given = [str(path.resolve()) for path in sources.files] if sources else []
     had = [entry["path"] for part in ("train", "eval") for entry in before[part] if "path" in entry]
     if given and set(given) != {path for path in had if Path(path).exists()}:
         new = sorted(set(given) - set(had)) or sorted(set(had) - set(given))
@@ -156,23 +151,15 @@ def compare_files(before: Mapping[str, Any], names: DataSection) -> tuple[list[s
     return refusals, notes
 
 
-def find_named(data: DataSection) -> list[Path]:
-    """The files that the names stand for today; none where one of them is gone."""
-    try:
-        return [*find_sources(data.train).files, *find_sources(data.eval or []).files]
-    except TunesmithError:
-        return []
-
-
-def compare_runs(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def compare_runs(before: Fingerprint, now: Fingerprint) -> tuple[list[str], list[str]]:
     """(reasons to refuse, each beginning with its part, as in "template: ..."; remarks)."""
     refusals, notes = [], []
-    refusals += _compare_weights(before.get("weights", {}), now["weights"])
+    refusals += _compare_weights(before.weights, now.weights)
     for part in ("template", "tokenizer", "model"):
-        if before[part] != now[part]:
+        if getattr(before, part) != getattr(now, part):
             what = {"template": "the chat template", "tokenizer": "the tokenizer", "model": "the model's config"}[part]
             refusals.append(f"{part}: {what} is not the one that the run began with")
-    old, new = flatten(before["config"]), flatten(now["config"])
+    old, new = flatten(before.config), flatten(now.config)
     for key in sorted(set(old) | set(new)):
         if old.get(key) == new.get(key) or any(f"{key}.".startswith(f"{name}.") for name in _BY_HASH):
             continue
@@ -185,11 +172,12 @@ def compare_runs(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[lis
                 key.split(".")[0]
             )
             refusals.append(f"{part or 'batch'}: {change}")
-    for name, version in before["versions"].items():
-        if _minor(version) != _minor(now["versions"].get(name)):
-            refusals.append(f"versions: {name} {version} -> {now['versions'].get(name)}")
-        elif version != now["versions"].get(name):
-            notes.append(f"{name} {version} -> {now['versions'].get(name)}: a patch release, taken over")
+    for name, version in before.versions.items():
+        current = now.versions.get(name)
+        if _minor(version) != _minor(current):
+            refusals.append(f"versions: {name} {version} -> {current}")
+        elif version != current:
+            notes.append(f"{name} {version} -> {current}: a patch release, taken over")
     return refusals, notes
 
 
@@ -242,6 +230,6 @@ def refuse_changes(refusals: Sequence[str], allowed: Sequence[str], run: Path, a
     return sorted({line.split(":")[0] for line in refusals})
 
 
-def run_id(output: Path, date: str) -> str:
+def run_id(output: Path, date: datetime.datetime) -> str:
     """A name for trackers that stays the same when the run goes on."""
-    return hashlib.sha256(f"{os.fspath(output)}{date}".encode()).hexdigest()[:12]
+    return hashlib.sha256(f"{os.fspath(output)}{date.isoformat()}".encode()).hexdigest()[:12]

@@ -24,11 +24,14 @@ from torch import Tensor, nn
 from tunesmith.adapters.adapter import adapter_weights
 from tunesmith.adapters.adapter_config import ADAPTER_WEIGHTS
 from tunesmith.encode.encoder import Encoder
+from tunesmith.errors import TunesmithError
 from tunesmith.files import atomic_directory, seal_of, sealed, sha256_file, wait_if_asked
 from tunesmith.model.loss import SupervisedLM
 from tunesmith.model.save import write_trained
 from tunesmith.reading import open_file, read_text
+from tunesmith.runfolder import RunFolder
 from tunesmith.tensors import write_tensors
+from tunesmith.train.progress import TrainState
 
 FORMAT = 1
 _NUMBER = "#number"
@@ -45,7 +48,7 @@ class Snapshot:
             an adapter's.
         optimizer: "parameter/key" -> tensor.
         random: states of torch's generators.
-        state: the rest, as JSON; has the step.
+        state: TrainState as JSON, taken at the end of that step.
     """
 
     weights: dict[str, Tensor]
@@ -67,9 +70,16 @@ class Checkpoint:
     files: Mapping[str, Mapping[str, Any]]
     guard: Mapping[str, Any]
 
-    def load_state(self) -> dict[str, Any]:
-        state: dict[str, Any] = json.loads(read_text(self.folder / _STATE))
-        return state
+    def load_state(self) -> TrainState:
+        """Raises:
+        TunesmithError: it lacks a field, so another version wrote it.
+        """
+        try:
+            return TrainState.from_json(json.loads(read_text(self.folder / _STATE)))
+        except KeyError as error:
+            raise TunesmithError(
+                f"{self.folder / _STATE}: has no {error}; another version of tunesmith wrote it."
+            ) from None
 
     def load_random(self) -> dict[str, Tensor]:
         return load_file(self.folder / _RANDOM)
@@ -79,10 +89,6 @@ class Checkpoint:
 
     def load_optimizer(self) -> dict[str, Tensor]:
         return load_file(self.folder / _OPTIMIZER)
-
-
-def checkpoint_path(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:06d}"
 
 
 def copy_weights(lm: SupervisedLM) -> dict[str, Tensor]:
@@ -124,7 +130,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
 
 
 def write_checkpoint(
-    run: Path, snapshot: Snapshot, lm: SupervisedLM, encoder: Encoder, guard: Mapping[str, Any]
+    run: RunFolder, snapshot: Snapshot, lm: SupervisedLM, encoder: Encoder, guard: Mapping[str, Any]
 ) -> Path:
     """Write step-NNNNNN whole.
 
@@ -132,7 +138,7 @@ def write_checkpoint(
         lm: for configs and the names under which weights are saved; its weights are not read.
         guard: what the run is made of (run/identity.py), kept in the manifest.
     """
-    folder = checkpoint_path(run, snapshot.step)
+    folder = run.checkpoint(snapshot.step)
 
     def seal(partial: Path) -> None:
         wait_if_asked()
@@ -208,10 +214,10 @@ def find_damage(checkpoint: Checkpoint) -> str:
     return f"{foreign[0]} is a foreign file; take it out" if foreign else ""
 
 
-def list_checkpoints(run: Path) -> tuple[list[Checkpoint], dict[Path, str]]:
+def list_checkpoints(run: RunFolder) -> tuple[list[Checkpoint], dict[Path, str]]:
     """Those whose manifest can be read, oldest first, and the folders that have none that can, with the reason."""
     found, damaged = [], {}
-    root = run / "checkpoints"
+    root = run.checkpoints
     for folder in sorted(root.iterdir()) if root.is_dir() else []:
         if folder.is_dir() and not folder.name.startswith("."):
             try:
@@ -221,7 +227,7 @@ def list_checkpoints(run: Path) -> tuple[list[Checkpoint], dict[Path, str]]:
     return sorted(found, key=lambda checkpoint: checkpoint.step), damaged
 
 
-def newest_valid(run: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
+def newest_valid(run: RunFolder) -> tuple[Checkpoint | None, dict[Path, str]]:
     """The newest checkpoint that verifies, and what is wrong with those that do not."""
     found, damaged = list_checkpoints(run)
     for checkpoint in reversed(found):
@@ -232,7 +238,7 @@ def newest_valid(run: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
     return None, damaged
 
 
-def prune_checkpoints(run: Path, keep: int, best_step: int | None, newest_step: int) -> None:
+def prune_checkpoints(run: RunFolder, keep: int, best_step: int | None, newest_step: int) -> None:
     """Of those up to the newest one that was just verified, delete the oldest beyond `keep`; the best one stays.
 
     What lies behind the newest one is damaged, or the run would have gone on from there, and is written anew in time.
@@ -250,9 +256,9 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def leftovers(run: Path) -> Iterator[Path]:
+def leftovers(run: RunFolder) -> Iterator[Path]:
     """What a killed writer left under hidden names."""
-    for root in (run, run / "checkpoints"):
+    for root in (run.path, run.checkpoints):
         for pattern in (".*.partial", ".*.old"):
             yield from root.glob(pattern)
 

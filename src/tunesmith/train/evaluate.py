@@ -1,18 +1,16 @@
-"""Loss, perplexity and token accuracy on held-out rows, summed pack by pack; no logits are kept."""
+"""Loss, perplexity and token accuracy on held-out rows, summed batch by batch; no logits are kept."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from tunesmith.data.pack import build_batches
-from tunesmith.data.store import TokenStore
-from tunesmith.model.loss import SupervisedLM, to_tensors
+from tunesmith.data.feed import Batches
+from tunesmith.model.loss import Objective, SupervisedLM, supervised_loss
 from tunesmith.train.precision import Precision
+from tunesmith.train.world import OneProcess, World
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +25,26 @@ class EvalResult:
 
 @torch.no_grad()
 def evaluate(
-    lm: SupervisedLM, store: TokenStore, plan: Sequence[np.ndarray], precision: Precision, device: torch.device
+    lm: SupervisedLM,
+    batches: Batches,
+    precision: Precision,
+    world: World | None = None,
+    objective: Objective = supervised_loss,
 ) -> EvalResult:
-    """Means over all supervised tokens of the plan, dropout off."""
+    """Means over all supervised tokens, dropout off. The host waits for the device once, at the end."""
+    world = world or OneProcess()
+    batches = batches.share(world.rank, world.size)
+    device = next(lm.parameters()).device
+    # loss and correct tokens; exact as float64, which MPS lacks
+    sums = torch.zeros(2, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     lm.eval()
-    loss_sum = 0.0
-    num_correct = num_targets = 0
-    for batch in build_batches(store, plan, one_document=not lm.is_packed):
+    for batch in batches:
         with precision.context(device):
-            sums = lm(**to_tensors(batch, device))
-        loss_sum += sums.loss.item()
-        num_correct += int(sums.num_correct.item())
-        num_targets += batch.num_targets
+            found = objective(lm, batch)
+        assert found.num_correct is not None
+        sums[0] += found.loss.to(sums)
+        sums[1] += found.num_correct.to(sums)
     lm.train()
-    return EvalResult(loss_sum / max(1, num_targets), num_correct / max(1, num_targets))
+    num_targets = max(1, int(world.sum(torch.tensor(batches.num_targets))))
+    loss_sum, num_correct = world.sum(sums).tolist()
+    return EvalResult(loss_sum / num_targets, num_correct / num_targets)

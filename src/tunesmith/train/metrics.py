@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from tunesmith.errors import ConfigError
 from tunesmith.files import write_text_atomic
 from tunesmith.reading import read_text
+from tunesmith.runfolder import RunFolder
 
 Record = dict[str, Any]
 
@@ -113,7 +114,7 @@ class TensorBoardTracker:
 
         # TensorBoard itself leaves out what an earlier writer logged from purge_step on
         purge_step = last_step + 1 if last_step is not None else None
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
 
     def log(self, record: Record) -> None:
         for name, value in _numbers(record).items():
@@ -145,13 +146,13 @@ class WandbTracker:
 
 
 class SwanlabTracker:
-    def __init__(self, folder: Path, run_id: str, config: Record) -> None:
+    def __init__(self, folder: RunFolder, run_id: str, config: Record) -> None:
         import swanlab
 
         self._swanlab = swanlab
         swanlab.init(
-            project="tunesmith", name=folder.name, config=config, log_dir=str(folder / "swanlab"), id=run_id,
-            resume="allow",
+            project="tunesmith", name=folder.path.name, config=config, log_dir=str(folder.tracker_logs("swanlab")),
+            id=run_id, resume="allow",
         )  # fmt: skip
 
     def log(self, record: Record) -> None:
@@ -199,7 +200,7 @@ def require_trackers(names: list[str]) -> None:
 
 
 def start_trackers(
-    names: list[str], folder: Path, config: Record, run_id: str, last_step: int | None = None
+    names: list[str], folder: RunFolder, config: Record, run_id: str, last_step: int | None = None
 ) -> list[Tracker]:
     """The metrics file, then the trackers by name.
 
@@ -209,10 +210,10 @@ def start_trackers(
         last_step: of the checkpoint that the run goes on from.
     """
     start: dict[str, Callable[[], Tracker]] = {
-        "tensorboard": lambda: TensorBoardTracker(folder, last_step),
-        "wandb": lambda: WandbTracker(folder, run_id, config),
+        "tensorboard": lambda: TensorBoardTracker(folder.tracker_logs("tensorboard"), last_step),
+        "wandb": lambda: WandbTracker(folder.path, run_id, config),
         "swanlab": lambda: SwanlabTracker(folder, run_id, config),
-        "trackio": lambda: TrackioTracker(folder, config),
+        "trackio": lambda: TrackioTracker(folder.path, config),
     }
-    trackers: list[Tracker] = [MetricsFile(folder / "metrics.jsonl", last_step)]
+    trackers: list[Tracker] = [MetricsFile(folder.metrics, last_step)]
     return trackers + [OutsideTracker(name, start[name]()) for name in names]

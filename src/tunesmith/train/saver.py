@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import RunError
 from tunesmith.files import is_no_room, system_error
 from tunesmith.model.loss import SupervisedLM
+from tunesmith.runfolder import RunFolder
 from tunesmith.tensors import find_not_finite
 from tunesmith.train.checkpoint import (
     Snapshot,
@@ -30,7 +30,7 @@ class Saver:
     them would push out a good one.
     """
 
-    def __init__(self, run: Path, lm: SupervisedLM, encoder: Encoder, guard: Mapping[str, Any], keep: int) -> None:
+    def __init__(self, run: RunFolder, lm: SupervisedLM, encoder: Encoder, guard: Mapping[str, Any], keep: int) -> None:
         self.failure = ""
         self._run, self._lm, self._encoder, self._guard, self._keep = run, lm, encoder, guard, keep
         self._thread: threading.Thread | None = None

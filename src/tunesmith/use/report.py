@@ -11,6 +11,7 @@ from typing import Any
 from tunesmith.config.runfile import read_yaml
 from tunesmith.config.schema import ModelSection, RunConfig
 from tunesmith.data.labels import Sample
+from tunesmith.data.split import split_eval
 from tunesmith.data.store import open_store
 from tunesmith.display import to_html
 from tunesmith.errors import ModelError
@@ -19,7 +20,6 @@ from tunesmith.model.load import count_parameters
 from tunesmith.model.source import telling_text
 from tunesmith.reading import read_text
 from tunesmith.train.metrics import read_metrics
-from tunesmith.train.plan import split_eval
 from tunesmith.use.batch import Sampling
 from tunesmith.use.charts import CHART_CSS, Series, line_chart
 from tunesmith.use.generate import Speaker, decode_reply, load_speaker, reply_to

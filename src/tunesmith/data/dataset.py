@@ -1,0 +1,204 @@
+"""A run's data on disk: all rows labelled into token stores, with a ledger of what became of each."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tunesmith.config.schema import DataSection, TrainSection
+from tunesmith.data.feed import Batches, Feed, count_steps, plan_samples
+from tunesmith.data.ledger import Ledger
+from tunesmith.data.prepare import label_rows
+from tunesmith.data.split import Numbers, split_eval
+from tunesmith.data.store import StoreWriter, TokenStore, open_store
+from tunesmith.encode.encoder import Encoder
+from tunesmith.errors import DataError, TunesmithError
+from tunesmith.files import sha256_file, sha256_text
+from tunesmith.runfolder import RunFolder
+from tunesmith.sources.read import Sources, find_sources, read_rows
+
+StoreHashes = Mapping[str, Mapping[str, str]]  # folder of a store -> its files -> SHA-256 of what was written
+
+
+@dataclass(frozen=True, slots=True)
+class DataSources:
+    """What data.train and data.eval stand for, looked up once: what is hashed is what is read."""
+
+    train: Sources
+    eval: Sources
+
+    @property
+    def files(self) -> list[Path]:
+        return [*self.train.files, *self.eval.files]
+
+
+def find_data(data: DataSection) -> DataSources:
+    """Raises:
+    DataError: a name stands for nothing.
+    """
+    return DataSources(find_sources(data.train), find_sources(data.eval or []))
+
+
+def refuse_shared_files(sources: DataSources) -> None:
+    """Raises:
+    TunesmithError: a file or a hub data set is read twice.
+    """
+    train, held_out = sources.train, sources.eval
+    train_files = [path.resolve() for path in train.files]
+    both = set(train_files) & {path.resolve() for path in held_out.files} or set(train.hub) & set(held_out.hub)
+    if both:
+        first = next(iter(both))
+        name = first[0] if isinstance(first, tuple) else first
+        raise TunesmithError(
+            f"{name}: stands in data.train and in data.eval; what is trained on cannot be evaluated on. Give other "
+            "files, or data.eval_split to hold some rows out."
+        )
+    twice = [str(path) for path in train_files if train_files.count(path) > 1]
+    if twice:
+        raise TunesmithError(f"{twice[0]}: is named twice in data.train, so that its rows would count twice.")
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Data on disk, ready to train.
+
+    Attributes:
+        train_samples: sample numbers of `train`; those that data.eval_split holds out are not among them.
+        eval: what is evaluated on: a store of its own or `train` again; None where nothing is.
+        eval_samples: sample numbers of `eval`.
+        sha256: what the stores' files must hold.
+    """
+
+    train: TokenStore
+    train_samples: Numbers
+    ledger: Ledger
+    eval: TokenStore | None
+    eval_samples: Numbers
+    eval_ledger: Ledger | None
+    sha256: StoreHashes
+
+    def ledger_json(self, encoder: Encoder, date: datetime.datetime) -> dict[str, Any]:
+        """The content of data_ledger.json."""
+        template, store = encoder.template, self.train
+        trained = set(self.train_samples.tolist())
+        return {
+            # rows of the training files that data.eval_split holds out (pieces of rows, where one long text was split)
+            "held_out": [store.where(index) for index in range(len(store)) if index not in trained],
+            "train": self.ledger.to_json(),
+            "eval": self.eval_ledger.to_json() if self.eval_ledger else None,
+            "template": {
+                "source": template.source if template else "none",
+                "sha256": sha256_text(template.text) if template else None,
+                "date": date.isoformat(),
+                "stop_token": encoder.stop.text,
+            },
+        }
+
+
+def write_dataset(
+    data: DataSection, sources: DataSources, encoder: Encoder, max_seq_len: int, seed: int, folder: RunFolder
+) -> Dataset:
+    """Label all rows into stores in `folder`.
+
+    Args:
+        seed: of data.eval_split.
+
+    Raises:
+        DataError: too many rows are bad, or a file changed while it was read.
+    """
+    store, ledger, hashes = _label_into(folder.tokens, sources.train, data, encoder, max_seq_len)
+    if not data.eval:
+        return _split(data, seed, store, ledger, None, None, {folder.tokens.name: hashes})
+    unlimited = data.model_copy(update={"limit": None})
+    eval_store, eval_ledger, eval_hashes = _label_into(
+        folder.eval_tokens, sources.eval, unlimited, encoder, max_seq_len
+    )
+    both = {folder.tokens.name: hashes, folder.eval_tokens.name: eval_hashes}
+    return _split(data, seed, store, ledger, eval_store, eval_ledger, both)
+
+
+def open_dataset(
+    data: DataSection, seed: int, folder: RunFolder, hashes: StoreHashes, ledger: Ledger, eval_ledger: Ledger | None
+) -> Dataset:
+    """What `write_dataset` left in `folder`; `find_store_damage` says whether it still is that."""
+    eval_store = open_store(folder.eval_tokens) if folder.eval_tokens.name in hashes else None
+    return _split(data, seed, open_store(folder.tokens), ledger, eval_store, eval_ledger, hashes)
+
+
+def _split(
+    data: DataSection,
+    seed: int,
+    store: TokenStore,
+    ledger: Ledger,
+    eval_store: TokenStore | None,
+    eval_ledger: Ledger | None,
+    hashes: StoreHashes,
+) -> Dataset:
+    train_samples, eval_samples = split_eval(store, data.eval_split, seed)
+    if eval_store is not None:
+        eval_samples = np.arange(len(eval_store))
+    elif len(eval_samples):
+        eval_store = store
+    return Dataset(store, train_samples, ledger, eval_store, eval_samples, eval_ledger, hashes)
+
+
+def _label_into(
+    folder: Path, sources: Sources, data: DataSection, encoder: Encoder, max_seq_len: int
+) -> tuple[TokenStore, Ledger, dict[str, str]]:
+    """All rows of the sources in a store, what became of them, and the hashes of the store's files."""
+    before = _stamps(sources.files)
+    ledger = Ledger(passed_over=[str(path) for path in sources.passed_over])
+    writer = StoreWriter(folder)
+    with writer:
+        for row in label_rows(read_rows(sources, data.encoding, data.max_row_mb), encoder, data, max_seq_len):
+            ledger.add(row)
+            writer.add(row)
+    ledger.raise_if_unusable(data.max_refused)
+    for path, stamp in _stamps(sources.files).items():
+        if stamp != before[path]:
+            raise DataError(f"{path}: was changed while it was read. Train once nothing writes to it any more.")
+    return open_store(folder), ledger, writer.sha256
+
+
+def _stamps(files: Sequence[Path]) -> dict[Path, tuple[int, int] | None]:
+    """Size and time of each file; None where it is gone."""
+    stats = ((path, path.stat()) if path.exists() else (path, None) for path in files)
+    return {path: (stat.st_size, stat.st_mtime_ns) if stat else None for path, stat in stats}
+
+
+def hash_store(folder: Path) -> dict[str, str]:
+    """SHA-256 of a store's files."""
+    return {file.name: sha256_file(file) for file in sorted(folder.iterdir())}
+
+
+def find_store_damage(folder: RunFolder, hashes: StoreHashes) -> str:
+    """The first file of the run's tokens that is not what was written; empty where all are."""
+    for name, files in hashes.items():
+        store = folder.path / name
+        now = hash_store(store) if store.is_dir() else {}
+        for file, sha256 in files.items():
+            if now.get(file) != sha256:
+                what = "has changed" if file in now else "is missing"
+                return f"{store / file}: {what} since the run began"
+    return ""
+
+
+def build_feed(dataset: Dataset, train: TrainSection, capacity: int, is_packed: bool) -> Feed:
+    """The steps of a run over a data set.
+
+    Args:
+        capacity: tokens of one pack.
+        is_packed: whether a pack is one forward.
+    """
+    lengths, packs_per_step, seed = dataset.train.lengths_of(dataset.train_samples), train.grad_accum_steps, train.seed
+    total = train.max_steps or count_steps(lengths, capacity, packs_per_step, seed, train.epochs)
+    held_out = None
+    if dataset.eval is not None:
+        packs = plan_samples(dataset.eval, dataset.eval_samples, capacity, 0, 0)
+        held_out = Batches(dataset.eval, packs, is_packed)
+    return Feed(dataset.train, dataset.train_samples, capacity, packs_per_step, seed, total, held_out, is_packed)

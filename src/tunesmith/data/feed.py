@@ -1,0 +1,138 @@
+"""The steps of a run: batches, the rows they are made of, and the place behind each. The loop gets its data here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tunesmith.data.pack import Batch, build_batch, count_epoch, plan_epoch
+from tunesmith.data.store import TokenStore
+
+Pack = npt.NDArray[np.int64]
+Place = Any  # JSON: where the next step begins, opaque to everything but the feed
+FIRST_PLACE: Place = (0, 0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batches:
+    """Packs of a store as batches, each built when it is asked for.
+
+    Attributes:
+        packs: sample numbers, by pack.
+        is_packed: a pack is one batch; else each of its samples is (for models that mix packed documents).
+    """
+
+    store: TokenStore
+    packs: Sequence[Pack]
+    is_packed: bool = True
+
+    def __iter__(self) -> Iterator[Batch]:
+        for pack in self.packs:
+            for samples in [pack] if self.is_packed else [[int(index)] for index in pack]:
+                yield build_batch(self.store, samples)
+
+    def __len__(self) -> int:
+        return len(self.packs) if self.is_packed else self.num_samples
+
+    @property
+    def num_samples(self) -> int:
+        return sum(len(pack) for pack in self.packs)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(int(self.store.lengths_of(pack).sum()) for pack in self.packs)
+
+    @property
+    def num_targets(self) -> int:
+        return sum(int(self.store.num_targets[pack].sum()) for pack in self.packs)
+
+    def rows(self) -> list[str]:
+        """file:row of every sample, in the order of the batches."""
+        return [self.store.where(int(index)) for pack in self.packs for index in pack]
+
+    def share(self, rank: int, size: int) -> Batches:
+        """Every size-th pack from the rank-th on: what one of several processes computes."""
+        return replace(self, packs=self.packs[rank::size])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """What one optimizer update is made of.
+
+    Attributes:
+        epoch: epochs done after it.
+        place: where the next step begins.
+    """
+
+    batches: Batches
+    epoch: float
+    place: Place
+
+    def rows(self) -> list[str]:
+        return self.batches.rows()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Feed:
+    """Packs every epoch of a store and deals the packs to steps.
+
+    Attributes:
+        store, samples: what is trained on.
+        capacity: tokens of one pack.
+        packs_per_step: train.grad_accum_steps.
+        total_steps: of the run.
+        held_out: what is evaluated on, if anything is.
+    """
+
+    store: TokenStore
+    samples: Pack
+    capacity: int
+    packs_per_step: int
+    seed: int
+    total_steps: int
+    held_out: Batches | None = None
+    is_packed: bool = True
+
+    def steps(self, place: Place = FIRST_PLACE, rank: int = 0, size: int = 1) -> Iterator[Step]:
+        """The steps from a place on, without end; of each, the packs of one of `size` processes."""
+        epoch, first = place
+        while True:
+            packs = plan_samples(self.store, self.samples, self.capacity, self.seed, epoch)
+            for start in range(first, len(packs), self.packs_per_step):
+                group = packs[start : start + self.packs_per_step]
+                behind = start + len(group)
+                after = (epoch, behind) if behind < len(packs) else (epoch + 1, 0)
+                batches = Batches(self.store, group, self.is_packed).share(rank, size)
+                yield Step(batches, epoch + behind / len(packs), after)
+            epoch, first = epoch + 1, 0
+
+    @property
+    def packs_per_epoch(self) -> int:
+        return count_epoch(self.store.lengths_of(self.samples), self.capacity, self.seed, 0)
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        return int(self.store.lengths_of(self.samples).sum())
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.packs_per_epoch // self.packs_per_step)
+
+
+def plan_samples(store: TokenStore, samples: Pack, capacity: int, seed: int, epoch: int) -> list[Pack]:
+    """The packs of an epoch, as sample numbers of the store."""
+    return [samples[pack] for pack in plan_epoch(store.lengths_of(samples), capacity, seed, epoch)]
+
+
+def count_steps(lengths: npt.NDArray[np.int64], capacity: int, packs_per_step: int, seed: int, epochs: float) -> int:
+    """Optimizer steps of so many epochs; epochs may differ by a pack or two."""
+    total = 0.0
+    for epoch in range(math.ceil(epochs)):
+        num_packs = count_epoch(lengths, capacity, seed, epoch)
+        total += math.ceil(num_packs / packs_per_step) * min(1.0, epochs - epoch)
+    return max(1, round(total))

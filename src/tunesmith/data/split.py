@@ -1,0 +1,36 @@
+"""Which samples are trained and which are evaluated on."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from tunesmith.data.store import TokenStore
+from tunesmith.errors import TunesmithError
+
+Numbers = npt.NDArray[np.int64]
+
+
+def split_eval(store: TokenStore, share: float, seed: int) -> tuple[Numbers, Numbers]:
+    """Sample numbers to train and to evaluate on; all samples of a row go to one side.
+
+    Where there are too few rows to hold any out (one long text), its pieces are split instead.
+
+    Raises:
+        TunesmithError: there are not even enough pieces.
+    """
+    everything = np.arange(len(store))
+    if not share:
+        return everything, everything[:0]
+    row_ids = store.file_numbers * (int(store.row_numbers.max()) + 1) + store.row_numbers
+    units = np.unique(row_ids)
+    if len(units) * share < 1:
+        row_ids = units = everything
+    num_held_out = max(1, round(len(units) * share))
+    if num_held_out >= len(units):
+        raise TunesmithError(
+            f"data.eval_split {share}: {len(units)} rows are too few to hold any out. Give data.eval, or more data."
+        )
+    held_out = np.random.default_rng([seed, 0x5EED]).choice(units, num_held_out, replace=False)
+    is_eval = np.isin(row_ids, held_out)
+    return everything[~is_eval], everything[is_eval]

@@ -1,0 +1,148 @@
+"""From a session and its data to what the loop needs: the model with its probes, and the steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from tunesmith.adapters.adapter import add_adapter, cast_trained, quantization_config
+from tunesmith.adapters.base import record_base
+from tunesmith.config.schema import ModelSection
+from tunesmith.data.dataset import Dataset, build_feed
+from tunesmith.data.feed import Feed
+from tunesmith.errors import ModelError, TunesmithError
+from tunesmith.model.head import choose_head_path
+from tunesmith.model.isolation import Isolation, probe_isolation, use_packed_attention
+from tunesmith.model.load import check_vocabulary, extend_vocabulary, load_config, load_model
+from tunesmith.model.loss import SupervisedLM
+from tunesmith.model.probe import probe_model
+from tunesmith.model.source import ModelSource, find_model
+from tunesmith.run.session import Session
+from tunesmith.tensors import find_not_finite
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyRun:
+    """A run before its first step."""
+
+    session: Session
+    dataset: Dataset
+    lm: SupervisedLM
+    isolation: Isolation
+    feed: Feed
+
+
+def assemble(session: Session, dataset: Dataset, checkpoint: Path | None = None) -> ReadyRun:
+    """Load the model and plan the steps.
+
+    Args:
+        checkpoint: where the weights of a resumed run come from, if all of them are trained.
+    """
+    config = session.config
+    if session.is_adapter:
+        require_real_base(config.model.path, session.model)
+    model = load_weights(session, checkpoint)
+    adapter = add_new_adapter(session, model) if session.is_adapter else None
+    isolation, lm = wrap(session, model, adapter)
+    feed = build_feed(dataset, config.train, session.lengths.capacity, lm.is_packed)
+    return ReadyRun(session, dataset, lm, isolation, feed)
+
+
+def require_real_base(path: str, source: ModelSource) -> None:
+    """Raises:
+    ModelError: nobody else could open the adapter, because its base is saved nowhere.
+    """
+    if source.adapter:
+        raise ModelError(
+            f"{path}: is already an adapter; peft and other tools cannot load a second adapter on top of it. Merge it "
+            f"first: tunesmith merge {path} --output MERGED; then train on MERGED."
+        )
+    if source.kind == "preset":
+        raise ModelError(
+            f"{path}: has random weights that are saved nowhere, so an adapter on them could never be opened. Train it "
+            "in full (--lora.kind none), and an adapter on that."
+        )
+
+
+def load_weights(session: Session, checkpoint: Path | None) -> PreTrainedModel:
+    """The model on its device, with rows for added tokens, every weight finite."""
+    config, tokenizer = session.config, session.encoder.tokenizer
+    section, source, model_config = config.model, session.model, session.model_config
+    if checkpoint is not None:
+        section = ModelSection(path=str(checkpoint), trust_remote_code=config.model.trust_remote_code)
+        source = find_model(section.path)
+        model_config = load_config(section, tokenizer, source)
+    dtype = weights_dtype(session)
+    quantization = quantization_config(config.lora, dtype)
+    model: Any = load_model(section, model_config, dtype, config.train.seed, quantization, source)
+    if checkpoint is None:  # a checkpoint has the added rows already, trained
+        extend_vocabulary(model, tokenizer, config.model.add_tokens)
+    check_vocabulary(model, tokenizer)
+    if quantization is None:
+        model.to(session.device)
+    own_memory(model)
+    refuse_not_finite(config.model.path, model)
+    return model
+
+
+def weights_dtype(session: Session) -> torch.dtype:
+    precision = session.precision
+    # frozen weights need no fp32 copy: autocast computes with their half precision anyway
+    return precision.autocast if session.is_adapter and precision.autocast else precision.weights
+
+
+def add_new_adapter(session: Session, model: PreTrainedModel) -> Any:
+    """peft's wrapper around the model; the adapter's first weights depend on the seed alone."""
+    config, source = session.config, session.model
+    torch.manual_seed(config.train.seed)
+    new_ids = session.encoder.tokenizer.convert_tokens_to_ids(list(config.model.add_tokens))
+    base = record_base(source.kind, source.name, config.model.revision)
+    path = config.model.path
+    name = str(Path(path).expanduser().resolve()) if source.kind == "local" else path  # into adapter_config.json
+    adapter = add_adapter(model, config.lora, name, new_ids, config.model.revision, base)
+    if session.precision.autocast:
+        cast_trained(model, session.precision.weights)
+    return adapter
+
+
+def wrap(session: Session, model: PreTrainedModel, adapter: Any) -> tuple[Isolation, SupervisedLM]:
+    """Probe the model, then switch it to what the probes allow."""
+    config, lengths = session.config, session.lengths
+    probe = probe_model(model)
+    isolation = probe_isolation(probe, lengths.max_seq_len, lengths.capacity)
+    if isolation.is_isolated:
+        use_packed_attention(probe)
+        use_packed_attention(model)
+    lm = SupervisedLM(model, isolation.is_isolated, choose_head_path(probe, isolation.is_isolated), adapter)
+    if config.train.gradient_checkpointing:
+        try:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        except ValueError:
+            raise TunesmithError(
+                f"train.gradient_checkpointing: {type(model).__name__} does not support it; set it to false."
+            ) from None
+    if config.train.compile:
+        model.get_decoder().compile(dynamic=True)
+    return isolation, lm
+
+
+def own_memory(model: PreTrainedModel) -> None:
+    """Every weight in memory that torch aligned: a file's view may begin anywhere, and sums then round otherwise."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point():  # others are quantised, and keep references of their own
+            tensor.data = tensor.data.clone()
+
+
+def refuse_not_finite(name: str, model: PreTrainedModel) -> None:
+    """Raises:
+    ModelError: the model's own weights hold NaN or infinities.
+    """
+    if found := find_not_finite(model.state_dict()):
+        raise ModelError(
+            f"{name}: its weights are not finite ({found} holds NaN or an infinity), and no training mends that. The "
+            "file is damaged, or was saved by a run that had failed."
+        )

@@ -1,0 +1,122 @@
+"""Where a run continues: its newest checkpoint that verifies, and the steps that are left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tunesmith.errors import TunesmithError
+from tunesmith.run.assemble import ReadyRun
+from tunesmith.run.console import Reporter
+from tunesmith.run.records import Fingerprint, RunRecord
+from tunesmith.run.takeup import Allowed
+from tunesmith.runfolder import RunFolder
+from tunesmith.train.checkpoint import MANIFEST, Checkpoint, newest_valid
+from tunesmith.train.optim import lr_at
+from tunesmith.train.progress import Progress, TrainState
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Attributes:
+    checkpoint, state: None where the run was killed before its first checkpoint.
+    progress: of the state, or of step 0.
+    fingerprint: what the checkpoint was trained with; before the first one, what the run began with.
+    is_finished: whether RUN has the model of this step.
+    is_extended: whether a finished run is made longer from here; a kill before the first new checkpoint keeps that.
+    """
+
+    checkpoint: Checkpoint | None
+    state: TrainState | None
+    progress: Progress
+    fingerprint: Fingerprint
+    is_finished: bool
+    is_extended: bool
+
+    @property
+    def weights(self) -> Path | None:
+        return self.checkpoint.folder if self.checkpoint else None
+
+    def update(self, record: RunRecord) -> RunRecord:
+        """The record of a run that continues from here."""
+        record = record.updated(finished_at_step=None)
+        return record.updated(extended_from_step=self.progress.step) if self.is_extended else record
+
+
+def find_position(folder: RunFolder, name: str, record: RunRecord, reporter: Reporter) -> Position:
+    """Raises:
+    TunesmithError: there are checkpoints, but none verifies; or there is a model without a checkpoint.
+    """
+    checkpoint = choose_checkpoint(folder, name, reporter)
+    if checkpoint is None:
+        if folder.has_model and record.finished_at_step is not None:
+            raise TunesmithError(
+                f"{folder.path}: is finished, and its checkpoints are gone, so it cannot be made longer. To train its "
+                f"model further: tunesmith train --model {folder.path} --output NEW"
+            )
+        return Position(None, None, Progress(), record.guard, is_finished=False, is_extended=False)
+    state = checkpoint.load_state()
+    fingerprint = Fingerprint.from_json(checkpoint.guard, checkpoint.folder / MANIFEST)
+    is_finished = folder.has_model and record.finished_at_step == state.step
+    is_extended = is_finished or record.extended_from_step == state.step
+    if is_extended:  # it has its patience back
+        state.progress.stopped_early, state.progress.evals_without_gain = False, 0
+    return Position(checkpoint, state, state.progress, fingerprint, is_finished, is_extended)
+
+
+def choose_checkpoint(folder: RunFolder, name: str, reporter: Reporter) -> Checkpoint | None:
+    """The newest that verifies; what is wrong with newer ones is told.
+
+    Raises:
+        TunesmithError: there are checkpoints, but none verifies.
+    """
+    checkpoint, damaged = newest_valid(folder)
+    lines = [f"damaged: {path.name}: {reason}" for path, reason in sorted(damaged.items(), reverse=True)]
+    if damaged and checkpoint is None:
+        raise TunesmithError(
+            f"{name}: no checkpoint verifies.\n  " + "\n  ".join(lines) + f"\nTo begin again at step 0, remove "
+            f"{folder.checkpoints} first."
+        )
+    if checkpoint and any(path.name > checkpoint.folder.name for path in damaged):
+        lines.append(f"going on from the newest one that verifies, {checkpoint.folder.name}")
+    for line in lines:
+        reporter.note(line)
+    return checkpoint
+
+
+def keep_threads(threads: int, reporter: Reporter) -> None:
+    """Sums over threads round differently for another number of them."""
+    if torch.get_num_threads() != threads and not torch.cuda.is_available():
+        reporter.note(f"threads: {threads}, as the run began ({torch.get_num_threads()} would be usual here)")
+        torch.set_num_threads(threads)
+
+
+def check_steps(name: str, ready: ReadyRun, position: Position, allow: Allowed) -> None:
+    """Another number of steps is fine where the learning rate allows it, or the run was finished.
+
+    Raises:
+        TunesmithError: the steps are already made, or the schedule of a run in the middle would change.
+    """
+    if position.state is None or ready.feed.total_steps == position.state.total_steps:
+        return
+    total, was_total, step = ready.feed.total_steps, position.state.total_steps, position.state.step
+    if total < step:
+        raise TunesmithError(f"{name}: is at step {step} already; --train.max_steps {total} lies before it.")
+    optim = ready.session.config.optim
+    was, will = lr_at(step, was_total, optim), lr_at(step, total, optim)
+    if optim.schedule != "constant" and not position.is_extended and "schedule" not in allow.parts:
+        raise TunesmithError(
+            f"{name}: {total} steps instead of {was_total} would change the learning rate from here on "
+            f"(step {step + 1}: {was:.2e} -> {will:.2e}), since optim.schedule is {optim.schedule}. If it is meant: "
+            f"tunesmith resume {name} --train.max_steps {total} --allow schedule"
+        )
+    ready.session.reporter.note(f"note: {total} steps instead of {was_total}; lr at step {step + 1}: {will:.2e}")
+
+
+def describe_position(name: str, position: Position, ready: ReadyRun) -> str:
+    if position.checkpoint is None:
+        return f"{name} has no checkpoint yet; it begins at step 0"
+    left = ready.feed.total_steps - position.progress.step
+    return f"{name} from {position.checkpoint.folder.name}: {left:,} steps to go"

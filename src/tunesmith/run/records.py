@@ -1,0 +1,109 @@
+"""run.json and the fingerprint in it, as types: what resume reads is checked field by field."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tunesmith.errors import TunesmithError
+from tunesmith.files import read_sealed, sealed, write_text_atomic
+
+WITHOUT_IT = (
+    "The run cannot go on without it; its checkpoints are model folders, and tunesmith train --model CHECKPOINT "
+    "begins a new run from one."
+)
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], path: Path) -> Self:
+        """Args:
+            path: the file that the content comes from, for the error.
+
+        Raises:
+            TunesmithError: a field is missing or wrong; it is named.
+        """
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            field = ".".join(map(str, problem["loc"]))
+            what = f"it has no {field}" if problem["type"] == "missing" else f"{field}: {problem['msg']}"
+            raise TunesmithError(f"{path}: is damaged: {what}. {WITHOUT_IT}") from None
+
+    def to_json(self) -> dict[str, Any]:
+        """Fields that are not set are left out."""
+        content = self.model_dump(mode="json")
+        return {name: value for name, value in content.items() if value is not None}
+
+
+class Fingerprint(_Record):
+    """Data, tokenizer, model, config and versions of a run. Resume refuses changes that would alter training.
+
+    Attributes:
+        data: "train" and "eval" -> their files, each with path, size, time and SHA-256; hub data by name.
+        template, tokenizer, model: SHA-256 of the template with its variables, of the tokenizer, of the model's config.
+        weights: the model's files with size and SHA-256 of their ends, or a hub model's commit.
+        config: the run's config, resolved.
+        threads: of torch; sums round differently for another number of them.
+        store: folder of a token store -> its files -> SHA-256.
+    """
+
+    data: dict[str, list[dict[str, Any]]]
+    template: str
+    tokenizer: str
+    model: str
+    weights: dict[str, Any] = Field(default_factory=dict)  # runs of earlier versions have none
+    config: dict[str, Any]
+    threads: int
+    versions: dict[str, str | None]
+    store: dict[str, dict[str, str]]
+
+
+class RunRecord(_Record):
+    """run.json.
+
+    Attributes:
+        id: under which trackers find the run again.
+        date: when it began.
+        cwd: the folder that names in config.yaml are relative to.
+        guard: what the run trains with.
+        adapter_init: SHA-256 of the first matrices of a PiSSA or OLoRA adapter.
+        finished_at_step: whose model the folder has.
+        extended_from_step: the step that a finished run was made longer from.
+    """
+
+    id: str
+    date: datetime.datetime
+    cwd: str
+    guard: Fingerprint
+    adapter_init: dict[str, str] | None = None
+    finished_at_step: int | None = None
+    extended_from_step: int | None = None
+
+    def write(self, path: Path) -> None:
+        write_text_atomic(path, sealed(self.to_json()))
+
+    def updated(self, **fields: Any) -> RunRecord:
+        return self.model_copy(update=fields)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A JSON file that the run wrote.
+
+    Raises:
+        TunesmithError: it is gone or damaged.
+    """
+    try:
+        return read_sealed(path)
+    except OSError as error:
+        raise TunesmithError(f"{path}: cannot be read: {error.strerror}. {WITHOUT_IT}") from None
+    except (ValueError, RecursionError) as error:
+        reason = f" (it {error})" if "its own hash" in str(error) else ""
+        raise TunesmithError(f"{path}: is damaged{reason}. {WITHOUT_IT}") from None

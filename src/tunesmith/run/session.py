@@ -1,0 +1,90 @@
+"""What a config comes to on this machine, before any data is read."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+
+from tunesmith.adapters.adapter import require_quantization
+from tunesmith.config.schema import RunConfig
+from tunesmith.data.dataset import DataSources
+from tunesmith.encode.encoder import Encoder
+from tunesmith.model.device import pick_device
+from tunesmith.model.lengths import Lengths, choose_lengths
+from tunesmith.model.load import load_config
+from tunesmith.model.source import ModelSource
+from tunesmith.model.tokenizer import TokenizerSource, find_tokenizer, load_encoder
+from tunesmith.run.console import Reporter
+from tunesmith.runfolder import RunFolder
+from tunesmith.train.metrics import require_trackers
+from tunesmith.train.optim import require_optimizer
+from tunesmith.train.precision import Precision, choose_precision, make_deterministic
+from tunesmith.train.world import OneProcess, World
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Everything that a config names, looked up once and passed on: what was hashed is what is trained.
+
+    Attributes:
+        sources: None where a resumed run's files are gone; it has its own copy of their tokens.
+        model: where the base model is; a resumed run may load its weights from a checkpoint instead.
+        date: when the run began; templates may show it.
+        model_config: of the base model.
+    """
+
+    config: RunConfig
+    folder: RunFolder
+    reporter: Reporter
+    date: datetime.datetime
+    sources: DataSources | None
+    model: ModelSource
+    tokenizer: TokenizerSource
+    world: World
+    device: torch.device
+    precision: Precision
+    encoder: Encoder
+    model_config: PretrainedConfig
+    lengths: Lengths
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.config.lora.kind != "none"
+
+
+def require_packages(config: RunConfig) -> None:
+    """Raises:
+    ConfigError: a package that the config needs is not installed.
+    """
+    require_trackers(list(config.train.trackers))
+    require_quantization(config.lora)
+    require_optimizer(config.optim.name)
+
+
+def open_session(
+    config: RunConfig,
+    folder: RunFolder,
+    reporter: Reporter,
+    date: datetime.datetime,
+    sources: DataSources | None,
+    model: ModelSource,
+) -> Session:
+    """Resolve device, precision, tokenizer, template and lengths.
+
+    Raises:
+        ModelError: the model or its tokenizer cannot be found or read.
+    """
+    device = pick_device()
+    precision = choose_precision(config.train.precision, device)
+    if config.train.deterministic:
+        make_deterministic()
+    torch.manual_seed(config.train.seed)
+    tokenizer = find_tokenizer(config.model, model)
+    encoder = load_encoder(config.model, config.data, date, tokenizer)
+    model_config = load_config(config.model, encoder.tokenizer, model)
+    lengths = choose_lengths(model_config, config.data.max_seq_len, config.train.micro_batch_tokens)
+    return Session(config, folder, reporter, date, sources, model, tokenizer, OneProcess(), device, precision, encoder,
+                   model_config, lengths)  # fmt: skip

@@ -1,0 +1,117 @@
+"""What a resumed run compares with its beginning: data, template, tokenizer, model, config, adapter."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tunesmith.adapters.adapter import changes_base, load_adapter_weights
+from tunesmith.adapters.base import same_base
+from tunesmith.adapters.initial import restore_initial
+from tunesmith.data.dataset import Dataset, StoreHashes, find_data, find_store_damage, open_dataset, write_dataset
+from tunesmith.data.ledger import Ledger
+from tunesmith.data.replace import replace_dataset
+from tunesmith.errors import TunesmithError
+from tunesmith.files import sealed
+from tunesmith.run.assemble import ReadyRun
+from tunesmith.run.identity import (
+    RELABELS,
+    compare_files,
+    compare_runs,
+    describe_files,
+    refuse_changes,
+    take_fingerprint,
+)
+from tunesmith.run.records import WITHOUT_IT, Fingerprint, RunRecord, read_record
+from tunesmith.run.session import Session
+from tunesmith.runfolder import RunFolder
+from tunesmith.train.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """Attributes:
+    command: as it was typed, for advice.
+    parts: of the fingerprint that may change.
+    """
+
+    command: str
+    parts: Sequence[str]
+
+    def refuse_others(self, refusals: Sequence[str], session: Session) -> list[str]:
+        """The parts that changed and may. Raises TunesmithError for the others, all at once."""
+        return refuse_changes(refusals, self.parts, session.folder.path, self.command)
+
+
+def take_up_data(session: Session, before: Fingerprint, allow: Allowed) -> tuple[Dataset, Fingerprint]:
+    """The run's data, once everything that it trains with has been compared with what it began with.
+
+    Raises:
+        TunesmithError: something that alters training has changed and is not allowed to.
+    """
+    config, folder = session.config, session.folder
+    refusals, notes = compare_files(before.data, session.sources)
+    now = take_fingerprint(session, before.data, before.store)
+    more, others = compare_runs(before, now)
+    changed = allow.refuse_others([*refusals, *more], session)
+    for note in [*notes, *others]:
+        session.reporter.note(f"note: {note}")
+    damage = find_store_damage(folder, before.store)
+    if set(changed) & set(RELABELS) or (damage and "data" in allow.parts):
+        why = [f"changed {part}" for part in changed] or [damage]
+        session.reporter.note(f"the data is read again, because of {', '.join(why)}")
+        now = relabel(session)
+    elif damage:
+        raise TunesmithError(f"{damage}. To read the data again: {allow.command} --allow data")
+    ledger, eval_ledger = read_ledgers(folder, now.store)
+    return open_dataset(config.data, config.train.seed, folder, now.store, ledger, eval_ledger), now
+
+
+def read_ledgers(folder: RunFolder, store: StoreHashes) -> tuple[Ledger, Ledger | None]:
+    """What became of the rows.
+
+    Raises:
+        TunesmithError: the ledger is damaged.
+    """
+    saved = read_record(folder.ledger)
+    try:
+        eval_ledger = Ledger.from_json(saved["eval"]) if folder.eval_tokens.name in store else None
+        return Ledger.from_json(saved["train"]), eval_ledger
+    except (TypeError, KeyError, ValueError, AttributeError):
+        raise TunesmithError(f"{folder.ledger}: is damaged. {WITHOUT_IT}") from None
+
+
+def relabel(session: Session) -> Fingerprint:
+    """New tokens and their ledger in place of the old ones, all of them or none.
+
+    A kill behind that leaves tokens that do not fit run.json: the same command reads the data again.
+    """
+    config, folder = session.config, session.folder
+    sources = session.sources or find_data(config.data)  # the second raises: it names what is gone
+    staging = RunFolder(folder.path / f".tokens.{uuid.uuid4().hex[:8]}.partial")
+    staging.path.mkdir()
+    try:
+        max_seq_len, seed = session.lengths.max_seq_len, config.train.seed
+        dataset = write_dataset(config.data, sources, session.encoder, max_seq_len, seed, staging)
+        staging.ledger.write_text(sealed(dataset.ledger_json(session.encoder, session.date)), encoding="utf-8")
+        replace_dataset(folder, staging)
+        return take_fingerprint(session, describe_files(sources), dataset.sha256)
+    finally:
+        shutil.rmtree(staging.path, ignore_errors=True)
+
+
+def take_up_adapter(ready: ReadyRun, checkpoint: Checkpoint | None, record: RunRecord, allow: Allowed) -> None:
+    """The checkpoint's weights into the adapter, once its base and its first matrices are those of before.
+
+    Raises:
+        TunesmithError: they are not.
+    """
+    session, adapter = ready.session, ready.lm.adapter
+    if changes_base(session.config.lora) and (remark := restore_initial(adapter, session.folder, record.adapter_init)):
+        session.reporter.note(remark)
+    if checkpoint:
+        changes = same_base(checkpoint.folder, adapter.base_record)
+        allow.refuse_others([f"model: the base's {change}" for change in changes], session)
+        load_adapter_weights(adapter, checkpoint.load_adapter())

@@ -1,0 +1,91 @@
+"""The loop built and run to its end, from step 0 or from a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+
+from tunesmith.config.runfile import dump_yaml
+from tunesmith.files import sealed, write_text_atomic
+from tunesmith.run.assemble import ReadyRun
+from tunesmith.run.records import RunRecord
+from tunesmith.runfolder import RunFolder
+from tunesmith.train.checkpoint import Checkpoint, restore_optimizer
+from tunesmith.train.interrupt import StopRequest
+from tunesmith.train.loop import Trainer
+from tunesmith.train.metrics import start_trackers
+from tunesmith.train.optim import build_optimizer
+from tunesmith.train.progress import Progress, TrainState, Window
+from tunesmith.train.randomness import restore_random_states, seed_all
+from tunesmith.train.saver import Saver
+
+
+def write_run_files(folder: RunFolder, ready: ReadyRun, record: RunRecord) -> None:
+    """data_ledger.json, config.yaml, and run.json, which makes the folder a run that can be resumed."""
+    session = ready.session
+    write_text_atomic(folder.ledger, sealed(ready.dataset.ledger_json(session.encoder, session.date)))
+    write_text_atomic(folder.config, dump_yaml(session.config))
+    record.write(folder.record)
+
+
+def build_trainer(
+    ready: ReadyRun,
+    record: RunRecord,
+    stop: StopRequest,
+    progress: Progress,
+    checkpoint: Checkpoint | None = None,
+    state: TrainState | None = None,
+) -> Trainer:
+    """Args:
+    progress: new, or that of `state`.
+    checkpoint, state: that the run continues from.
+    """
+    session, lm = ready.session, ready.lm
+    config, folder = session.config, session.folder
+    optimizer = build_optimizer(lm.model, config.optim, config.lora.lr_ratio)
+    scaler = session.precision.scaler(session.device)
+    trackers = start_trackers(
+        list(config.train.trackers), folder, config.model_dump(mode="json"), record.id, state.step if state else None
+    )
+    saver = Saver(folder, lm, session.encoder, record.guard.to_json(), config.train.keep_checkpoints)
+    seed_all(config.train.seed)  # dropout does not depend on how the model was loaded
+    if checkpoint and state:
+        restore_optimizer(lm.model, optimizer, checkpoint.load_optimizer())
+        scaler.load_state_dict(dict(state.scaler))
+        restore_random_states(checkpoint.load_random(), state.random)
+    return Trainer(
+        config=config,
+        feed=ready.feed,
+        lm=lm,
+        optimizer=optimizer,
+        scaler=scaler,
+        precision=session.precision,
+        world=session.world,
+        saver=saver,
+        trackers=trackers,
+        stop=stop,
+        on_log=session.reporter.step,
+        progress=progress,
+        window=state.window if state else Window(),
+        saved_step=state.step if state else None,
+    )
+
+
+def train_to_end(ready: ReadyRun, trainer: Trainer) -> None:
+    """Run the loop; trackers and the saver end with it, whatever happens."""
+    reporter = ready.session.reporter
+    reporter.begin(ready.feed.total_steps, trainer.progress.step)
+    trainer.stop.defer()
+    try:
+        trainer.train()
+    except BaseException:
+        with contextlib.suppress(Exception):
+            trainer.saver.wait()  # a snapshot taken before is still worth keeping
+        for tracker in trainer.trackers:
+            with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
+                tracker.finish()
+        raise
+    else:
+        for tracker in trainer.trackers:
+            tracker.finish()
+    finally:
+        reporter.end()

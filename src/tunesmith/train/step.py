@@ -1,0 +1,105 @@
+"""One optimizer step: forwards, backwards, clipping, update."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tunesmith.data.feed import Batches
+from tunesmith.model.loss import Objective, SupervisedLM, supervised_loss
+from tunesmith.train.precision import Precision
+from tunesmith.train.world import OneProcess, World
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Means over the step's supervised tokens, of all processes.
+
+    Attributes:
+        expert_counts: how often each expert was chosen in this process, on the device.
+    """
+
+    loss: float
+    router_loss: float | None
+    grad_norm: float
+    num_tokens: int
+    num_targets: int
+    expert_counts: Tensor | None = None
+
+
+class NotFiniteError(Exception):
+    """The loss or the gradient is NaN or infinite; no update was made."""
+
+    def __init__(self, result: StepResult) -> None:
+        super().__init__(f"loss {result.loss}, gradient norm {result.grad_norm}")
+
+
+def train_step(
+    lm: SupervisedLM,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    max_grad_norm: float,
+    precision: Precision,
+    scaler: torch.amp.GradScaler,
+    world: World | None = None,
+    objective: Objective = supervised_loss,
+) -> StepResult:
+    """One update. The loss is the sum over all supervised tokens of the step divided by their count.
+
+    The split into forwards and processes does not change the gradient; only a router loss, which is not linear in the
+    batch, is a mean over the forwards. The host waits for the device once, to see that the numbers are finite.
+
+    Raises:
+        NotFiniteError: they are not; there is no update.
+    """
+    world = world or OneProcess()
+    device = next(lm.parameters()).device
+    counts = world.sum(torch.tensor([batches.num_tokens, batches.num_targets, len(batches)]))
+    num_tokens, num_targets, num_forwards = (int(count) for count in counts)
+    loss_sum = torch.zeros((), device=device)
+    router_sum = torch.zeros((), device=device)
+    expert_counts: Tensor | None = None
+    for batch in batches:
+        with precision.context(device):
+            sums = objective(lm, batch)
+        loss = sums.loss / max(1, num_targets)
+        loss_sum = loss_sum + loss.detach()
+        if sums.router_loss is not None:
+            router_loss = sums.router_loss / num_forwards
+            router_sum = router_sum + router_loss.detach()
+            loss = loss + router_loss
+        if sums.expert_counts is not None:
+            expert_counts = sums.expert_counts if expert_counts is None else expert_counts + sums.expert_counts
+        scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+    read = read_numbers([world.sum(loss_sum), world.sum(router_sum), grad_norm])
+    result = StepResult(
+        loss=read[0],
+        router_loss=read[1] if lm.router else None,
+        grad_norm=read[2],
+        num_tokens=num_tokens,
+        num_targets=num_targets,
+        expert_counts=expert_counts,
+    )
+    # fp16 overflows now and then by design: its scaler skips that update and lowers the scale
+    is_finite = math.isfinite(result.loss) and (math.isfinite(result.grad_norm) or scaler.is_enabled())
+    if world.agree(not is_finite):
+        raise NotFiniteError(result)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return result
+
+
+def read_numbers(tensors: Sequence[Tensor]) -> list[float]:
+    """Scalars of one device, in one transfer."""
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    numbers: list[float] = torch.stack([tensor.to(dtype) for tensor in tensors]).tolist()
+    return numbers

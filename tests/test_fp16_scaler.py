@@ -18,9 +18,13 @@ from safetensors.torch import load_file
 
 from conftest import build_model, tiny_config
 from tunesmith.config.schema import OptimSection
-from tunesmith.data.pack import PackedBatch
+from tunesmith.data.feed import Batches
+from tunesmith.data.store import TokenStore
 from tunesmith.encode.encoder import Encoder
+from tunesmith.model.head import choose_head_path
+from tunesmith.model.isolation import set_up_attention
 from tunesmith.model.loss import SupervisedLM
+from tunesmith.runfolder import RunFolder
 from tunesmith.train.checkpoint import (
     Snapshot,
     copy_optimizer,
@@ -30,19 +34,21 @@ from tunesmith.train.checkpoint import (
     restore_optimizer,
     write_checkpoint,
 )
-from tunesmith.train.loop import train_step
 from tunesmith.train.optim import build_optimizer
 from tunesmith.train.precision import Precision
+from tunesmith.train.progress import Progress, TrainState, Window
+from tunesmith.train.step import train_step
 
 FP16 = Precision("fp16", torch.float32, torch.float16)
 STEPS = 12
 
 
-def batch(number: int) -> PackedBatch:
-    ids = np.random.default_rng(number).integers(3, 400, size=(1, 24))
-    labels = ids.copy()
-    labels[0, [0, 12]] = -100
-    return PackedBatch(ids, np.tile(np.arange(12), 2)[None], labels, [12, 12], [0, 1])
+def batches(number: int) -> Batches:
+    """One pack of two documents, other ones in each step."""
+    ids = np.random.default_rng(number).integers(3, 400, size=24).astype(np.uint32)
+    twelve, rows = np.array([11, 11]), np.array([1, 2])
+    store = TokenStore(ids, np.ones(24, np.uint8), np.array([0, 12, 24]), twelve, rows - rows, rows, ["x.jsonl"])
+    return Batches(store, [np.array([0, 1])])
 
 
 class Run:
@@ -52,7 +58,8 @@ class Run:
         model = build_model(tiny_config("qwen3"))
         if weights:
             model.load_state_dict(weights, strict=False)  # tied weights are saved once
-        self.lm = SupervisedLM(model, is_packed=True)
+        assert set_up_attention(model, 24, 24).is_isolated
+        self.lm = SupervisedLM(model, True, choose_head_path(model, True))
         self.optimizer = build_optimizer(model, OptimSection(lr=1e-3))
         # a scale at which the first steps overflow, and that grows again while the test runs
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=2)
@@ -61,16 +68,16 @@ class Run:
     def train(self, first: int, last: int) -> list[float]:
         losses = []
         for number in range(first, last):
-            result = train_step(self.lm, self.optimizer, [batch(number)], 1.0, FP16, self.scaler)
+            result = train_step(self.lm, self.optimizer, batches(number), 1.0, FP16, self.scaler)
             losses.append(result.loss)
             self.scales.append(self.scaler.get_scale())
         return losses
 
     def save(self, run: Path, step: int, encoder: Encoder) -> Path:
-        state = {"step": step, "scaler": self.scaler.state_dict()}
+        state = TrainState(Progress(step), STEPS, Window(), self.scaler.state_dict(), {}).to_json()
         weights, optimizer = copy_weights(self.lm), copy_optimizer(self.lm.model, self.optimizer)
         snapshot = Snapshot(weights, optimizer, {"cpu": torch.get_rng_state()}, state)
-        return write_checkpoint(run, snapshot, self.lm, encoder, {})
+        return write_checkpoint(RunFolder(run), snapshot, self.lm, encoder, {})
 
 
 def test_the_scaler_belongs_to_fp16_alone() -> None:
@@ -94,7 +101,7 @@ def test_the_loss_scale_goes_through_a_checkpoint(tmp_path: Path, encoder: Encod
     assert not find_damage(checkpoint)
     second = Run(load_file(checkpoint.folder / "model.safetensors"))
     restore_optimizer(second.lm.model, second.optimizer, checkpoint.load_optimizer())
-    second.scaler.load_state_dict(checkpoint.load_state()["scaler"])
+    second.scaler.load_state_dict(dict(checkpoint.load_state().scaler))
     assert second.scaler.state_dict() == first.scaler.state_dict()
     losses += second.train(at, STEPS)
     assert losses == wanted

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 MAX_PARAMETERS = 3_000_000_000  # of a model that is itself run twice in fp32
@@ -30,7 +31,9 @@ def probe_model(model: PreTrainedModel, max_parameters: int = MAX_PARAMETERS) ->
         torch.manual_seed(0)
         small: PreTrainedModel = type(model)(config)
     small.set_attn_implementation(model.config._attn_implementation)
-    return small.to(device=device, dtype=torch.float32)
+    small.float()
+    nn.Module.to(small, device)  # transformers' own has no types
+    return small
 
 
 def shorten(config: PretrainedConfig) -> PretrainedConfig:
@@ -55,7 +58,7 @@ def _num_layers_of_all_types(text: Any) -> int:
     sparse = getattr(text, "decoder_sparse_step", None) or 0
     dense = getattr(text, "first_k_dense_replace", None) or 0
     dense_by_name = [layer + 1 for layer in getattr(text, "mlp_only_layers", None) or []][:1]
-    return max(_MIN_LAYERS, sparse, dense + 1, *first_of_type, *dense_by_name)
+    return int(max(_MIN_LAYERS, sparse, dense + 1, *first_of_type, *dense_by_name))
 
 
 @contextmanager

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from tunesmith.adapters.adapter import add_adapter, cast_trained, quantization_config
@@ -78,12 +79,12 @@ def load_weights(session: Session, checkpoint: Path | None) -> PreTrainedModel:
         model_config = load_config(section, tokenizer, source)
     dtype = weights_dtype(session)
     quantization = quantization_config(config.lora, dtype)
-    model: Any = load_model(section, model_config, dtype, config.train.seed, quantization, source)
+    model = cast(PreTrainedModel, load_model(section, model_config, dtype, config.train.seed, quantization, source))
     if checkpoint is None:  # a checkpoint has the added rows already, trained
         extend_vocabulary(model, tokenizer, config.model.add_tokens)
     check_vocabulary(model, tokenizer)
     if quantization is None:
-        model.to(session.device)
+        nn.Module.to(model, session.device)  # transformers' own has no types
     own_memory(model)
     refuse_not_finite(config.model.path, model)
     return model

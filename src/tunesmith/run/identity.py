@@ -60,7 +60,7 @@ def take_fingerprint(session: Session, files: FileRecords, store: StoreHashes) -
     encoder, template = session.encoder, session.encoder.template
     own = {k: v for k, v in session.model_config.to_dict().items() if not k.startswith("_") and k not in _VOLATILE}
     return Fingerprint(
-        data={part: list(entries) for part, entries in files.items()},
+        data={part: [dict(entry) for entry in entries] for part, entries in files.items()},
         template=sha256_text(json.dumps([template.text, dict(encoder.defaults.variables)]) if template else "none"),
         tokenizer=sha256_text(
             encoder.tokenizer.backend_tokenizer.to_str() + json.dumps(encoder.tokenizer.special_tokens_map, default=str)
@@ -153,8 +153,8 @@ def compare_files(before: FileRecords, sources: DataSources | None) -> tuple[lis
 
 def compare_runs(before: Fingerprint, now: Fingerprint) -> tuple[list[str], list[str]]:
     """(reasons to refuse, each beginning with its part, as in "template: ..."; remarks)."""
-    refusals, notes = [], []
-    refusals += _compare_weights(before.weights, now.weights)
+    refusals = list(_compare_weights(before.weights, now.weights))
+    notes: list[str] = []
     for part in ("template", "tokenizer", "model"):
         if getattr(before, part) != getattr(now, part):
             what = {"template": "the chat template", "tokenizer": "the tokenizer", "model": "the model's config"}[part]
@@ -168,10 +168,8 @@ def compare_runs(before: Fingerprint, now: Fingerprint) -> tuple[list[str], list
             if key not in ("train.output_dir", "train.epochs", "train.max_steps"):
                 notes.append(f"taken over: {change}")
         else:
-            part = _KEYS.get(key) or {"optim": "optimizer", "lora": "lora", "data": "data", "model": "model"}.get(
-                key.split(".")[0]
-            )
-            refusals.append(f"{part or 'batch'}: {change}")
+            sections = {"optim": "optimizer", "lora": "lora", "data": "data", "model": "model"}
+            refusals.append(f"{_KEYS.get(key) or sections.get(key.split('.')[0], 'batch')}: {change}")
     for name, version in before.versions.items():
         current = now.versions.get(name)
         if _minor(version) != _minor(current):

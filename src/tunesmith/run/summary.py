@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import yaml
-from torch import nn
 
 from tunesmith import __version__
 from tunesmith.adapters.adapter import describe_adapter
@@ -146,12 +145,8 @@ def estimate_memory(ready: ReadyRun) -> float:
     activations = layers * per_layer
     if ready.session.config.train.gradient_checkpointing:
         activations = per_layer + layers * tokens * hidden * act_width
-    logits = min(tokens * _vocabulary(model) * 4 * 3, 3 * 256 * 2**20)
-    return states + activations + logits
-
-
-def _vocabulary(model: nn.Module) -> int:
-    return int(model.config.get_text_config().vocab_size)
+    logits = min(tokens * config.vocab_size * 4 * 3, 3 * 256 * 2**20)
+    return float(states + activations + logits)
 
 
 def model_card(ready: ReadyRun, progress: Progress) -> str:

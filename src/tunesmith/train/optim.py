@@ -43,7 +43,7 @@ def build_optimizer(model: nn.Module, optim: OptimSection, b_ratio: float = 1.0)
         {"params": others, "weight_decay": 0.0, "lr_ratio": 1.0},
         {"params": b_matrices, "weight_decay": optim.weight_decay, "lr_ratio": b_ratio},
     ]
-    options = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
+    options: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
     used = [group for group in groups if group["params"]]
     if optim.name == "adamw":
         return torch.optim.AdamW(used, fused=True, **options)

@@ -23,7 +23,7 @@ def take_random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
     if torch.cuda.is_available():
         tensors |= {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
     version, words, gauss = random.getstate()
-    name, keys, place, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    name, keys, place, has_gauss, cached = np.random.get_state(legacy=True)
     return tensors, {
         "python": [version, list(words), gauss],
         "numpy": [name, np.asarray(keys).tolist(), int(place), int(has_gauss), float(cached)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from conftest import ARCHITECTURES, build_model, tiny_config
 from tunesmith.data.pack import Documents
 from tunesmith.errors import ModelError
 from tunesmith.model.attention import PACKED_ATTENTION
-from tunesmith.model.isolation import choose_doc_lens, measure_difference, set_up_attention
+from tunesmith.model.head import choose_head_path
+from tunesmith.model.isolation import choose_doc_lens, measure_difference, probe_isolation, set_up_attention
+from tunesmith.model.probe import probe_model
 
 LENS = [7, 1, 12, 40, 9]
 
@@ -172,3 +175,50 @@ def test_two_models_of_one_config_keep_their_own_attention() -> None:
     set_up_attention(one, 128, 256)
     assert one.config._attn_implementation == PACKED_ATTENTION
     assert two.config._attn_implementation == "sdpa"
+
+
+# the model that is probed
+
+
+def test_a_model_that_is_whole_is_probed_itself() -> None:
+    model = build_model(tiny_config("qwen3"))
+    assert probe_model(model) is model
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma2", "qwen3_moe"])
+def test_a_model_that_is_too_large_is_probed_by_its_first_layers(name: str) -> None:
+    deep: dict[str, Any] = {"n_layer": 6} if name == "gpt2" else {"num_hidden_layers": 6}
+    if name == "gemma2":
+        deep["layer_types"] = ["sliding_attention"] * 4 + ["full_attention", "sliding_attention"]
+    model = build_model(tiny_config(name, **deep)).bfloat16()
+    before, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    small = probe_model(model, max_parameters=1)
+    assert small is not model
+    layers = small.config.num_hidden_layers
+    assert layers == {"gemma2": 5}.get(name, 2)
+    assert set(getattr(small.config, "layer_types", None) or []) == set(
+        getattr(model.config, "layer_types", None) or []
+    )
+    assert small.get_input_embeddings().weight.shape == model.get_input_embeddings().weight.shape
+    assert {p.dtype for p in small.parameters()} == {torch.float32}
+    assert probe_isolation(small, 64, 256).is_isolated
+    assert choose_head_path(small, is_packed=False) == "decoder"
+    assert model.config.num_hidden_layers == 6
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+def test_a_small_model_shows_the_leak_of_the_large_one() -> None:
+    for model in (lfm2(), long_rope()):
+        small = probe_model(model, max_parameters=1)
+        assert small is not model
+        assert not probe_isolation(small, 128, 256).is_isolated
+
+
+def test_a_sharded_model_is_not_run() -> None:
+    """Weights on meta stand for those that other processes have."""
+    with torch.device("meta"):
+        model = build_model(tiny_config("llama"))
+    small = probe_model(model)
+    assert not any(p.is_meta for p in small.parameters())
+    assert probe_isolation(small, 64, 256).is_isolated

@@ -68,13 +68,14 @@ class Saver:
                 self._error = error
                 return
             why = "no room" if is_no_room(error) else (reason.strerror or "the disk failed").lower()
-            self.failure = f"{why} for the checkpoint of step {snapshot.step}"
-            try:
-                last, _ = newest_valid(self._run)
-            except OSError:
-                return
-            still = f"the last good one is {last.folder.name}" if last else "there is none yet"
-            self.failure = f"{self.failure}; {still}"
+            self.failure = f"{why} for the checkpoint of step {snapshot.step}{self._last_good()}"
+
+    def _last_good(self) -> str:
+        try:
+            last, _ = newest_valid(self._run)
+        except OSError:
+            return ""
+        return f"; the last good one is {last.folder.name}" if last else "; there is none yet"
 
 
 def require_finite(snapshot: Snapshot) -> None:

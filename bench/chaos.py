@@ -5,9 +5,9 @@ Usage: chaos.py [--kills N] [--seed S] [--folder DIR] [--steps N] [--signal KILL
 Three kinds of run take turns: a GPT-2 with dropout trained whole, a LoRA adapter on a Qwen3 whose best evaluated step
 is kept, and a PiSSA adapter. Each trains packed chats with accumulation and evaluation, finishes, and is then made half
 as long again. Both parts are done once without a kill; then runs of the same config are killed and resumed until N
-kills are made: at any moment, in the first moments of a resume, and several times within a second. TUNESMITH_SLOW_SAVE
-makes the writers slow, so that many kills fall inside a save or inside the finish; what each has hit is counted. Each
-finished part must have the very same weights (SHA-256) and the same lines in metrics.jsonl, apart from tokens_per_s, as
+kills are made: at any moment, in the first moments of a resume, and several times within a second. The writers are made
+slow (SLOW), so that many kills fall inside a save or inside the finish; what each has hit is counted. Each finished part
+must have the very same weights (SHA-256) and the same lines in metrics.jsonl, apart from tokens_per_s, as
 the part that was left alone. Exit code 1 where one has not. On a GPU this is promised with train.deterministic only:
 give --deterministic there.
 
@@ -37,12 +37,31 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["TUNESMITH_SLOW_SAVE"] = "0.04"
 
 import transformers
 
 from tunesmith.cli import main
 from tunesmith.model.bpe import train_tokenizer
+from tunesmith.run import records
+from tunesmith.train import checkpoint
+
+# before the optimizer's file and the generators', before the manifest, before each rename (two where a checkpoint takes
+# another one's place), before run.json
+SLOW = ((checkpoint, "write_tensors"), (checkpoint, "write_manifest"), (Path, "rename"), (records, "write_text_atomic"))
+PAUSE_S = 0.04
+
+
+def slow_down() -> None:
+    for owner, name in SLOW:
+        setattr(owner, name, slowed(getattr(owner, name)))
+
+
+def slowed(call: Callable[..., Any]) -> Callable[..., Any]:
+    def slow(*args: Any) -> Any:
+        time.sleep(PAUSE_S)
+        return call(*args)
+
+    return slow
 
 
 def in_child(work: Callable[[], int], log: Path) -> int:
@@ -276,6 +295,7 @@ if __name__ == "__main__":
     parser.add_argument("--signal", choices=["KILL", "TERM", "INT"], default="KILL", help="KILL (default), TERM or INT")
     parser.add_argument("--deterministic", action="store_true", help="train.deterministic, for a GPU")
     options = parser.parse_args()
+    slow_down()
     os.environ["CHAOS_DETERMINISTIC"] = str(options.deterministic).lower()
     number = signal.Signals[f"SIG{options.signal}"]
     if options.folder:

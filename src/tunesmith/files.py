@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -158,11 +157,9 @@ def atomic_directory(path: Path, seal: Callable[[Path], None] | None = None, rep
                 sync_path(file)
         usual_modes(partial)
         sync_path(partial)
-        wait_if_asked()
         if replaces and path.exists():  # rename cannot replace a folder that holds files
             old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
             path.rename(old)
-            wait_if_asked()
             partial.rename(path)
             shutil.rmtree(old)
             sync_path(path.parent)
@@ -189,11 +186,6 @@ def take_name(made: Path, path: Path) -> None:
             f"{path}: another process made it meanwhile. Give --output a new folder.", code="output-taken"
         ) from None
     sync_path(path.parent)
-
-
-def wait_if_asked() -> None:
-    """TUNESMITH_SLOW_SAVE, in seconds, makes writers slow for bench/chaos.py, which kills them half-way."""
-    time.sleep(float(os.environ.get("TUNESMITH_SLOW_SAVE", "0")))
 
 
 def sha256_text(text: str) -> str:

@@ -1,13 +1,19 @@
-"""RUN: the folder of a run, and the names of the files in it."""
+"""RUN: the folder of a run, the names of the files in it, and the lines of its metrics."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from tunesmith.reading import read_text
 
 RUN_FILE = "run.json"
 LEDGER_FILE = "data_ledger.json"
 INITIAL_ADAPTER = "adapter_init"
+SUBFOLDERS = ("adapter", INITIAL_ADAPTER, "model", "checkpoints", "tokens", "eval_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,3 +90,21 @@ class RunFolder:
     def has_complete_model(self) -> bool:
         """Whether the saved model or adapter has its config."""
         return (self.model / "config.json").is_file() or (self.adapter / "adapter_config.json").is_file()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl whose lines are complete."""
+    return [json.loads(line) for line, _ in read_lines(path)]
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, int]]:
+    """Lines that are records, and their steps; a kill may have cut the last one."""
+    if not path.exists():
+        return
+    for line in read_text(path, errors="replace").splitlines():
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue
+        if isinstance(step, int):
+            yield line, step

@@ -26,6 +26,7 @@ from tunesmith.display import raw_stream, visible
 from tunesmith.rows.conversation import Message
 from tunesmith.run.folder import resolve_output
 from tunesmith.run.start import run_training
+from tunesmith.runfolder import RunFolder, read_metrics
 from tunesmith.use.batch import Sampling
 from tunesmith.use.generate import Reply, load_speaker, reply_to
 
@@ -133,7 +134,7 @@ def score(held_out: Sequence[Task], before: Sequence[Reply], after: Sequence[Rep
         scores.append(
             KindScore(kind, sum(answer == text for answer, text in pairs) / len(pairs), constant / len(pairs))
         )
-    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = read_metrics(RunFolder(output).metrics)
     perplexities = [record["eval_perplexity"] for record in records if "eval_perplexity" in record]
     stopped = sum(reply.has_stopped for reply in after) / len(after)
     overall, overall_before = _share_right(held_out, after), _share_right(held_out, before)

@@ -12,6 +12,7 @@ from tunesmith.adapters.adapter_config import ADAPTER_CONFIG, find_adapter, read
 from tunesmith.adapters.base import read_record
 from tunesmith.errors import ModelError, RunError, TunesmithError
 from tunesmith.files import is_out_of_memory, lacking_memory
+from tunesmith.runfolder import RunFolder
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # what transformers passes over without a word where it is no file, or then speaks of something else
@@ -53,9 +54,10 @@ def find_model(path: str) -> ModelSource:
         if (folder / "config.json").is_file():
             require_plain_files(folder)
             return ModelSource("local", str(folder))
-        if (folder / "model" / "config.json").is_file():  # a run of ours
-            require_plain_files(folder / "model")
-            return ModelSource("local", str(folder / "model"))
+        in_run = RunFolder(folder).model
+        if (in_run / "config.json").is_file():
+            require_plain_files(in_run)
+            return ModelSource("local", str(in_run))
         if os.path.lexists(folder / "config.json"):
             require_plain_files(folder)
         raise ModelError(_explain_folder(folder))
@@ -120,8 +122,9 @@ def open_path(path: str) -> Path:
 def _explain_folder(folder: Path) -> str:
     names = sorted(p.name for p in folder.iterdir())
     found = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
-    if (folder / "config.yaml").is_file():
-        checkpoints = sorted((folder / "checkpoints").glob("step-*")) if (folder / "checkpoints").is_dir() else []
+    run = RunFolder(folder)
+    if run.config.is_file():
+        checkpoints = sorted(run.checkpoints.glob("step-*")) if run.checkpoints.is_dir() else []
         hint = f" Its newest checkpoint is {checkpoints[-1]}." if checkpoints else ""
         hint += f" To finish it: tunesmith resume {folder}"
         return f"{folder}: a run that has not finished, so it has no model/ yet.{hint}"

@@ -10,6 +10,7 @@ from typing import Any
 
 from tunesmith.errors import DataError
 from tunesmith.reading import read_text
+from tunesmith.runfolder import RunFolder
 from tunesmith.sources.datafile import SUFFIXES, container_of
 
 TEXT_SUFFIXES = (".txt", ".md")
@@ -106,7 +107,8 @@ def load_object(path: Path) -> dict[str, Any]:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is a RUN, written by `train --output`."""
-    return all((folder / name).is_file() for name in ("run.json", "data_ledger.json", "config.yaml"))
+    run = RunFolder(folder)
+    return all(path.is_file() for path in (run.record, run.ledger, run.config))
 
 
 def _list_folder(folder: Path, depth: int = 0) -> tuple[list[Path], list[Path]]:

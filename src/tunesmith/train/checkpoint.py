@@ -25,7 +25,7 @@ from tunesmith.adapters.adapter import adapter_weights
 from tunesmith.adapters.adapter_config import ADAPTER_WEIGHTS
 from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import TunesmithError
-from tunesmith.files import atomic_directory, seal_of, sealed, sha256_file, wait_if_asked
+from tunesmith.files import atomic_directory, seal_of, sealed, sha256_file
 from tunesmith.model.loss import SupervisedLM
 from tunesmith.model.save import write_trained
 from tunesmith.reading import open_file, read_text
@@ -141,14 +141,11 @@ def write_checkpoint(
     folder = run.checkpoint(snapshot.step)
 
     def seal(partial: Path) -> None:
-        wait_if_asked()
         write_manifest(partial, snapshot.step, guard)
 
     with atomic_directory(folder, seal, replaces=True) as partial:
         write_trained(lm.model, lm.adapter, encoder, partial, snapshot.weights)
-        wait_if_asked()
         write_tensors(partial / _OPTIMIZER, snapshot.optimizer)
-        wait_if_asked()
         write_tensors(partial / _RANDOM, snapshot.random)
         (partial / _STATE).write_text(json.dumps(snapshot.state, indent=1), encoding="utf-8")
     return folder

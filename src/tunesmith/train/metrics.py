@@ -7,14 +7,13 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 from tunesmith.errors import ConfigError
 from tunesmith.files import write_text_atomic
-from tunesmith.reading import read_text
-from tunesmith.runfolder import RunFolder
+from tunesmith.runfolder import RunFolder, read_lines
 
 Record = dict[str, Any]
 
@@ -34,7 +33,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, last_step: int | None = None) -> None:
-        kept = [line for line, step in _whole_lines(path) if last_step is not None and step <= last_step]
+        kept = [line for line, step in read_lines(path) if last_step is not None and step <= last_step]
         if path.exists():
             write_text_atomic(path, "".join(f"{line}\n" for line in kept))
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -61,24 +60,6 @@ class MetricsFile:
             self._write()
         finally:
             os.close(self._fd)
-
-
-def read_metrics(path: Path) -> list[Record]:
-    """The records of metrics.jsonl, as far as its lines are whole."""
-    return [json.loads(line) for line, _ in _whole_lines(path)]
-
-
-def _whole_lines(path: Path) -> Iterator[tuple[str, int]]:
-    """Lines that are records, and their steps; a kill may have cut the last one."""
-    if not path.exists():
-        return
-    for line in read_text(path, errors="replace").splitlines():
-        try:
-            step = json.loads(line)["step"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            continue
-        if isinstance(step, int):
-            yield line, step
 
 
 class OutsideTracker:

@@ -23,6 +23,7 @@ from tunesmith.model.device import pick_device
 from tunesmith.model.load import load_config, load_model, require_own_base
 from tunesmith.model.source import ModelSource, find_model, telling_text
 from tunesmith.model.tokenizer import build_encoder, load_tokenizer
+from tunesmith.runfolder import RunFolder
 from tunesmith.use.batch import Prompt, Sampling, Token, generate_tokens
 
 
@@ -170,8 +171,9 @@ def _trained_data_section(path: Path) -> dict[str, Any]:
     """data: of a run's own config; empty for a model that is no run."""
     path = path.resolve()
     for folder in (path, *path.parents[:2]):  # RUN, RUN/model, RUN/checkpoints/step-N
-        if (folder / "config.yaml").is_file() and (folder / "data_ledger.json").is_file():
-            return _data_section(folder / "config.yaml")
+        run = RunFolder(folder)
+        if run.config.is_file() and run.ledger.is_file():
+            return _data_section(run.config)
     return {}
 
 

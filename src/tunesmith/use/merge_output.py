@@ -10,9 +10,7 @@ from typing import Any
 
 from tunesmith.errors import RunError, TunesmithError
 from tunesmith.files import is_no_room
-from tunesmith.runfolder import RUN_FILE
-
-_OF_RUN = ("adapter", "adapter_init", "model", "checkpoints", "tokens", "eval_tokens")
+from tunesmith.runfolder import RUN_FILE, SUBFOLDERS
 
 
 def resolve_target(output: str) -> Path:
@@ -44,7 +42,7 @@ def resolve_target(output: str) -> Path:
 def _require_no_model_around(folder: Path, shown: str) -> None:
     """A run replaces its adapter/, model/ and checkpoints/ whole, with everything that lies in them."""
     for path in (folder, *folder.parents):
-        if path.name in _OF_RUN and (path.parent / RUN_FILE).exists():
+        if path.name in SUBFOLDERS and (path.parent / RUN_FILE).exists():
             raise TunesmithError(
                 f"{shown}: lies in {path}, which the run replaces as a whole when it goes on. Give --output a folder "
                 "outside it."

@@ -19,7 +19,7 @@ from tunesmith.files import write_text_atomic
 from tunesmith.model.load import count_parameters
 from tunesmith.model.source import telling_text
 from tunesmith.reading import read_text
-from tunesmith.train.metrics import read_metrics
+from tunesmith.runfolder import RunFolder, read_metrics
 from tunesmith.use.batch import Sampling
 from tunesmith.use.charts import CHART_CSS, Series, line_chart
 from tunesmith.use.generate import Speaker, decode_reply, load_speaker, reply_to
@@ -44,25 +44,27 @@ def write_report(run: Path, outcome: str = "finished") -> Path:
     Args:
         outcome: how the run ended, in words, for the head of the page.
     """
-    config = read_yaml(run / "config.yaml")
-    records = read_metrics(run / "metrics.jsonl")
-    ledger = json.loads(read_text(run / "data_ledger.json"))
+    folder = RunFolder(run)
+    config = read_yaml(folder.config)
+    records = read_metrics(folder.metrics)
+    ledger = json.loads(read_text(folder.ledger))
     samples, remark = sample_replies(run, RunConfig.model_validate(config))
     page = render_page(run, outcome, records, ledger, samples, remark)
-    write_text_atomic(run / "report.html", page)
-    return run / "report.html"
+    write_text_atomic(folder.report, page)
+    return folder.report
 
 
 def sample_replies(run: Path, config: RunConfig) -> tuple[list[SampleReply], str]:
     """Replies to prompts of held-out rows where there are any, else of training rows; and where they come from."""
-    if not (run / "model" / "config.json").is_file() and not (run / "adapter" / "adapter_config.json").is_file():
+    folder = RunFolder(run)
+    if not folder.has_complete_model:
         return [], "none: the run left no finished model"
     speaker = load_speaker(ModelSection(path=str(run), trust_remote_code=config.model.trust_remote_code))
     device = next(speaker.model.parameters()).device
     if device.type == "cpu" and count_parameters(speaker.model)[0] > _LARGEST_ON_CPU:
         return [], "none: the model is too large to answer quickly on this CPU"
-    has_eval = (run / "eval_tokens").is_dir()
-    store = open_store(run / ("eval_tokens" if has_eval else "tokens"))
+    has_eval = folder.eval_tokens.is_dir()
+    store = open_store(folder.eval_tokens if has_eval else folder.tokens)
     _, held_out = split_eval(store, 0.0 if has_eval else config.data.eval_split, config.train.seed)
     ids = list(range(len(store))) if has_eval or not len(held_out) else held_out.tolist()
     step = max(1, len(ids) // NUM_SAMPLES)
@@ -162,7 +164,7 @@ def render_page(
         ledger=_ledger_table(ledger),
         remark=to_html(remark),
         samples=f'<table class="even">{head}{rows}</table>' if rows else "",
-        config=to_html(read_text(run / "config.yaml")),
+        config=to_html(read_text(RunFolder(run).config)),
     )
 
 
@@ -196,7 +198,7 @@ def _some(numbers: list[int]) -> str:
 
 def write_report_quietly(run: Path, outcome: str) -> None:
     """For the end of a run: a page that cannot be written must not hide how the run itself went."""
-    if not (run / "config.yaml").is_file():
+    if not RunFolder(run).config.is_file():
         return
     try:
         print(f"report: {write_report(run, outcome)}")

@@ -142,7 +142,7 @@ def test_the_default_learning_rate_of_adapters(run: Run, tokenizer: Any, chats: 
 def test_lora_plus_raises_the_rate_of_b_alone() -> None:
     from tunesmith.adapters.adapter import add_adapter
     from tunesmith.config.schema import OptimSection
-    from tunesmith.train.optim import build_optimizer, set_lr
+    from tunesmith.training.optim import build_optimizer, set_lr
 
     model = build_model(tiny_config("llama"))
     add_adapter(model, LoraSection(kind="lora"), "base")

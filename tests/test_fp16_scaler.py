@@ -25,7 +25,7 @@ from tunesmith.model.head import choose_head_path
 from tunesmith.model.isolation import set_up_attention
 from tunesmith.model.loss import SupervisedLM
 from tunesmith.runfolder import RunFolder
-from tunesmith.train.checkpoint import (
+from tunesmith.training.checkpoint import (
     Snapshot,
     copy_optimizer,
     copy_weights,
@@ -34,10 +34,10 @@ from tunesmith.train.checkpoint import (
     restore_optimizer,
     write_checkpoint,
 )
-from tunesmith.train.optim import build_optimizer
-from tunesmith.train.precision import Precision
-from tunesmith.train.progress import Progress, TrainState, Window
-from tunesmith.train.step import train_step
+from tunesmith.training.optim import build_optimizer
+from tunesmith.training.precision import Precision
+from tunesmith.training.progress import Progress, TrainState, Window
+from tunesmith.training.step import train_step
 
 FP16 = Precision("fp16", torch.float32, torch.float16)
 STEPS = 12

@@ -16,7 +16,7 @@ from tunesmith.config.runfile import find_recipe, resolve_config
 from tunesmith.config.schema import OptimSection, RunConfig
 from tunesmith.data.store import open_store
 from tunesmith.model.presets import PRESETS, build_preset_config
-from tunesmith.train.optim import lr_at
+from tunesmith.training.optim import lr_at
 
 # with MiniMind's vocabulary of 6,400; the names of its models are these numbers in millions
 PARAMETERS = {

@@ -19,9 +19,9 @@ from tunesmith.model import loss as loss_module
 from tunesmith.model.head import choose_head_path
 from tunesmith.model.isolation import set_up_attention
 from tunesmith.model.loss import SupervisedLM, supervised_loss
-from tunesmith.train.optim import build_optimizer
-from tunesmith.train.precision import Precision
-from tunesmith.train.step import train_step
+from tunesmith.training.optim import build_optimizer
+from tunesmith.training.precision import Precision
+from tunesmith.training.step import train_step
 
 LENGTHS = [9, 3, 21, 14, 2, 17, 6, 30]
 FP64 = Precision("fp32", torch.float64, None)

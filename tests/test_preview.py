@@ -78,5 +78,5 @@ def test_a_preview_is_a_list_of_rows_that_shows_itself(model_folder: Path, tmp_p
 
 def test_check_data_prints_nothing(model_folder: Path, chats: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check = check_data(config_of(model_folder, chats))
-    assert check.ledger.rows == 40
+    assert check.check.ledger.rows == 40
     assert capsys.readouterr().out == ""

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 
 from conftest import chat_row, killed_after, save_folder, tiny_config, write_jsonl
 from tunesmith.runfolder import RunFolder
-from tunesmith.train.checkpoint import MANIFEST, find_damage, newest_valid, read_checkpoint, write_manifest
-from tunesmith.train.interrupt import StopRequest
-from tunesmith.train.progress import Progress
+from tunesmith.training.checkpoint import MANIFEST, find_damage, newest_valid, read_checkpoint, write_manifest
+from tunesmith.training.interrupt import StopRequest
+from tunesmith.training.progress import Progress
 
 ROOT = Path(__file__).parents[1]
 FAST = ("--data.max_seq_len", 64, "--train.micro_batch_tokens", 128, "--optim.lr", 3e-3)
@@ -440,7 +440,7 @@ def test_the_newest_is_verified_before_an_older_one_goes(
     run: Run, model_folder: Path, chats: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """A disk that writes other bytes than it was given."""
-    from tunesmith.train import saver
+    from tunesmith.training import saver
 
     def damaging(*args: Any) -> Path:
         folder = write(*args)

@@ -31,8 +31,8 @@ from tunesmith.run.failures import explained_failures
 from tunesmith.runfolder import RunFolder
 from tunesmith.staging import staged_folder
 from tunesmith.tensors import is_same_bits, require_tensors, write_tensors
-from tunesmith.train.metrics import OutsideTracker
-from tunesmith.train.progress import Progress
+from tunesmith.training.metrics import OutsideTracker
+from tunesmith.training.progress import Progress
 
 FAST = ("--data.max_seq_len", 64, "--train.micro_batch_tokens", 128, "--optim.lr", 3e-3)
 Run = Callable[..., tuple[int, str, str]]

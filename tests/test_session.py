@@ -23,7 +23,7 @@ from tunesmith.run.resume import run_resume
 from tunesmith.run.start import run_training
 from tunesmith.runfolder import RunFolder
 from tunesmith.sources.read import find_sources
-from tunesmith.train.progress import Progress, TrainState, Window
+from tunesmith.training.progress import Progress, TrainState, Window
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, function: Any) -> Counter[str]:

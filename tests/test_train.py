@@ -399,8 +399,8 @@ def test_held_out_rows_are_in_the_ledger(run, model_folder: Path, chats: Path, t
 
 def test_evaluation_and_saving_do_not_count_in_tokens_per_s() -> None:
     """The clock stands still in a pause, and the tokens of the window stay in it."""
-    from tunesmith.train.progress import Window
-    from tunesmith.train.step import StepResult
+    from tunesmith.training.progress import Window
+    from tunesmith.training.step import StepResult
 
     window = Window()
     window.add(StepResult(1.0, None, 1.0, num_tokens=1000, num_targets=10))

@@ -1,10 +1,68 @@
-"""Supervised fine-tuning of language models that a person can trust.
+"""Supervised fine-tuning (SFT) of language models: every label proven, every run resumable, every merge checked.
 
-The code reads in the order in which a row travels: data/formats, data/template, data/encode, data/labels,
-data/store, data/pack, model/attention, model/loss, train/loop, model/save, use/chat.
+    >>> import tunesmith
+    >>> run = tunesmith.train(model="Qwen/Qwen2.5-0.5B", data="chats.jsonl", output="runs/mine")  # doctest: +SKIP
+    >>> tunesmith.load(run).reply("Hello!")  # doctest: +SKIP
+
+The names below load what they need when they are first used; importing the package alone imports no torch.
 """
 
-from tunesmith.errors import TunesmithError
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.errors import (
+    ConfigError,
+    DataError,
+    InterruptedRun,
+    ModelError,
+    RunError,
+    TunesmithError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from tunesmith.api import Run, check, load, merge, preview, resume, train
+    from tunesmith.use.check import CheckResult
+    from tunesmith.use.model import Model
+    from tunesmith.use.preview import Preview
 
 __version__ = "0.1.0"
-__all__ = ["TunesmithError", "__version__"]
+__all__ = [
+    "CheckResult",
+    "ConfigError",
+    "DataError",
+    "InterruptedRun",
+    "Model",
+    "ModelError",
+    "Preview",
+    "Run",
+    "RunError",
+    "TunesmithError",
+    "UsageError",
+    "__version__",
+    "check",
+    "load",
+    "merge",
+    "preview",
+    "resume",
+    "train",
+]
+_PLACES = {
+    "CheckResult": "tunesmith.use.check",
+    "Model": "tunesmith.use.model",
+    "Preview": "tunesmith.use.preview",
+    **dict.fromkeys(("Run", "check", "load", "merge", "preview", "resume", "train"), "tunesmith.api"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_PLACES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

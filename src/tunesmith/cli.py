@@ -10,13 +10,13 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tunesmith.boundary import end_at_next_interrupt, report_failure, taken_signals
 from tunesmith.display import visible_streams
-from tunesmith.errors import InterruptedRun, RunError, UsageError
+from tunesmith.errors import UsageError
 from tunesmith.parser import build_parser
 from tunesmith.streams import lasting_streams
 
@@ -158,36 +158,18 @@ def run_command(argv: list[str]) -> None:
 
 def _train(config: Any) -> None:
     from tunesmith.run.start import run_training
+    from tunesmith.use.report import reported
 
-    with _reported(Path(config.train.output_dir)):
+    with reported(Path(config.train.output_dir)):
         run_training(config)
 
 
 def _resume(options: argparse.Namespace, flags: dict[str, Any], unknown: list[str]) -> None:
     from tunesmith.run.resume import run_resume
+    from tunesmith.use.report import reported
 
-    with _reported(Path(options.run)):
+    with reported(Path(options.run)):
         run_resume(options.run, flags, options.allow, unknown)
-
-
-@contextmanager
-def _reported(output: Path) -> Iterator[None]:
-    """Write report.html into the run's folder, however the run ends."""
-    from tunesmith.use.report import write_report_quietly
-
-    try:
-        yield
-    except (RunError, InterruptedRun) as error:
-        with suppress(KeyboardInterrupt):  # the error of the run is still reported
-            write_report_quietly(output.expanduser(), f"not finished: {error}")
-        raise
-    try:
-        write_report_quietly(output.expanduser(), "finished")
-    except KeyboardInterrupt:
-        raise InterruptedRun(
-            f"interrupted while report.html was written; {output} is finished, without a report",
-            code="interrupted-report",
-        ) from None
 
 
 def _print_recipes() -> None:
@@ -234,7 +216,7 @@ def _quiet_libraries() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code of the command contract."""
     words = list(sys.argv[1:] if argv is None else argv)
-    with lasting_streams() as output, visible_streams(), taken_signals() as signals:
+    with lasting_streams() as output, visible_streams(), printed_messages(), taken_signals() as signals:
         output.ends_without_reader, output.ends_when_full = _needs_output(words)
         try:
             code = _exit_code(words)
@@ -244,6 +226,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv is None:  # own process: at its end, Ctrl-C has nothing left to stop
             end_at_next_interrupt(code)
     return code
+
+
+class _Printer(logging.Handler):
+    """Prints messages of the package: remarks to standard output, warnings to standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout, flush=True)
+
+
+@contextmanager
+def printed_messages() -> Iterator[None]:
+    """What the functions behind a command log is shown while the command runs."""
+    logger, printer = logging.getLogger("tunesmith"), _Printer()
+    level, propagates = logger.level, logger.propagate
+    logger.addHandler(printer)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(printer)
+        logger.setLevel(level)
+        logger.propagate = propagates
 
 
 def _exit_code(words: list[str]) -> int:

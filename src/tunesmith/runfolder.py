@@ -13,7 +13,7 @@ from tunesmith.reading import read_text
 RUN_FILE = "run.json"
 LEDGER_FILE = "data_ledger.json"
 INITIAL_ADAPTER = "adapter_init"
-SUBFOLDERS = ("adapter", INITIAL_ADAPTER, "model", "checkpoints", "tokens", "eval_tokens")
+SUBFOLDERS = ("adapter", INITIAL_ADAPTER, "model", "checkpoints", "tokens", "eval_tokens", "rows")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,11 @@ class RunFolder:
     def initial_adapter(self) -> Path:
         """The first matrices of a PiSSA or OLoRA adapter."""
         return self.path / INITIAL_ADAPTER
+
+    @property
+    def rows(self) -> Path:
+        """Rows that were given in Python, as JSON Lines."""
+        return self.path / "rows"
 
     @property
     def checkpoints(self) -> Path:

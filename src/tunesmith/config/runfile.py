@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -169,7 +169,11 @@ C = TypeVar("C", bound=Section)
 
 
 def resolve_config(
-    model: type[C], yaml_path: Path | None, flags: Mapping[str, Any], unknown_flags: list[str] | None = None
+    model: type[C],
+    yaml_path: Path | None,
+    flags: Mapping[str, Any],
+    unknown_flags: list[str] | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> C:
     """Build the config from a YAML file and flags (flags win).
 
@@ -177,13 +181,17 @@ def resolve_config(
         model: RunConfig or PreviewConfig.
         flags: dotted key -> value as given.
         unknown_flags: unknown flags; reported with all other problems.
+        arguments: sections given in Python, as in a file; they win over the file.
 
     Raises:
-        ConfigError: with every problem of file and flags at once.
+        ConfigError: with every problem of file, flags and arguments at once.
     """
     known = list(leaf_fields(RunConfig))
     tree = read_yaml(yaml_path) if yaml_path else {}
     problems = _unknown_keys(tree, known)
+    if arguments is not None:
+        problems += _unknown_keys(arguments, known)
+        tree = _join(tree, arguments)
     tree = _without(tree, list(leaf_fields(model)))
     for dotted, value in flags.items():
         _set_dotted(tree, dotted, value)
@@ -206,9 +214,43 @@ def resolve_config(
             "folder or a pattern (in quotes) instead of each file"
         )
     if problems:
-        source = str(yaml_path) if yaml_path else "the command line"
+        source = str(yaml_path or ("the command line" if arguments is None else "the arguments"))
         raise ConfigError(source, problems, exit_code=2 if unknown_flags else 1)
     return config
+
+
+def flatten_sections(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """{"optim": {"lr": 1e-5}} -> {"optim.lr": 1e-5}.
+
+    Raises:
+        ConfigError: a section or a key is unknown.
+    """
+    known = list(leaf_fields(RunConfig))
+    if problems := _unknown_keys(sections, known):
+        raise ConfigError("the arguments", problems)
+    return {
+        f"{section}.{name}": value
+        for section, below in sections.items()
+        if isinstance(below, Mapping)
+        for name, value in _leaves(below, section, known)
+    }
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str, known: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and f"{prefix}.{name}" not in known:
+            yield from ((f"{name}.{below}", v) for below, v in _leaves(value, f"{prefix}.{name}", known))
+        else:
+            yield name, value
+
+
+def _join(tree: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Two trees of sections; the second wins key by key."""
+    joined = dict(tree)
+    for name, value in over.items():
+        below = joined.get(name)
+        joined[name] = _join(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return joined
 
 
 _LISTS = (

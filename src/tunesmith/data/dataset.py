@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,17 @@ class DataSources:
         return [*self.train.files, *self.eval.files]
 
 
-def find_data(data: DataSection) -> DataSources:
-    """Raises:
-    DataError: a name stands for nothing.
+def find_data(data: DataSection, given: Collection[str] = ()) -> DataSources:
+    """Resolve the names of the data.
+
+    Args:
+        given: "train", "eval": rows that are given in Python and have no source yet.
+
+    Raises:
+        DataError: a name refers to nothing.
     """
-    return DataSources(find_sources(data.train), find_sources(data.eval or []))
+    train = Sources() if "train" in given else find_sources(data.train)
+    return DataSources(train, Sources() if "eval" in given else find_sources(data.eval or []))
 
 
 def refuse_shared_files(sources: DataSources) -> None:

@@ -9,7 +9,8 @@ from tunesmith.config.schema import FieldsSection
 from tunesmith.rows.columns import Draft, finish_draft, parse_transcript, read_column
 from tunesmith.rows.conversation import Message, RawText, RowRefused, Segments
 from tunesmith.rows.hints import not_json_hint
-from tunesmith.rows.keys import Keys
+from tunesmith.rows.keys import Keys, Reading
+from tunesmith.rows.tools import parse_tools
 from tunesmith.rows.turns import parse_turns, read_flag, read_reasoning
 from tunesmith.rows.values import as_text
 from tunesmith.sources.jsontext import parse_json_list
@@ -110,6 +111,26 @@ def parse_text(keys: Keys, fields: FieldsSection) -> RawText:
     if not text.strip():
         raise RowRefused(f"{name} is empty", code="text-empty")
     return RawText(text)
+
+
+def read_question(turns: Any, tools: Any = ()) -> tuple[list[Message], tuple[dict[str, Any], ...]]:
+    """Turns that a model is asked to answer, and its tools; the same spellings as in training rows.
+
+    Args:
+        turns: a text, which becomes the user's turn, or a list of dicts.
+        tools: schemas, a list or JSON text.
+
+    Raises:
+        RowRefused: a turn cannot be read, or holds a key that nothing reads.
+    """
+    if isinstance(turns, str):
+        return [Message("user", turns)], parse_tools(tools)
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise RowRefused("the messages must be a text or a list of dicts with role and content")
+    reading = Reading()
+    messages, in_turns = parse_turns(turns, reading)
+    reading.settle([message.content for message in messages])
+    return messages, parse_tools(tools) or in_turns
 
 
 def are_pairs(turns: Any) -> bool:

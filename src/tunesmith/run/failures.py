@@ -10,8 +10,8 @@ from tunesmith.config.schema import RunConfig
 from tunesmith.errors import InterruptedRun, RunError, TunesmithError
 from tunesmith.files import NO_ROOM, is_out_of_memory, lacking_memory, system_error
 from tunesmith.runfolder import RunFolder
-from tunesmith.train.checkpoint import newest_valid
-from tunesmith.train.progress import Progress
+from tunesmith.training.checkpoint import newest_valid
+from tunesmith.training.progress import Progress
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from tunesmith.run.assemble import ReadyRun
 from tunesmith.run.records import RunRecord
 from tunesmith.run.summary import model_card
 from tunesmith.runfolder import RunFolder
-from tunesmith.train.checkpoint import Checkpoint, DamagedError, find_damage, read_checkpoint
-from tunesmith.train.progress import Progress
+from tunesmith.training.checkpoint import Checkpoint, DamagedError, find_damage, read_checkpoint
+from tunesmith.training.progress import Progress
 
 
 def finish_run(ready: ReadyRun, progress: Progress, record: RunRecord) -> Path:

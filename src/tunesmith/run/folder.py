@@ -11,8 +11,8 @@ from tunesmith.errors import TunesmithError
 from tunesmith.model.loss import SupervisedLM
 from tunesmith.runfolder import RunFolder
 from tunesmith.staging import is_partial, remove_abandoned
-from tunesmith.train.checkpoint import estimate_bytes
-from tunesmith.train.loop import DEFAULT_SAVE_STEPS
+from tunesmith.training.checkpoint import estimate_bytes
+from tunesmith.training.loop import DEFAULT_SAVE_STEPS
 
 
 def resolve_output(name: str) -> Path:

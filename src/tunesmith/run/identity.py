@@ -105,15 +105,15 @@ def describe_files(data: DataSources) -> dict[str, list[dict[str, Any]]]:
     """Every file that is read, in order, with its size, time and SHA-256; hub data by name."""
     described: dict[str, list[dict[str, Any]]] = {}
     for part, sources in (("train", data.train), ("eval", data.eval)):
-        described[part] = [_describe_file(path) for path in sources.files]
+        described[part] = [_describe_file(path, sources.name_of(path)) for path in sources.files]
         described[part] += [{"hub": list(name)} for name in sources.hub]
     return described
 
 
-def _describe_file(path: Path) -> dict[str, Any]:
+def _describe_file(path: Path, name: str) -> dict[str, Any]:
     stat = path.stat()
     return {
-        "path": str(path.resolve()),
+        "path": str(Path(name).resolve()),
         "size": stat.st_size,
         "mtime_ns": stat.st_mtime_ns,
         "sha256": sha256_file(path),

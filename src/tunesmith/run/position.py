@@ -13,9 +13,9 @@ from tunesmith.run.console import Reporter
 from tunesmith.run.records import Fingerprint, RunRecord
 from tunesmith.run.takeup import Allowed
 from tunesmith.runfolder import RunFolder
-from tunesmith.train.checkpoint import MANIFEST, Checkpoint, newest_valid
-from tunesmith.train.optim import lr_at
-from tunesmith.train.progress import Progress, TrainState
+from tunesmith.training.checkpoint import MANIFEST, Checkpoint, newest_valid
+from tunesmith.training.optim import lr_at
+from tunesmith.training.progress import Progress, TrainState
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import glob
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,12 @@ from tunesmith.run.takeup import Allowed, take_up_adapter, take_up_data
 from tunesmith.run.training import build_trainer, train_to_end, write_run_files
 from tunesmith.runfolder import RUN_FILE, RunFolder
 from tunesmith.staging import locked
-from tunesmith.train.checkpoint import leftovers
-from tunesmith.train.interrupt import StopRequest
+from tunesmith.training.checkpoint import leftovers
+from tunesmith.training.interrupt import StopRequest
+from tunesmith.training.randomness import unchanged_process
 
 
+@unchanged_process()
 def run_resume(
     name: str,
     flags: Mapping[str, Any],
@@ -48,10 +50,10 @@ def run_resume(
     """
     folder, reporter = find_run(name), reporter or ConsoleReporter()
     record = RunRecord.from_json(read_record(folder.record), folder.record)
-    config = read_config(name, folder, flags, unknown)
+    config = absolute_names(read_config(name, folder, flags, unknown), record.cwd)
     require_packages(config)
     allow = Allowed(as_typed(name, flags), allowed)
-    with locked(folder.path), StopRequest() as stop, started_in(record.cwd):
+    with locked(folder.path), StopRequest() as stop:
         remove_leftovers(folder)
         position = find_position(folder, name, record, reporter)
         if position.is_finished and "train.max_steps" not in flags and "train.epochs" not in flags:
@@ -116,14 +118,27 @@ def as_typed(name: str, flags: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
-@contextlib.contextmanager
-def started_in(folder: str) -> Iterator[None]:
-    """Names in config.yaml are read from where the run began."""
-    if not Path(folder).is_dir():
-        yield
-        return
-    with contextlib.chdir(folder):
-        yield
+def absolute_names(config: RunConfig, folder: str) -> RunConfig:
+    """Names in config.yaml are relative to where the run began."""
+    sections: dict[str, dict[str, Any]] = {}
+    for key in _NAMES:
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        sections.setdefault(section, {})[name] = _from(folder, value)
+    return config.model_copy(
+        update={section: getattr(config, section).model_copy(update=names) for section, names in sections.items()}
+    )
+
+
+def _from(folder: str, value: Any) -> Any:
+    """A name that means something there: a file, a folder, FOLDER:SPLIT, or a pattern of files."""
+    if isinstance(value, list):
+        return [_from(folder, item) for item in value]
+    if not isinstance(value, str) or os.path.isabs(value) or value.startswith("~"):
+        return value
+    path = os.path.join(folder, value)
+    head = path.split(":")[0]
+    return path if os.path.lexists(path) or os.path.isdir(head) or glob.glob(path, recursive=True) else value
 
 
 def remove_leftovers(folder: RunFolder) -> None:

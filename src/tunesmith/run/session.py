@@ -19,10 +19,10 @@ from tunesmith.model.source import ModelSource
 from tunesmith.model.tokenizer import TokenizerSource, find_tokenizer, load_encoder
 from tunesmith.run.console import Reporter
 from tunesmith.runfolder import RunFolder
-from tunesmith.train.metrics import require_trackers
-from tunesmith.train.optim import require_optimizer
-from tunesmith.train.precision import Precision, choose_precision, make_deterministic
-from tunesmith.train.world import OneProcess, World
+from tunesmith.training.metrics import require_trackers
+from tunesmith.training.optim import require_optimizer
+from tunesmith.training.precision import Precision, choose_precision, make_deterministic
+from tunesmith.training.world import OneProcess, World
 
 
 @dataclass(frozen=True, slots=True)

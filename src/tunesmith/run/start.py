@@ -17,6 +17,7 @@ from tunesmith.run.console import ConsoleReporter, Reporter
 from tunesmith.run.failures import explained_failures
 from tunesmith.run.finish import finish_run
 from tunesmith.run.folder import require_room, resolve_output
+from tunesmith.run.given import Rows, keep_rows, name_rows
 from tunesmith.run.identity import describe_files, run_id, take_fingerprint
 from tunesmith.run.records import RunRecord
 from tunesmith.run.session import open_session, require_packages
@@ -24,19 +25,24 @@ from tunesmith.run.summary import summary_lines
 from tunesmith.run.training import build_trainer, train_to_end, write_run_files
 from tunesmith.runfolder import RunFolder
 from tunesmith.staging import locked, staged_folder
-from tunesmith.train.interrupt import StopRequest
-from tunesmith.train.progress import Progress
+from tunesmith.training.interrupt import StopRequest
+from tunesmith.training.progress import Progress
+from tunesmith.training.randomness import unchanged_process
 
 
-def run_training(config: RunConfig, reporter: Reporter | None = None) -> Path:
+@unchanged_process()
+def run_training(config: RunConfig, reporter: Reporter | None = None, rows: Rows | None = None) -> Path:
     """Train as the config says; returns the folder of the finished model.
 
     Args:
         reporter: shows the run; on the console where none is given.
+        rows: data given in Python, in place of the config's names.
     """
     folder = RunFolder(resolve_output(config.train.output_dir))
     require_packages(config)
-    sources = find_data(config.data)
+    rows = rows or {}
+    config = name_rows(config, folder, rows)
+    sources = find_data(config.data, given=rows)
     refuse_shared_files(sources)
     date = datetime.datetime.now().replace(microsecond=0)
     model = find_model(config.model.path)
@@ -46,6 +52,9 @@ def run_training(config: RunConfig, reporter: Reporter | None = None) -> Path:
     with StopRequest() as stop, explained_failures(folder, config, session.lengths.capacity, progress):
         with staged_folder(folder.path) as path:
             staging = RunFolder(path)
+            if rows:
+                session = keep_rows(session, rows, staging)
+                sources = session.sources or sources
             max_seq_len, seed = session.lengths.max_seq_len, config.train.seed
             dataset = write_dataset(config.data, sources, session.encoder, max_seq_len, seed, staging)
             ready = assemble(session, dataset)

@@ -12,7 +12,7 @@ from tunesmith.display import format_bytes, format_count, to_markdown, visible
 from tunesmith.model.load import count_parameters
 from tunesmith.model.loss import SupervisedLM
 from tunesmith.run.assemble import ReadyRun
-from tunesmith.train.progress import Progress
+from tunesmith.training.progress import Progress
 
 
 def summary_lines(ready: ReadyRun) -> list[tuple[str, str]]:

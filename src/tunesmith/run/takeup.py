@@ -27,7 +27,7 @@ from tunesmith.run.identity import (
 from tunesmith.run.records import WITHOUT_IT, Fingerprint, RunRecord, read_record
 from tunesmith.run.session import Session
 from tunesmith.runfolder import RunFolder
-from tunesmith.train.checkpoint import Checkpoint
+from tunesmith.training.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,14 +9,14 @@ from tunesmith.files import sealed, write_text_atomic
 from tunesmith.run.assemble import ReadyRun
 from tunesmith.run.records import RunRecord
 from tunesmith.runfolder import RunFolder
-from tunesmith.train.checkpoint import Checkpoint, restore_optimizer
-from tunesmith.train.interrupt import StopRequest
-from tunesmith.train.loop import Trainer
-from tunesmith.train.metrics import start_trackers
-from tunesmith.train.optim import build_optimizer
-from tunesmith.train.progress import Progress, TrainState, Window
-from tunesmith.train.randomness import restore_random_states, seed_all
-from tunesmith.train.saver import Saver
+from tunesmith.training.checkpoint import Checkpoint, restore_optimizer
+from tunesmith.training.interrupt import StopRequest
+from tunesmith.training.loop import Trainer
+from tunesmith.training.metrics import start_trackers
+from tunesmith.training.optim import build_optimizer
+from tunesmith.training.progress import Progress, TrainState, Window
+from tunesmith.training.randomness import restore_random_states, seed_all
+from tunesmith.training.saver import Saver
 
 
 def write_run_files(folder: RunFolder, ready: ReadyRun, record: RunRecord) -> None:

@@ -49,6 +49,7 @@ class Sources:
         entries: index in `files` -> entry of dataset_info.json that says how to read the file.
         hub_entries: the same for `hub`.
         passed_over: other contents of a folder: other splits, pictures, licences, subfolders that are not searched.
+        names: file -> the name of its rows, where that is not its path (rows given in Python).
     """
 
     files: list[Path] = field(default_factory=list)
@@ -56,6 +57,11 @@ class Sources:
     entries: dict[int, Entry] = field(default_factory=dict)
     hub_entries: dict[int, Entry] = field(default_factory=dict)
     passed_over: list[Path] = field(default_factory=list)
+    names: dict[Path, str] = field(default_factory=dict)
+
+    def name_of(self, path: Path) -> str:
+        """What the rows of a file are named after: its path, unless `names` has another name."""
+        return self.names.get(path, str(path))
 
 
 def find_sources(names: Iterable[str]) -> Sources:
@@ -172,7 +178,7 @@ def read_rows(sources: Sources, encoding: str = "utf-8", max_row_mb: float = DEF
         entry = sources.entries.get(place)
         rows = read_file(path, encoding, max_row_mb)
         for number, value in convert_rows(rows, entry) if entry else rows:
-            yield RawRow(str(path), number, value)
+            yield RawRow(sources.name_of(path), number, value)
     for place, (hub_id, config, split) in enumerate(sources.hub):
         entry = sources.hub_entries.get(place)
         rows = _read_hub(hub_id, config, split, max_row_mb)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +16,64 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.config.schema import PreviewConfig
-from tunesmith.data.check import Check, check_rows
+from tunesmith.data.check import Check, Finding, check_rows
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.display import raw_stream, visible
 from tunesmith.errors import DataError
 from tunesmith.files import write_text_atomic
+from tunesmith.sources.read import Sources
 from tunesmith.use.labels import open_data
 from tunesmith.use.pages import render_page, require_writable
 
 _SHOWN = 3  # rows that the table names; JSON and the page name more
 
 
-def check_data(config: PreviewConfig, watch: Callable[[Iterable[LabelledRow]], Iterable[LabelledRow]] = iter) -> Check:
+@dataclass(frozen=True)
+class CheckResult:
+    """What a check found. A notebook shows it as tables.
+
+    Attributes:
+        check: counts, lengths and scripts of the whole data set.
+    """
+
+    check: Check
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Errors first, each with its count, the first rows and what to do."""
+        return self.check.findings.sorted()
+
+    @property
+    def num_errors(self) -> int:
+        return self.check.num_errors
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `tunesmith check --json` prints."""
+        return self.check.to_json()
+
+    def to_html(self, page: str = "check", data: str = "") -> str:
+        """A self-contained page; every text in it is escaped."""
+        values = {"facts": facts(self.check), "findings": self.findings, "num_errors": self.num_errors}
+        return render_page(page, data=data, **values)
+
+    def _repr_html_(self) -> str:
+        return self.to_html("findings")
+
+
+def check_data(
+    config: PreviewConfig,
+    sources: Mapping[str, Sources] | None = None,
+    watch: Callable[[Iterable[LabelledRow]], Iterable[LabelledRow]] = iter,
+) -> CheckResult:
     """Read and label every row of data.train and data.eval, and collect what is wrong or odd.
 
     Args:
+        sources: as in `open_data`.
         watch: gets the rows as they are read and passes them on, for a progress display.
     """
-    data = open_data(config)
+    data = open_data(config, sources)
     eval_rows = data.eval_rows() if config.data.eval else []
-    return check_rows(watch(data.rows()), eval_rows, data.encoder, config.data, data.max_seq_len)
+    return CheckResult(check_rows(watch(data.rows()), eval_rows, data.encoder, config.data, data.max_seq_len))
 
 
 def run_check(config: PreviewConfig, is_strict: bool, as_json: bool, html_path: Path | None) -> None:
@@ -45,15 +84,17 @@ def run_check(config: PreviewConfig, is_strict: bool, as_json: bool, html_path: 
     """
     if html_path is not None:
         require_writable(html_path)
-    check = check_data(config, with_progress)
+    result = check_data(config, watch=with_progress)
+    check = result.check
     if as_json:
-        print(json.dumps(check.to_json()))
+        print(json.dumps(result.to_json()))
     elif html_path is not None:
-        write_text_atomic(html_path, check_page(check, config))
+        data = f"{', '.join(config.data.train)} for {config.model.path}"
+        write_text_atomic(html_path, result.to_html(data=data))
         print(f"written: {html_path}")
     if not as_json:
         show_check(check)
-    findings = check.findings.sorted()
+    findings = result.findings
     if check.num_errors or (is_strict and findings):
         warnings = len(findings) - check.num_errors
         raise DataError(
@@ -121,14 +162,3 @@ def show_check(check: Check) -> None:
         cells = (finding.level, f"{finding.count:,}", finding.what, where, finding.advice)
         table.add_row(*(Text(visible(cell)) for cell in cells), style=style)
     console.print(table)
-
-
-def check_page(check: Check, config: PreviewConfig) -> str:
-    """A self-contained page; every text in it is escaped."""
-    data = f"{', '.join(config.data.train)} for {config.model.path}"
-    return render_page("check", data=data, **page_values(check))
-
-
-def page_values(check: Check) -> dict[str, Any]:
-    """What pages/findings.html shows."""
-    return {"facts": facts(check), "findings": check.findings.sorted(), "num_errors": check.num_errors}

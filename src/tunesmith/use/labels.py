@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from tunesmith.config.schema import DataSection, PreviewConfig
@@ -43,14 +43,19 @@ class LabelledData:
         return label_rows(read_rows(self.eval, data.encoding, data.max_row_mb), self.encoder, data, self.max_seq_len)
 
 
-def open_data(config: PreviewConfig) -> LabelledData:
+def open_data(config: PreviewConfig, sources: Mapping[str, Sources] | None = None) -> LabelledData:
     """Resolve a config as a run does, without its weights.
+
+    Args:
+        sources: "train" or "eval" -> sources that are resolved already, in place of the config's names.
 
     Raises:
         TunesmithError: the data, tokenizer, template or model config cannot be used.
     """
     data = config.data
-    train, held_out = find_sources(data.train), find_sources(data.eval or [])
+    given = sources or {}
+    train = given["train"] if "train" in given else find_sources(data.train)
+    held_out = given["eval"] if "eval" in given else find_sources(data.eval or [])
     encoder = load_encoder(config.model, data, datetime.datetime.now())
     model_config = load_config(config.model, encoder.tokenizer)
     require_one_reading(config.model, encoder, model_config, config.lora.kind != "none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ from tunesmith.use.combine import MergePlan, deltas_of
 from tunesmith.use.merge_output import is_ours, resolve_target
 from tunesmith.use.proof import prove
 
+logger = logging.getLogger(__name__)
 _INDEX = "model.safetensors.index.json"
 _SETTINGS = ("generation_config.json",)
 _TOKENIZER = (
@@ -99,19 +101,19 @@ def run_merge(
             raise RunError(f"{output}: cannot be written: {error.strerror}; nothing was kept.") from None
         raise ModelError(f"{plan.base}: the merge failed, and nothing was kept: {telling_text(error)}.") from None
     for remark in filter(None, remarks):
-        print(f"note: {remark}")
+        logger.info(f"note: {remark}")
     _tell(plan, changed, said, output)
     return folder
 
 
 def _tell(plan: MergePlan, changed: int, said: str, output: str) -> None:
     how = f", {plan.method}" if len(plan.adapters) > 1 else ""
-    print(f"base       {plan.base}")
+    logger.info(f"base       {plan.base}")
     for adapter, weight in zip(plan.adapters, plan.weights, strict=True):
-        print(f"adapter    {adapter}" + (f", weight {weight:g}" if len(plan.adapters) > 1 else ""))
-    print(f"merged     {changed:,} tensors changed, each read back and compared{how}")
-    print(f"proof      {said}")
-    print(f"model saved: {output}\ntalk to it: tunesmith chat {output}")
+        logger.info(f"adapter    {adapter}" + (f", weight {weight:g}" if len(plan.adapters) > 1 else ""))
+    logger.info(f"merged     {changed:,} tensors changed, each read back and compared{how}")
+    logger.info(f"proof      {said}")
+    logger.info(f"model saved: {output}\ntalk to it: tunesmith chat {output}")
 
 
 def _require_alone(adapters: Sequence[Path]) -> None:
@@ -316,7 +318,7 @@ def _untie(config: dict[str, Any]) -> None:
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
             part["tie_word_embeddings"] = False
-    print("note: the base's head is tied to its embedding, and the adapter changes one of them alone: untied")
+    logger.info("note: the base's head is tied to its embedding, and the adapter changes one of them alone: untied")
 
 
 def _grow_vocabulary(config: dict[str, Any], deltas: Sequence[Delta], embedding: str) -> None:
@@ -355,7 +357,7 @@ def _merge_in_memory(plan: MergePlan, deltas: Sequence[Delta], output: Path) -> 
     after = model.state_dict()
     changed = sum(not torch.equal(before[name], after[name]) for name in before)
     if was_tied and not find_ends(model).is_tied:
-        print("note: the base's head is tied to its embedding, and the adapter changes one of them alone: untied")
+        logger.info("note: the base's head is tied to its embedding, and the adapter changes one of them alone: untied")
     model.save_pretrained(output)
     # what we write is compared with what is read back
     again = AutoModelForCausalLM.from_pretrained(output, dtype="auto", trust_remote_code=trust).state_dict()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -19,6 +19,7 @@ from tunesmith.data.ledger import LabelledRow
 from tunesmith.display import raw_stream, visible
 from tunesmith.encode.encoder import Encoder
 from tunesmith.files import write_text_atomic
+from tunesmith.sources.read import Sources
 from tunesmith.use.labels import open_data
 from tunesmith.use.pages import render_page, require_writable
 
@@ -88,9 +89,13 @@ class Preview(Sequence[LabelledRow]):
             yield Text(f"trained: {sign}; replies end with {visible(self.encoder.stop.text)}", style="dim")
 
 
-def preview_rows(config: PreviewConfig, num_rows: int) -> Preview:
-    """Label the first rows exactly as training would."""
-    data = open_data(config)
+def preview_rows(config: PreviewConfig, num_rows: int, sources: Mapping[str, Sources] | None = None) -> Preview:
+    """Label the first rows exactly as training would.
+
+    Args:
+        sources: as in `open_data`.
+    """
+    data = open_data(config, sources)
     return Preview(list(data.rows(num_rows)), data.encoder)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from tunesmith.data.labels import Sample
 from tunesmith.data.split import split_eval
 from tunesmith.data.store import open_store
 from tunesmith.display import to_html
-from tunesmith.errors import ModelError
+from tunesmith.errors import InterruptedRun, ModelError, RunError
 from tunesmith.files import write_text_atomic
 from tunesmith.model.load import count_parameters
 from tunesmith.model.source import telling_text
@@ -24,6 +26,7 @@ from tunesmith.use.batch import Sampling
 from tunesmith.use.charts import CHART_CSS, Series, line_chart
 from tunesmith.use.generate import Speaker, decode_reply, load_speaker, reply_to
 
+logger = logging.getLogger(__name__)
 NUM_SAMPLES = 5
 _REPLY_TOKENS = 96
 _CELL = 600  # characters
@@ -201,6 +204,25 @@ def write_report_quietly(run: Path, outcome: str) -> None:
     if not RunFolder(run).config.is_file():
         return
     try:
-        print(f"report: {write_report(run, outcome)}")
+        logger.info("report: %s", write_report(run, outcome))
     except Exception as error:
-        print(f"report.html could not be written: {telling_text(error)}")
+        logger.info("report.html could not be written: %s", telling_text(error))
+
+
+@contextmanager
+def reported(run: Path) -> Iterator[None]:
+    """Leaves report.html in the run's folder, however the block that trains it ends."""
+    run = run.expanduser()
+    try:
+        yield
+    except (RunError, InterruptedRun) as error:
+        with suppress(KeyboardInterrupt):  # how the run ended is raised all the same
+            write_report_quietly(run, f"not finished: {error}")
+        raise
+    try:
+        write_report_quietly(run, "finished")
+    except KeyboardInterrupt:
+        raise InterruptedRun(
+            f"interrupted while report.html was written; {run} is finished, without a report",
+            code="interrupted-report",
+        ) from None

@@ -9,8 +9,8 @@ import torch
 
 from tunesmith.data.feed import Batches
 from tunesmith.model.loss import Objective, SupervisedLM, supervised_loss
-from tunesmith.train.precision import Precision
-from tunesmith.train.world import OneProcess, World
+from tunesmith.training.precision import Precision
+from tunesmith.training.world import OneProcess, World
 
 
 @dataclass(frozen=True, slots=True)

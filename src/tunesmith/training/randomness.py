@@ -1,9 +1,11 @@
-"""The states of every random generator that a run may draw from, taken and put back."""
+"""Global state of the process: random generators, threads, determinism; taken and put back."""
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -39,3 +41,25 @@ def restore_random_states(tensors: Mapping[str, Tensor], others: Mapping[str, An
     random.setstate((version, tuple(words), gauss))
     name, keys, place, has_gauss, cached = others["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), place, has_gauss, cached))
+
+
+@contextmanager
+def unchanged_process() -> Iterator[None]:
+    """Whatever the block does, a caller from Python finds its process as it was."""
+    states = take_random_states()
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    environment = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - set(environment):
+            del os.environ[name]
+        os.environ.update(environment)
+        torch.backends.cudnn.benchmark = benchmark
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        restore_random_states(*states)

@@ -13,17 +13,17 @@ from tunesmith.config.schema import RunConfig
 from tunesmith.data.feed import Feed, Step
 from tunesmith.errors import InterruptedRun, RunError
 from tunesmith.model.loss import SupervisedLM
-from tunesmith.train.checkpoint import Snapshot, copy_optimizer, copy_weights
-from tunesmith.train.evaluate import EvalResult, evaluate
-from tunesmith.train.interrupt import StopRequest
-from tunesmith.train.metrics import Record, Tracker
-from tunesmith.train.optim import lr_at, set_lr
-from tunesmith.train.precision import Precision
-from tunesmith.train.progress import Progress, TrainState, Window
-from tunesmith.train.randomness import take_random_states
-from tunesmith.train.saver import Saver
-from tunesmith.train.step import NotFiniteError, train_step
-from tunesmith.train.world import World
+from tunesmith.training.checkpoint import Snapshot, copy_optimizer, copy_weights
+from tunesmith.training.evaluate import EvalResult, evaluate
+from tunesmith.training.interrupt import StopRequest
+from tunesmith.training.metrics import Record, Tracker
+from tunesmith.training.optim import lr_at, set_lr
+from tunesmith.training.precision import Precision
+from tunesmith.training.progress import Progress, TrainState, Window
+from tunesmith.training.randomness import take_random_states
+from tunesmith.training.saver import Saver
+from tunesmith.training.step import NotFiniteError, train_step
+from tunesmith.training.world import World
 
 DEFAULT_SAVE_STEPS = 500
 MAX_SKIPPED = 10  # steps in a row that train.on_nonfinite skip leaves out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from tunesmith.files import write_text_atomic
 from tunesmith.runfolder import RunFolder, read_lines
 
 Record = dict[str, Any]
+logger = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
@@ -77,7 +79,9 @@ class OutsideTracker:
         except Exception as error:
             self._is_alive = False
             reason = " ".join(str(error).split()) or type(error).__name__
-            print(f"note: {self._name} failed and gets no more of this run: {reason}. metrics.jsonl has all of it.")
+            logger.info(
+                "note: %s failed and gets no more of this run: %s. metrics.jsonl has all of it.", self._name, reason
+            )
 
     def log(self, record: Record) -> None:
         self._try(lambda: self._tracker.log(record))

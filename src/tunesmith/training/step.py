@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tunesmith.data.feed import Batches
 from tunesmith.model.loss import Objective, SupervisedLM, supervised_loss
-from tunesmith.train.precision import Precision
-from tunesmith.train.world import OneProcess, World
+from tunesmith.training.precision import Precision
+from tunesmith.training.world import OneProcess, World
 
 
 @dataclass(frozen=True, slots=True)

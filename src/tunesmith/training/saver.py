@@ -12,7 +12,7 @@ from tunesmith.files import is_no_room, system_error
 from tunesmith.model.loss import SupervisedLM
 from tunesmith.runfolder import RunFolder
 from tunesmith.tensors import find_not_finite
-from tunesmith.train.checkpoint import (
+from tunesmith.training.checkpoint import (
     Snapshot,
     find_damage,
     newest_valid,

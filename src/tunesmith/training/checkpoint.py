@@ -31,7 +31,7 @@ from tunesmith.model.save import write_trained
 from tunesmith.reading import open_file, read_text
 from tunesmith.runfolder import RunFolder
 from tunesmith.tensors import write_tensors
-from tunesmith.train.progress import TrainState
+from tunesmith.training.progress import TrainState
 
 FORMAT = 1
 _NUMBER = "#number"

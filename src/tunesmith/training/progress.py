@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.data.feed import FIRST_PLACE, Place
-from tunesmith.train.step import StepResult
+from tunesmith.training.step import StepResult
 
 _JUMP, _JUMP_WINDOW, _JUMP_STEPS = 5.0, 50, 20  # a gradient norm 5 times the mean of the last 50 steps, 20 at least
 

@@ -1,0 +1,354 @@
+"""The Python API. The command calls the same functions.
+
+Sections of the config are keyword arguments: `optim={"lr": 1e-5}`. `model`, `data`, `tokenizer`, `eval_data` and
+`output` are short for model.path, data.train, model.tokenizer, data.eval and train.output_dir; `model` and `data` may
+also be whole sections. Nothing is printed and nothing global stays changed; messages go to the logger "tunesmith".
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tunesmith.config.runfile import flatten_sections, read_yaml, resolve_config
+from tunesmith.config.schema import ModelSection, PreviewConfig, RunConfig
+from tunesmith.errors import ConfigError
+from tunesmith.reading import read_text
+from tunesmith.runfolder import RunFolder, read_metrics
+from tunesmith.sources.memory import is_rows, sources_of, write_rows
+from tunesmith.sources.read import Sources
+from tunesmith.use.check import CheckResult
+from tunesmith.use.model import Model
+from tunesmith.use.preview import Preview
+
+logger = logging.getLogger("tunesmith")
+Name = str | os.PathLike[str]
+Rows = dict[str, Any]
+OnLog = Callable[[dict[str, Any]], None]
+
+
+class LoggedReporter:
+    """Shows a run to a Python caller: records to `on_log`, the rest to the logger."""
+
+    def __init__(self, on_log: OnLog | None) -> None:
+        self._on_log = on_log
+
+    def summary(self, lines: list[tuple[str, str]]) -> None:
+        for name, text in lines:
+            logger.info("%s  %s", name, text)
+
+    def note(self, text: str) -> None:
+        logger.info("%s", text)
+
+    def begin(self, total_steps: int, first_step: int) -> None:
+        pass
+
+    def step(self, record: dict[str, Any], remark: str) -> None:
+        if remark:
+            logger.warning("step %s: %s", record["step"], remark)
+        if self._on_log is not None:
+            self._on_log(record)
+
+    def end(self) -> None:
+        pass
+
+
+class Run:
+    """A RUN folder: what was trained, and how it went.
+
+    Attributes:
+        path: the folder.
+    """
+
+    def __init__(self, path: Name) -> None:
+        self.path = Path(path)
+        self._folder = RunFolder(self.path)
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    def _repr_html_(self) -> str:
+        rows = [("folder", str(self.path)), ("finished", str(self.is_finished))]
+        last = self.metrics[-1:] and {k: v for record in self.metrics for k, v in record.items()}
+        rows += [
+            (name, f"{value:g}" if isinstance(value, float) else str(value)) for name, value in (last or {}).items()
+        ]
+        cells = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows)
+        return f"<table>{cells}</table>"
+
+    @property
+    def config(self) -> RunConfig:
+        """The config as resolved, from RUN/config.yaml."""
+        return RunConfig.model_validate(read_yaml(self._folder.config))
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records of RUN/metrics.jsonl, one a logged step."""
+        return read_metrics(self._folder.metrics)
+
+    @property
+    def ledger(self) -> dict[str, Any]:
+        """What became of every row, from RUN/data_ledger.json."""
+        ledger: dict[str, Any] = json.loads(read_text(self._folder.ledger))
+        return ledger
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the folder holds the final model or adapter."""
+        return self._folder.has_complete_model
+
+    @property
+    def model_dir(self) -> Path:
+        """RUN/model, or RUN/adapter where an adapter was trained. It exists once the run is finished."""
+        return self._folder.adapter if self.config.lora.kind != "none" else self._folder.model
+
+    def resume(self, *, max_steps: int | None = None, **options: Any) -> Run:
+        """As `tunesmith.resume` for this run."""
+        return resume(self, max_steps=max_steps, **options)
+
+    def report(self) -> Path:
+        """Write RUN/report.html again, with sample replies of the finished model; returns its path."""
+        from tunesmith.use.report import write_report
+
+        return write_report(self.path)
+
+
+def train(
+    run_file: Name | None = None,
+    *,
+    model: Name | Mapping[str, Any] | None = None,
+    data: Any = None,
+    output: Name | None = None,
+    tokenizer: Name | None = None,
+    eval_data: Any = None,
+    on_log: OnLog | None = None,
+    **sections: Any,
+) -> Run:
+    """Fine-tune a model.
+
+    Args:
+        run_file: a YAML run file, or recipe:NAME; the other arguments win over it.
+        model: a local folder, a RUN, a hub id, or new:PRESET; or the whole model section.
+        data: names of files, folders or hub data sets; or rows: a list of dicts or a `datasets.Dataset`; or the whole
+            data section. Rows are kept in RUN/rows, so that the run can be resumed and each row is accounted for.
+        output: the RUN folder, new or empty.
+        tokenizer: a folder or hub id; default: the model's own.
+        eval_data: held-out data, in the same forms as `data`.
+        on_log: called with each record of metrics.jsonl, as it is written. An exception from it ends the run, which
+            can then be resumed.
+        sections: optim, lora and train.
+
+    Raises:
+        ConfigError: a key is unknown or a value is wrong; all problems at once.
+        DataError, ModelError: the data or the model cannot be used.
+        RunError: the run failed (non-finite loss, memory, disk); it names the last good checkpoint.
+        InterruptedRun: Ctrl-C or SIGTERM; the run is saved.
+    """
+    from tunesmith.run.start import run_training
+    from tunesmith.use.report import reported
+
+    tree, rows = _read_arguments(model, data, tokenizer, eval_data, sections)
+    if output is not None:
+        _section(tree, "train")["output_dir"] = os.fspath(output)
+    config = resolve_config(RunConfig, _path(run_file), {}, arguments=tree)
+    with reported(Path(config.train.output_dir)):
+        run_training(config, LoggedReporter(on_log), rows)
+    return Run(config.train.output_dir)
+
+
+def resume(
+    run: Name,
+    *,
+    max_steps: int | None = None,
+    allow: Sequence[str] = (),
+    on_log: OnLog | None = None,
+    **sections: Any,
+) -> Run:
+    """Continue an interrupted run from its newest valid checkpoint, or train a finished one longer.
+
+    Args:
+        max_steps: short for train={"max_steps": ...}.
+        allow: what may differ from how the run began: data, template, tokenizer, model, optimizer, lora, schedule,
+            batch, seed, precision, versions.
+        on_log: as in `train`.
+        sections: keys that change, as in `train`.
+
+    Raises:
+        TunesmithError: the run cannot be resumed, or something that changes its mathematics is not as it was.
+    """
+    from tunesmith.run.resume import run_resume
+    from tunesmith.use.report import reported
+
+    changes = flatten_sections(sections)
+    if max_steps is not None:
+        changes["train.max_steps"] = max_steps
+    with reported(Path(run)):
+        run_resume(os.fspath(run), changes, allow, reporter=LoggedReporter(on_log))
+    return Run(run)
+
+
+def preview(
+    run_file: Name | None = None,
+    *,
+    model: Name | Mapping[str, Any] | None = None,
+    data: Any = None,
+    rows: int = 5,
+    tokenizer: Name | None = None,
+    **sections: Any,
+) -> Preview:
+    """Label the first rows exactly as `train` does. A notebook shows the trained tokens coloured.
+
+    Args:
+        rows: how many.
+        run_file, model, data, tokenizer, sections: as in `train`.
+    """
+    from tunesmith.use.preview import preview_rows
+
+    with _preview_config(run_file, model, data, tokenizer, None, sections) as (config, sources):
+        return preview_rows(config, rows, sources)
+
+
+def check(
+    run_file: Name | None = None,
+    *,
+    model: Name | Mapping[str, Any] | None = None,
+    data: Any = None,
+    eval_data: Any = None,
+    tokenizer: Name | None = None,
+    **sections: Any,
+) -> CheckResult:
+    """Read a whole data set and collect what is wrong or odd about it. Findings are returned, not raised.
+
+    Args:
+        run_file, model, data, eval_data, tokenizer, sections: as in `train`.
+    """
+    from tunesmith.use.check import check_data
+
+    with _preview_config(run_file, model, data, tokenizer, eval_data, sections) as (config, sources):
+        return check_data(config, sources)
+
+
+def merge(
+    *adapters: Name,
+    output: Name,
+    method: str = "sequential",
+    weights: Sequence[float] | None = None,
+    density: float = 0.5,
+    seed: int = 0,
+    base: Name | None = None,
+    allow_changed_base: bool = False,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Merge adapters into their base model; the result is checked before it appears under its name.
+
+    Args:
+        adapters: PEFT folders, or runs that trained an adapter.
+        output: the folder to make.
+        method: how several adapters are combined (peft's `add_weighted_adapter`), or sequential: one after another.
+        weights: of each adapter; default: 1.
+        density: share of values that ties, dare and prune keep.
+        base: the base in full precision, where it is in another place by now.
+
+    Returns:
+        The folder of the merged model.
+    """
+    from tunesmith.use.merge import run_merge
+
+    names = [os.fspath(adapter) for adapter in adapters]
+    given = os.fspath(base) if base is not None else None
+    run_merge(names, os.fspath(output), method, weights, density, seed, given, allow_changed_base, trust_remote_code)
+    return Path(output)
+
+
+def load(
+    model: Name,
+    *adapters: Name,
+    chat_template: Name | None = None,
+    allow_changed_base: bool = False,
+    trust_remote_code: bool = False,
+) -> Model:
+    """Open a model, a run or an adapter for replies.
+
+    Args:
+        model: a folder, a RUN, a checkpoint or a hub id.
+        adapters: further adapters of the same base, for `Model.switch`.
+        chat_template: a .jinja file, chatml, alpaca or none; default: the model's own.
+    """
+    from tunesmith.use.generate import load_speaker
+
+    section = ModelSection(path=os.fspath(model), trust_remote_code=trust_remote_code)
+    template = os.fspath(chat_template) if chat_template is not None else None
+    return Model(load_speaker(section, template, [os.fspath(name) for name in adapters], allow_changed_base))
+
+
+def _read_arguments(
+    model: Any, data: Any, tokenizer: Any, eval_data: Any, sections: Mapping[str, Any]
+) -> tuple[dict[str, Any], Rows]:
+    """The arguments as sections of a config, and the rows among them by their key of the data section."""
+    tree: dict[str, Any] = {
+        name: dict(below) if isinstance(below, Mapping) else below for name, below in sections.items()
+    }
+    tree |= {"model": dict(model)} if isinstance(model, Mapping) else {}
+    tree |= {"data": dict(data)} if isinstance(data, Mapping) else {}
+    if model is not None and not isinstance(model, Mapping):
+        _section(tree, "model")["path"] = os.fspath(model)
+    if tokenizer is not None:
+        _section(tree, "model")["tokenizer"] = os.fspath(tokenizer)
+    if data is not None and not isinstance(data, Mapping):
+        _section(tree, "data")["train"] = data
+    if eval_data is not None:
+        _section(tree, "data")["eval"] = eval_data
+    rows: Rows = {}
+    below = tree["data"] if isinstance(tree.get("data"), dict) else {}
+    for key in ("train", "eval"):
+        if is_rows(below.get(key)):
+            rows[key] = below[key]
+            below[key] = [f"rows:{key}"]
+        elif key in below:
+            below[key] = _names(below[key])
+    return tree, rows
+
+
+def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    below = tree.setdefault(name, {})
+    if not isinstance(below, dict):
+        raise ConfigError("the arguments", [f"{name}: is a section; give a dict of its keys"])
+    return below
+
+
+def _names(given: Any) -> Any:
+    if isinstance(given, os.PathLike):
+        return [os.fspath(given)]
+    if isinstance(given, (list, tuple)):
+        return [os.fspath(name) if isinstance(name, os.PathLike) else name for name in given]
+    return given
+
+
+def _path(name: Name | None) -> Path | None:
+    return Path(name) if name is not None else None
+
+
+@contextmanager
+def _preview_config(
+    run_file: Name | None, model: Any, data: Any, tokenizer: Any, eval_data: Any, sections: Mapping[str, Any]
+) -> Iterator[tuple[PreviewConfig, dict[str, Sources]]]:
+    """The config, and the sources of rows given in Python, which are kept in a file until the block ends."""
+    tree, rows = _read_arguments(model, data, tokenizer, eval_data, sections)
+    config = resolve_config(PreviewConfig, _path(run_file), {}, arguments=tree)
+    with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
+        sources = {}
+        for key, given in rows.items():
+            name = "data" if key == "train" else "eval_data"
+            write_rows(name, given, Path(folder) / f"{key}.jsonl")
+            sources[key] = sources_of(Path(folder) / f"{key}.jsonl", name)
+        yield config, sources

@@ -1,0 +1,67 @@
+"""A model opened for use in Python: replies to one conversation or many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tunesmith.errors import ModelError
+from tunesmith.rows.chats import read_question
+from tunesmith.rows.conversation import RowRefused
+from tunesmith.use.batch import Sampling
+from tunesmith.use.generate import Speaker, reply_to, stream_reply
+
+Question = str | Sequence[Mapping[str, Any]]
+
+
+class Model:
+    """A model that answers, opened by `tunesmith.load`.
+
+    It encodes with the code that training labels with. The methods take a text, which becomes the user's turn, or a
+    list of messages ({"role", "content"}, also with tool calls and in the other spellings of training rows). Their
+    keyword arguments are those of `Sampling`: max_new_tokens (512), temperature (None: as the model's
+    generation_config says; 0: greedy), seed (0).
+
+    Attributes:
+        speaker: the model, its encoder and its adapters.
+    """
+
+    def __init__(self, speaker: Speaker) -> None:
+        self.speaker = speaker
+
+    def reply(self, messages: Question, *, tools: Any = (), **sampling: Any) -> str:
+        """The text of the reply, without its stop token.
+
+        Raises:
+            ModelError: the messages cannot be read or encoded, or leave no room for a reply in the context.
+        """
+        return "".join(self.stream(messages, tools=tools, **sampling))
+
+    def stream(self, messages: Question, *, tools: Any = (), **sampling: Any) -> Iterator[str]:
+        """The pieces of the reply as they come; joined they are what `reply` returns."""
+        return stream_reply(self.speaker, self._prompt(messages, tools), Sampling(**sampling))
+
+    def batch(self, conversations: Sequence[Question], *, tools: Any = (), **sampling: Any) -> list[str]:
+        """A reply to each conversation, computed together; each is what `reply` returns for it alone."""
+        prompts = [self._prompt(messages, tools) for messages in conversations]
+        return [reply.text for reply in reply_to(self.speaker, prompts, Sampling(**sampling))]
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the opened adapters, for `switch`."""
+        return self.speaker.adapter_names
+
+    def switch(self, adapter: str) -> None:
+        """Answer with another of the opened adapters; "base": with none."""
+        if adapter not in (*self.adapters, "base"):
+            known = ", ".join([*self.adapters, "base"]) if self.adapters else "none"
+            raise ModelError(f"{adapter!r}: no such adapter is open; open are: {known}", code="unknown-adapter")
+        self.speaker.switch(adapter)
+
+    def _prompt(self, messages: Question, tools: Any) -> list[int]:
+        try:
+            given = messages if isinstance(messages, str) else [dict(turn) for turn in messages]
+            turns, schemas = read_question(given, list(tools) if isinstance(tools, tuple) else tools)
+        except (RowRefused, TypeError, ValueError) as refusal:
+            raise ModelError(f"the messages cannot be read: {refusal}", code="messages-unreadable") from None
+        return self.speaker.encoder.encode_prompt(turns, schemas)

@@ -1,0 +1,226 @@
+"""The Python API: the same functions that the command calls, with nothing printed and nothing global left changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+
+import tunesmith
+from conftest import chat_row, write_jsonl
+
+SMALL: dict[str, Any] = {"micro_batch_tokens": 128, "max_steps": 4, "save_steps": 2}
+ROWS = [chat_row(f"What is the answer {i}?", f"The answer is {i} and you.") for i in range(40)]
+
+
+def train(model_folder: Path, data: Any, output: Path, **more: Any) -> tunesmith.Run:
+    sections: dict[str, Any] = {"train": SMALL, "optim": {"lr": 1e-3}} | more
+    return tunesmith.train(model=str(model_folder), data=data, output=output, **sections)
+
+
+def weights(run: tunesmith.Run) -> bytes:
+    return (run.model_dir / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def quiet(capsys: pytest.CaptureFixture[str]) -> Any:
+    yield
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == ""
+
+
+def test_train_returns_a_run(model_folder: Path, chats: Path, tmp_path: Path, quiet: None) -> None:
+    records: list[dict[str, Any]] = []
+    run = train(model_folder, str(chats), tmp_path / "run", on_log=records.append)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert run.metrics == records
+    assert run.model_dir == tmp_path / "run" / "model"
+    assert run.ledger["train"]["files"][str(chats)]["used"] == 40
+    assert run.config.train.max_steps == 4
+    assert run.is_finished
+    assert "loss" in run._repr_html_()
+
+
+def test_the_api_and_the_command_train_the_same_weights(
+    run: Any, model_folder: Path, chats: Path, tmp_path: Path
+) -> None:
+    one = train(model_folder, chats, tmp_path / "api")
+    code, _, err = run("train", "--model", model_folder, "--data", chats, "--output", tmp_path / "command",
+                       "--optim.lr", 1e-3, "--train.micro_batch_tokens", 128, "--train.max_steps", 4,
+                       "--train.save_steps", 2)  # fmt: skip
+    assert code == 0, err
+    assert weights(one) == (tmp_path / "command" / "model" / "model.safetensors").read_bytes()
+    assert (tmp_path / "api" / "report.html").is_file()  # as after the command
+
+
+def test_rows_in_memory_train_as_the_same_rows_in_a_file(
+    model_folder: Path, chats: Path, tmp_path: Path, quiet: None
+) -> None:
+    from_file = train(model_folder, chats, tmp_path / "file")
+    from_rows = train(model_folder, ROWS, tmp_path / "rows")
+    from_set = train(model_folder, datasets.Dataset.from_list(ROWS), tmp_path / "set")
+    assert weights(from_file) == weights(from_rows) == weights(from_set)
+
+
+def test_rows_in_memory_are_accounted_for_and_hashed(model_folder: Path, tmp_path: Path) -> None:
+    run = (
+        train(model_folder, [*ROWS, {"messages": []}], tmp_path / "run", data_options=None)
+        if False
+        else train(model_folder, {"train": [*ROWS, {"messages": []}], "max_refused": 0.5}, tmp_path / "run")
+    )
+    (entry,) = run.ledger["train"]["files"].values()
+    assert (entry["rows"], entry["used"]) == (41, 40)
+    (name,) = run.ledger["train"]["files"]
+    assert Path(name).is_file()  # so that `preview --row` finds the row
+    assert json.loads(Path(name).read_text(encoding="utf-8").splitlines()[0]) == ROWS[0]
+    longer = run.resume(max_steps=6)
+    assert [record["step"] for record in longer.metrics] == [1, 2, 3, 4, 5, 6]
+    with Path(name).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(ROWS[0]) + "\n")
+    with pytest.raises(tunesmith.TunesmithError, match="data"):
+        run.resume(max_steps=8)
+
+
+def test_a_killed_run_of_rows_in_memory_resumes_to_the_same_weights(model_folder: Path, tmp_path: Path) -> None:
+    whole = train(model_folder, ROWS, tmp_path / "whole")
+
+    class StopError(Exception):
+        pass
+
+    def stop(record: dict[str, Any]) -> None:
+        if record["step"] == 3:
+            raise StopError
+
+    with pytest.raises(StopError):
+        train(model_folder, ROWS, tmp_path / "killed", on_log=stop)
+    assert weights(tunesmith.resume(tmp_path / "killed")) == weights(whole)
+
+
+def test_a_run_file_and_sections_over_it(model_folder: Path, chats: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: {{path: {model_folder}}}\ndata: {{train: {chats}}}\n"
+                    "train: {micro_batch_tokens: 128, max_steps: 2}\n")  # fmt: skip
+    run = tunesmith.train(file, output=tmp_path / "run", train={"max_steps": 3})
+    assert run.config.train.max_steps == 3
+    assert run.metrics[-1]["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({"optim": {"learning_rate": 1e-3}}, "optim.lr"),
+        ({"optimizer": {"lr": 1e-3}}, "optim"),
+        ({"train": {"max_step": 3}}, "train.max_steps"),
+        ({"optim": {"lr": "fast"}}, "optim.lr"),
+    ],
+)
+def test_a_wrong_key_is_the_same_error_as_on_the_command_line(
+    model_folder: Path, chats: Path, tmp_path: Path, arguments: dict[str, Any], word: str
+) -> None:
+    with pytest.raises(tunesmith.ConfigError, match=word):
+        tunesmith.train(model=str(model_folder), data=chats, output=tmp_path / "run", **arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_errors_are_the_commands_classes(model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(tunesmith.DataError):
+        train(model_folder, tmp_path / "nothing.jsonl", tmp_path / "run")
+    with pytest.raises(tunesmith.ModelError):
+        tunesmith.load(tmp_path / "nothing")
+    with pytest.raises(tunesmith.DataError):
+        train(model_folder, [], tmp_path / "run")
+    with pytest.raises(tunesmith.DataError, match="row 2"):
+        train(model_folder, [ROWS[0], {"messages": object()}], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_preview_and_check(model_folder: Path, chats: Path, quiet: None) -> None:
+    preview = tunesmith.preview(model=model_folder, data=chats, rows=3)
+    assert len(preview) == 3
+    assert "<mark>" in preview._repr_html_()
+    assert [row.status for row in tunesmith.preview(model=model_folder, data=ROWS[:2])] == ["used", "used"]
+    found = tunesmith.check(model=model_folder, data=ROWS, eval_data=ROWS[:1])
+    assert found.num_errors == 1  # a row of eval stands in train as well
+    assert "<table>" in found._repr_html_()
+    assert found.to_json()["errors"] == 1
+
+
+def test_merge(model_folder: Path, chats: Path, tmp_path: Path, quiet: None) -> None:
+    run = train(model_folder, chats, tmp_path / "lora", lora={"kind": "lora", "rank": 4})
+    assert run.model_dir == tmp_path / "lora" / "adapter"
+    merged = tunesmith.merge(run, output=tmp_path / "merged")
+    assert merged == tmp_path / "merged"
+    assert (merged / "model.safetensors").is_file()
+    one = tunesmith.load(run).reply("Who?", temperature=0)
+    assert tunesmith.load(merged).reply("Who?", temperature=0) == one
+
+
+def test_a_loaded_model_replies_streams_and_batches(
+    model_folder: Path, chats: Path, tmp_path: Path, quiet: None
+) -> None:
+    run = train(model_folder, chats, tmp_path / "run", train=SMALL | {"max_steps": 60}, optim={"lr": 1e-2})
+    chat = tunesmith.load(run)
+    messages = [{"role": "user", "content": "What is the answer 3?"}]
+    reply = chat.reply("What is the answer 3?", temperature=0, max_new_tokens=20)
+    assert reply
+    assert chat.reply(messages, temperature=0, max_new_tokens=20) == reply
+    assert "".join(chat.stream(messages, temperature=0, max_new_tokens=20)) == reply
+    others = [messages, [{"role": "user", "content": "Who are you, and why is this a longer question?"}]]
+    assert chat.batch(others, temperature=0, max_new_tokens=20)[0] == reply
+    assert chat.batch([], temperature=0) == []
+    drawn = chat.reply(messages, temperature=1.0, seed=3, max_new_tokens=20)
+    assert chat.reply(messages, temperature=1.0, seed=3, max_new_tokens=20) == drawn
+
+
+def test_nothing_global_is_left_changed(model_folder: Path, chats: Path, tmp_path: Path) -> None:
+    state = (os.getcwd(), dict(os.environ), sys.stdout, sys.stderr, torch.get_num_threads(),
+             torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype())  # fmt: skip
+    random = torch.get_rng_state()
+    run = train(model_folder, chats, tmp_path / "run", train=SMALL | {"deterministic": True})
+    run.resume(max_steps=6)
+    tunesmith.load(run).reply("Hi", max_new_tokens=4)
+    assert state == (os.getcwd(), dict(os.environ), sys.stdout, sys.stderr, torch.get_num_threads(),
+                     torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype())  # fmt: skip
+    assert torch.equal(random, torch.get_rng_state())
+
+
+def test_import_is_quick_and_heavy_libraries_wait() -> None:
+    code = (
+        "import sys, time; start = time.perf_counter(); import tunesmith; took = time.perf_counter() - start;"
+        "heavy = {'torch', 'transformers', 'pydantic', 'numpy', 'datasets'} & set(sys.modules);"
+        "print(heavy or took)"
+    )
+    took = min(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+               for _ in range(3))  # fmt: skip
+    assert took < 0.2
+
+
+def test_public_names() -> None:
+    assert sorted(tunesmith.__all__) == [
+        "CheckResult", "ConfigError", "DataError", "InterruptedRun", "Model", "ModelError", "Preview", "Run", "RunError",
+        "TunesmithError", "UsageError", "__version__", "check", "load", "merge", "preview", "resume", "train",
+    ]  # fmt: skip
+    assert all(getattr(tunesmith, name) is not None for name in tunesmith.__all__)
+    assert set(tunesmith.__all__) <= set(dir(tunesmith))
+    with pytest.raises(AttributeError):
+        tunesmith.nothing  # noqa: B018
+
+
+def test_the_package_is_typed() -> None:
+    assert (Path(tunesmith.__file__).parent / "py.typed").is_file()
+
+
+def test_data_given_twice_is_refused(model_folder: Path, chats: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "more.jsonl", ROWS)
+    with pytest.raises(tunesmith.DataError) as error:
+        train(model_folder, [chats, ROWS[0]], tmp_path / "run")  # names and rows mixed
+    assert error.value.code == "row-no-dict"
+    assert file.is_file()

@@ -38,7 +38,7 @@ from tunesmith.run import resume as _resume  # noqa: F401
 from tunesmith.use import chat as _chat  # noqa: F401
 from tunesmith.use import check as _check  # noqa: F401
 from tunesmith.use import merge as _merge  # noqa: F401
-from tunesmith.use import report as _report  # noqa: F401
+from tunesmith.use import report as _report
 
 assert all((datasets, peft, transformers))
 CLOSED = "closed"
@@ -68,6 +68,7 @@ def run_forked(
     interrupt_after_s: float = math.inf,
     number: int = signal.SIGINT,
     environment: dict[str, str] | None = None,
+    full_replies: bool = False,
 ) -> Outcome:
     """Run the command on `words`.
 
@@ -76,6 +77,8 @@ def run_forked(
         stdout: a path, CLOSED or LEAVING; empty: kept and returned. The same for stderr, which cannot be LEAVING.
         interrupt_at: a text of stdout, an absolute path, or PATH?TEXT, at whose appearance signal `number` is sent.
         interrupt_after_s: the same, after a time.
+        full_replies: as many sample replies in a run's report as users get; else one short one, for they take longer
+            than everything else.
     """
     with tempfile.TemporaryDirectory() as folder:
         kept = [Path(folder, "out"), Path(folder, "err")]
@@ -83,6 +86,8 @@ def run_forked(
         began = time.monotonic()
         child = os.fork()
         if not child:
+            if not full_replies:
+                _report.NUM_SAMPLES, _report._REPLY_TOKENS = 1, 3
             _be_child(
                 words, cwd, [stdin, stdout or str(kept[0]), stderr or str(kept[1])], writer, limit_gb, environment
             )

@@ -206,7 +206,8 @@ def test_ctrl_c_ends_every_command_with_one_line(forks: Forks, inputs: Path, tmp
 def test_ctrl_c_while_the_report_is_made_tells_that_the_model_stands(
     forks: Forks, inputs: Path, tmp_path: Path
 ) -> None:
-    done = forks(*train_words(inputs, tmp_path / "run"), interrupt_at=f"{tmp_path}/run/run.json?finished_at_step")
+    at = f"{tmp_path}/run/run.json?finished_at_step"
+    done = forks(*train_words(inputs, tmp_path / "run"), interrupt_at=at, full_replies=True)
     text = plainly(done, codes=(3,))
     assert "nothing was left behind" not in text
     assert f"{tmp_path / 'run'} is finished" in text

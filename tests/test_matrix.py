@@ -226,4 +226,7 @@ def test_every_cell_is_right_or_refused(tokenizer: Any, name: str) -> None:
         pytest.skip("the shared tokenizers are not beside this checkout")
     if name in (*others.LONG_NAMES, "gpt2", "llama2") and not os.environ.get("TUNESMITH_LONG"):
         pytest.skip("takes long; TUNESMITH_LONG=1 runs it")
-    assert_matrix(tokenizer if name == "own" else others.build(name), all_templates())
+    templates = all_templates()
+    if name != "own" and not os.environ.get("TUNESMITH_LONG"):
+        templates = dict(list(templates.items())[::3])
+    assert_matrix(tokenizer if name == "own" else others.build(name), templates)

@@ -39,11 +39,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import transformers
-from tunesmith.train import checkpoint
 
 from tunesmith.cli import main
 from tunesmith.model.bpe import train_tokenizer
 from tunesmith.run import records
+from tunesmith.training import checkpoint
 
 # before the optimizer's file and the generators', before the manifest, before each rename (two where a checkpoint takes
 # another one's place), before run.json

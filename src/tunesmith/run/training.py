@@ -12,7 +12,7 @@ from tunesmith.runfolder import RunFolder
 from tunesmith.training.checkpoint import Checkpoint, restore_optimizer
 from tunesmith.training.interrupt import StopRequest
 from tunesmith.training.loop import Trainer
-from tunesmith.training.metrics import start_trackers
+from tunesmith.training.metrics import Tracker, start_trackers
 from tunesmith.training.optim import build_optimizer
 from tunesmith.training.progress import Progress, TrainState, Window
 from tunesmith.training.randomness import restore_random_states, seed_all
@@ -43,9 +43,10 @@ def build_trainer(
     config, folder = session.config, session.folder
     optimizer = build_optimizer(lm.model, config.optim, config.lora.lr_ratio)
     scaler = session.precision.scaler(session.device)
-    trackers = start_trackers(
-        list(config.train.trackers), folder, config.model_dump(mode="json"), record.id, state.step if state else None
-    )
+    names, last_step = list(config.train.trackers), state.step if state else None
+    trackers: list[Tracker] = []
+    if session.world.is_main:
+        trackers = start_trackers(names, folder, config.model_dump(mode="json"), record.id, last_step)
     saver = Saver(folder, lm, session.encoder, record.guard.to_json(), config.train.keep_checkpoints)
     seed_all(config.train.seed)  # dropout does not depend on how the model was loaded
     if checkpoint and state:

@@ -45,6 +45,6 @@ def evaluate(
         sums[0] += found.loss.to(sums)
         sums[1] += found.num_correct.to(sums)
     lm.train()
-    num_targets = max(1, int(world.sum(torch.tensor(batches.num_targets))))
+    num_targets = max(1, world.sum(torch.tensor(batches.num_targets)).tolist())
     loss_sum, num_correct = world.sum(sums).tolist()
     return EvalResult(loss_sum / num_targets, num_correct / num_targets)

@@ -179,24 +179,27 @@ class Trainer:
 
     def save(self) -> None:
         """Take a snapshot and let it be written beside the next steps."""
+        # every process takes part: a sharded model is gathered
         random, others = take_random_states()
         state = TrainState(self.progress, self.feed.total_steps, self.window, self.scaler.state_dict(), others)
         content = state.to_json()  # now: training changes it while it is written
-        for tracker in self.trackers:
-            tracker.sync()  # what a resumed run will not log again must be on disk before its checkpoint
-        self.saver.wait()
-        if self.saver.failure:
-            self.on_log(self._head(), self.saver.failure)
-        snapshot = Snapshot(copy_weights(self.lm), copy_optimizer(self.lm.model, self.optimizer), random, content)
-        self.saver.save(snapshot, self.progress.best_step)
-        self._saved_at, self.saved_step = time.monotonic(), snapshot.step
+        if self.world.is_main:
+            for tracker in self.trackers:
+                tracker.sync()  # what a resumed run will not log again must be on disk before its checkpoint
+            self.saver.wait()
+            if self.saver.failure:
+                self.on_log(self._head(), self.saver.failure)
+        weights, optimizer = copy_weights(self.lm), copy_optimizer(self.lm.model, self.optimizer)
+        if self.world.is_main:
+            self.saver.save(Snapshot(weights, optimizer, random, content), self.progress.best_step)
+        self._saved_at, self.saved_step = time.monotonic(), self.progress.step
 
     def _save_last(self) -> None:
         self.saver.wait()
-        if self.saved_step != self.progress.step or self.saver.failure:
+        if self.world.agree(self.saved_step != self.progress.step or bool(self.saver.failure)):
             self.save()
         self.saver.wait()
-        if self.saver.failure:
+        if self.world.agree(bool(self.saver.failure)):
             raise RunError(f"the last checkpoint could not be saved: {self.saver.failure}. Make room there.")
 
     def _explain_not_finite(self, error: NotFiniteError, rows: list[str]) -> str:

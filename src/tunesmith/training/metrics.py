@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -171,7 +171,7 @@ def _numbers(record: Record) -> Record:
     return {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
 
 
-def require_trackers(names: list[str]) -> None:
+def require_trackers(names: Sequence[str]) -> None:
     """Fail before any work where a tracker's package is not installed."""
     missing = []
     for name in names:
@@ -185,7 +185,7 @@ def require_trackers(names: list[str]) -> None:
 
 
 def start_trackers(
-    names: list[str], folder: RunFolder, config: Record, run_id: str, last_step: int | None = None
+    names: Sequence[str], folder: RunFolder, config: Record, run_id: str, last_step: int | None = None
 ) -> list[Tracker]:
     """The metrics file, then the trackers by name.
 

@@ -59,8 +59,8 @@ def train_step(
     """
     world = world or OneProcess()
     device = next(lm.parameters()).device
-    counts = world.sum(torch.tensor([batches.num_tokens, batches.num_targets, len(batches)]))
-    num_tokens, num_targets, num_forwards = (int(count) for count in counts)
+    own_counts = torch.tensor([batches.num_tokens, batches.num_targets, len(batches)])
+    num_tokens, num_targets, num_forwards = world.sum(own_counts).tolist()
     loss_sum = torch.zeros((), device=device)
     router_sum = torch.zeros((), device=device)
     expert_counts: Tensor | None = None

@@ -78,10 +78,7 @@ def test_deterministic_is_set_while_training(
     assert losses[0] == losses[1]  # on a CPU all kernels are deterministic already
 
 
-LEAKS = pytest.mark.xfail(strict=True, reason="train.deterministic stays set: make_deterministic has no way back")
-
-
-@pytest.mark.parametrize("deterministic", ["false", pytest.param("true", marks=LEAKS)])
+@pytest.mark.parametrize("deterministic", ["false", "true"])
 def test_nothing_global_is_left_when_train_returns(
     run: Any, model_folder: Path, chats: Path, tmp_path: Path, deterministic: str
 ) -> None:

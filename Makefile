@@ -20,6 +20,7 @@ check: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/one_row.py --write
 
 # torch goes first and by its exact version: any other spelling may pull several gigabytes of CUDA packages
 $(INSTALLED): pyproject.toml constraints.txt

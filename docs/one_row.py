@@ -1,6 +1,6 @@
 """One row from its file to the gradient, with the real values of every stage, for docs/architecture.md.
 
-Usage: one_row.py prints the stages; `make docs` writes them into the page.
+Usage: one_row.py [--write]    print the stages, or write them into the page (as `make docs` does)
 
 The model is the small base of `tunesmith demo`, in fp32 on the CPU.
 """
@@ -73,8 +73,11 @@ def _from_ids_to_gradient(file: Path, folder: Path) -> Iterator[tuple[str, str, 
         for row in data.rows():
             writer.add(row)
     store = open_store(folder)
-    sizes = "\n".join(f"{path.name:<18}{path.stat().st_size:>6} bytes" for path in sorted(folder.iterdir()))
-    yield "the token store", "`data/store.py` keeps all samples on disk and maps them into memory.", sizes
+    files = [f"{path.name:<15}{path.stat().st_size:>5} bytes" for path in sorted(folder.glob("*.bin"))]
+    what = (
+        "`data/store.py` keeps all samples on disk, four bytes a token and one for its mask, and maps them into memory."
+    )
+    yield "the token store", what, "\n".join(files)
     batch = build_batch(store, [0, 1])
     values = [
         f"input_ids     {batch.input_ids[0].tolist()}",
@@ -117,6 +120,18 @@ def one_row() -> str:
     return "\n\n".join(texts)
 
 
+PAGE, START, END = Path(__file__).with_name("architecture.md"), "<!-- row: made by `make docs` -->\n", "\n<!-- /row -->"
+
+
+def write_page() -> None:
+    head, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
+    PAGE.write_text(f"{head}{START}{one_row()}{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    print(one_row())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write docs/architecture.md")
+    if parser.parse_args().write:
+        write_page()
+    else:
+        print(one_row())

@@ -1,4 +1,4 @@
-"""docs/quickstart.ipynb holds the cells of docs/quickstart.py, and they run from top to bottom."""
+"""docs/quickstart.ipynb and the row of docs/architecture.md are what their scripts make."""
 
 from __future__ import annotations
 
@@ -37,3 +37,16 @@ def test_the_cells_run(quickstart: Any, tmp_path: Path, monkeypatch: pytest.Monk
     assert value("model.batch(") == "['green', 'blue', 'white', 'black', 'yellow', 'red']"
     assert value("tunesmith.load(merged)") == "'black'"
     assert all(not line.startswith("note") for line in value("run.ledger").splitlines())
+
+
+def test_the_row_of_the_architecture_page_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(DOCS))
+    import one_row
+
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    for title, what, values in one_row.stages():
+        assert f"**{title}**: {what}" in page
+        exact = (
+            values.splitlines() if title not in ("the loss", "the gradient") else []
+        )  # floats differ in their last digits
+        assert all(line in page for line in exact), title

@@ -126,7 +126,9 @@ def read_question(turns: Any, tools: Any = ()) -> tuple[list[Message], tuple[dic
     if isinstance(turns, str):
         return [Message("user", turns)], parse_tools(tools)
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise RowRefused("the messages must be a text or a list of dicts with role and content")
+        raise RowRefused(
+            "the messages must be a text or a list of dicts with role and content", code="messages-not-a-list"
+        )
     reading = Reading()
     messages, in_turns = parse_turns(turns, reading)
     reading.settle([message.content for message in messages])

@@ -82,6 +82,13 @@ def test_data_knows_neither_torch_nor_transformers(package: str) -> None:
         assert not heavy, f"{path} imports {heavy}"
 
 
+def test_use_and_training_know_nothing_of_each_other() -> None:
+    for package, others in (("use", ("training", "run")), ("training", ("use", "run")), ("run", ("use",))):
+        for path in (PACKAGE / package).glob("*.py"):
+            wrong = [m for m in imports_of(path) if m.startswith(tuple(f"tunesmith.{other}" for other in others))]
+            assert not wrong, f"{path} imports {wrong}"
+
+
 def test_init_files_re_export_nothing() -> None:
     for path in PACKAGE.rglob("__init__.py"):
         if path.parent != PACKAGE:

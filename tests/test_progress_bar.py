@@ -75,7 +75,6 @@ def test_evaluations_stay_on_lines_above_the_bar(command: list[str]) -> None:
     assert lines == ["0", "4", "8"]
 
 
-@pytest.mark.xfail(strict=True, reason="the numbers of an evaluation push the bar and the step off a narrow terminal")
 def test_a_narrow_terminal_shows_the_step_beside_an_evaluation(command: list[str]) -> None:
     _, shown = in_terminal([*command, *EVALUATION], columns=80)
     bar = uncoloured(shown).partition("model saved: ")[0].splitlines()[-1]  # as it stays

@@ -114,7 +114,9 @@ class StepDisplay:
         line = visible("  ".join(part for part in (format_record(record), remark) if part))
         step = record["step"]
         if self._bar:
-            self._bar.update(self._task, completed=step, line=line)
+            # numbers of an evaluation are printed above the bar; beside it they would push it off a narrow terminal
+            short = visible("  ".join(part for part in (format_record(record, is_short=True), remark) if part))
+            self._bar.update(self._task, completed=step, **({"line": short} if short else {}))
             if "eval_loss" in record or "rows" in record:
                 self._bar.console.print(f"step {step}: {line}", highlight=False, markup=False)
         elif step >= self._next_line or step == self.total_steps or remark or {"eval_loss", "rows"} & set(record):
@@ -132,10 +134,13 @@ class StepDisplay:
             self._bar.stop()
 
 
-def format_record(record: dict[str, Any]) -> str:
+def format_record(record: dict[str, Any], is_short: bool = False) -> str:
+    """A record in words; `is_short` leaves out evaluations and rows."""
     parts = []
     if "loss" in record:
         parts += [f"loss {record['loss']:.4f}", f"lr {record['lr']:.2e}", f"{record['tokens_per_s']:.0f} tokens/s"]
+    if is_short:
+        return "  ".join(parts)
     if "eval_loss" in record:
         parts += [
             f"eval_loss {record['eval_loss']:.4f}",

@@ -124,29 +124,29 @@ def test_no_usable_row(case: Case) -> None:
 
 def test_model_folder_that_does_not_exist(case: Case) -> None:
     case.model = case.model.with_name("modle")
-    case.fails("modle: no such model folder. Did you mean", "/model?")
+    case.fails_as("model-not-found", "modle", "/model?")
 
 
 def test_model_folder_without_config(case: Case) -> None:
     (case.model / "config.json").unlink()
-    case.fails("no config.json, so not a Hugging Face model folder (it holds: ")
+    case.fails_as("not-a-model-folder", "config.json", "model.safetensors")
 
 
 def test_model_folder_without_weights(case: Case) -> None:
     (case.model / "model.safetensors").unlink()
-    case.fails("its weights cannot be loaded")
+    case.fails_as("model-not-loadable", "weights")
 
 
 def test_weights_cut_short(case: Case) -> None:
     path = case.model / "model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
-    case.fails("its weights cannot be loaded")
+    case.fails_as("model-not-loadable", "weights")
 
 
 def test_weights_of_another_model(case: Case) -> None:
     config = json.loads((case.model / "config.json").read_text())
     (case.model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3, "layer_types": None}))
-    case.fails("the weights lack", "tensors that the model needs (model.layers.2")
+    case.fails_as("weights-missing", "model.layers.2")
 
 
 def test_model_folder_without_tokenizer(case: Case) -> None:
@@ -158,15 +158,15 @@ def test_model_folder_without_tokenizer(case: Case) -> None:
 def test_tokenizer_of_another_model(case: Case, tokenizer, tmp_path: Path) -> None:
     save_folder(tmp_path / "small", tiny_config("qwen3", vocab_size=300), tokenizer)
     case.model = tmp_path / "small"
-    case.fails("the tokenizer knows ids up to", "the model's embedding has 300 rows")
+    case.fails_as("tokenizer-does-not-match", "embedding has 300 rows")
 
 
 def test_unknown_preset_and_preset_without_tokenizer(case: Case) -> None:
     case.model = Path("new:tinny")
-    case.fails("has random weights and no tokenizer. Give one: --tokenizer")
-    case.fails("new:tinny: no such preset. Did you mean new:tiny?", flags=("--tokenizer", case.data.parent / "model"))
+    case.fails_as("tokenizer-missing", "--tokenizer")
+    case.fails_as("unknown-preset", "new:tinny", "new:tiny?", flags=("--tokenizer", case.data.parent / "model"))
     case.model = Path("new:tiny")
-    case.fails("model.config.hidden_sise: the qwen3 config has no such field; did you mean hidden_size?",
+    case.fails_as("unknown-preset-key", "model.config.hidden_sise", "qwen3", "hidden_size?",
                flags=("--tokenizer", case.data.parent / "model", "--model.config.hidden_sise", 8))  # fmt: skip
 
 
@@ -182,7 +182,7 @@ def test_unknown_preset_and_preset_without_tokenizer(case: Case) -> None:
         ("layer_types", "[a,b]", "entries must be in ('full_attention'"),
         ("intermediate_size", "-4", "negative dimension"),
         ("to_dict", "3", "has no such field"),
-        ("vocab_size", "300", "so 400 is the least"),
+        ("vocab_size", "300", "the minimum is 400"),
     ],
 )
 def test_preset_overrides_that_give_no_model(case: Case, key: str, value: str, words: str) -> None:
@@ -200,15 +200,14 @@ def test_preset_overrides_that_give_a_model(tokenizer) -> None:
 def test_weights_of_other_shapes(case: Case) -> None:
     config = json.loads((case.model / "config.json").read_text())
     (case.model / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
-    case.fails("6 tensors have other shapes than its config.json says: model.layers.0.mlp.down_proj.weight is [32, 64], "
-               "but [32, 96] is needed")  # fmt: skip
+    case.fails_as("wrong-shapes", "6 tensors", "model.layers.0.mlp.down_proj.weight is [32, 64]", "[32, 96]")
 
 
 @pytest.mark.parametrize("dropout", [-1, 1.5, 1])
 def test_a_dropout_that_is_none(case: Case, dropout: float) -> None:
     config = json.loads((case.model / "config.json").read_text())
     (case.model / "config.json").write_text(json.dumps({**config, "attention_dropout": dropout}))
-    case.fails(f"its config.json has attention_dropout {dropout}")
+    case.fails_as("bad-config-value", f"attention_dropout {dropout}")
 
 
 def test_a_config_that_transformers_rejects_is_told_in_full(case: Case) -> None:
@@ -227,7 +226,7 @@ def test_code_in_a_model_folder_is_not_run(case: Case) -> None:
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
     (case.model / "config.json").write_text(json.dumps(config))
     (case.model / "mine.py").write_text("open('/tmp/tunesmith-was-run', 'w')\n")
-    case.fails("the model brings Python code of its own", "--model.trust_remote_code true")
+    case.fails_as("model-needs-code", "--model.trust_remote_code true")
     assert not Path("/tmp/tunesmith-was-run").exists()
 
 
@@ -251,7 +250,7 @@ def test_output_that_cannot_be_made(case: Case) -> None:
 
 def test_positions_that_the_model_never_learnt(case: Case, tokenizer, tmp_path: Path) -> None:
     case.model = save_folder(tmp_path / "gpt2", tiny_config("gpt2"), tokenizer)
-    case.fails("the model has learnt positions up to 256 only", flags=("--data.max_seq_len", 300))
+    case.fails_as("max-seq-len-too-long", "256", "300", flags=("--data.max_seq_len", 300))
 
 
 def test_templates(case: Case, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def corpus(tmp_path: Path) -> Path:
     return folder
 
 
-def test_tokenizer_command(run, corpus: Path, tmp_path: Path) -> None:
+def test_tokenizer_command(run, fails, corpus: Path, tmp_path: Path) -> None:
     code, out, err = run("tokenizer", "--data", corpus, "--vocab-size", 300, "--output", tmp_path / "tok")
     assert code == 0, err
     assert "300 tokens" in out
@@ -121,9 +121,8 @@ def test_tokenizer_command(run, corpus: Path, tmp_path: Path) -> None:
         [{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_dict=True
     )["input_ids"]
     assert tokenizer.decode(ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    code, _, err = run("tokenizer", "--data", corpus, "--vocab-size", 400, "--output", tmp_path / "tok")
-    assert code == 1
-    assert "already exists" in err
+    error = fails("tokenizer", "--data", corpus, "--vocab-size", 400, "--output", tmp_path / "tok")
+    assert (error.code, error.exit_code) == ("output-exists", 1)
 
 
 def test_tokenizer_reads_chats_and_refuses_what_training_refuses(run, chats: Path, tmp_path: Path) -> None:
@@ -137,10 +136,9 @@ def test_tokenizer_reads_chats_and_refuses_what_training_refuses(run, chats: Pat
     assert not (tmp_path / "tok2").exists()
 
 
-def test_a_vocabulary_too_small_for_the_control_tokens(run, corpus: Path, tmp_path: Path) -> None:
-    code, _, err = run("tokenizer", "--data", corpus, "--vocab-size", 258, "--output", tmp_path / "tok")
-    assert code == 1
-    assert "--vocab-size 258: needs 259 or more" in err
+def test_a_vocabulary_too_small_for_the_control_tokens(fails, corpus: Path, tmp_path: Path) -> None:
+    error = fails("tokenizer", "--data", corpus, "--vocab-size", 258, "--output", tmp_path / "tok")
+    assert (error.code, error.exit_code) == ("vocab-too-small", 1)
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from conftest import killed_after
 from test_adapters import KINDS, base_of, logits_of, train_words
+from tunesmith.config.choices import MERGE_METHODS
 from tunesmith.config.schema import ModelSection
+from tunesmith.errors import TunesmithError
 from tunesmith.use import merge as merging
-from tunesmith.use.combine import METHODS
 from tunesmith.use.generate import load_speaker
 
 Run = Callable[..., tuple[int, str, str]]
+Fails = Callable[..., TunesmithError]
 
 
 @pytest.fixture
@@ -122,7 +124,7 @@ def two(run: Run, base: Path, chats: Path, tmp_path: Path) -> tuple[Path, Path]:
     )
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "sequential"])
+@pytest.mark.parametrize("method", [m for m in MERGE_METHODS if m != "sequential"])
 def test_two_adapters_by_each_method_equal_pefts_own(
     run: Run, base: Path, two: tuple[Path, Path], tmp_path: Path, method: str
 ) -> None:
@@ -151,12 +153,13 @@ def test_one_after_another(run: Run, base: Path, two: tuple[Path, Path], tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["dora", "whole modules", "biases"])
-def test_what_peft_does_not_combine_is_refused(run: Run, base: Path, chats: Path, tmp_path: Path, kind: str) -> None:
+def test_what_peft_does_not_combine_is_refused(
+    run: Run, fails: Fails, base: Path, chats: Path, tmp_path: Path, kind: str
+) -> None:
     """It would come out as zeros, or half, and agree with itself."""
     one, two = train(run, base, chats, tmp_path / "one"), train(run, base, chats, tmp_path / "two", kind)
-    code, _, err = run("merge", one, two, "--method", "cat", "--output", tmp_path / "merged")
-    assert code == 1
-    assert "which peft does not combine. Merge them one after another: --method sequential" in err
+    error = fails("merge", one, two, "--method", "cat", "--output", tmp_path / "merged")
+    assert (error.code, error.exit_code) == ("not-combinable", 1)
     assert run("merge", one, two, "--output", tmp_path / "merged")[0] == 0
 
 
@@ -209,23 +212,21 @@ def test_a_checkpoint_as_the_base(run: Run, base: Path, chats: Path, tmp_path: P
 # whatever is wrong, nothing is left
 
 
-def test_a_base_cut_short(run: Run, base: Path, chats: Path, tmp_path: Path) -> None:
+def test_a_base_cut_short(run: Run, fails: Fails, base: Path, chats: Path, tmp_path: Path) -> None:
     trained = train(run, base, chats, tmp_path / "run")
     weights = base / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    code, _, err = run("merge", trained, "--output", tmp_path / "merged")
-    assert code == 1
-    assert "model.safetensors holds other bytes" in err
+    error = fails("merge", trained, "--output", tmp_path / "merged")
+    assert (error.code, error.exit_code) == ("base-changed", 1)
     (trained / "adapter" / "base.json").unlink()  # as of another tool
-    code, _, err = run("merge", trained, "--output", tmp_path / "merged")
-    assert code == 1
-    assert "the merge failed, and nothing was kept" in err
+    error = fails("merge", trained, "--output", tmp_path / "merged")
+    assert (error.code, error.exit_code) == ("merge-failed", 1)
     assert not (tmp_path / "merged").exists()
     assert run("merge", trained, "--method", "ties", "--output", tmp_path / "merged")[0] == 1
 
 
 def test_a_corrupted_merge_fails_and_cleans_up(
-    run: Run, base: Path, chats: Path, tmp_path: Path, monkeypatch: Any
+    run: Run, fails: Fails, base: Path, chats: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     trained = train(run, base, chats, tmp_path / "run")
     apply = merging.Delta.apply
@@ -235,15 +236,14 @@ def test_a_corrupted_merge_fails_and_cleans_up(
         return changed + 0.01 if name.endswith("layers.1.self_attn.q_proj.weight") else changed
 
     monkeypatch.setattr(merging.Delta, "apply", corrupted)
-    code, _, err = run("merge", trained, "--output", tmp_path / "merged")
-    assert code == 4
-    assert "the merged model's logits differ from base and adapter by" in err
+    error = fails("merge", trained, "--output", tmp_path / "merged")
+    assert (error.code, error.exit_code) == ("merged-logits-differ", 4)
     assert not (tmp_path / "merged").exists()
     assert not list(tmp_path.glob(".merged*"))
 
 
 def test_a_file_that_is_written_otherwise_fails(
-    run: Run, base: Path, chats: Path, tmp_path: Path, monkeypatch: Any
+    run: Run, fails: Fails, base: Path, chats: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     trained = train(run, base, chats, tmp_path / "run")
 
@@ -251,9 +251,8 @@ def test_a_file_that_is_written_otherwise_fails(
         save_file({name: t + 1e-3 if "norm" in name else t for name, t in tensors.items()}, path, metadata)
 
     monkeypatch.setattr(merging, "save_file", damaging)
-    code, _, err = run("merge", trained, "--output", tmp_path / "merged")
-    assert code == 4
-    assert "was read back otherwise than it was written" in err
+    error = fails("merge", trained, "--output", tmp_path / "merged")
+    assert (error.code, error.exit_code) == ("written-differently", 4)
     assert not (tmp_path / "merged").exists()
 
 
@@ -284,45 +283,42 @@ def base_gone(adapter: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "code"),
     [
-        (damage_weights, "The file is cut short or damaged"),
-        (damage_config, "adapter_config.json cannot be read"),
-        (other_base, "does not fit this base"),
-        (no_such_layer, "the adapter belongs to another model"),
-        (base_gone, "its base model cannot be found"),
+        (damage_weights, "adapter-weights-damaged"),
+        (damage_config, "adapter-config-unreadable"),
+        (other_base, "adapter-does-not-fit"),
+        (no_such_layer, "adapter-does-not-fit"),
+        (base_gone, "model-not-found"),
     ],
 )
 def test_bad_adapters(
-    run: Run, base: Path, chats: Path, tmp_path: Path, damage: Callable[[Path], None], words: str
+    run: Run, fails: Fails, base: Path, chats: Path, tmp_path: Path, damage: Callable[[Path], None], code: str
 ) -> None:
     trained = train(run, base, chats, tmp_path / "run")
     damage(trained / "adapter")
     for command in (("merge", trained, "--output", tmp_path / "merged"), ("chat", trained, "--prompt", "Hi")):
-        code, _, err = run(*command)
-        assert code == 1, command
-        assert "Traceback" not in err
-        assert words in err or (command[0] == "chat" and "does not fit this base" in err), err
+        error = fails(*command)
+        assert (error.code, error.exit_code) == (code, 1), command
     assert not (tmp_path / "merged").exists()
 
 
-def test_what_is_no_adapter(run: Run, base: Path, tmp_path: Path) -> None:
-    code, _, err = run("merge", base, "--output", tmp_path / "merged")
-    assert (code, "is no adapter" in err) == (1, True)
-    code, _, err = run("merge", tmp_path / "none", "--output", tmp_path / "merged")
-    assert (code, "is no adapter" in err) == (1, True)
+def test_what_is_no_adapter(fails: Fails, base: Path, tmp_path: Path) -> None:
+    error = fails("merge", base, "--output", tmp_path / "merged")
+    assert (error.code, error.exit_code) == ("not-an-adapter", 1)
+    error = fails("merge", tmp_path / "none", "--output", tmp_path / "merged")
+    assert (error.code, error.exit_code) == ("not-an-adapter", 1)
 
 
-def test_no_room(run: Run, base: Path, chats: Path, tmp_path: Path, make_disk: Any) -> None:
+def test_no_room(run: Run, fails: Fails, base: Path, chats: Path, tmp_path: Path, make_disk: Any) -> None:
     trained = train(run, base, chats, tmp_path / "run")
     disk = make_disk("64k")
-    code, _, err = run("merge", trained, "--output", disk / "merged")
-    assert code == 4
-    assert "are free there" in err
+    error = fails("merge", trained, "--output", disk / "merged")
+    assert (error.code, error.exit_code) == ("disk-too-small", 4)
     assert not (disk / "merged").exists()
 
 
-def test_an_adapter_as_the_model_of_everything(run: Run, base: Path, chats: Path, tmp_path: Path) -> None:
+def test_an_adapter_as_the_model_of_everything(run: Run, fails: Fails, base: Path, chats: Path, tmp_path: Path) -> None:
     trained = train(run, base, chats, tmp_path / "run")
     for name in (trained, trained / "adapter"):
         code, out, err = run(
@@ -335,12 +331,12 @@ def test_an_adapter_as_the_model_of_everything(run: Run, base: Path, chats: Path
     assert code == 0, err
     assert "all trained" in out
     shutil.rmtree(base)
-    code, _, err = run("chat", trained, "--prompt", "Hi")
-    assert (code, "its base model cannot be found" in err) == (1, True)
+    error = fails("chat", trained, "--prompt", "Hi")
+    assert (error.code, error.exit_code) == ("model-not-found", 1)
 
 
 def test_adapters_are_switched_in_chat(
-    run: Run, base: Path, two: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+    run: Run, fails: Fails, base: Path, two: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
 ) -> None:
     import io
 
@@ -360,8 +356,8 @@ def test_adapters_are_switched_in_chat(
         )
     assert [replies[0], replies[3], replies[6]] == [text.splitlines()[0] for text in alone]
     assert len(set(alone)) > 1
-    code, _, err = run("chat", two[0], base, "--prompt", "Hi")
-    assert (code, "is no adapter" in err) == (1, True)
+    error = fails("chat", two[0], base, "--prompt", "Hi")
+    assert (error.code, error.exit_code) == ("not-an-adapter", 1)
 
 
 @pytest.mark.parametrize("name", ["llama", "tied", "gpt2"])
@@ -467,12 +463,12 @@ def test_embedding_and_head_that_peft_saves_itself(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_stored_embedding_that_cannot_be_used(run: Run, base: Path, tmp_path: Path) -> None:
+def test_a_stored_embedding_that_cannot_be_used(run: Run, fails: Fails, base: Path, tmp_path: Path) -> None:
     stored_by_peft(base, tmp_path / "half", 410, target_modules=["lm_head"])
     stored_by_peft(base, tmp_path / "whole", 410)
     stored_by_peft(base, tmp_path / "plain", None)
-    code, _, err = run("merge", tmp_path / "half", "--output", tmp_path / "merged")
-    assert (code, "holds no model.embed_tokens.weight of that length" in err) == (1, True)
+    error = fails("merge", tmp_path / "half", "--output", tmp_path / "merged")
+    assert (error.code, error.exit_code) == ("stored-base-rows", 1)
     for order in (("whole", "plain"), ("plain", "whole")):
         names = [tmp_path / name for name in order]
         for words in (("merge", *names, "--output", tmp_path / "merged"), ("chat", *names, "--prompt", "Hi")):
@@ -482,7 +478,7 @@ def test_a_stored_embedding_that_cannot_be_used(run: Run, base: Path, tmp_path: 
 
 
 def test_an_output_that_takes_no_rename_is_refused_at_once(
-    run: Run, base: Path, tmp_path: Path, make_disk: Any
+    run: Run, fails: Fails, base: Path, tmp_path: Path, make_disk: Any
 ) -> None:
     stored_by_peft(base, tmp_path / "adapter", None)
     disk = make_disk("8m")
@@ -493,17 +489,17 @@ def test_an_output_that_takes_no_rename_is_refused_at_once(
     (tmp_path / "empty").mkdir()
     code, _, err = run("merge", tmp_path / "adapter", "--output", tmp_path / "empty")
     assert code == 0, err
-    code, _, err = run("merge", tmp_path / "adapter", "--output", "/proc/x")
-    assert (code, "cannot be used as --output" in err) == (1, True), err
+    error = fails("merge", tmp_path / "adapter", "--output", "/proc/x")
+    assert (error.code, error.exit_code) == ("output-not-usable", 1)
 
 
 @pytest.mark.parametrize("name", ["adapter/merged", "checkpoints/merged", "model", "checkpoints/step-000002/a/b"])
-def test_an_output_inside_a_run(run: Run, base: Path, tmp_path: Path, name: str) -> None:
+def test_an_output_inside_a_run(run: Run, fails: Fails, base: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     stored_by_peft(base, tmp_path / "run" / "adapter", None)
-    code, _, err = run("merge", tmp_path / "run", "--output", tmp_path / "run" / name)
-    assert (code, "which the run replaces as a whole" in err) == (1, True), err
+    error = fails("merge", tmp_path / "run", "--output", tmp_path / "run" / name)
+    assert (error.code, error.exit_code) == ("output-in-run", 1)
     code, _, err = run("merge", tmp_path / "run", "--output", tmp_path / "run" / "merged")
     assert code == 0, err
 
@@ -526,7 +522,7 @@ def test_another_base_is_advised_only_where_it_helps(run: Run, base: Path, tmp_p
     stored_by_peft(base, tmp_path / "adapter", None)
     base.rename(tmp_path / "moved")
     code, _, err = run("merge", tmp_path / "adapter", "--output", tmp_path / "merged")
-    assert (code, "Name it: --base" in err) == (1, True)
+    assert (code, "Give it: --base" in err) == (1, True)
     (tmp_path / "adapter" / "base.json").write_text("{")
     code, _, err = run("merge", tmp_path / "adapter", "--output", tmp_path / "merged")
     assert (code, "base.json: cannot be read" in err, "--base" in err) == (1, True, False), err

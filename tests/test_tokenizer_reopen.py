@@ -14,7 +14,7 @@ import pytest
 from tokenizers import AddedToken, ByteLevelBPETokenizer, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from conftest import build_model, tiny_config
+from conftest import build_model, raises, tiny_config
 from tunesmith.config.schema import ModelSection
 from tunesmith.errors import ModelError
 from tunesmith.model.bpe import train_tokenizer
@@ -72,7 +72,7 @@ def test_a_folder_that_is_read_in_two_ways_is_refused(run: Run, numbers: Path, c
         output = ("--output", tmp_path / "run") if command == "train" else ()
         code, _, err = run(command, "--model", folder, "--data", chats, *output)
         assert code == 1, command
-        assert "its tokenizer.json is read in two ways. transformers opens it as Qwen2Tokenizer" in err
+        assert "transformers opens it as Qwen2Tokenizer" in err
         assert "save_pretrained" in err
     assert not (tmp_path / "run").exists()
     # what the message says to do
@@ -89,12 +89,9 @@ def test_a_folder_that_is_read_in_two_ways_is_refused(run: Run, numbers: Path, c
 @pytest.mark.parametrize("is_adapter", [False, True])
 def test_a_tokenizer_that_would_be_opened_as_another_is_refused(ours: Path, tmp_path: Path, is_adapter: bool) -> None:
     folder = folder_of(tmp_path / "model", "qwen2", ours)
-    with pytest.raises(ModelError) as refused:
+    facts = ("the normalizer differs, the pre-tokenizer differs", "model_type qwen2")
+    with raises(ModelError, "tokenizer-reopens-differently", *facts):
         require(folder, "qwen2", is_adapter, tokenizer=str(ours))
-    message = str(refused.value)
-    assert "would be opened as another one: the normalizer differs, the pre-tokenizer differs" in message
-    assert "gets other ids" in message
-    assert "beside model_type qwen2" in message
 
 
 @needs_shared

@@ -132,23 +132,21 @@ def test_replies_to_many_prompts_are_those_to_each(trained: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
-    [("nothing-here/", "no such model folder"), ("tests", "no config.json, so not a Hugging Face model folder")],
+    ("name", "code"),
+    [("nothing-here/", "model-not-found"), ("tests", "not-a-model-folder")],
 )
-def test_chat_with_what_is_no_model(run, name: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_with_what_is_no_model(fails, name: str, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[1])
-    code, _, err = run("chat", name, "--prompt", "x")
-    assert code == 1
-    assert words in err
+    error = fails("chat", name, "--prompt", "x")
+    assert (error.code, error.exit_code) == (code, 1)
 
 
-def test_chat_with_an_unfinished_run_names_its_checkpoint(run, trained: Path, tmp_path: Path) -> None:
+def test_chat_with_an_unfinished_run_names_its_checkpoint(fails, trained: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints" / "step-000010").mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text("")
-    code, _, err = run("chat", tmp_path / "run", "--prompt", "x")
-    assert code == 1
-    assert "a run that has not finished" in err
-    assert "step-000010" in err
+    error = fails("chat", tmp_path / "run", "--prompt", "x")
+    assert (error.code, error.exit_code) == ("run-not-finished", 1)
+    assert "step-000010" in str(error)
 
 
 def test_preview_json_is_what_training_stores(run, trained: Path) -> None:

@@ -1,6 +1,6 @@
-"""Standard input and output that may be closed, full, or left by their reader, without ending the work.
+"""Keep working when standard input or output is closed, full, or no longer read.
 
-`tunesmith train ... | head -1` trains on without a reader. A command whose purpose is to print ends there instead.
+`tunesmith train ... | head -1` continues training. A command whose purpose is to print ends instead.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import os
 import select
 import sys
 from collections.abc import Iterator
+from typing import Any, TextIO
 
 
 class OutputLost(BaseException):
-    """Standard output takes no more text, and printing was the purpose. No Exception: nobody but `main` handles it."""
+    """Standard output cannot be written in a command that prints. A BaseException: only `main` handles it."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(error.strerror)
@@ -27,11 +28,11 @@ class OutputLost(BaseException):
 
 
 class Output(io.FileIO):
-    """File 1 or 2; once writing fails, what follows goes nowhere.
+    """File 1 or 2; after a failed write, further output is discarded.
 
     Attributes:
-        ends_without_reader: whether OutputLost ends the command where the reader has left.
-        ends_when_full: the same where writing fails for another reason.
+        ends_without_reader: raise OutputLost when the reader has closed the pipe.
+        ends_when_full: raise OutputLost when writing fails for another reason.
         failure: the first error.
     """
 
@@ -40,12 +41,12 @@ class Output(io.FileIO):
         self.ends_without_reader = self.ends_when_full = False
         self.failure: OSError | None = None
 
-    def write(self, data: object) -> int:
+    def write(self, data: Any) -> int:
         try:
-            # None: the pipe is full, and its other holder set it not to wait (O_NONBLOCK), as node and some CI do
-            while (written := super().write(data)) is None:  # type: ignore[call-overload]
+            # None: the pipe is full and non-blocking (O_NONBLOCK), as set by node and some CI systems
+            while (written := super().write(data)) is None:
                 select.select([], [self], [])
-            return written  # type: ignore[no-any-return]
+            return written
         except OSError as error:
             lost = os.open(os.devnull, os.O_WRONLY)
             os.dup2(lost, self.fileno())
@@ -56,13 +57,13 @@ class Output(io.FileIO):
                 if self.ends_without_reader if has_left else self.ends_when_full:
                     raise OutputLost(error) from None
                 if self.fileno() == 1:
-                    reason = "nobody reads it any more" if has_left else error.strerror
-                    print(f"note: standard output: {reason}; the work goes on without it", file=sys.stderr)
-            return len(data)  # type: ignore[arg-type]
+                    reason = "closed by its reader" if has_left else error.strerror
+                    print(f"note: standard output: {reason}; continuing without it", file=sys.stderr)
+            return len(data)
 
 
 class Input(io.FileIO):
-    """File 0 where its other holder set it not to wait: what has no text yet is waited for."""
+    """File 0 if it is non-blocking: reading waits for text."""
 
     def readinto(self, buffer: object) -> int:
         while (size := super().readinto(buffer)) is None:  # type: ignore[arg-type]
@@ -72,9 +73,9 @@ class Input(io.FileIO):
 
 @contextlib.contextmanager
 def lasting_streams() -> Iterator[Output]:
-    """Puts such files under sys.stdout and sys.stderr; yields the one under stdout.
+    """Use Output for sys.stdout and sys.stderr; yields that of stdout.
 
-    Streams that are no files 1 and 2 (a notebook's, a test's) stay as they are.
+    Streams that are not files 1 and 2 (in a notebook, in a test) stay as they are.
     """
     _open_closed()
     before = sys.stdin, sys.stdout, sys.stderr
@@ -102,21 +103,21 @@ def _waiting_stdin() -> io.TextIOWrapper:
 
 
 def _open_closed() -> None:
-    """`>&-`: the next file that is opened would become file 1, and text for the terminal would land in it."""
+    """Open closed standard files (`>&-`), since the next opened file would become file 1 and get the output."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
 
 
-def _over(output: Output, stream: io.TextIOBase | None) -> io.TextIOWrapper:
-    """A text stream over our file, with the encoding that Python chose for it."""
+def _over(output: Output, stream: TextIO | None) -> TextIO:
+    """A text stream over our file, with the encoding chosen by Python."""
     if stream is None:
         return io.TextIOWrapper(io.BufferedWriter(output), encoding="utf-8", errors="backslashreplace")
     if not isinstance(stream, io.TextIOWrapper):
-        return stream  # type: ignore[return-value]
-    # a terminal that lacks a character gets its number, not a traceback
+        return stream
+    # a character that the terminal cannot show becomes its number
     stream.reconfigure(errors="backslashreplace")
     raw = getattr(stream.buffer, "raw", stream.buffer)
     if not (isinstance(raw, io.FileIO) and raw.fileno() == output.fileno()):

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, each read back and compared bit by bit with what was meant."""
+"""Write safetensors files and verify them: each tensor is read back and compared bit by bit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def require_tensors(path: Path, meant: Mapping[str, Tensor]) -> set[str]:
     """Compare those tensors of a file that `meant` has; returns all names in the file.
 
     Raises:
-        OSError: one of them is another than was meant.
+        OSError: a tensor differs from what was written.
     """
     with safe_open(path, "pt") as file:
         names = set(file.keys())
@@ -45,7 +45,7 @@ def is_same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def find_not_finite(tensors: Mapping[str, Tensor]) -> str:
-    """The name of a tensor that holds NaN or an infinity; empty where all are finite."""
+    """Name of a tensor with NaN or infinite values; "" if all are finite."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             return name

@@ -1,4 +1,4 @@
-"""LoRA and its relatives, through peft: put into a model, saved in PEFT form, opened again.
+"""Create, save and reopen LoRA adapters and variants through peft.
 
 peft changes the model in place, so the rest of the house keeps working with the model that it knows; the PeftModel
 around it is asked only for what to train and what to save.
@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +33,14 @@ _EXPERTS = re.compile(r"mlp\.experts\.(gate_up_proj|down_proj)$")
 
 @contextlib.contextmanager
 def quiet_peft() -> Iterator[None]:
-    """peft and bitsandbytes warn about what we check ourselves."""
+    """Silence warnings of peft and bitsandbytes about what we check ourselves."""
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
 
 
 def require_quantization(lora: LoraSection) -> None:
-    """Fail before any work where bitsandbytes is not installed."""
+    """Fail early if lora.quantize needs bitsandbytes and it is not installed."""
     if lora.quantize != "none" and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             "lora.quantize",
@@ -49,7 +49,7 @@ def require_quantization(lora: LoraSection) -> None:
 
 
 def quantization_config(lora: LoraSection, compute_dtype: torch.dtype) -> Any:
-    """What from_pretrained needs to load quantised weights; None without lora.quantize."""
+    """Arguments of from_pretrained for quantised weights; None without lora.quantize."""
     if lora.quantize == "none":
         return None
     from transformers import BitsAndBytesConfig
@@ -65,11 +65,11 @@ def quantization_config(lora: LoraSection, compute_dtype: torch.dtype) -> Any:
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """No packing for fast inference: bitsandbytes repacks 4-bit weights in the first evaluation on newer CPUs, and its
-    kernel for them has no gradient, which would then be lost in silence for all layers below."""
+    """Disable packing for fast inference: bitsandbytes repacks 4-bit weights in the first evaluation on newer CPUs, and
+    the kernel for them has no gradient, so that all layers below would silently get none."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
 def add_adapter(
@@ -80,7 +80,7 @@ def add_adapter(
     revision: str | None = None,
     base_record: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Freeze the model and put an adapter into it; returns peft's PeftModel around it.
+    """Freeze the model and add an adapter; returns peft's PeftModel around it.
 
     Args:
         base_name: written into adapter_config.json, where peft looks for the base.
@@ -101,10 +101,11 @@ def add_adapter(
     if problem:
         raise ConfigError("lora", [problem])
     whole, is_tied = choose_whole(model, lora)
+    alpha: Any = int(lora.scale_alpha) if float(lora.scale_alpha).is_integer() else lora.scale_alpha
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
-        lora_alpha=int(lora.scale_alpha) if float(lora.scale_alpha).is_integer() else lora.scale_alpha,
+        lora_alpha=alpha,
         lora_dropout=lora.dropout,
         target_modules=list(targets),
         target_parameters=parameters or None,
@@ -119,7 +120,7 @@ def add_adapter(
     )
     with quiet_peft():
         try:
-            wrapped = get_peft_model(model, config)
+            wrapped: Any = get_peft_model(model, config)
         except (ValueError, NotImplementedError, RuntimeError) as error:
             raise ConfigError("lora", [f"peft cannot put it into this model: {error}"]) from None
     made = wrapped.peft_config["default"]
@@ -138,7 +139,7 @@ class Ends:
     is_tied: bool
 
     def among(self, chosen: Iterable[str]) -> set[str]:
-        """Which of the two are meant: names, or endings of names."""
+        """Which of the two are named, in full or by the end of the name."""
         ends = [name for name in (self.embedding, self.head) if name]
         return set(select_modules(list(chosen), ends))
 
@@ -151,7 +152,7 @@ def find_ends(model: Any) -> Ends:
 
 
 def choose_whole(model: nn.Module, lora: LoraSection) -> tuple[list[str], bool]:
-    """(modules to train whole; whether embedding and head among them stay one weight).
+    """(modules to train in full; whether embedding and head among them stay tied).
 
     peft ties what it knows by the name lm_head or embed_tokens, so the head stands for both where the embedding has
     another name (GPT-2's wte).
@@ -165,7 +166,7 @@ def choose_whole(model: nn.Module, lora: LoraSection) -> tuple[list[str], bool]:
 
 
 def _token_rows(model: nn.Module, whole: Sequence[str], new_ids: Sequence[int]) -> dict[str, list[int]] | None:
-    """Which rows of which embeddings are trained; a tied head follows its embedding."""
+    """Rows to train of each embedding; a tied head follows its embedding."""
     ends = find_ends(model)
     trained = ends.among(whole)
     if not new_ids or (ends.is_tied and trained):
@@ -184,7 +185,7 @@ def choose_targets(model: nn.Module, lora: LoraSection) -> tuple[list[str], list
     if lora.target_modules != ["all-linear"]:
         is_regex = len(lora.target_modules) == 1 and not is_name(lora.target_modules[0])
         return (_names_for(lora.target_modules[0], model) if is_regex else list(lora.target_modules)), parameters
-    head = model.get_output_embeddings()
+    head = cast("Any", model).get_output_embeddings()
     linear = [
         name for name, m in model.named_modules() if _is_linear(m) and m is not head and not is_router(name, model)
     ]
@@ -195,7 +196,7 @@ def choose_targets(model: nn.Module, lora: LoraSection) -> tuple[list[str], list
 
 
 def _names_for(pattern: str, model: nn.Module) -> list[str]:
-    """What a regular expression matches, as plain names: their last words where these mean the same modules."""
+    """Modules that a regular expression matches, by their last name where that is unambiguous."""
     names = [name for name, _ in model.named_modules() if name]
     chosen = select_modules(pattern, names)
     short = sorted({name.rpartition(".")[2] for name in chosen})
@@ -207,14 +208,14 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def is_router(name: str, model: nn.Module) -> bool:
-    """The linear layer that chooses a mixture's experts; training it lightly unbalances them."""
-    config = model.config.get_text_config()
+    """Whether a module is the router of a mixture of experts, which adapters leave alone."""
+    config = cast("Any", model).config.get_text_config()
     is_mixture = bool(getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None))
     return is_mixture and name.rpartition(".")[2] in ("gate", "router", "shared_expert_gate")
 
 
 def find_problem(model: nn.Module, lora: LoraSection, targets: Sequence[str], parameters: Sequence[str]) -> str:
-    """Why the settings do not fit the model's layers; empty where they do."""
+    """Why the settings do not fit the model's layers; "" if they fit."""
     names = [name for name, _ in model.named_modules()]
     known = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if _is_linear(m)})
     advice = f"the model's linear layers are {', '.join(known)}"
@@ -232,16 +233,16 @@ def find_problem(model: nn.Module, lora: LoraSection, targets: Sequence[str], pa
         if not any(name.endswith(parameter) for name, _ in model.named_parameters()):
             return f"target_parameters {parameter!r} matches no weight of this model"
     if changes_base(lora) and any(isinstance(module, Conv1D) for module in model.modules()):
-        return f"kind: peft cannot begin {lora.kind} in GPT-2's transposed layers; use lora, rslora or dora"
+        return f"kind: peft cannot initialise {lora.kind} in GPT-2's transposed layers; use lora, rslora or dora"
     if parameters and lora.dropout:
         return f"dropout: peft has no dropout for weights that are not modules ({parameters[0]}); set it to 0"
     if parameters and lora.kind == "dora":
-        return f"kind: dora does not reach weights that are not modules ({parameters[0]}); use lora"
+        return f"kind: dora does not support weights that are not modules ({parameters[0]}); use lora"
     return ""
 
 
 def find_tying_problem(model: nn.Module, lora: LoraSection, targets: Sequence[str], has_new: bool) -> str:
-    """Why embedding and head cannot be trained as asked; empty where they can.
+    """Why embedding and head cannot be trained as configured; "" if they can.
 
     What is refused here trains in peft, and then opens as another model than was trained, or not at all.
     """
@@ -260,28 +261,28 @@ def find_tying_problem(model: nn.Module, lora: LoraSection, targets: Sequence[st
         )
     if has_new and low:
         return (
-            f"target_modules names {min(low)}, of which model.add_tokens trains whole rows; name it in modules_to_save "
+            f"target_modules names {min(low)}, whose rows model.add_tokens trains in full; name it in modules_to_save "
             "instead, or leave it out"
         )
     if ends.embedding in low and kind in ("dora", "pissa", "olora"):
-        return f"kind: {kind} does not reach embeddings ({ends.embedding}); use lora or rslora, or modules_to_save"
+        return f"kind: {kind} does not support embeddings ({ends.embedding}); use lora or rslora, or modules_to_save"
     if ends.is_tied and low and kind in ("dora", "pissa", "olora"):
         return (
-            f"kind: {kind} cannot part {ends.head} from {ends.embedding}, which are one weight in this model (tied); "
+            f"kind: {kind} cannot untie {ends.head} from {ends.embedding}, which are one weight in this model (tied); "
             "use lora or rslora, or modules_to_save"
         )
     return ""
 
 
 def cast_trained(model: nn.Module, dtype: torch.dtype) -> None:
-    """What is trained is kept in `dtype`, whatever the frozen weights are in."""
+    """Keep trained weights in `dtype`, whatever the dtype of the frozen weights."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
 
 
 def adapter_weights(wrapped: Any) -> dict[str, Tensor]:
-    """The adapter's state dict under the names of its file, apart from the model."""
+    """Copy of the adapter's state dict under the names of its file."""
     from peft import get_peft_model_state_dict
 
     with quiet_peft():
@@ -290,13 +291,15 @@ def adapter_weights(wrapped: Any) -> dict[str, Tensor]:
 
 
 def load_adapter_weights(wrapped: Any, weights: Mapping[str, Tensor]) -> None:
-    """What `adapter_weights` took, back into the same adapter."""
+    """Load the result of `adapter_weights` back into the same adapter."""
     from peft import set_peft_model_state_dict
 
     with quiet_peft():
-        result = set_peft_model_state_dict(wrapped, dict(weights))
+        result: Any = set_peft_model_state_dict(wrapped, dict(weights))
     if result.unexpected_keys:
-        raise ModelError(f"the adapter's weights hold {result.unexpected_keys[0]}, which this model has no place for.")
+        raise ModelError(
+            f"the adapter has {result.unexpected_keys[0]}, which this model does not have.", code="adapter-does-not-fit"
+        )
 
 
 def write_adapter(
@@ -329,7 +332,7 @@ def write_adapter(
 
 
 def _sort_names(path: Path) -> None:
-    """peft keeps names in sets, whose order differs from process to process."""
+    """Sort names; peft keeps them in sets, whose order differs between processes."""
     config = json.loads(path.read_text(encoding="utf-8"))
     for key in ("target_modules", "modules_to_save", "exclude_modules"):
         if isinstance(config.get(key), list):
@@ -346,7 +349,7 @@ def save_initial(wrapped: Any, folder: Path) -> None:
 
 
 def describe_adapter(wrapped: Any) -> str:
-    """In words, for the summary."""
+    """Description of the adapter for the summary."""
     config = wrapped.peft_config["default"]
     targets = config.target_modules
     shown = targets if isinstance(targets, str) else " ".join(sorted(targets))
@@ -358,5 +361,5 @@ def describe_adapter(wrapped: Any) -> str:
 
 
 def changes_base(lora: LoraSection) -> bool:
-    """PiSSA and OLoRA take their first matrices out of the base's weights."""
+    """PiSSA and OLoRA subtract their initial matrices from the base's weights."""
     return lora.kind in _INITS

@@ -1,4 +1,4 @@
-"""adapter_config.json of others and of ours, checked before anything acts on it; module patterns that always end."""
+"""Parse and check adapter_config.json of any tool; match module patterns within a time limit."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tunesmith.errors import ModelError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = regex.compile(r"[\w.]+")
-_MATCH_S = 1.0  # for one pattern on all names of a model; an ordinary one takes milliseconds
+_MATCH_S = 1.0  # for one pattern on all names of a model; usually milliseconds
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# fields that only said how training began, or what runs it
+# fields about training or the runtime, without effect on the weights
 _NO_MATTER = ("auto_mapping", "eva_config", "megatron_core", "peft_version", "runtime_config", "qalora_group_size")
 _TASKS = (None, "CAUSAL_LM")
 
@@ -26,7 +26,7 @@ _Rank = Field(ge=1, le=2**20)
 
 
 class PatternError(ValueError):
-    """A pattern that is no regular expression, or that does not come to an end."""
+    """A pattern is not a regular expression, or matching takes too long."""
 
 
 class AdapterConfig(BaseModel):
@@ -67,7 +67,7 @@ class AdapterConfig(BaseModel):
 
 
 def find_adapter(path: Path) -> Path | None:
-    """The PEFT folder that a path stands for (itself, or RUN/adapter), if any."""
+    """The PEFT folder of a path (itself or RUN/adapter), None if there is none."""
     for folder in (path, path / "adapter"):
         if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
             return folder
@@ -84,20 +84,30 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        raise ModelError(f"{folder}: its {ADAPTER_CONFIG} cannot be read. The adapter was not saved whole.") from None
+        raise ModelError(
+            f"{folder}: {ADAPTER_CONFIG} cannot be read; the adapter is incomplete. Copy or save it again.",
+            code="adapter-config-unreadable",
+        ) from None
     if not isinstance(content, dict) or "peft_type" not in content:
-        raise ModelError(f"{path}: names no peft_type, so it is not the config of an adapter.")
+        raise ModelError(
+            f"{path}: has no peft_type, so it is not the config of an adapter.", code="adapter-config-unreadable"
+        )
     if content["peft_type"] != "LORA":
-        raise ModelError(f"{folder}: is a {content['peft_type']!r} adapter; tunesmith opens LoRA and its relatives.")
+        raise ModelError(
+            f"{folder}: is a {content['peft_type']!r} adapter; tunesmith opens LoRA and its variants.",
+            code="adapter-kind-unknown",
+        )
     try:
         config = AdapterConfig(**{key: value for key, value in content.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"][:1])
-        raise ModelError(f"{path}: {field} is {_short(content.get(field))}: {first['msg'].lower()}.") from None
+        raise ModelError(
+            f"{path}: {field} is {_short(content.get(field))}: {first['msg'].lower()}.", code="adapter-config-invalid"
+        ) from None
     problem = _find_problem(config)
     if problem:
-        raise ModelError(f"{path}: {problem}")
+        raise ModelError(f"{path}: {problem}", code="adapter-config-invalid")
     return config
 
 
@@ -110,11 +120,11 @@ def _find_problem(config: AdapterConfig) -> str:
     if config.task_type not in _TASKS:
         return f"task_type is {_short(config.task_type)}; tunesmith opens adapters of CAUSAL_LM, which generate text."
     if config.bias not in ("none", "all", "lora_only"):
-        return f"bias is {_short(config.bias)}; it is none, all or lora_only."
+        return f"bias is {_short(config.bias)}; it must be none, all or lora_only."
     for field in ("target_parameters", "modules_to_save"):
         for name in getattr(config, field) or []:
             if not _NAME.fullmatch(name):
-                return f"{field} holds {_short(name)}, which is not the name of a module."
+                return f"{field} contains {_short(name)}, which is not the name of a module."
     indices = config.trainable_token_indices
     names = list(indices) if isinstance(indices, dict) else []
     if any(not _NAME.fullmatch(name) for name in names):
@@ -135,7 +145,7 @@ def _find_problem(config: AdapterConfig) -> str:
 
 
 def _find_unknown(config: AdapterConfig) -> str:
-    """A field that is set, and whose effect nothing here knows."""
+    """Why a field that is set cannot be handled; "" if there is none."""
     from dataclasses import MISSING, fields
 
     from peft import LoraConfig
@@ -148,12 +158,12 @@ def _find_unknown(config: AdapterConfig) -> str:
         if name in _NO_MATTER or name in ("peft_type", "inference_mode", "megatron_config"):
             continue
         if value not in (None, False, [], {}) and value != defaults.get(name):
-            return f"{name} is {_short(value)}, and tunesmith does not know what that does to the weights."
+            return f"{name} is {_short(value)}, whose effect on the weights tunesmith does not know."
     return ""
 
 
 def is_name(pattern: str) -> bool:
-    """A plain module name, rather than a regular expression."""
+    """Whether a name is a plain module name, not a regular expression."""
     return _NAME.fullmatch(pattern) is not None
 
 
@@ -171,15 +181,13 @@ def match_names(pattern: str, names: Iterable[str]) -> list[str]:
         compiled = regex.compile(pattern)
         return [name for name in names if compiled.fullmatch(name, timeout=max(deadline - time.monotonic(), 1e-3))]
     except TimeoutError:
-        raise PatternError(
-            f"{_short(pattern)} takes too long to match; repeat nothing that is repeated itself"
-        ) from None
+        raise PatternError(f"{_short(pattern)} takes too long to match; avoid nested repetitions") from None
     except (regex.error, OverflowError, RecursionError, MemoryError) as error:
         raise PatternError(f"{_short(pattern)} is not a regular expression: {error}") from None
 
 
 def select_modules(targets: str | Iterable[str] | None, names: Iterable[str]) -> list[str]:
-    """The modules that peft's target_modules means: a regular expression of whole names, or endings of names."""
+    """Modules that peft's target_modules selects: a regular expression of whole names, or ends of names."""
     names = list(names)
     if targets is None:
         return []
@@ -195,7 +203,7 @@ def _endings(name: str) -> list[str]:
 
 
 def resolve_pattern(patterns: Mapping[str, Any] | None, names: Iterable[str]) -> dict[str, Any]:
-    """Values of rank_pattern or alpha_pattern for each name that they match; of several the first wins, as in peft."""
+    """Value of rank_pattern or alpha_pattern for each matching name; the first match wins, as in peft."""
     chosen: dict[str, Any] = {}
     names = list(names)
     for pattern, value in (patterns or {}).items():

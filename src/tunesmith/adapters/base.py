@@ -1,4 +1,4 @@
-"""Which base an adapter was trained on: its config and its weight files by SHA-256, kept beside the adapter.
+"""Record the base of an adapter (config and SHA-256 of weight files) and compare it later.
 
 An adapter on another base than its own is another model, and no comparison of logits can tell: both sides of it would
 have the wrong base. What decides is what the files hold, never where they lie.
@@ -40,7 +40,7 @@ def describe_base(folder: Path, commit: str | None = None, known: Mapping[str, A
             entries = list(pool.map(lambda path: _describe(path, before.get(path.name)), files))
         config = _read_config(folder)
     except OSError as error:
-        raise ModelError(f"{error.filename}: cannot be read: {error.strerror}.") from None
+        raise ModelError(f"{error.filename}: cannot be read: {error.strerror}.", code="file-unreadable") from None
     named = {path.name: entry for path, entry in zip(files, entries, strict=True)}
     return {"format": FORMAT, "commit": commit, "config": config, "files": named}
 
@@ -69,9 +69,13 @@ def read_index(path: Path) -> list[str]:
         names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
         is_whole = all(Path(name).name == name for name in names)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise ModelError(f"{path}: cannot be read. Download or copy the model again.") from None
+        raise ModelError(
+            f"{path}: cannot be read. Download or copy the model again.", code="weight-index-unreadable"
+        ) from None
     if not is_whole:
-        raise ModelError(f"{path}: names files outside its folder. Download or copy the model again.")
+        raise ModelError(
+            f"{path}: names files outside its folder. Download or copy the model again.", code="weight-index-outside"
+        )
     return names
 
 
@@ -88,11 +92,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return {key: value for key, value in content.items() if key not in _VOLATILE and not key.startswith("_")}
     except (ValueError, AttributeError):
-        raise ModelError(f"{folder / 'config.json'}: cannot be read. Download or copy the model again.") from None
+        raise ModelError(
+            f"{folder / 'config.json'}: cannot be read. Download or copy the model again.",
+            code="model-config-unreadable",
+        ) from None
 
 
 def hub_folder(name: str, revision: str | None) -> Path | None:
-    """Where the hub's cache has a model."""
+    """Folder of a model in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(name, "config.json", revision=revision)
@@ -100,13 +107,13 @@ def hub_folder(name: str, revision: str | None) -> Path | None:
 
 
 def hub_commit(name: str, revision: str | None) -> str | None:
-    """The commit of a model in the hub's cache, which names its snapshots so, whatever branch was asked for."""
+    """Commit of a model in the hub's cache, from the name of its snapshot."""
     folder = hub_folder(name, revision)
     return folder.name if folder is not None and folder.parent.name == "snapshots" else None
 
 
 def record_base(kind: str, name: str, revision: str | None) -> dict[str, Any] | None:
-    """What is kept with an adapter that is trained on a local or a hub model, which has been loaded."""
+    """Record for an adapter that is trained on a loaded local or hub model."""
     if kind == "local":
         return describe_base(Path(name))
     folder = hub_folder(name, revision)
@@ -139,13 +146,14 @@ def read_record(adapter: Path) -> dict[str, Any] | None:
         is_ours = False
     if not is_ours:
         raise ModelError(
-            f"{path}: cannot be read; it says which base the adapter was trained on. Copy the adapter's folder again."
+            f"{path}: cannot be read; it records the base of the adapter. Copy the adapter's folder again.",
+            code="base-record-unreadable",
         )
     return record
 
 
 def find_changes(record: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """How a base differs from the recorded one, in words."""
+    """Differences between a base and the recorded one, in words."""
     was, config = record["config"], now["config"]
     changes = [
         f"config.json has {key} {_short(config.get(key))} instead of {_short(was.get(key))}"
@@ -155,9 +163,9 @@ def find_changes(record: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     hashes = {name: entry["sha256"] for name, entry in record["files"].items()}
     for name, entry in now["files"].items():
         if name not in hashes:
-            changes.append(f"{name} was not there")
+            changes.append(f"{name} is new")
         elif entry["sha256"] != hashes[name]:
-            changes.append(f"{name} holds other bytes")
+            changes.append(f"{name} has different contents")
     return changes + [f"{name} is missing" for name in hashes if name not in now["files"]]
 
 
@@ -167,7 +175,7 @@ def _short(value: Any) -> str:
 
 
 def require_base(adapter: Path, base: Path, is_allowed: bool, advice: str, reads_all: bool = False) -> str:
-    """Compare a base with the one that the adapter was trained on; a remark for the person.
+    """Compare a base with the one that the adapter was trained on; returns a remark to print.
 
     Args:
         is_allowed: differences are remarked on only.
@@ -179,20 +187,21 @@ def require_base(adapter: Path, base: Path, is_allowed: bool, advice: str, reads
     """
     record = read_record(adapter)
     if record is None:
-        return f"{adapter} does not say which weights it was trained on; only names and shapes can be compared"
+        return f"{adapter} has no record of its base's weights; only names and shapes can be compared"
     changes = find_changes(record, describe_base(base, known=None if reads_all else record))
     if not changes:
         return ""
     shown = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
     if is_allowed:
-        return f"{base} is not the base that {adapter} was trained on ({shown}); used all the same"
+        return f"{base} is not the base that {adapter} was trained on ({shown}); used because changes are allowed"
     raise ModelError(
-        f"{adapter}: was trained on another base than {base} is now: {shown}. Put back the base that it was trained "
-        f"on. {advice}"
+        f"{adapter}: was trained on a different base than {base}: {shown}. Restore the base that it was trained "
+        f"on. {advice}",
+        code="base-changed",
     )
 
 
 def same_base(adapter: Path, record: Mapping[str, Any] | None) -> Sequence[str]:
-    """How the base differs now from when the adapter in a folder was saved; none without records."""
+    """Changes of the base since the adapter in a folder was saved; empty without a record."""
     before = read_record(adapter)
     return find_changes(before, record) if before and record else []

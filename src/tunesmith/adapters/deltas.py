@@ -1,4 +1,4 @@
-"""What a LoRA adapter does to each weight of its base, tensor by tensor, without the model around them.
+"""Compute the change of each base weight by a LoRA adapter, tensor by tensor, without building the model.
 
 W' = W + (alpha / rank) B A (Hu et al. 2021); rsLoRA: alpha / sqrt(rank) (Kalajdzievski 2023); DoRA: each output row of
 that sum brought to a learnt length (Liu et al. 2024). Sums are made in fp32,
@@ -60,29 +60,29 @@ class Delta:
                 self._config.alpha_pattern, [name.removesuffix(".weight") for name in self.parts]
             )
         except PatternError as error:
-            raise ModelError(f"{folder / ADAPTER_CONFIG}: {error}.") from None
+            raise ModelError(f"{folder / ADAPTER_CONFIG}: {error}.", code="bad-pattern") from None
 
     @property
     def has_experts(self) -> bool:
-        """Whether it changes weights that are not modules of their own (a mixture's fused experts)."""
+        """Whether it changes weights that are not modules (fused experts)."""
         return bool(self._config.target_parameters)
 
     def changes(self, name: str) -> bool:
-        """Whether it trained this tensor; one that its file merely has for the base does not count."""
+        """Whether it trained this tensor; base weights stored in its file do not count."""
         return name in self.parts or name in self.whole or name in self.rows
 
     def ties_head(self, embedding: str) -> bool:
-        """Whether a head that is one weight with the embedding changes with it."""
+        """Whether a tied head changes with the embedding."""
         return embedding in self.rows or (embedding in self.whole and self._config.ensure_weight_tying)
 
     def fit(self, embedding: str, head: str, is_tied: bool, rows: int) -> None:
-        """Names of these weights in the base: what the file has for one of them may be for both.
+        """Names of these weights in the base; a stored weight may count for both.
 
         Raises:
             ModelError: what the file has does not go together with the base.
         """
-        modules = (name.removesuffix(".weight") for name in (embedding, head))
-        self.stored = fit_stored(self._split, self.folder, *modules, is_tied, rows)
+        ends = embedding.removesuffix(".weight"), head.removesuffix(".weight")
+        self.stored = fit_stored(self._split, self.folder, *ends, is_tied, rows)
 
     def names(self) -> Iterator[str]:
         yield from self.stored
@@ -91,7 +91,7 @@ class Delta:
         yield from self.rows
 
     def apply(self, name: str, base: Tensor, is_transposed: bool = False) -> Tensor:
-        """The tensor with the adapter in it, in its own dtype.
+        """The tensor with the adapter merged, in its own dtype.
 
         Args:
             is_transposed: [in, out], as GPT-2's Conv1D keeps it.
@@ -111,7 +111,7 @@ class Delta:
             return grown
         if name in self.whole:
             whole = self.whole[name]
-            is_grown = base.ndim == 2 and whole.ndim == 2 and len(whole) > len(base)  # tokens were added
+            is_grown = base.ndim == 2 and whole.ndim == 2 and len(whole) > len(base)  # with added tokens
             return (whole if is_grown else self._fit(name, whole, base)).to(base.dtype)
         if name not in self.parts:
             return base
@@ -133,15 +133,16 @@ class Delta:
         return list(self._config.token_indices(module))
 
     def _scaling(self, name: str, parts: Mapping[str, Tensor]) -> float:
-        """alpha may differ from module to module (alpha_pattern), and so may the rank, which the matrices show."""
-        rank = len(parts.get("lora_A", parts.get("lora_embedding_A")))
+        """Scale of a module; alpha (alpha_pattern) and rank (shape of the matrices) may differ between modules."""
+        rank = len(parts["lora_A"] if "lora_A" in parts else parts["lora_embedding_A"])
         alpha = self._alphas.get(name.removesuffix(".weight"), self._config.lora_alpha)
         return float(alpha / math.sqrt(rank) if self._config.use_rslora else alpha / rank)
 
     def _fit(self, name: str, tensor: Tensor, base: Tensor) -> Tensor:
         if tensor.shape != base.shape:
             raise ModelError(
-                f"{self.folder}: does not fit this base: {name} is {list(base.shape)} there, and the adapter was made "
-                f"for {list(tensor.shape)}."
+                f"{self.folder}: does not fit this base: {name} is {list(base.shape)} in the base, but "
+                f"{list(tensor.shape)} in the adapter.",
+                code="adapter-does-not-fit",
             )
         return tensor

@@ -1,4 +1,4 @@
-"""A saved adapter put onto its base: opened as it is, or merged in memory, with the logits that it was trained to.
+"""Open a saved adapter on its base, unmerged or merged in memory, and verify its logits.
 
 peft gets the names of modules that the weights themselves name, never a pattern out of a file.
 """
@@ -27,7 +27,7 @@ from tunesmith.adapters.stored_base import PREFIX, SplitWeights, fit_stored, spl
 from tunesmith.errors import ModelError
 from tunesmith.reading import open_file
 
-# what rounding to a dtype explains, as a share of the largest logit
+# rounding error of a dtype, relative to the largest logit
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _PARTS = (".lora_A", ".lora_embedding_A")
 _HAS_STORED = "_has_base_of_its_file"
@@ -44,20 +44,28 @@ def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
     """
     path = folder / ADAPTER_WEIGHTS
     try:
-        open_file(path).close()  # a pipe would be waited for
+        open_file(path).close()  # a pipe would block
         weights = load_file(path)
     except FileNotFoundError:
-        raise ModelError(f"{folder}: has no {ADAPTER_WEIGHTS}.") from None
+        raise ModelError(f"{folder}: has no {ADAPTER_WEIGHTS}.", code="adapter-weights-missing") from None
     except Exception as error:
-        raise ModelError(f"{path}: cannot be read: {error}. The file is cut short or damaged.") from None
+        raise ModelError(
+            f"{path}: cannot be read: {error}. The file is truncated or damaged.", code="adapter-weights-damaged"
+        ) from None
     if not weights:
-        raise ModelError(f"{path}: holds no tensors. The adapter was not saved whole.")
+        raise ModelError(
+            f"{path}: has no tensors; the adapter is incomplete. Copy or save it again.", code="adapter-weights-damaged"
+        )
     for name, tensor in weights.items():
         if tensor.dtype not in TOLERANCE:
-            raise ModelError(f"{path}: {name} is of {_dtype(tensor)}; an adapter is of float32, bfloat16 or float16.")
+            raise ModelError(
+                f"{path}: {name} is {_dtype(tensor)}; expected float32, bfloat16 or float16.",
+                code="adapter-dtype-unknown",
+            )
         if not tensor.isfinite().all():
             raise ModelError(
-                f"{path}: {name} holds NaN or infinite values. Its training failed, or the file is damaged."
+                f"{path}: {name} has NaN or infinite values. Its training failed, or the file is damaged.",
+                code="adapter-not-finite",
             )
     return weights
 
@@ -67,7 +75,7 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def rows_needed(config: AdapterConfig, weights: Mapping[str, Tensor]) -> int:
-    """Rows of the embedding that an adapter with added tokens takes; 0 where it leaves the embedding alone."""
+    """Embedding rows that an adapter with added tokens needs; 0 if it does not change the embedding."""
     rows = [max(numbers) + 1 for numbers in config.all_token_indices() if numbers]
     rows += [
         len(t) for key, t in weights.items() if key.endswith(("embed_tokens.weight", "wte.weight", "lm_head.weight"))
@@ -78,7 +86,7 @@ def rows_needed(config: AdapterConfig, weights: Mapping[str, Tensor]) -> int:
 def open_adapter(
     model: nn.Module, folder: Path, name: str = "default", onto: Any = None, is_weightless: bool = False
 ) -> Any:
-    """Put a saved adapter into its base, frozen.
+    """Add a saved adapter to its base, frozen.
 
     Args:
         onto: the PeftModel to add it to under `name`, where the model has one already.
@@ -92,18 +100,18 @@ def open_adapter(
     config = read_adapter_config(folder)
     split = split_weights(config, read_adapter_weights(folder))
     weights = split.own
-    unfit = f"{folder}: does not fit this base ({config.base_model_name_or_path} was its own)"
+    unfit = f"{folder}: does not fit this base (it was trained on {config.base_model_name_or_path})"
     if split.stored or getattr(onto, _HAS_STORED, False):
         if onto is not None or is_weightless:
-            raise ModelError(f"{folder}: {SEVERAL_STORED}")
+            raise ModelError(f"{folder}: {SEVERAL_STORED}", code="several-stored-weights")
         _replace_stored(model, split, folder, unfit)
     _add_rows(model, config, weights, unfit)
     try:
         made = build_config(config, weights, model)
     except PatternError as error:
-        raise ModelError(f"{folder / ADAPTER_CONFIG}: {error}.") from None
+        raise ModelError(f"{folder / ADAPTER_CONFIG}: {error}.", code="bad-pattern") from None
     except KeyError as error:
-        raise ModelError(f"{unfit}: it has no place for {error.args[0]}.") from None
+        raise ModelError(f"{unfit}: the base has no {error.args[0]}.", code="adapter-does-not-fit") from None
     try:
         with quiet_peft():
             if onto is None:
@@ -114,15 +122,16 @@ def open_adapter(
             set_peft_model_state_dict(wrapped, dict(weights), adapter_name=name, low_cpu_mem_usage=is_weightless)
             placed = get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False)
     except Exception as error:
-        raise ModelError(f"{unfit}: {' '.join(str(error).split())[:300]}") from None
+        raise ModelError(f"{unfit}: {' '.join(str(error).split())[:300]}", code="adapter-does-not-fit") from None
     lost = [key for key, tensor in weights.items() if key not in placed or placed[key].shape != tensor.shape]
     if lost:
-        raise ModelError(f"{unfit}: it has no place for {lost[0]}.")
+        raise ModelError(f"{unfit}: the base has no {lost[0]}.", code="adapter-does-not-fit")
     lacking = sorted(set(placed) - set(weights))
     if lacking:
         raise ModelError(
-            f"{folder}: {ADAPTER_WEIGHTS} lacks {len(lacking)} tensors that its config promises ({lacking[0]}). It was "
-            "not saved whole, or belongs to another base."
+            f"{folder}: {ADAPTER_WEIGHTS} lacks {len(lacking)} tensors that its config requires ({lacking[0]}). It was "
+            "not saved whole, or belongs to another base.",
+            code="adapter-incomplete",
         )
     wrapped.peft_config[name].base_model_name_or_path = config.base_model_name_or_path
     if split.stored:
@@ -132,37 +141,39 @@ def open_adapter(
 
 
 def _add_rows(model: Any, config: AdapterConfig, weights: Mapping[str, Tensor], unfit: str) -> None:
-    """Lengthen the embedding for the tokens that were added when the adapter was trained."""
+    """Resize the embedding for the tokens that were added when the adapter was trained."""
     rows, had = rows_needed(config, weights), model.get_input_embeddings().num_embeddings
     if rows <= had:
         return
     added = [number for numbers in config.all_token_indices() for number in numbers if number >= had]
-    if added and max(added) >= had + len(set(added)):  # added tokens follow one another
-        raise ModelError(f"{unfit}: it trains row {max(added):,}, and the base has {had:,} rows.")
+    if added and max(added) >= had + len(set(added)):  # added tokens have consecutive ids
+        raise ModelError(
+            f"{unfit}: it trains row {max(added):,}, but the base has {had:,} rows.", code="adapter-does-not-fit"
+        )
     model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 @torch.no_grad()
 def _replace_stored(model: Any, split: SplitWeights, folder: Path, unfit: str) -> None:
-    """The base as the adapter's file has it."""
+    """Replace base weights by those stored in the adapter's file."""
     ends = find_ends(model)
     rows = model.get_input_embeddings().num_embeddings
     stored = fit_stored(split, folder, ends.embedding, ends.head, ends.is_tied, rows)
     for name, tensor in stored.items():
         if name.rpartition(".")[0] not in (ends.embedding, ends.head):
-            raise ModelError(f"{unfit}: it has no place for {PREFIX}{name}.")
+            raise ModelError(f"{unfit}: the base has no {PREFIX}{name}.", code="adapter-does-not-fit")
         if name.endswith(".weight") and len(tensor) != model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tensor), mean_resizing=False)
     for name, tensor in stored.items():
         module = model.get_submodule(name.rpartition(".")[0])
         parameter = module._parameters.get(name.rpartition(".")[2])
         if parameter is None or parameter.shape != tensor.shape or parameter.dtype not in TOLERANCE:
-            raise ModelError(f"{unfit}: it has no place for {PREFIX}{name}.")
+            raise ModelError(f"{unfit}: the base has no {PREFIX}{name}.", code="adapter-does-not-fit")
         parameter.copy_(tensor)
 
 
 def build_config(config: AdapterConfig, weights: Mapping[str, Tensor], model: nn.Module) -> Any:
-    """peft's config with every pattern replaced by the names that it stands for.
+    """peft's config with every pattern replaced by the names that it matches.
 
     Raises:
         PatternError: a pattern of the file does not come to an end.
@@ -177,22 +188,24 @@ def build_config(config: AdapterConfig, weights: Mapping[str, Tensor], model: nn
     excluded = set(select_modules(config.exclude_modules, modules)) if config.exclude_modules else set()
     targets = sorted(set(select_modules(config.target_modules, modules)) - excluded)
     targets = _in_layers(targets, config)
-    if config.target_modules in (None, "all-linear"):  # what peft chose itself
+    if config.target_modules in (None, "all-linear"):  # chosen by peft
         targets = sorted(found)
     if extra := sorted(set(found) - set(targets)):
         raise KeyError(found[extra[0]])
     parameters = [name for name, _ in model.named_parameters()]
     names = [*modules, *parameters]
+    alpha: Any = config.lora_alpha
+    bias: Any = config.bias
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,
-        lora_alpha=config.lora_alpha,
+        lora_alpha=alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
         target_parameters=config.target_parameters,
         modules_to_save=list(config.modules_to_save) if config.modules_to_save else None,
         trainable_token_indices=config.trainable_token_indices,
-        bias=config.bias,
+        bias=bias,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         fan_in_fan_out=config.fan_in_fan_out,
@@ -204,7 +217,7 @@ def build_config(config: AdapterConfig, weights: Mapping[str, Tensor], model: nn
 
 
 def module_of(key: str) -> str | None:
-    """The module that a tensor of the adapter file is an A matrix of."""
+    """Module whose A matrix a tensor of the adapter file is."""
     for part in _PARTS:
         if part in key:
             return key.removeprefix(PREFIX).partition(part)[0]
@@ -212,20 +225,20 @@ def module_of(key: str) -> str | None:
 
 
 def _is_parameter(module: str, config: AdapterConfig) -> bool:
-    """Fused experts, whose matrices stand under the module that holds them all."""
+    """Whether a module has fused experts, whose matrices are named after it."""
     holders = {name.rpartition(".")[0] for name in config.target_parameters or []}
     plain = module.removesuffix(".base_layer")
     return any(plain == holder or plain.endswith(f".{holder}") for holder in holders)
 
 
 def _bare_names(names: Iterable[str]) -> list[str]:
-    """Names of the model's own modules, without what adapters have put between them."""
+    """Names of the model's own modules, without those of adapters."""
     marks = (".base_layer", ".lora_", ".modules_to_save", ".original_module", ".token_adapter")
     return [name for name in names if name and not any(mark in f".{name}" for mark in marks)]
 
 
 def _in_layers(targets: list[str], config: AdapterConfig) -> list[str]:
-    """layers_to_transform: the modules of these layers alone."""
+    """Modules of the layers in layers_to_transform."""
     if config.layers_to_transform is None:
         return targets
     chosen = config.layers_to_transform
@@ -234,7 +247,7 @@ def _in_layers(targets: list[str], config: AdapterConfig) -> list[str]:
 
 
 def merge_adapter(wrapped: Any) -> nn.Module:
-    """The model with the adapter in its weights, as one to go on with.
+    """The model with the adapter merged into its weights.
 
     Embedding and head that are one weight are parted first: a merge into one of them must not reach the other. They are
     joined again where they are still equal.
@@ -256,11 +269,13 @@ def merge_adapter(wrapped: Any) -> nn.Module:
     difference = ((wanted - found).abs().max() / wanted.abs().max()).item()
     if not difference <= TOLERANCE[dtype]:
         raise ModelError(
-            f"merged in memory, the model's logits differ from base and adapter by {difference:.1e} of the largest, "
-            f"more than the {TOLERANCE[dtype]:.0e} that rounding explains. Merge it with tunesmith merge, and train on "
-            "that."
+            f"merged in memory, the logits differ from those of base and adapter by {difference:.1e} of the largest; "
+            f"rounding explains only {TOLERANCE[dtype]:.0e}. Merge it with tunesmith merge, and train on "
+            "that.",
+            code="merged-logits-differ",
         )
-    return merged
+    result: nn.Module = merged
+    return result
 
 
 @torch.no_grad()
@@ -273,16 +288,16 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def _part(model: nn.Module) -> bool:
-    """Give each module that shares its weight one of its own; whether there was any."""
-    holders: dict[int, list[nn.Module]] = {}
+    """Give each module that shares a weight its own copy; returns whether there was any."""
+    holders: dict[int, list[nn.Embedding | nn.Linear]] = {}
     for module in model.modules():
         weight = module._parameters.get("weight")
         if weight is not None and isinstance(module, (nn.Embedding, nn.Linear)):
             holders.setdefault(id(weight), []).append(module)
     shared = [modules for modules in holders.values() if len(modules) > 1]
     for modules in shared:
-        for module in modules[1:]:
-            module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=module.weight.requires_grad)
+        for copied in modules[1:]:
+            copied.weight = nn.Parameter(copied.weight.detach().clone(), requires_grad=copied.weight.requires_grad)
     return bool(shared)
 
 

@@ -1,4 +1,4 @@
-"""Weights of the base in an adapter's file: peft writes embedding and head there when they were resized or targeted.
+"""Base weights inside an adapter's file: peft stores resized or targeted embeddings and heads there.
 
 peft's save_embedding_layers="auto" puts them beside the matrices, under names of its own wrappers. They are what the
 adapter was trained on, so they replace the base's before the adapter goes onto it.
@@ -62,7 +62,7 @@ def _is_trained_whole(name: str, config: AdapterConfig) -> bool:
 
 
 def _is_copy(name: str, weights: Mapping[str, Tensor], config: AdapterConfig) -> bool:
-    """Rows of a head that is one weight with the embedding, written once more for the head."""
+    """Rows of a tied head, stored a second time under its own name."""
     if f"{PREFIX}{name.replace(ROWS, '.token_adapter.base_layer.weight')}" not in weights:
         return False
     named = config.trainable_token_indices
@@ -77,7 +77,7 @@ def _is_copy(name: str, weights: Mapping[str, Tensor], config: AdapterConfig) ->
 def fit_stored(
     split: SplitWeights, folder: Path, embedding: str, head: str | None, is_tied: bool, rows: int
 ) -> dict[str, Tensor]:
-    """What replaces the base's weights, in both ends where they are one.
+    """Weights that replace those of the base, in both ends where they are tied.
 
     Args:
         embedding, head: names of these modules.
@@ -90,12 +90,16 @@ def fit_stored(
     ends = [f"{embedding}.weight", *([f"{head}.weight"] if head else [])]
     there = [name for name in ends if name in stored]
     if len({len(stored[name]) for name in there}) > 1:
-        raise ModelError(f"{folder}: holds an embedding and a head of different lengths ({', '.join(there)}).")
+        raise ModelError(
+            f"{folder}: has an embedding and a head of different lengths ({', '.join(there)}).",
+            code="stored-base-lengths",
+        )
     if is_tied and there:
         if len(there) > 1 and not torch.equal(stored[there[0]], stored[there[1]]):
             raise ModelError(
-                f"{folder}: holds different weights for {there[0]} and {there[1]}, which are one weight in this base. "
-                "It was trained on a base whose head is its own: name that one, or merge it where it was trained."
+                f"{folder}: has different weights for {there[0]} and {there[1]}, which are one weight in this base. "
+                "It was trained on a base with an untied head: give that base, or merge it where it was trained.",
+                code="stored-base-untied",
             )
         stored |= dict.fromkeys(ends, stored[there[0]])
     elif there and len(stored[there[0]]) != rows:
@@ -109,6 +113,7 @@ def _require_both(
     if lacking := [name for name in ends if name not in stored and f"{PREFIX}{name}" not in split.own]:
         raise ModelError(
             f"{folder}: was trained on an embedding and head of {wanted:,} rows; the base has {rows:,}, and the file "
-            f"holds no {lacking[0]} of that length. Resize the base as it was in training and save it, then name it: "
-            "--base."
+            f"has no {lacking[0]} of that length. Resize the base as in training, save it and give it as: "
+            "--base.",
+            code="stored-base-rows",
         )

@@ -32,7 +32,7 @@ class StrictLoader(yaml.SafeLoader):
         self._sizes: dict[int, int] = {}  # of finished nodes, by id
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         is_alias = isinstance(event, yaml.AliasEvent)
         self._require_plain(event)
         self._depth += 1

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer (Sennrich et al. 2016) trained on texts."""
+"""Train a byte-level BPE tokenizer on texts (after Sennrich and others, 2016)."""
 
 from __future__ import annotations
 

@@ -64,7 +64,8 @@ def probe_isolation(model: PreTrainedModel, max_seq_len: int, micro_batch_tokens
         if sees_later_tokens(model):
             raise ModelError(
                 f"{type(model).__name__} sees later tokens (it is not a causal model, or is not configured as one): it "
-                "would be trained on text that it can read. Use a causal language model."
+                "would be trained on text that it can read. Use a causal language model.",
+                code="not-causal",
             )
         try:
             use_packed_attention(model)

@@ -55,7 +55,7 @@ def choose_max_seq_len(config: PretrainedConfig, wanted: int | None) -> tuple[in
         return wanted, ""
     if getattr(text_config, "rope_parameters", None) is None:
         raise ModelError(
-            f"data.max_seq_len {wanted}: the model has learnt positions up to {context} only. "
-            f"Set it to {context} or less."
+            f"data.max_seq_len {wanted}: the model has only {context} learned positions. Set it to {context} or less.",
+            code="max-seq-len-too-long",
         )
     return wanted, f"longer than the model's own context of {context}"

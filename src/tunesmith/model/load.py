@@ -1,4 +1,4 @@
-"""Models: loaded from a folder, a run or the hub, or made new from a preset."""
+"""Load models from a folder, a RUN or the hub, or create them from a preset."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def load_config(section: ModelSection, tokenizer: Any, source: ModelSource | Non
     if source.kind == "preset":
         return build_preset_config(source.name, section.config, tokenizer)
     try:
-        config = AutoConfig.from_pretrained(
+        config: PretrainedConfig = AutoConfig.from_pretrained(
             source.name, revision=source.revision or section.revision, trust_remote_code=section.trust_remote_code
         )
     except Exception as error:
@@ -48,7 +48,9 @@ def _refuse_odd_dropout(name: str, config: PretrainedConfig) -> None:
     for key, value in config.get_text_config().to_dict().items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if key.endswith(("dropout", "pdrop")) and is_number and not 0 <= value < 1:
-            raise ModelError(f"{name}: its config.json has {key} {value}; it is a share of 0 or more, below 1.")
+            raise ModelError(
+                f"{name}: config.json has {key} {value}; it must be at least 0 and below 1.", code="bad-config-value"
+            )
 
 
 def load_model(
@@ -72,7 +74,8 @@ def load_model(
     if source.kind == "preset":
         torch.manual_seed(seed)
         try:
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+            new: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+            return new
         except Exception as error:  # most of all a model that is larger than the memory
             raise explain_overrides(source.name, section.config, error) from None
     folder = (
@@ -81,7 +84,7 @@ def load_model(
     if folder is not None:
         weight_files(folder)  # a damaged index, which transformers would fail on without naming it
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.name,
             config=copy.deepcopy(config),
             dtype=dtype,
@@ -93,6 +96,8 @@ def load_model(
         )
     except Exception as error:
         raise explain_load_error(section.path, "its weights", error) from None
+    model: Any
+    model, report = loaded
     require_all_weights(section.path, report)
     require_token_ids(section.path, model.generation_config)
     if quantization is not None:
@@ -100,7 +105,8 @@ def load_model(
     if source.adapter:
         require_own_base(source, False, _ON_CHANGED)
         return merge_adapter(open_adapter(model, source.adapter)).requires_grad_(True)
-    return model
+    result: nn.Module = model
+    return result
 
 
 def require_all_weights(path: str, report: Any) -> None:
@@ -110,15 +116,17 @@ def require_all_weights(path: str, report: Any) -> None:
     if report["mismatched_keys"]:
         key, found, wanted = min(report["mismatched_keys"])
         raise ModelError(
-            f"{path}: {len(report['mismatched_keys'])} tensors have other shapes than its config.json says: "
-            f"{key} is {list(found)}, but {list(wanted)} is needed. The config.json belongs to another model."
+            f"{path}: {len(report['mismatched_keys'])} tensors have shapes that differ from config.json: "
+            f"{key} is {list(found)}, expected {list(wanted)}. The config.json belongs to another model.",
+            code="wrong-shapes",
         )
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(
             f"{path}: the weights lack {len(missing)} tensors that the model needs ({', '.join(missing[:3])}"
             f"{', ...' if len(missing) > 3 else ''}); training would start from random values there. The folder is "
-            "incomplete, or its config.json belongs to another model."
+            "incomplete, or its config.json belongs to another model.",
+            code="weights-missing",
         )
 
 
@@ -133,8 +141,9 @@ def require_token_ids(path: str, generation_config: Any) -> None:
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(number) is int and number >= 0 for number in ids):
             raise ModelError(
-                f"{path}: generation_config.json: {name} is {str(value)[:80]!r}, not the number of a token. Correct "
-                "it, or remove the file."
+                f"{path}: generation_config.json: {name} is {str(value)[:80]!r}, not a token id. Correct it or "
+                "remove the file.",
+                code="bad-token-id",
             )
 
 
@@ -155,7 +164,7 @@ def require_own_base(source: ModelSource, is_allowed: bool, advice: str) -> str:
 
 
 @torch.no_grad()
-def extend_vocabulary(model: nn.Module, tokenizer: Any, tokens: list[str]) -> list[int]:
+def extend_vocabulary(model: Any, tokenizer: Any, tokens: list[str]) -> list[int]:
     """Rows for added tokens, each the mean of all rows before; the tokens' ids."""
     if not tokens:
         return []
@@ -170,14 +179,15 @@ def extend_vocabulary(model: nn.Module, tokenizer: Any, tokens: list[str]) -> li
     return list(ids)
 
 
-def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
     """Every token id must have a row in the embedding."""
     rows = model.get_input_embeddings().num_embeddings
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise ModelError(
-            f"the tokenizer knows ids up to {largest}, but the model's embedding has {rows} rows: they do not belong "
-            "together. Give the model's own tokenizer."
+            f"the tokenizer has ids up to {largest}, but the model's embedding has {rows} rows; they do not match. Use "
+            "the model's own tokenizer.",
+            code="tokenizer-does-not-match",
         )
 
 

@@ -1,4 +1,4 @@
-"""new:PRESET models: transformers configs with random weights, so that others open what we train as it stands.
+"""Presets of new:PRESET models: transformers configs with random weights, which other tools can open.
 
 Weights are drawn as transformers does for the architecture: normal with std initializer_range (0.02), norms at 1,
 biases at 0, from train.seed.
@@ -99,7 +99,9 @@ def build_preset_config(name: str, overrides: dict[str, Any], tokenizer: Any) ->
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f" Did you mean new:{close[0]}?" if close else ""
-        raise ModelError(f"new:{name}: no such preset.{hint} Known: {', '.join(f'new:{p}' for p in PRESETS)}.")
+        raise ModelError(
+            f"new:{name}: no such preset.{hint} Known: {', '.join(f'new:{p}' for p in PRESETS)}.", code="unknown-preset"
+        )
     values = dict(PRESETS[name])
     model_type = values.pop("model_type")
     known = AutoConfig.for_model(model_type)
@@ -108,13 +110,16 @@ def build_preset_config(name: str, overrides: dict[str, Any], tokenizer: Any) ->
         if not is_field or key.startswith("_"):
             close = difflib.get_close_matches(key, list(known.to_dict()), n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise ModelError(f"model.config.{key}: the {model_type} config has no such field{hint}")
+            raise ModelError(
+                f"model.config.{key}: the {model_type} config has no such field{hint}", code="unknown-preset-key"
+            )
     num_ids = max(tokenizer.get_vocab().values()) + 1
     wanted = overrides.get("vocab_size")
     if isinstance(wanted, int) and wanted < num_ids:
         raise ModelError(
-            f"model.config.vocab_size {wanted}: the tokenizer has ids up to {num_ids - 1}, so {num_ids} is the least. "
-            "Leave the key out, or give a smaller tokenizer."
+            f"model.config.vocab_size {wanted}: the tokenizer has ids up to {num_ids - 1}; the minimum is {num_ids}. "
+            "Remove the key or use a smaller tokenizer.",
+            code="vocab-too-small",
         )
     special = {
         "vocab_size": num_ids,
@@ -145,7 +150,11 @@ def _try_shapes(config: PretrainedConfig) -> None:
 def explain_overrides(name: str, overrides: dict[str, Any], error: Exception) -> TunesmithError:
     if is_out_of_memory(error):
         return RunError(
-            f"new:{name} with these sizes does not fit into memory. Lower model.config.hidden_size or others."
+            f"new:{name} with these sizes does not fit into memory. Lower model.config.hidden_size or others.",
+            code="out-of-memory",
         )
     given = ", ".join(f"model.config.{key} {value}" for key, value in overrides.items())
-    return ModelError(f"{given or 'model.config'}: new:{name} cannot be built so: {telling_text(error)}.")
+    return ModelError(
+        f"{given or 'model.config'}: new:{name} cannot be built with these values: {telling_text(error)}.",
+        code="preset-not-buildable",
+    )

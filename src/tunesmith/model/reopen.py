@@ -1,4 +1,4 @@
-"""The tokenizer that trained is the one that is opened: compared before anything is trained.
+"""Check before training that the saved tokenizer will be reopened as the same tokenizer.
 
 AutoTokenizer does not always open tokenizer.json as it stands. For some classes and model types it takes the vocabulary
 out of it and builds the rest anew: beside `model_type: qwen2`, any tokenizer gets Qwen2's pre-tokenizer and NFC.
@@ -73,9 +73,10 @@ def require_one_reading(
         differences = find_reopened_differences(encoder, config, section.trust_remote_code)
         if differences:
             raise ModelError(
-                f"{section.tokenizer or section.path}: once saved with this model, the tokenizer would be opened as "
-                f"another one: {', '.join(differences)}. {_explain_class(config)} Give the model's own tokenizer, or "
-                "train a model of another model_type with this one."
+                f"{section.tokenizer or section.path}: saved with this model, the tokenizer would be reopened as a "
+                f"different one: {', '.join(differences)}. {_explain_class(config)} Use the model's own tokenizer, or "
+                "a model of another model_type.",
+                code="tokenizer-reopens-differently",
             )
 
 
@@ -97,10 +98,11 @@ def _require_as_given(source: TokenizerSource, tokenizer: Any) -> None:
         opened, read = _read(backend, text), _read(stands, text)
         if opened != read and not any(token in text for token in added):
             raise ModelError(
-                f"{source.folder}: its tokenizer.json is read in two ways. transformers opens it as "
+                f"{source.folder}: libraries read its tokenizer.json differently. transformers opens it as "
                 f"{type(tokenizer).__name__} and reads {text!r} as {_part(opened, read)}; tokenizers, vLLM and "
                 f"llama.cpp read {_part(read, opened)}. A model that is trained with one and used with the other is "
-                f"worse. {_how_to_settle(source.folder)}"
+                f"worse. {_how_to_settle(source.folder)}",
+                code="tokenizer-ambiguous",
             )
 
 

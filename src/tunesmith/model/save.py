@@ -1,4 +1,4 @@
-"""A model folder that others open as it stands: weights, tokenizer, template, stop token, a short card."""
+"""Write a model folder that other tools open: weights, tokenizer, template, stop tokens, model card."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def save_model(model: nn.Module, encoder: Encoder, card: str, folder: Path) -> N
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 
-def write_model(model: nn.Module, encoder: Encoder, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+def write_model(model: Any, encoder: Encoder, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
     """Args:
     weights: a state dict to write instead of the model's own.
     """
@@ -75,7 +75,7 @@ def write_model(model: nn.Module, encoder: Encoder, folder: Path, weights: Mappi
     write_tokenizer(encoder, folder)
 
 
-def _compare_saved(model: nn.Module, meant: Mapping[str, Tensor], folder: Path) -> None:
+def _compare_saved(model: Any, meant: Mapping[str, Tensor], folder: Path) -> None:
     """Each tensor in the files against the one it was made of.
 
     Raises:
@@ -109,7 +109,7 @@ def _complete_config(tokenizer: Any, file: Path) -> None:
     file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def set_stop_token(model: nn.Module, encoder: Encoder) -> None:
+def set_stop_token(model: Any, encoder: Encoder) -> None:
     """The stop token that was trained goes first into generation_config, before any the model had."""
     config: Any = model.generation_config
     had = config.eos_token_id

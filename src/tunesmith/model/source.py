@@ -1,4 +1,4 @@
-"""What the person calls a model: a folder, a run of ours, a hub id, or new:PRESET. Every way it can be wrong."""
+"""Resolve model.path: a folder, a RUN, a hub id or new:PRESET; explain what is wrong with it."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class ModelSource:
 
 
 def find_model(path: str) -> ModelSource:
-    """Tell what `path` stands for, without loading anything.
+    """Resolve `path` without loading anything.
 
     Raises:
-        ModelError: a folder that holds no model, or a name that stands for nothing.
+        ModelError: the folder has no model, or the name refers to nothing.
     """
     if path.startswith("new:"):
         return ModelSource("preset", path.removeprefix("new:"))
@@ -60,15 +60,17 @@ def find_model(path: str) -> ModelSource:
             return ModelSource("local", str(in_run))
         if os.path.lexists(folder / "config.json"):
             require_plain_files(folder)
-        raise ModelError(_explain_folder(folder))
+        raise _explain_folder(folder)
     if folder.is_file():
-        raise ModelError(f"{path}: is a file; give the folder that holds config.json and the weights.")
+        raise ModelError(f"{path}: is a file; give the folder with config.json and the weights.", code="model-is-file")
     if not _HUB_ID.fullmatch(path) or (folder.parent != Path() and folder.parent.is_dir()):
         close = []
         if folder.parent.is_dir():
             close = difflib.get_close_matches(folder.name, [p.name for p in folder.parent.iterdir()], n=1)
         hint = f" Did you mean {folder.parent / close[0]}?" if close else ""
-        raise ModelError(f"{path}: no such model folder.{hint} A hub model is named owner/name.")
+        raise ModelError(
+            f"{path}: no such model folder.{hint} Hub models are named owner/name.", code="model-not-found"
+        )
     return ModelSource("hub", path)
 
 
@@ -76,50 +78,50 @@ def _find_base(adapter: Path) -> ModelSource:
     config, record = read_adapter_config(adapter), read_record(adapter)
     base = config.base_model_name_or_path
     if not base:
-        raise ModelError(f"{adapter}: names no base model in {ADAPTER_CONFIG} (base_model_name_or_path).")
+        raise ModelError(f"{adapter}: {ADAPTER_CONFIG} has no base_model_name_or_path.", code="adapter-without-base")
     if base.startswith("new:"):
-        raise ModelError(f"{adapter}: its base {base} had random weights, which were saved nowhere.")
+        raise ModelError(f"{adapter}: its base {base} had random weights, which were not saved.", code="base-not-saved")
     try:
         folder = open_path(base)
         if folder.is_dir() and find_adapter(folder):
-            raise ModelError(f"{base} is an adapter itself. Merge that one first: tunesmith merge.")
+            raise ModelError(f"{base} is itself an adapter. Merge it first: tunesmith merge.", code="base-is-adapter")
         source = find_model(base)
     except ModelError as error:
-        raise ModelError(f"{adapter}: its base model cannot be found: {error}") from None
-    # a hub model's main branch moves on; the commit that was trained on stays
+        raise ModelError(f"{adapter}: its base model cannot be found: {error}", code=error.code) from None
+    # the main branch of a hub model may change; use the commit that was trained on
     revision = (record or {}).get("commit") or config.revision
     return ModelSource(source.kind, source.name, adapter, revision if source.kind == "hub" else None)
 
 
 def require_plain_files(folder: Path) -> None:
-    """transformers would wait for a pipe in a model's folder without end, and does without what is a folder or a link
-    to nothing.
+    """Check that a model folder has regular files only: transformers blocks on a pipe and ignores broken links.
 
     Raises:
-        ModelError: the folder holds something that is neither file nor folder, or one of the files that are read is
-            none.
+        ModelError: the folder has something that is neither file nor folder, or a file that is read is not a file.
     """
     for path in folder.iterdir():
         if path.exists() and not path.is_file() and not path.is_dir():
-            raise ModelError(f"{path}: is a pipe or a device, not a file. Put the file in its place.")
+            raise ModelError(f"{path}: is a pipe or a device, not a file. Replace it by the file.", code="not-a-file")
         if path.name in _READ_FILES and not path.is_file():
-            kind = "a folder, not a file" if path.is_dir() else "a link that leads to no file"
-            raise ModelError(f"{path}: is {kind}. Put the file in its place.")
+            kind = "a folder, not a file" if path.is_dir() else "a broken link"
+            raise ModelError(f"{path}: is {kind}. Replace it by the file.", code="not-a-file")
 
 
 def open_path(path: str) -> Path:
-    """The path, if the system can look at it at all: no name too long, no unknown user behind ~."""
+    """The path, checked to be usable: the name is not too long, the user after ~ exists."""
     try:
         folder = Path(path).expanduser()
         folder.is_dir()
     except (OSError, RuntimeError) as error:
         shown = path if len(path) <= 60 else f"{path[:60]}..."
         reason = getattr(error, "strerror", None) or error
-        raise ModelError(f"{shown}: cannot be a model folder: {reason}. Give a folder or a hub id.") from None
+        raise ModelError(
+            f"{shown}: cannot be a model folder: {reason}. Give a folder or a hub id.", code="bad-model-name"
+        ) from None
     return folder
 
 
-def _explain_folder(folder: Path) -> str:
+def _explain_folder(folder: Path) -> ModelError:
     names = sorted(p.name for p in folder.iterdir())
     found = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
     run = RunFolder(folder)
@@ -127,10 +129,11 @@ def _explain_folder(folder: Path) -> str:
         checkpoints = sorted(run.checkpoints.glob("step-*")) if run.checkpoints.is_dir() else []
         hint = f" Its newest checkpoint is {checkpoints[-1]}." if checkpoints else ""
         hint += f" To finish it: tunesmith resume {folder}"
-        return f"{folder}: a run that has not finished, so it has no model/ yet.{hint}"
-    return (
-        f"{folder}: no config.json, so not a Hugging Face model folder (it holds: {found}). Give the folder that "
-        "holds config.json, model.safetensors and the tokenizer files."
+        return ModelError(f"{folder}: is an unfinished run without model/.{hint}", code="run-not-finished")
+    return ModelError(
+        f"{folder}: no config.json, so not a Hugging Face model folder (found: {found}). Give the folder with "
+        "config.json, model.safetensors and the tokenizer files.",
+        code="not-a-model-folder",
     )
 
 
@@ -145,7 +148,7 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 
 def telling_text(error: BaseException) -> str:
-    """An error of a library in one line: all of its lines, since often only the last says something."""
+    """The text of a library's error in one line, at most 300 characters."""
     text = " ".join(str(error).split()).rstrip(".")
     if isinstance(error, KeyError) or " " not in text:
         text = f"{type(error).__name__}: {text}".rstrip(": ")
@@ -155,30 +158,43 @@ def telling_text(error: BaseException) -> str:
 def explain_load_error(
     name: str, what: str, error: Exception, trust_flag: str = "--model.trust_remote_code true"
 ) -> TunesmithError:
-    """transformers' and huggingface_hub's errors in our words: what is wrong and what to do."""
+    """Turn an error of transformers or huggingface_hub into ours: what is wrong and what to do."""
     if is_out_of_memory(error):
         return RunError(
-            f"{name}: {what} do not fit into the memory of {lacking_memory(error)}. End other programs, or give a "
-            "smaller model."
+            f"{name}: {what} do not fit into the memory of {lacking_memory(error)}. End other programs or use a "
+            "smaller model.",
+            code="out-of-memory",
         )
     causes = _causes(error)
     kinds = {type(cause).__name__ for cause in causes}
     chain = " ".join(str(cause) for cause in causes).lower()
+    begin = f"{name}: {what} cannot be loaded:"
     if "GatedRepoError" in kinds:
-        reason = "the model is gated. Accept its licence on its page, then log in with: hf auth login"
-    elif kinds & {"RepositoryNotFoundError", "HFValidationError"}:
-        reason = "no such hub model, or it is private. Check the name; for a private one: hf auth login"
-    elif "RevisionNotFoundError" in kinds:
-        reason = "the hub model has no such model.revision"
-    elif "trust_remote_code" in chain or "custom code" in chain:
-        reason = f"the model brings Python code of its own. Read that code, and if you trust it: {trust_flag}"
-    elif any(word in chain for word in _NO_NETWORK):
-        reason = (
-            "it is not a local folder, and the hub cannot be reached. Check the spelling and the network, or give a "
-            "downloaded folder"
+        return ModelError(
+            f"{begin} the model is gated. Accept its licence on its page, then log in with: hf auth login.",
+            code="model-gated",
         )
-    elif "model_type" in chain:
-        reason = f"its config.json names no architecture that transformers knows ({telling_text(error)})"
-    else:
-        reason = telling_text(error)
-    return ModelError(f"{name}: {what} cannot be loaded: {reason}.")
+    if kinds & {"RepositoryNotFoundError", "HFValidationError"}:
+        return ModelError(
+            f"{begin} no such hub model, or it is private. Check the name; for a private one: hf auth login.",
+            code="hub-model-not-found",
+        )
+    if "RevisionNotFoundError" in kinds:
+        return ModelError(f"{begin} the hub model has no such model.revision.", code="revision-not-found")
+    if "trust_remote_code" in chain or "custom code" in chain:
+        return ModelError(
+            f"{begin} the model needs Python code from its folder. Read that code, and if you trust it: {trust_flag}.",
+            code="model-needs-code",
+        )
+    if any(word in chain for word in _NO_NETWORK):
+        return ModelError(
+            f"{begin} it is not a local folder, and the hub cannot be reached. Check the spelling and the network, or "
+            "give a downloaded folder.",
+            code="hub-unreachable",
+        )
+    if "model_type" in chain:
+        return ModelError(
+            f"{begin} transformers does not know the architecture in its config.json ({telling_text(error)}).",
+            code="unknown-architecture",
+        )
+    return ModelError(f"{begin} {telling_text(error)}.", code="model-not-loadable")

@@ -1,4 +1,4 @@
-"""Tokenizers: loaded, bound to a chat template, or trained on texts."""
+"""Load tokenizers and bind them to a chat template."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def find_tokenizer(section: ModelSection, model: ModelSource | None = None) -> T
     name = section.tokenizer or section.path
     if name.startswith("new:"):
         raise ModelError(
-            f"{name} has random weights and no tokenizer. Give one: --tokenizer FOLDER (any Hugging Face tokenizer)."
+            f"{name} has random weights and no tokenizer. Give one: --tokenizer FOLDER (any Hugging Face tokenizer).",
+            code="tokenizer-missing",
         )
     revision = section.revision if name == section.path else None
     if section.tokenizer and open_path(name).is_dir():  # a tokenizer's folder needs no config.json
@@ -69,7 +70,9 @@ def load_tokenizer(section: ModelSection, source: TokenizerSource | None = None)
     except Exception as error:
         raise explain_load_error(name, "its config or tokenizer", error) from None
     if not is_usable:
-        raise ModelError(f"{name}: the folder holds no usable tokenizer (tokenizer.json or vocab files).")
+        raise ModelError(
+            f"{name}: the folder holds no usable tokenizer (tokenizer.json or vocab files).", code="tokenizer-unusable"
+        )
     # matched as spelled: a normaliser must not turn other texts into them
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in section.add_tokens])
     return tokenizer

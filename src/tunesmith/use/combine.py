@@ -1,4 +1,4 @@
-"""Several adapters as one, by peft's add_weighted_adapter, without the base's weights."""
+"""Combine several adapters into one by peft's add_weighted_adapter, without the base's weights."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class MergePlan:
 
 @contextmanager
 def deltas_of(plan: MergePlan) -> Iterator[tuple[list[Delta], list[Path]]]:
-    """The changes to make, one after another, and PEFT folders that do the same on the base."""
+    """Changes to apply in order, and PEFT folders with the same effect on the base."""
     if len(plan.adapters) == 1 or plan.method == "sequential":
         yield [Delta(folder) for folder in plan.adapters], list(plan.adapters)
         return
@@ -68,7 +68,8 @@ def combine(plan: MergePlan, folder: Path) -> Path:
         for key, what in _NOT_COMBINED.items():
             if getattr(own, key) not in (None, False, "none", [], {}):
                 raise ModelError(
-                    f"{adapter}: {what}, which peft does not combine. Merge them one after another: --method sequential"
+                    f"{adapter}: {what}, which peft cannot combine. Merge one after another: --method sequential",
+                    code="not-combinable",
                 )
     config = AutoConfig.from_pretrained(plan.base, trust_remote_code=plan.trust_remote_code)
     with torch.device("meta"):
@@ -93,7 +94,7 @@ def combine(plan: MergePlan, folder: Path) -> Path:
             state = get_peft_model_state_dict(wrapped, adapter_name="default", save_embedding_layers=False)
     except (ValueError, NotImplementedError, RuntimeError) as error:
         raise ModelError(
-            f"these adapters cannot be combined by {plan.method}: {' '.join(str(error).split())}"
+            f"these adapters cannot be combined by {plan.method}: {' '.join(str(error).split())}", code="not-combinable"
         ) from None
     write_adapter(wrapped, folder, {name: tensor.contiguous() for name, tensor in state.items()})
     if plan.method == "cat":
@@ -110,7 +111,10 @@ def _compare_sum(plan: MergePlan, folder: Path) -> None:
             if name in single.parts:
                 wanted = wanted + weight * single.apply(name, torch.zeros_like(wanted))
         if not torch.allclose(combined.apply(name, torch.zeros_like(wanted)), wanted, rtol=1e-4, atol=1e-6):
-            raise RunError(f"{name}: the combined adapter is not the sum of the adapters. Nothing was kept.")
+            raise RunError(
+                f"{name}: the combined adapter is not the sum of the adapters. No files were kept.",
+                code="combined-differs",
+            )
 
 
 def weightless(model: nn.Module) -> None:

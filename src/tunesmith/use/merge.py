@@ -1,4 +1,4 @@
-"""`tunesmith merge`: adapters into their base, file by file, proven before the result appears under its name."""
+"""`tunesmith merge`: merge adapters into their base file by file and verify the result before it appears."""
 
 from __future__ import annotations
 
@@ -46,9 +46,7 @@ _TOKENIZER = (
     "vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model",
     "sentencepiece.bpe.model", "bpe.codes", "tekken.json",
 )  # fmt: skip
-_ON_CHANGED = (
-    "Where it lies elsewhere by now: --base FOLDER. To merge into this one all the same: --allow-changed-base."
-)
+_ON_CHANGED = "If it has moved: --base FOLDER. To merge into the changed base: --allow-changed-base."
 
 
 def run_merge(
@@ -62,24 +60,29 @@ def run_merge(
     allow_changed_base: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Merge, prove, save.
+    """Merge, verify, save.
 
     Args:
-        allow_changed_base: merge into a base that is not the one that was trained on, too.
+        allow_changed_base: merge even if the base has changed since training.
 
     Raises:
-        ModelError: adapters or base are not what they should be.
-        RunError: the proof failed, or there is no room; nothing is left then.
+        ModelError: adapters or base are unusable.
+        RunError: verification failed, or the disk is full; no files are left.
     """
     folder = resolve_target(output)
     adapters = tuple(_find_adapter(name) for name in names)
     if (weights or method != "sequential") and len(adapters) == 1:
-        raise TunesmithError("--method and --weights: are for several adapters; this is one.")
+        raise TunesmithError("--method and --weights: need several adapters; one is given.", code="one-adapter")
     if weights and method == "sequential":
-        raise TunesmithError("--weights: needs a --method that adds adapters up, such as linear.")
+        raise TunesmithError(
+            "--weights: needs a --method that adds adapters, such as linear.", code="weights-without-method"
+        )
     weights = tuple(weights or [1.0] * len(adapters))
     if len(weights) != len(adapters):
-        raise TunesmithError(f"--weights: {len(weights)} numbers for {len(adapters)} adapters; give one for each.")
+        raise TunesmithError(
+            f"--weights: {len(weights)} numbers for {len(adapters)} adapters; give one for each.",
+            code="wrong-weight-count",
+        )
     source = _find_base(adapters, base)
     folder_of_base = _fetch_base(source, adapters, trust_remote_code)
     plan = MergePlan(folder_of_base, adapters, method, weights, density, seed, trust_remote_code)
@@ -94,12 +97,16 @@ def run_merge(
             said = prove(plan, combined, partial)
     except TunesmithError:
         raise
-    except Exception as error:  # a file of the base cut short, code of its own, a tokenizer that cannot be read
+    except Exception as error:  # a truncated file of the base, its own code, an unreadable tokenizer
         if is_no_room(error):
-            raise RunError(f"{output}: no room left on the disk; nothing was kept.") from None
+            raise RunError(f"{output}: no space left on the disk. No files were written.", code="disk-full") from None
         if isinstance(error, OSError) and is_ours(error.filename, folder):
-            raise RunError(f"{output}: cannot be written: {error.strerror}; nothing was kept.") from None
-        raise ModelError(f"{plan.base}: the merge failed, and nothing was kept: {telling_text(error)}.") from None
+            raise RunError(
+                f"{output}: cannot be written: {error.strerror}. No files were written.", code="output-not-writable"
+            ) from None
+        raise ModelError(
+            f"{plan.base}: the merge failed: {telling_text(error)}. No files were written.", code="merge-failed"
+        ) from None
     for remark in filter(None, remarks):
         logger.info(f"note: {remark}")
     _tell(plan, changed, said, output)
@@ -120,14 +127,17 @@ def _require_alone(adapters: Sequence[Path]) -> None:
     """Embedding and head in one adapter's file would undo what another adapter did to them."""
     for adapter in adapters if len(adapters) > 1 else ():
         if split_weights(read_adapter_config(adapter), read_adapter_weights(adapter)).stored:
-            raise ModelError(f"{adapter}: {SEVERAL_STORED}")
+            raise ModelError(f"{adapter}: {SEVERAL_STORED}", code="several-stored-weights")
 
 
 def _find_adapter(name: str) -> Path:
     path = open_path(name)
     folder = find_adapter(path) if path.is_dir() else None
     if folder is None:
-        raise ModelError(f"{name}: is no adapter (a PEFT folder with adapter_config.json, or a RUN with adapter/).")
+        raise ModelError(
+            f"{name}: is not an adapter (a PEFT folder with adapter_config.json, or a RUN with adapter/).",
+            code="not-an-adapter",
+        )
     return folder
 
 
@@ -135,27 +145,31 @@ def _find_base(adapters: Sequence[Path], base: str | None) -> ModelSource:
     named = {str(read_adapter_config(adapter).base_model_name_or_path) for adapter in adapters}
     if base is None and len(named) > 1:
         raise ModelError(
-            f"the adapters have different bases ({', '.join(sorted(named))}); if they are one model, name it: --base"
+            f"the adapters have different bases ({', '.join(sorted(named))}); if they are one model, give it: --base",
+            code="different-bases",
         )
     if base is not None:
         source = find_model(base)
         if source.adapter or source.kind == "preset":
-            raise ModelError(f"{base}: is not a base model. Give --base a model folder or a hub id.")
+            raise ModelError(
+                f"{base}: is not a base model. Give --base a model folder or a hub id.", code="not-a-base-model"
+            )
         return source
     sources = []
     for adapter in adapters:
-        read_record(adapter)  # what is damaged in the adapter's own folder is not mended by another base
+        read_record(adapter)  # another --base does not repair a damaged adapter folder
         require_plain_files(adapter)
         try:
             sources.append(find_model(str(adapter)))
         except ModelError as error:
             has_none = str(read_adapter_config(adapter).base_model_name_or_path).startswith("new:")
-            raise ModelError(f"{error}" if has_none else f"{error} Name it: --base") from None
+            message = str(error) if has_none else f"{error} Give it: --base"
+            raise ModelError(message, code=error.code) from None
     return sources[0]
 
 
 def _fetch_base(source: ModelSource, adapters: Sequence[Path], trust_remote_code: bool) -> Path:
-    """A folder with the base's files; fetched from the hub where it is not a local one."""
+    """Folder of the base's files, downloaded from the hub if it is not local."""
     folder = Path(source.name)
     if source.kind == "hub":
         from huggingface_hub import snapshot_download
@@ -171,8 +185,9 @@ def _fetch_base(source: ModelSource, adapters: Sequence[Path], trust_remote_code
             raise explain_load_error(source.name, "the base", error) from None
     if "quantization_config" in describe_base_config(folder, trust_remote_code):
         raise ModelError(
-            f"{folder}: is stored quantised, and a merge into rounded weights would be another model. Name the "
-            "original in full precision: --base"
+            f"{folder}: is quantised; merging into rounded weights would change the model. Give the original in "
+            "full precision: --base",
+            code="base-quantised",
         )
     return folder
 
@@ -197,25 +212,29 @@ def require_room(base: Path, output: Path) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise RunError(
-            f"{output}: the merged model takes {format_bytes(needed)}, and {format_bytes(free)} are free there."
+            f"{output}: the merged model needs {format_bytes(needed)}; {format_bytes(free)} are free.",
+            code="disk-too-small",
         )
 
 
 def _weights_of(base: Path) -> list[Path]:
     files = weight_files(base)
     if not files:
-        raise ModelError(f"{base}: has no weights (model.safetensors, or an index). Download or copy it again.")
+        raise ModelError(
+            f"{base}: has no weights (model.safetensors or an index). Download or copy it again.",
+            code="base-without-weights",
+        )
     if missing := [path for path in files if not path.is_file()]:
-        raise ModelError(f"{missing[0]}: is missing. Download or copy the model again.")
+        raise ModelError(f"{missing[0]}: is missing. Download or copy the model again.", code="file-missing")
     return files
 
 
 def merge_files(plan: MergePlan, deltas: Sequence[Delta], output: Path) -> int:
-    """Base weights with the changes, one file in memory at a time; the number of tensors changed.
+    """Write the base weights with the changes, one file in memory at a time; returns the number of changed tensors.
 
     Raises:
-        ModelError: an adapter changes what the base has not.
-        RunError: what was read back is not what was to be written.
+        ModelError: an adapter changes tensors that the base does not have.
+        RunError: a file reads back differently than it was written.
     """
     base = plan.base
     files = _weights_of(base)
@@ -251,7 +270,10 @@ def merge_files(plan: MergePlan, deltas: Sequence[Delta], output: Path) -> int:
         _write_and_compare(tensors, output / file.name)
         size += sum(tensor.nbytes for tensor in tensors.values())
     if left:
-        raise ModelError(f"the base {base} has no tensor {sorted(left)[0]}; the adapter belongs to another model.")
+        raise ModelError(
+            f"the base {base} has no tensor {sorted(left)[0]}; the adapter belongs to another model.",
+            code="adapter-does-not-fit",
+        )
     _grow_vocabulary(config, deltas, names.embedding)
     (output / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     if (base / _INDEX).is_file() and len(files) > 1:
@@ -263,18 +285,19 @@ def merge_files(plan: MergePlan, deltas: Sequence[Delta], output: Path) -> int:
 def _require_finite(file: Path, key: str, tensor: Tensor) -> None:
     if tensor.is_floating_point() and not tensor.isfinite().all():
         raise ModelError(
-            f"{file}: {key} holds NaN or infinite values, so the base is damaged. Download or copy it again."
+            f"{file}: {key} has NaN or infinite values; the base is damaged. Download or copy it again.",
+            code="base-not-finite",
         )
 
 
 class _NameMap:
-    """Names in a file -> names in the model: hub files of some models leave the base prefix out (GPT-2's).
+    """Map names in a file to names in the model: files of some models (GPT-2) lack the base prefix.
 
     Attributes:
         embedding, head: names of these two weights in the model.
         is_tied: whether they are one, by the base's config.
         rows: of the embedding.
-        transposed: weights that lie as [in, out].
+        transposed: weights of shape [in, out].
     """
 
     def __init__(self, plan: MergePlan) -> None:
@@ -294,7 +317,7 @@ class _NameMap:
 
 
 class _TiedEnds:
-    """Embedding and head that are one weight in the base, each with what the adapters do to it.
+    """Tied embedding and head of the base, each with the changes of the adapters.
 
     Attributes:
         head: the head's weight after the merge.
@@ -318,16 +341,16 @@ def _untie(config: dict[str, Any]) -> None:
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
             part["tie_word_embeddings"] = False
-    logger.info("note: the base's head is tied to its embedding, and the adapter changes one of them alone: untied")
+    logger.info("note: the base's head is tied to its embedding, but the adapter changes only one of them: untied")
 
 
 def _grow_vocabulary(config: dict[str, Any], deltas: Sequence[Delta], embedding: str) -> None:
-    """Added tokens make the embedding longer than the base's config says."""
+    """Set vocab_size for added tokens, which make the embedding larger."""
     own = config if "vocab_size" in config else config.get("text_config", {})
     ends = [max(numbers) + 1 for delta in deltas for numbers, _ in delta.rows.values()]
     ends += [len(delta.whole[embedding]) for delta in deltas if embedding in delta.whole]
     for delta in deltas:
-        if embedding in delta.stored:  # a base that was resized, to fewer rows perhaps
+        if embedding in delta.stored:  # the base was resized, perhaps to fewer rows
             own["vocab_size"] = len(delta.stored[embedding])
     if max(ends, default=0) > own.get("vocab_size", 0):
         own["vocab_size"] = max(ends)
@@ -338,13 +361,16 @@ def _write_and_compare(tensors: dict[str, Tensor], path: Path) -> None:
     with safe_open(path, "pt") as file:
         for key, tensor in tensors.items():
             if not torch.equal(file.get_tensor(key), tensor):
-                raise RunError(f"{path.name}: {key} was read back otherwise than it was written. Nothing was kept.")
+                raise RunError(
+                    f"{path.name}: {key} reads back differently than it was written. No files were kept.",
+                    code="written-differently",
+                )
 
 
 def _merge_in_memory(plan: MergePlan, deltas: Sequence[Delta], output: Path) -> int:
-    """For fused experts, which lie in the files one by one: peft merges in the model.
+    """Merge in the model by peft, for fused experts (stored one by one in the files) and for pytorch_model.bin.
 
-    And for a pytorch_model.bin: transformers reads it as weights alone, without running what a pickle may hold.
+    transformers reads a .bin file as weights only, without running a pickle's code.
     """
     trust = plan.trust_remote_code
     model: Any = AutoModelForCausalLM.from_pretrained(plan.base, dtype="auto", trust_remote_code=trust)
@@ -357,18 +383,20 @@ def _merge_in_memory(plan: MergePlan, deltas: Sequence[Delta], output: Path) -> 
     after = model.state_dict()
     changed = sum(not torch.equal(before[name], after[name]) for name in before)
     if was_tied and not find_ends(model).is_tied:
-        logger.info("note: the base's head is tied to its embedding, and the adapter changes one of them alone: untied")
+        logger.info("note: the base's head is tied to its embedding, but the adapter changes only one of them: untied")
     model.save_pretrained(output)
-    # what we write is compared with what is read back
+    # compare what was written with what reads back
     again = AutoModelForCausalLM.from_pretrained(output, dtype="auto", trust_remote_code=trust).state_dict()
     for name, tensor in after.items():
         if not torch.equal(again[name], tensor):
-            raise RunError(f"{name} was read back otherwise than it was written. Nothing was kept.")
+            raise RunError(
+                f"{name} reads back differently than it was written. No files were kept.", code="written-differently"
+            )
     return changed
 
 
 def _copy_rest(plan: MergePlan, output: Path) -> None:
-    """Tokenizer and template that the last adapter was trained with, where it has them, else the base's."""
+    """Copy tokenizer and template of the last adapter, else those of the base."""
     trained = plan.adapters[-1]
     has_own = (trained / "tokenizer_config.json").is_file()
     _copy_files(plan.base, _SETTINGS if has_own else (*_SETTINGS, *_TOKENIZER), output)
@@ -378,10 +406,10 @@ def _copy_rest(plan: MergePlan, output: Path) -> None:
 
 
 def _copy_files(source: Path, names: Sequence[str], output: Path) -> None:
-    """Regular files alone; a link only where it stays in the folder, or in the hub cache's folder of this model.
+    """Copy regular files; links only within the folder or within this model's folder in the hub cache.
 
     Raises:
-        ModelError: a link leads elsewhere; its target may be anybody's.
+        ModelError: a link leads elsewhere.
     """
     is_cache = source.parent.name == "snapshots" and (source.parent.parent / "blobs").is_dir()
     root = (source.parent.parent if is_cache else source).resolve()
@@ -389,7 +417,8 @@ def _copy_files(source: Path, names: Sequence[str], output: Path) -> None:
         file = source / name
         if file.is_symlink() and not file.resolve().is_relative_to(root):
             raise ModelError(
-                f"{file}: is a link out of its folder. Put the file itself there, if it belongs to the model."
+                f"{file}: is a link to a file outside its folder. Copy the file there if it belongs to the model.",
+                code="link-outside-folder",
             )
         if file.is_file():
             shutil.copyfile(file, output / name)

@@ -1,4 +1,4 @@
-"""Where a merged model may be written: a new or empty folder that can take its name, and none that a run owns."""
+"""Check where a merged model can be written: a new or empty folder outside of runs."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ from tunesmith.runfolder import RUN_FILE, SUBFOLDERS
 
 
 def resolve_target(output: str) -> Path:
-    """The real path of a folder to make.
+    """The real path of a folder to create.
 
     Raises:
-        TunesmithError: it exists, or cannot be made there.
+        TunesmithError: it exists or cannot be created.
     """
     shown = output if len(output) <= 80 else f"{output[:80]}..."
     try:
         output.encode("utf-8")
         folder = Path(output).expanduser().resolve()
         if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
-            raise TunesmithError(f"{shown}: exists already; give --output a new folder.")
+            raise TunesmithError(f"{shown}: already exists; give --output a new folder.", code="output-exists")
         parent = next(path for path in folder.parents if path.exists())
     except UnicodeEncodeError:
-        raise TunesmithError(f"{shown!r}: is not UTF-8; give --output a name that is.") from None
+        raise TunesmithError(f"{shown!r}: is not UTF-8; give --output a UTF-8 name.", code="output-not-text") from None
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: ~somebody without a home
         reason = getattr(error, "strerror", None) or error
-        raise TunesmithError(f"{shown}: cannot be used as --output: {reason}.") from None
+        raise TunesmithError(f"{shown}: cannot be used as --output: {reason}.", code="output-not-usable") from None
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         what = "is not writable" if parent.is_dir() else "is not a folder"
-        raise TunesmithError(f"{shown}: cannot be used as --output: {parent} {what}.")
+        raise TunesmithError(f"{shown}: cannot be used as --output: {parent} {what}.", code="output-not-usable")
     _require_no_model_around(folder, shown)
     _try_name(folder, parent, shown)
     return folder
 
 
 def _require_no_model_around(folder: Path, shown: str) -> None:
-    """A run replaces its adapter/, model/ and checkpoints/ whole, with everything that lies in them."""
+    """Refuse a folder inside a run's adapter/, model/ or checkpoints/, which the run replaces."""
     for path in (folder, *folder.parents):
         if path.name in SUBFOLDERS and (path.parent / RUN_FILE).exists():
             raise TunesmithError(
-                f"{shown}: lies in {path}, which the run replaces as a whole when it goes on. Give --output a folder "
-                "outside it."
+                f"{shown}: is inside {path}, which resuming the run replaces. Give --output a folder outside of it.",
+                code="output-in-run",
             )
 
 
 def _try_name(folder: Path, parent: Path, shown: str) -> None:
-    """What the end will do, before any work: a folder of the longest name that is needed, and a rename.
+    """Try the final rename before any work, with the longest name that is needed.
 
     Raises:
-        TunesmithError: a mount point, which cannot be renamed; a file system such as /proc, which takes no folders.
+        TunesmithError: a mount point cannot be renamed; a file system such as /proc allows no folders.
     """
     hidden = f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
@@ -65,17 +65,20 @@ def _try_name(folder: Path, parent: Path, shown: str) -> None:
             (parent / hidden).rmdir()
     except OSError as error:
         if is_no_room(error):
-            raise RunError(f"{shown}: no room left on the disk.") from None
+            raise RunError(f"{shown}: no space left on the disk.", code="disk-full") from None
         if error.errno in (errno.EBUSY, errno.EXDEV):
             raise TunesmithError(
-                f"{shown}: is a mount point, and the merged model takes its name by a rename at the end, which a mount "
-                f"point does not allow. Give --output a folder in it: {shown.rstrip('/')}/merged"
+                f"{shown}: is a mount point, which cannot be replaced by the merged model. Give --output a folder in "
+                f"it: {shown.rstrip('/')}/merged",
+                code="output-is-mount",
             ) from None
-        raise TunesmithError(f"{shown}: cannot be used as --output: {error.strerror}.") from None
+        raise TunesmithError(
+            f"{shown}: cannot be used as --output: {error.strerror}.", code="output-not-usable"
+        ) from None
 
 
 def is_ours(name: Any, folder: Path) -> bool:
-    """Whether an error is about what we write, not about the base."""
+    """Whether an error is about the output, not the base."""
     paths = (Path(str(name)), *Path(str(name)).parents)
     return any(
         path == folder or (path.parent == folder.parent and path.name.startswith(f".{folder.name}.")) for path in paths

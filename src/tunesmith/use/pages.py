@@ -42,10 +42,21 @@ def require_writable(path: Path) -> None:
         UsageError: the path is a folder or a device, or its folder is missing or read-only.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise UsageError(f"--html {path}: is a pipe or a device, which the page would replace; name a file.")
+        raise UsageError(
+            f"--html {path}: is a pipe or a device, which the page would replace; name a file.", code="page-not-a-file"
+        )
     if path.is_dir():
-        raise UsageError(f"--html {path}: is a folder; give the name of a file in it, as in {path / 'preview.html'}.")
+        raise UsageError(
+            f"--html {path}: is a folder; give the name of a file in it, as in {path / 'preview.html'}.",
+            code="page-is-folder",
+        )
     if not path.parent.is_dir():
-        raise UsageError(f"--html {path}: there is no folder {path.parent}; make it first, or name another.")
+        raise UsageError(
+            f"--html {path}: there is no folder {path.parent}; make it first, or name another.",
+            code="page-folder-missing",
+        )
     if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"--html {path}: nothing may be written to {path.parent.resolve()}; name another folder.")
+        raise UsageError(
+            f"--html {path}: nothing may be written to {path.parent.resolve()}; name another folder.",
+            code="page-not-writable",
+        )

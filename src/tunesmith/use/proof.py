@@ -1,4 +1,4 @@
-"""The proof of a merge: base and adapter, put together by peft, against the merged model as it lies on the disk.
+"""Verify a merge: compare base and adapter in peft with the merged model on disk.
 
 Our own arithmetic (adapters/deltas.py) made the files; peft's makes the other side. Compared are the logits of real
 text and, since five prompts reach neither every expert nor every row, all weights.
@@ -56,7 +56,8 @@ def prove(plan: MergePlan, combined: Sequence[Path], output: Path) -> str:
     if not difference <= TOLERANCE[dtype]:
         raise RunError(
             f"the merged model's logits differ from base and adapter by {difference:.1e} of the largest, more than the "
-            f"{TOLERANCE[dtype]:.0e} that rounding to {str(dtype).removeprefix('torch.')} explains. Nothing was kept."
+            f"{TOLERANCE[dtype]:.0e} that rounding to {str(dtype).removeprefix('torch.')} explains. Nothing was kept.",
+            code="merged-logits-differ",
         )
     _compare_weights(merge_adapter(wrapped), found, TOLERANCE[dtype])
     same = (wanted.argmax(-1) == merged.argmax(-1)).float().mean().item()
@@ -86,7 +87,8 @@ def _compare_weights(wanted: nn.Module, found: nn.Module, tolerance: float) -> N
         if not difference <= tolerance * max(tensor.float().abs().max().item() if tensor.numel() else 0.0, 1e-30):
             raise RunError(
                 f"{name} of the merged files is not what peft makes of base and adapter (differs by {difference:.1e}). "
-                "Nothing was kept."
+                "Nothing was kept.",
+                code="merged-weights-differ",
             )
 
 

@@ -1,4 +1,4 @@
-"""`tunesmith tokenizer`: a byte-level BPE trained on a person's own texts, with control tokens and a chat template."""
+"""`tunesmith tokenizer`: train a byte-level BPE on texts, with control tokens and a chat template."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ def run_tokenizer(data: DataSection, vocab_size: int, output: Path) -> None:
     if vocab_size < MIN_VOCAB_SIZE:
         raise ModelError(
             f"--vocab-size {vocab_size}: needs {MIN_VOCAB_SIZE} or more, for the 256 bytes and the control tokens "
-            f"{', '.join(CONTROL_TOKENS)}."
+            f"{', '.join(CONTROL_TOKENS)}.",
+            code="vocab-too-small",
         )
     output = open_path(str(output))
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ModelError(f"{output}: already exists; give --output a new folder.")
+        raise ModelError(f"{output}: already exists; give --output a new folder.", code="output-exists")
     sample = LineSample(_SAMPLE_LINES)
     tokenizer = train_tokenizer((sample.keep(text) for text in iterate_texts(data)), vocab_size)
     with atomic_directory(output) as partial:
@@ -66,7 +67,7 @@ def iterate_texts(data: DataSection) -> Iterator[str]:
             parsed = parse_row(row.value, data.format, data.fields, data.ignore_columns)
         except UnknownFormat as refusal:
             if is_first:
-                raise DataError(f"{row.where}: {refusal.reason}") from None
+                raise DataError(f"{row.where}: {refusal.reason}", code="text-unusable") from None
             continue
         except RowRefused:
             continue

@@ -53,7 +53,8 @@ def require_initial(run: RunFolder, recorded: Hashes | None) -> Path:
     """
     if not is_initial_whole(run, recorded):
         raise RunError(
-            f"{run.initial_adapter}: was changed or removed since the run began; the adapter is not written."
+            f"{run.initial_adapter}: was changed or removed since the run began; the adapter is not written.",
+            code="adapter-init-changed",
         )
     return run.initial_adapter
 
@@ -73,6 +74,7 @@ def restore_initial(adapter: Any, run: RunFolder, recorded: Hashes | None) -> st
         shutil.rmtree(folder, ignore_errors=True)
         raise TunesmithError(
             f"{folder}: was changed or removed, and cannot be made again as it was (other base, seed or "
-            "versions). Put it back from a copy, or train anew."
+            "versions). Put it back from a copy, or train anew.",
+            code="adapter-init-changed",
         )
     return f"{folder.name}: was changed or removed; made again, equal to what the run began with"

@@ -116,7 +116,8 @@ class StepDisplay:
         if self._bar:
             # numbers of an evaluation are printed above the bar; beside it they would push it off a narrow terminal
             short = visible("  ".join(part for part in (format_record(record, is_short=True), remark) if part))
-            self._bar.update(self._task, completed=step, **({"line": short} if short else {}))
+            fields: dict[str, Any] = {"line": short} if short else {}
+            self._bar.update(self._task, completed=step, **fields)
             if "eval_loss" in record or "rows" in record:
                 self._bar.console.print(f"step {step}: {line}", highlight=False, markup=False)
         elif step >= self._next_line or step == self.total_steps or remark or {"eval_loss", "rows"} & set(record):

@@ -98,19 +98,24 @@ def run_merge(
     except TunesmithError:
         raise
     except Exception as error:  # a truncated file of the base, its own code, an unreadable tokenizer
-        if is_no_room(error):
-            raise RunError(f"{output}: no space left on the disk. No files were written.", code="disk-full") from None
-        if isinstance(error, OSError) and is_ours(error.filename, folder):
-            raise RunError(
-                f"{output}: cannot be written: {error.strerror}. No files were written.", code="output-not-writable"
-            ) from None
-        raise ModelError(
-            f"{plan.base}: the merge failed: {telling_text(error)}. No files were written.", code="merge-failed"
-        ) from None
+        raise _explain(error, plan, output, folder) from None
     for remark in filter(None, remarks):
         logger.info(f"note: {remark}")
     _tell(plan, changed, said, output)
     return folder
+
+
+def _explain(error: Exception, plan: MergePlan, output: str, folder: Path) -> TunesmithError:
+    """The error of a merge that failed; its files are removed."""
+    if is_no_room(error):
+        return RunError(f"{output}: no space left on the disk. No files were written.", code="disk-full")
+    if isinstance(error, OSError) and is_ours(error.filename, folder):
+        return RunError(
+            f"{output}: cannot be written: {error.strerror}. No files were written.", code="output-not-writable"
+        )
+    return ModelError(
+        f"{plan.base}: the merge failed: {telling_text(error)}. No files were written.", code="merge-failed"
+    )
 
 
 def _tell(plan: MergePlan, changed: int, said: str, output: str) -> None:

@@ -99,7 +99,7 @@ def plot(path: Path, records: list[dict[str, Any]]) -> None:
         points = [(record["step"], record[key]) for record in records if key in record]
         return Series(label, [x for x, _ in points], [y for _, y in points])
 
-    figure = line_chart("loss", [series("loss", "loss"), series("eval loss", "eval_loss")])
+    figure = str(line_chart("loss", [series("loss", "loss"), series("eval loss", "eval_loss")]))
     svg = figure[figure.index("<svg") : figure.index("</svg>")] + "</svg>"
     svg = svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1) if "xmlns" not in svg else svg
     path.write_text(svg.replace(">", ">" + STYLE, 1) + "\n", encoding="utf-8")

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from markupsafe import Markup
+
+from tunesmith.use.pages import render_page
+
 _WIDTH, _HEIGHT = 560, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 12, 30
 _MAX_POINTS = 600
-CHART_CSS = """
-svg { width: 100%; height: auto; font: 11px system-ui, sans-serif }
-svg text { fill: var(--muted) } svg .axis { stroke: var(--line); stroke-width: 1 }
-svg .s0 { stroke: var(--one) } svg .s1 { stroke: var(--two) }
-svg polyline { fill: none; stroke-width: 1.6 } svg circle.s0 { fill: var(--one) } svg circle.s1 { fill: var(--two) }
-svg text.s0 { fill: var(--one); stroke: none } svg text.s1 { fill: var(--two); stroke: none }
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +40,12 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round((first + i) * step, 12) for i in range(int((high - first * step) / step + 1e-9) + 1)]
 
 
-def line_chart(title: str, series: Sequence[Series], x_label: str = "step") -> str:
-    """A <figure> with one chart; empty text where there is nothing to draw."""
+def line_chart(title: str, series: Sequence[Series], x_label: str = "step") -> Markup:
+    """A <figure> with one chart; empty where no point is finite."""
     lines = [(s.name, s.points()) for s in series if s.points()]
     everything = [point for _, points in lines for point in points]
     if not everything:
-        return ""
+        return Markup()
     xs, ys = [x for x, _ in everything], [y for _, y in everything]
     x_ticks, y_ticks = nice_ticks(min(xs), max(xs), 6), nice_ticks(min(ys), max(ys))
     x_low, x_high = min(min(xs), x_ticks[0]), max(max(xs), x_ticks[-1])
@@ -60,24 +56,24 @@ def line_chart(title: str, series: Sequence[Series], x_label: str = "step") -> s
         up = (y - y_low) / ((y_high - y_low) or 1)
         return _LEFT + across * (_WIDTH - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - up * (_HEIGHT - _TOP - _BOTTOM)
 
-    parts = []
-    for tick in y_ticks:
-        _, y = place(x_low, tick)
-        parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
-    for tick in x_ticks:
-        x, _ = place(tick, y_low)
-        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 12}" text-anchor="middle">{tick:,.6g}</text>')
-    for index, (name, points) in enumerate(lines):
+    def draw(name: str, points: Sequence[tuple[float, float]]) -> dict[str, str]:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
         x, y = place(*points[-1])
-        parts.append(f'<polyline class="s{index}" points="{path}"/>')
-        parts.append(f'<circle class="s{index}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
-        if len(lines) > 1:
-            right, top = _WIDTH - _RIGHT - 4, _TOP + 12 + 15 * index
-            label = f'<text class="s{index}" x="{right}" y="{top}" text-anchor="end">'
-            parts.append(f"{label}{html.escape(name)}</text>")
-    last = "; ".join(f"{name} {points[-1][1]:.4g}" for name, points in lines)
-    caption = f"{html.escape(title)} <span>(by {x_label}; last {html.escape(last)})</span>"
-    svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.escape(title)}">{"".join(parts)}</svg>'
-    return f"<figure><figcaption>{caption}</figcaption>{svg}</figure>"
+        return {"name": name, "path": path, "end_x": f"{x:.1f}", "end_y": f"{y:.1f}"}
+
+    heights = [(tick, place(x_low, tick)[1]) for tick in y_ticks]
+    page = render_page(
+        "chart",
+        title=title,
+        x_label=x_label,
+        last="; ".join(f"{name} {points[-1][1]:.4g}" for name, points in lines),
+        lines=[draw(name, points) for name, points in lines],
+        y_ticks=[{"at": f"{y:.1f}", "text_at": f"{y + 4:.1f}", "text": f"{tick:.4g}"} for tick, y in heights],
+        x_ticks=[{"at": f"{place(tick, y_low)[0]:.1f}", "text": f"{tick:,.6g}"} for tick in x_ticks],
+        width=_WIDTH,
+        height=_HEIGHT,
+        left=_LEFT,
+        right=_WIDTH - _RIGHT,
+        top=_TOP,
+    )
+    return Markup(page.rstrip("\n"))

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from tunesmith.config.runfile import read_yaml
 from tunesmith.config.schema import ModelSection, RunConfig
 from tunesmith.data.labels import Sample
 from tunesmith.data.split import split_eval
 from tunesmith.data.store import open_store
-from tunesmith.display import to_html
 from tunesmith.errors import InterruptedRun, ModelError, RunError
 from tunesmith.files import write_text_atomic
 from tunesmith.model.load import count_parameters
@@ -23,8 +24,9 @@ from tunesmith.model.source import telling_text
 from tunesmith.reading import read_text
 from tunesmith.runfolder import RunFolder, read_metrics
 from tunesmith.use.batch import Sampling
-from tunesmith.use.charts import CHART_CSS, Series, line_chart
+from tunesmith.use.charts import Series, line_chart
 from tunesmith.use.generate import Speaker, decode_reply, load_speaker, reply_to
+from tunesmith.use.pages import render_page
 
 logger = logging.getLogger(__name__)
 NUM_SAMPLES = 5
@@ -52,7 +54,7 @@ def write_report(run: Path, outcome: str = "finished") -> Path:
     records = read_metrics(folder.metrics)
     ledger = json.loads(read_text(folder.ledger))
     samples, remark = sample_replies(run, RunConfig.model_validate(config))
-    page = render_page(run, outcome, records, ledger, samples, remark)
+    page = show_run(run, outcome, records, ledger, samples, remark)
     write_text_atomic(folder.report, page)
     return folder.report
 
@@ -96,7 +98,9 @@ def _reply_to_all(speaker: Speaker, samples: Sequence[Sample]) -> list[SampleRep
     return [SampleReply(*row) for row in zip(prompts, [reply.text for reply in replies], wanted, strict=True)]
 
 
-def draw_charts(records: list[dict[str, Any]]) -> str:
+def draw_charts(records: Sequence[dict[str, Any]]) -> list[Markup]:
+    """A chart of each quantity that the run logged."""
+
     def series(name: str) -> Series:
         points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
         return Series(name, [x for x, _ in points], [y for _, y in points])
@@ -110,70 +114,38 @@ def draw_charts(records: list[dict[str, Any]]) -> str:
         line_chart("evaluation token accuracy", [series("eval_token_accuracy")]),
         line_chart("router loss", [series("router_loss")]),
     ]
-    return "\n".join(chart for chart in charts if chart)
+    return [chart for chart in charts if chart]
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title><style>
-:root {{ --ink: #1b1f24; --paper: #fff; --muted: #57606a; --line: #d8dee4; --one: #0b62c4; --two: #c2410c }}
-@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e6edf3; --paper: #0d1117; --muted: #8b949e; --line: #30363d;
-  --one: #58a6ff; --two: #f0883e }} }}
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: var(--ink);
-  background: var(--paper) }}
-h1 {{ font-size: 1.4rem; margin-bottom: 0 }} h2 {{ font-size: 1.05rem; margin-top: 2rem }}
-.muted, figcaption span {{ color: var(--muted) }}
-.charts {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem }}
-figure {{ margin: 0 }} table {{ border-collapse: collapse; width: 100% }} table.even {{ table-layout: fixed }}
-th, td {{ text-align: left; vertical-align: top; padding: .3rem .6rem; border-bottom: 1px solid var(--line);
-  white-space: pre-wrap; overflow-wrap: anywhere }}
-td:first-child {{ min-width: 3rem }} .n {{ text-align: right; white-space: nowrap }}
-pre {{ border: 1px solid var(--line); border-radius: 6px; padding: .8rem; overflow-x: auto; font-size: 13px }}
-{chart_css}</style></head><body>
-<h1>{title}</h1><p class="muted">{summary}</p>
-<div class="charts">{charts}</div>
-<h2>Data</h2>{ledger}
-<h2>Sample replies</h2><p class="muted">{remark}</p>{samples}
-<h2>Config</h2><pre>{config}</pre>
-</body></html>
-"""
-
-
-def render_page(
+def show_run(
     run: Path,
     outcome: str,
-    records: list[dict[str, Any]],
+    records: Sequence[dict[str, Any]],
     ledger: dict[str, Any],
-    samples: list[SampleReply],
+    samples: Sequence[SampleReply],
     remark: str,
 ) -> str:
-    """The page; every text that comes from data is escaped."""
+    """The page as HTML."""
     last = next((r for r in reversed(records) if "loss" in r), None)
-    summary = to_html(outcome)
+    summary = outcome
     if last:
         summary += (
             f"; step {last['step']:,}, {last['epoch']:.2f} epochs, {last['supervised_tokens']:,} supervised tokens"
         )
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{to_html(_cut(text))}</td>" for text in (s.prompt, s.reply, s.wanted)) + "</tr>"
-        for s in samples
-    )
-    head = "<tr><th>prompt, as the model gets it</th><th>its reply</th><th>in the data</th></tr>"
-    return _PAGE.format(
-        title=to_html(run.resolve().name),
-        chart_css=CHART_CSS,
+    return render_page(
+        "report",
+        title=run.resolve().name,
         summary=summary,
-        charts=draw_charts(records) or "<p>No step was logged.</p>",
-        ledger=_ledger_table(ledger),
-        remark=to_html(remark),
-        samples=f'<table class="even">{head}{rows}</table>' if rows else "",
-        config=to_html(read_text(RunFolder(run).config)),
+        charts=draw_charts(records),
+        files=list(_list_files(ledger)),
+        remark=remark,
+        samples=[SampleReply(_cut(s.prompt), _cut(s.reply), _cut(s.wanted)) for s in samples],
+        config=read_text(RunFolder(run).config),
     )
 
 
-def _ledger_table(ledger: dict[str, Any]) -> str:
-    """Every file with its rows, and each reason why rows were left out."""
-    rows = []
+def _list_files(ledger: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every file with its numbers of rows, and each reason why rows were left out."""
     for name in ("train", "eval"):
         part = ledger.get(name)
         for file, entry in (part or {"files": {}})["files"].items():
@@ -181,14 +153,8 @@ def _ledger_table(ledger: dict[str, Any]) -> str:
             reasons += [f"truncated: {len(entry['truncated'])}"] if entry["truncated"] else []
             reasons += [f"{note}: {len(numbers)}" for note, numbers in entry["notes"].items()]
             refused = sum(len(numbers) for numbers in entry["refused"].values())
-            rows.append(
-                f'<tr><td>{name}</td><td>{to_html(file)}</td><td class="n">{entry["rows"]:,}</td>'
-                f'<td class="n">{entry["used"]:,}</td><td class="n">{refused:,}</td>'
-                f"<td>{to_html(chr(10).join(reasons[:20]))}</td></tr>"
-            )
-    numbers = "".join(f'<th class="n">{name}</th>' for name in ("rows", "used", "refused"))
-    head = f"<tr><th></th><th>file</th>{numbers}<th>why, and notes</th></tr>"
-    return f"<table>{head}{''.join(rows)}</table>"
+            numbers = (entry["rows"], entry["used"], refused)
+            yield {"part": name, "file": file, "numbers": numbers, "remarks": "\n".join(reasons[:20])}
 
 
 def _cut(text: str) -> str:

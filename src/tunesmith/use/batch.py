@@ -126,7 +126,7 @@ class _Row:
         config = _settings(model, prompt.sampling)
         self.is_sampled = bool(config.do_sample)
         try:
-            self.rules = _rules(config, next(model.parameters()).device)
+            self.rules = _rules(config, str(next(model.parameters()).device))
         except (ValueError, TypeError, AttributeError) as error:
             raise ModelError(
                 f"the model's generation_config.json cannot be used: {telling_text(error)}. Correct or remove it.",
@@ -166,7 +166,7 @@ def _choose(rows: Sequence[_Row], logits: Tensor, batch: _Batch, unfinished: Col
 def _settings(model: nn.Module, sampling: Sampling) -> GenerationConfig:
     """The model's generation_config with what `sampling` says on top, and transformers' defaults below."""
     own = getattr(model, "generation_config", None)
-    config = copy.deepcopy(own) if own is not None else GenerationConfig()
+    config = copy.deepcopy(own) if own is not None else GenerationConfig()  # type: ignore[no-untyped-call]
     if sampling.temperature == 0:
         config.do_sample = False
     elif sampling.temperature is not None:
@@ -179,7 +179,7 @@ def _settings(model: nn.Module, sampling: Sampling) -> GenerationConfig:
 _DEFAULT_TOP_K = 50  # of transformers, where a model names none
 
 
-def _rules(config: GenerationConfig, device: torch.device) -> list[Any]:
+def _rules(config: GenerationConfig, device: str) -> list[Any]:
     """transformers' processors of logits for these settings, in the order in which `generate` applies them."""
     rules: list[Any] = []
     if config.repetition_penalty not in (None, 1.0):

@@ -81,7 +81,8 @@ class Chat:
     def __init__(self, speaker: Speaker, sampling: Sampling, system: str | None) -> None:
         self.speaker = speaker
         self.sampling = sampling
-        self.reset(system or None)
+        self.system = system or None
+        self.reset()
 
     def reset(self, system: str | None = "") -> None:
         """Forget all turns; the system prompt stays unless a new one (or None) is given."""

@@ -127,7 +127,8 @@ def load_speaker(
     source = find_model(section.path)
     plain = section.model_copy(update={"path": source.name, "revision": source.revision}) if source.adapter else section
     model = load_model(plain, config, dtype, seed=0)
-    adapter, names = None, {}
+    adapter: Any = None
+    names: dict[str, str] = {}
     if source.adapter or more:
         adapter, names = open_all(model, source, [section.path, *more], allow_changed_base)
     model.to(device).eval()
@@ -144,7 +145,8 @@ def open_all(
     Raises:
         ModelError: one of them is not an adapter, or has another base.
     """
-    wrapped, names = None, {}
+    wrapped: Any = None
+    names: dict[str, str] = {}
     for path in paths:
         source = find_model(path)
         if source.adapter is None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from tunesmith.config.schema import DataSection, FieldsSection
-from tunesmith.data.prepare import label_rows
+from tunesmith.data.labelling import label_rows
 from tunesmith.model.tokenizer import build_encoder
 from tunesmith.rows.conversation import Conversation, RowRefused
 from tunesmith.rows.formats import parse_row

@@ -9,8 +9,8 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from tunesmith.config.schema import DataSection
+from tunesmith.data.labelling import label_rows
 from tunesmith.data.ledger import Ledger
-from tunesmith.data.prepare import label_rows
 from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import DataError
 from tunesmith.model.tokenizer import build_encoder

@@ -12,7 +12,7 @@ import pytest
 from tunesmith.cli import main
 from tunesmith.config.schema import DataSection
 from tunesmith.data.check import SeenTexts, check_rows
-from tunesmith.data.prepare import label_rows
+from tunesmith.data.labelling import label_rows
 from tunesmith.encode.encoder import Encoder
 from tunesmith.sources.read import RawRow
 

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 import tunesmith
 from test_matrix import shipped_templates, tokenizer_for
 from tunesmith.config.schema import DataSection
+from tunesmith.data.labelling import label_rows
 from tunesmith.data.ledger import LabelledRow
-from tunesmith.data.prepare import label_rows
 from tunesmith.encode.encoder import Encoder
 from tunesmith.encode.messages import NOTE_CONTROL, NOTE_CONTROL_ALLOWED
 from tunesmith.model.tokenizer import build_encoder

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from conftest import build_model, chat_row, tiny_config
 from tunesmith.config.schema import DataSection
 from tunesmith.data.check import check_rows
+from tunesmith.data.labelling import label_rows
 from tunesmith.data.labels import NOTE_UNKNOWN
 from tunesmith.data.ledger import LabelledRow
-from tunesmith.data.prepare import label_rows
 from tunesmith.encode.call_ids import NOTE_IDS
 from tunesmith.encode.encoder import Encoder
 from tunesmith.encode.longtext import PIECE, encode_long

@@ -13,8 +13,8 @@ import pytest
 from conftest import chat_row
 from tunesmith.config.schema import DataSection
 from tunesmith.data.fit import NOTE_CUT_REPLY, NOTE_TURN_LOST
+from tunesmith.data.labelling import NOTE_RENDERED, label_rows
 from tunesmith.data.ledger import LabelledRow, Ledger
-from tunesmith.data.prepare import NOTE_RENDERED, label_rows
 from tunesmith.encode.encoder import Encoder
 from tunesmith.encode.messages import NOTE_CONTROL
 from tunesmith.errors import DataError, ModelError

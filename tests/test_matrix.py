@@ -18,8 +18,8 @@ import pytest
 
 import tokenizers_of_others as others
 from tunesmith.config.schema import DataSection
+from tunesmith.data.labelling import label_rows
 from tunesmith.data.ledger import LabelledRow
-from tunesmith.data.prepare import label_rows
 from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import ModelError
 from tunesmith.model.tokenizer import build_encoder

@@ -11,8 +11,8 @@ from proof_shapes import HARD, ID, OSLO, TRIP, WEATHER, call, tool
 from test_matrix import SYSTEM, a, encoder_for, tokenizer_for, u
 from test_proof_matrix import find_wrong
 from tunesmith.config.schema import DataSection
+from tunesmith.data.labelling import label_rows
 from tunesmith.data.ledger import LabelledRow
-from tunesmith.data.prepare import label_rows
 from tunesmith.encode.encoder import Encoder
 from tunesmith.sources.read import RawRow
 

@@ -16,9 +16,9 @@ from test_matrix import HABITS, SHAPES, a, all_templates, encoder_for, tokenizer
 from test_proof_plans import chats
 from tunesmith.chat_template.template import ChatTemplate, RenderSettings
 from tunesmith.config.schema import DataSection
+from tunesmith.data.labelling import label_rows
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.data.neutral import STAND_IN, Watcher
-from tunesmith.data.prepare import label_rows
 from tunesmith.errors import ModelError
 from tunesmith.rows.conversation import Message
 from tunesmith.sources.read import RawRow, find_sources, read_rows

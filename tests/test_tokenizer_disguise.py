@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import chat_row, save_folder, tiny_config
 from tunesmith.config.schema import DataSection, ModelSection
-from tunesmith.data.prepare import label_rows
+from tunesmith.data.labelling import label_rows
 from tunesmith.encode.encoder import Encoder
 from tunesmith.encode.shield import MARK, without_added_tokens
 from tunesmith.errors import ModelError

@@ -16,8 +16,8 @@ import numpy as np
 from tunesmith.config.schema import DataSection
 from tunesmith.data.fit import NOTE_CUT_REPLY
 from tunesmith.data.labels import NOTE_UNKNOWN
-from tunesmith.data.language import language_of
 from tunesmith.data.ledger import TURN_NUMBER, LabelledRow, Ledger
+from tunesmith.data.scripts import script_of
 from tunesmith.encode.encoder import Encoder
 from tunesmith.rows.conversation import Conversation, RawText
 
@@ -195,7 +195,7 @@ def check_rows(
         text = text_of(row)
         if not text:
             continue
-        check.languages[language_of(text)] += 1
+        check.languages[script_of(text)] += 1
         if twin := seen.find(text):
             check.findings.add("duplicate rows", f"{row.where} = {twin}", advice="they weigh double")
             continue

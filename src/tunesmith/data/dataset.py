@@ -12,8 +12,8 @@ import numpy as np
 
 from tunesmith.config.schema import DataSection, TrainSection
 from tunesmith.data.feed import Batches, Feed, count_steps, plan_samples
+from tunesmith.data.labelling import label_rows
 from tunesmith.data.ledger import Ledger
-from tunesmith.data.prepare import label_rows
 from tunesmith.data.split import Numbers, split_eval
 from tunesmith.data.store import StoreWriter, TokenStore, open_store
 from tunesmith.encode.encoder import Encoder

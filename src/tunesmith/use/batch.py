@@ -166,7 +166,7 @@ def _choose(rows: Sequence[_Row], logits: Tensor, batch: _Batch, unfinished: Col
 def _settings(model: nn.Module, sampling: Sampling) -> GenerationConfig:
     """The model's generation_config with what `sampling` says on top, and transformers' defaults below."""
     own = getattr(model, "generation_config", None)
-    config = copy.deepcopy(own) if own is not None else GenerationConfig()  # type: ignore[no-untyped-call]
+    config = copy.deepcopy(own) if own is not None else GenerationConfig()
     if sampling.temperature == 0:
         config.do_sample = False
     elif sampling.temperature is not None:

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from tunesmith.config.schema import DataSection, PreviewConfig
+from tunesmith.data.labelling import label_rows
 from tunesmith.data.ledger import LabelledRow
-from tunesmith.data.prepare import label_rows
 from tunesmith.encode.encoder import Encoder
 from tunesmith.model.lengths import choose_lengths
 from tunesmith.model.load import load_config

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config.schema import DataSection
-from tunesmith.data.language import language_of
+from tunesmith.data.scripts import script_of
 from tunesmith.errors import DataError, ModelError
 from tunesmith.files import atomic_directory
 from tunesmith.model.bpe import CONTROL_TOKENS, train_tokenizer
@@ -105,7 +105,7 @@ def compression_table(tokenizer: Any, lines: list[str]) -> list[str]:
     bytes_, chars, tokens = Counter[str](), Counter[str](), Counter[str]()
     encodings = tokenizer.backend_tokenizer.encode_batch(lines, add_special_tokens=False)
     for line, encoding in zip(lines, encodings, strict=True):
-        language = language_of(line)
+        language = script_of(line)
         bytes_[language] += len(line.encode())
         chars[language] += len(line)
         tokens[language] += len(encoding.ids)

@@ -157,7 +157,8 @@ def _try(renderer: Renderer, turns: Sequence[Mapping[str, Any]], tools: bool = F
     except TemplateOverLimit as error:  # no chat is shorter than these
         raise ModelError(
             f"chat template {renderer.template.source}: {error}, in a chat of {len(turns)} short messages. Correct the "
-            "template or name another one with --data.chat_template."
+            "template or name another one with --data.chat_template.",
+            code="template-over-limit",
         ) from None
     except TemplateRefused:
         return None

@@ -234,19 +234,25 @@ def compile_program(source: str, make: Callable[[str], jinja2.Template], name: s
     advice = "Correct the template or name another one with --data.chat_template."
     if len(source) > MAX_SOURCE:
         raise ModelError(
-            f"chat template {name}: has {len(source):,} characters; more than {MAX_SOURCE:,} are not read. {advice}"
+            f"chat template {name}: has {len(source):,} characters; more than {MAX_SOURCE:,} are not read. {advice}",
+            code="template-too-long",
         )
     try:
         return make(source)
     except jinja2.TemplateSyntaxError as error:
         reason = cut(str(error.message)).rstrip(".")
-        raise ModelError(f"chat template {name}, line {error.lineno}: {reason}. {advice}") from None
+        raise ModelError(
+            f"chat template {name}, line {error.lineno}: {reason}. {advice}", code="template-syntax"
+        ) from None
     except (RecursionError, MemoryError, SyntaxError, SystemError):
         raise ModelError(
-            f"chat template {name}: its blocks or expressions are nested too deeply to be compiled. {advice}"
+            f"chat template {name}: its blocks or expressions are nested too deeply to be compiled. {advice}",
+            code="template-too-deep",
         ) from None
     except (ValueError, OverflowError, TypeError, AssertionError) as error:
-        raise ModelError(f"chat template {name}: cannot be compiled: {cut(str(error))}. {advice}") from None
+        raise ModelError(
+            f"chat template {name}: cannot be compiled: {cut(str(error))}. {advice}", code="template-not-compiled"
+        ) from None
 
 
 def cut(text: str, length: int = 500) -> str:

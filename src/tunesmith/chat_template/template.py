@@ -227,14 +227,17 @@ def find_template(
     if not path.exists():
         raise ModelError(
             f"data.chat_template {choice}: no such file, and no built-in template of that name "
-            f"({', '.join(BUILT_IN)}, none)."
+            f"({', '.join(BUILT_IN)}, none).",
+            code="template-not-found",
         )
     try:
         with open_file(path) as file:
             text = file.read(4 * MAX_SOURCE + 1).decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise ModelError(f"data.chat_template {choice}: cannot be read: {reason}. Give a .jinja file.") from None
+        raise ModelError(
+            f"data.chat_template {choice}: cannot be read: {reason}. Give a .jinja file.", code="template-unreadable"
+        ) from None
     return text, str(path), False
 
 
@@ -250,13 +253,15 @@ def _own_text(own: Any) -> str:
             names = ", ".join(sorted(map(str, own)))
             raise ModelError(
                 f"the model has several chat templates ({names}) and no default. Save the right one as a .jinja file "
-                "and name it with --data.chat_template."
+                "and name it with --data.chat_template.",
+                code="template-ambiguous",
             )
         text = own["default"] if "default" in own else next(iter(own.values()))
     if not isinstance(text, str):
         raise ModelError(
             f"the model's chat_template (tokenizer_config.json) is of type {type(text).__name__}, not a text. Correct "
-            "it, or name a template with --data.chat_template."
+            "it, or name a template with --data.chat_template.",
+            code="template-not-text",
         )
     return text
 
@@ -269,7 +274,10 @@ def require_template_file(folder: str) -> None:
     """
     path = Path(folder) / "chat_template.jinja"
     if os.path.lexists(path) and not path.is_file():
-        raise ModelError(f"{path}: is a folder, a pipe or a broken link, not a file. Put the template's text there.")
+        raise ModelError(
+            f"{path}: is a folder, a pipe or a broken link, not a file. Put the template's text there.",
+            code="template-not-a-file",
+        )
 
 
 def load_built_in(name: str, add_bos: bool) -> str:

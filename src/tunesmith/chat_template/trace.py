@@ -111,7 +111,10 @@ def trace_rendering(
         marked = render(*made)
         if marker.marks.sub("", marked) == text:
             return marker.read(marked, text, removed)
-    raise RowRefused("the template reads a text in it in such a way that it cannot be shown where each part is written")
+    raise RowRefused(
+        "the template reads a text in it in such a way that it cannot be shown where each part is written",
+        code="parts-not-traced",
+    )
 
 
 class _Marker:
@@ -221,7 +224,7 @@ class _Marker:
     def _add(self, turn: int, kind: str, said: str, label: str) -> tuple[str, str]:
         number = self._first + 2 * len(self._parts)
         if number >= self._last:
-            raise RowRefused(f"has more than {len(self._parts):,} texts in it")
+            raise RowRefused(f"has more than {len(self._parts):,} texts in it", code="too-many-parts")
         self._parts.append(Part(turn, kind, self._counts[turn, kind], said, label))
         self._counts[turn, kind] += 1
         return chr(number), chr(number + 1)

@@ -52,10 +52,13 @@ def fit_samples(samples: Sequence[Sample], overlong: str, max_seq_len: int, wher
     if overlong == "error":
         raise DataError(
             f"{where}: is {longest} tokens long and data.max_seq_len is {max_seq_len} (data.overlong error). Raise "
-            "data.max_seq_len, or choose --data.overlong truncate, drop or split."
+            "data.max_seq_len, or choose --data.overlong truncate, drop or split.",
+            code="row-too-long",
         )
     if overlong == "drop":
-        raise RowRefused(f"is {longest} tokens long and data.max_seq_len is {max_seq_len}", by_choice=True)
+        raise RowRefused(
+            f"is {longest} tokens long and data.max_seq_len is {max_seq_len}", by_choice=True, code="row-too-long"
+        )
     kept, lost, notes = [], 0, Counter[str]()
     for sample, own_from in zip(samples, _own_starts(samples), strict=True):
         places = _places(sample, max_seq_len) if overlong == "split" else [slice(0, max_seq_len)]
@@ -72,7 +75,8 @@ def fit_samples(samples: Sequence[Sample], overlong: str, max_seq_len: int, wher
         lost += int((~is_held[own_from:]).sum())
     if not kept:
         raise RowRefused(
-            f"is {longest} tokens long, and every trained token lies beyond data.max_seq_len {max_seq_len}"
+            f"is {longest} tokens long, and every trained token lies beyond data.max_seq_len {max_seq_len}",
+            code="targets-beyond-length",
         )
     return Fitted(tuple(kept), lost, "split" if overlong == "split" else "truncated", tuple(notes))
 

@@ -101,13 +101,13 @@ class _Labeller:
 
     def draft(self, row: RawRow, is_first: bool) -> _Draft:
         if isinstance(row.value, RowTooLarge):
-            return _Draft(row, refusal=RowRefused(row.value.reason))
+            return _Draft(row, refusal=RowRefused(row.value.reason, code="row-too-large"))
         try:
             parsed = parse_row(row.value, self.data.format, self.data.fields, self.data.ignore_columns)
             return replace(self._draft_parsed(row, parsed), source=parsed)
         except UnknownFormat as refusal:
             if is_first:  # the whole file is of a kind that we cannot train on
-                raise DataError(f"{row.where}: {refusal.reason}") from None
+                raise DataError(f"{row.where}: {refusal.reason}", code="format-unknown") from None
             return _Draft(row, refusal=refusal)
         except RowRefused as refusal:
             return _Draft(row, refusal=refusal)
@@ -153,7 +153,7 @@ class _Labeller:
             if draft.refusal:
                 raise draft.refusal
             if not all(encoding.is_exact for encoding in encodings):
-                raise RowRefused(REFUSED_INEXACT)
+                raise RowRefused(REFUSED_INEXACT, code="control-text-inexact")
             how, labelled = self._label(draft, encodings, stretches)
             if trains_unknown(labelled, self.encoder):
                 notes = (*notes, NOTE_UNKNOWN)
@@ -196,5 +196,8 @@ def _segment_texts(segments: Segments, encoder: Encoder) -> Iterator[str]:
     """The pieces of a rendered text. They spell control tokens on purpose, which a person has to say."""
     for text, _ in segments.parts:
         if encoder.control_text != "allow" and encoder.shield.mark(text) != text:
-            raise RowRefused("its segments spell control tokens; --data.control_text allow lets them be these tokens")
+            raise RowRefused(
+                "its segments spell control tokens; --data.control_text allow lets them be these tokens",
+                code="segments-control-text",
+            )
         yield text

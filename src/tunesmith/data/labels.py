@@ -60,7 +60,9 @@ def label_chat(rendered: Rendered, whole: Encoding, encoder: Encoder) -> Sample:
             raise BorderGlued(span.turn)
         stop_at = _find_stop(whole, start, span, encoder)
         if stop_at is None:
-            raise RowRefused(f"turn {span.turn} (assistant): its stop token is not a token of its own")
+            raise RowRefused(
+                f"turn {span.turn} (assistant): its stop token is not a token of its own", code="stop-not-a-token"
+            )
         if span.start > len(span.prompt):
             start += sum(whole.span(index)[1] <= span.start for index in range(start, stop_at))
         loss_mask[start : stop_at + 1] = 1
@@ -109,7 +111,10 @@ def _refuse_control_tokens(encoding: Encoding, places: Sequence[Place], shift: i
         first, last = (char + shift for char in encoding.span(int(index)))
         near = bisect.bisect_left(starts, last) - 1
         if near >= 0 and places[near].end > first and last > first:
-            raise RowRefused("spells a control token in its text, which this tokenizer does not keep as plain text")
+            raise RowRefused(
+                "spells a control token in its text, which this tokenizer does not keep as plain text",
+                code="control-token-in-text",
+            )
 
 
 def label_reply(rendered: Rendered, span: Span, encoder: Encoder) -> Sample:
@@ -121,14 +126,16 @@ def label_reply(rendered: Rendered, span: Span, encoder: Encoder) -> Sample:
     text = rendered.text[len(span.prompt) : span.end]
     prompt, reply = encoder.encode_texts([span.prompt, text])
     if not (prompt.is_exact and reply.is_exact):
-        raise RowRefused(REFUSED_INEXACT)
+        raise RowRefused(REFUSED_INEXACT, code="control-text-inexact")
     _refuse_control_tokens(prompt, rendered.places, 0, encoder)
     _refuse_control_tokens(reply, rendered.places, len(span.prompt), encoder)
     if not encoder.joins(prompt.ids, reply.ids, text):
         raise BorderGlued(span.turn)
     stop_at = len(reply.ids) - 1
     if reply.ids[-1] != encoder.stop_id(span.stop) or reply.span(stop_at)[1] != len(text):
-        raise RowRefused(f"turn {span.turn} (assistant): its stop token is not a token of its own")
+        raise RowRefused(
+            f"turn {span.turn} (assistant): its stop token is not a token of its own", code="stop-not-a-token"
+        )
     ids = np.array([*prompt.ids, *reply.ids], dtype=np.uint32)
     first = span.start - len(span.prompt)
     skipped = sum(reply.span(index)[1] <= first for index in range(stop_at)) if first else 0
@@ -164,14 +171,18 @@ def join_completion(conversation: Conversation) -> tuple[str, str]:
     *context, reply = conversation.messages
     if len(context) > 1 or any(m.role != "user" for m in context) or reply.tool_calls or reply.reasoning_content:
         raise RowRefused(
-            "data.chat_template none joins one prompt and one completion; this row has more turns than that"
+            "data.chat_template none joins one prompt and one completion; this row has more turns than that",
+            code="needs-template",
         )
     if conversation.tools or conversation.documents or conversation.template_kwargs:
         what = "tools" if conversation.tools else "documents" if conversation.documents else "chat_template_kwargs"
-        raise RowRefused(f"data.chat_template none has no place for {what}; use a chat template")
+        raise RowRefused(f"data.chat_template none has no place for {what}; use a chat template", code="needs-template")
     prefill = reply.context_spans[0][1] if reply.context_spans else 0
     if len(reply.context_spans) > 1 or (prefill and reply.context_spans[0][0]):
-        raise RowRefused("data.chat_template none cannot leave out the middle of a completion; use a chat template")
+        raise RowRefused(
+            "data.chat_template none cannot leave out the middle of a completion; use a chat template",
+            code="needs-template",
+        )
     return "".join(m.content for m in context) + reply.content[:prefill], reply.content[prefill:]
 
 
@@ -184,7 +195,10 @@ def label_completion(prompt: Encoding, whole: Encoding, encoder: Encoder) -> Sam
     """
     start = len(prompt.ids)
     if list(whole.ids[:start]) != list(prompt.ids):
-        raise RowRefused("a token spans the border between prompt and completion; end the prompt with a line break")
+        raise RowRefused(
+            "a token spans the border between prompt and completion; end the prompt with a line break",
+            code="border-glued",
+        )
     ids = [*encoder.bos_ids, *whole.ids, encoder.stop.id]
     loss_mask = np.ones(len(ids), dtype=np.uint8)
     loss_mask[: len(encoder.bos_ids) + start] = 0
@@ -199,7 +213,7 @@ def label_segments(segments: Segments, encodings: Sequence[Encoding], encoder: E
         ids += encoding.ids
         mask += [int(is_trained)] * len(encoding.ids)
     if not any(mask):
-        raise RowRefused("no segment of it is trained", by_choice=True)
+        raise RowRefused("no segment of it is trained", by_choice=True, code="nothing-trained")
     return Sample(np.array(ids, dtype=np.uint32), np.array(mask, dtype=np.uint8))
 
 

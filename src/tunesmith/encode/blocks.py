@@ -39,7 +39,10 @@ def _read_turn(message: Message, thinks: bool, calls: bool) -> Message:
         reasoning = found["reasoning"]
         if "<think>" not in reasoning:
             if _is_context(message, 0, found.end()):
-                raise RowRefused("has thoughts in its prefill, which this template writes in a place of their own")
+                raise RowRefused(
+                    "has thoughts in its prefill, which this template writes in a place of their own",
+                    code="thoughts-in-prefill",
+                )
             message = _cut(replace(message, reasoning_content=reasoning.strip() or None), found.end(), len(text))
     if calls and "<tool_call>" in text and not message.tool_calls and (found := _CALLS_AT_END.search(message.content)):
         try:

@@ -52,7 +52,7 @@ class Finished:
             RowRefused: the template writes other turns there too.
         """
         if any(start <= at < self.end for at in self.others):
-            raise RowRefused("the template writes what others say into a reply")
+            raise RowRefused("the template writes what others say into a reply", code="others-in-reply")
         shift = len(lead) - start
         places = (replace(p, start=p.start + shift, end=p.end + shift) for p in self.own if p.start >= start)
         return Composed(lead + self.text[start : self.end], tuple(places))
@@ -83,7 +83,8 @@ def compose_reply(
         raise RowRefused(
             "the template's generation prompt has closed the thinking before the reply, so its reasoning_content could "
             "never be said; open it with the template's own variable (--data.template_kwargs.enable_thinking true, "
-            "open_thinking true)"
+            "open_thinking true)",
+            code="thinking-closed",
         )
     own = trace.of_turn(turn)
     others = tuple(place.start for place in trace.places if place.part.turn != turn)

@@ -60,7 +60,7 @@ class Disguises:
         raise RowRefused(
             f"holds characters that this tokenizer turns into the control token {self._backend.id_to_token(token)!r}, "
             "and that cannot be kept as text",
-            code=CODE,
+            code="control-token-disguised",
         )
 
     def _find(self, text: str) -> list[tuple[int, int, int]]:

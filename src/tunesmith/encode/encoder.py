@@ -90,7 +90,8 @@ class Encoder:
         if backend is None:
             raise ModelError(
                 f"the tokenizer ({type(tokenizer).__name__}) has no fast backend, so no character offsets to prove "
-                "labels with. Save it with a tokenizer.json (AutoTokenizer.from_pretrained(..., use_fast=True))."
+                "labels with. Save it with a tokenizer.json (AutoTokenizer.from_pretrained(..., use_fast=True)).",
+                code="tokenizer-not-fast",
             )
         backend.no_truncation()  # a tokenizer.json may carry settings that would cut or pad texts silently
         backend.no_padding()
@@ -274,13 +275,15 @@ class Encoder:
         if half:
             raise ModelError(
                 f"the conversation holds the lone surrogate {half!r}, half of a character, which no tokenizer can "
-                "encode. Type the text again."
+                "encode. Type the text again.",
+                code="lone-surrogate",
             )
         encoding = self.encode_texts([text])[0]
         if not encoding.is_exact:
             raise ModelError(
                 "the conversation spells a control token, which this tokenizer cannot be shown to keep as text. "
-                "Leave it out."
+                "Leave it out.",
+                code="control-text-inexact",
             )
         return list(encoding.ids)
 

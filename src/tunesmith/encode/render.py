@@ -126,7 +126,7 @@ def render_chat(
         if conversation.tools and not _writes_parameters(chat, trained[0]):
             chat.notes[NOTE_PARAMETERS] = None
     except TemplateRefused as refusal:
-        raise RowRefused(f"the chat template rejects it: {refusal}") from None
+        raise RowRefused(f"the chat template rejects it: {refusal}", code="template-rejects") from None
     return replace(done, notes=tuple(chat.notes))
 
 
@@ -147,10 +147,12 @@ def variables_of(conversation: Conversation, template: ChatTemplate) -> dict[str
         variables["documents"] = list(conversation.documents)
     for name in variables:
         if name in ("messages", "tools", "add_generation_prompt"):
-            raise RowRefused(f"chat_template_kwargs sets {name}, which tunesmith sets itself. Remove it")
+            raise RowRefused(
+                f"chat_template_kwargs sets {name}, which tunesmith sets itself. Remove it", code="variable-reserved"
+            )
         if name not in template.reads:
             what = "documents" if name == "documents" else f"{name} of chat_template_kwargs"
-            raise RowRefused(f"the template does not read {what}")
+            raise RowRefused(f"the template does not read {what}", code="variable-not-read")
     return variables
 
 
@@ -166,7 +168,7 @@ def _find_trained(chat: _Chat) -> list[int]:
     except TemplateRefused as refusal:
         if len(trained) == 1:
             reason = f"turn {first} (assistant): nothing asks for it, and the template cannot ask for a first reply"
-            raise RowRefused(f"{reason} ({refusal})") from None
+            raise RowRefused(f"{reason} ({refusal})", code="reply-unasked") from None
         chat.notes[NOTE_GREETING] = None
         return trained[1:]
 
@@ -223,7 +225,7 @@ def _compose(
     if reply is None:
         raise refusal
     if chat.stops.stand_in(reply.body):
-        raise RowRefused(f"turn {turn} (assistant): {_STOPS_INSIDE}")
+        raise RowRefused(f"turn {turn} (assistant): {_STOPS_INSIDE}", code="stop-token-inside")
     text = prompt + reply.body + stop
     places = [replace(place, start=place.start + len(prompt), end=place.end + len(prompt)) for place in reply.places]
     _refuse_lost_reply(turn, chat, places, trace, len(prompt), len(text) - len(stop), beginnings)
@@ -242,7 +244,8 @@ def _find_span(chat: _Chat, turn: int, beginnings: Beginnings, trace: Trace) -> 
     if not text.startswith(prompt):
         raise RowRefused(
             f"turn {turn} (assistant): the template's generation prompt is not how it begins the turn in the finished "
-            "conversation"
+            "conversation",
+            code="generation-prompt-differs",
         )
     own = [place for place in trace.of_turn(turn) if place.start >= len(prompt)]
     if not own:
@@ -252,14 +255,22 @@ def _find_span(chat: _Chat, turn: int, beginnings: Beginnings, trace: Trace) -> 
     stop_at = text.find(stop, own[-1].end, shared) if own else -1
     others = [place.part.turn for place in trace.places if len(prompt) <= place.start < stop_at]
     if stop_at >= 0 and chat.stops.stand_in(text[len(prompt) : stop_at]):
-        raise RowRefused(f"turn {turn} (assistant): {_STOPS_INSIDE}")
+        raise RowRefused(f"turn {turn} (assistant): {_STOPS_INSIDE}", code="stop-token-inside")
     if any(other < turn for other in others):
-        raise RowRefused(f"turn {turn} (assistant): the template writes what others say into it")
+        raise RowRefused(
+            f"turn {turn} (assistant): the template writes what others say into it", code="others-in-reply"
+        )
     if stop_at < 0 or any(other > turn for other in others):
-        raise RowRefused(f"turn {turn} (assistant): the template writes it differently once other turns follow")
+        raise RowRefused(
+            f"turn {turn} (assistant): the template writes it differently once other turns follow",
+            code="reply-rewritten-later",
+        )
     start, end = _marked(beginnings.marks, len(prompt), stop_at)
     if text[end:stop_at].strip() or (start > len(prompt) and any(place.start < start for place in own)):
-        raise RowRefused(f"turn {turn} (assistant): the template's {{% generation %}} mark leaves out part of it")
+        raise RowRefused(
+            f"turn {turn} (assistant): the template's {{% generation %}} mark leaves out part of it",
+            code="generation-mark-too-short",
+        )
     _refuse_lost_reply(turn, chat, own, trace, start, stop_at, beginnings)
     context = find_context(message, own, text, len(prompt), chat.renderer.habits, chat.train_reasoning, turn)
     return _shift_start(Span(prompt, start, stop_at + len(stop), stop, turn, context), text)
@@ -276,7 +287,9 @@ def _shift_start(span: Span, text: str) -> Span:
 def _refuse_unaskable(chat: _Chat, turn: int, prompt: str, beginnings: Beginnings) -> None:
     """A reply right behind another, where the generation prompt adds nothing: no model is ever asked there."""
     if turn and chat.messages[turn - 1].role == "assistant" and prompt == beginnings.until(turn):
-        raise RowRefused(f"turn {turn} (assistant): the template cannot ask for a second reply in a row")
+        raise RowRefused(
+            f"turn {turn} (assistant): the template cannot ask for a second reply in a row", code="second-reply-unasked"
+        )
 
 
 def _marked(marks: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
@@ -299,14 +312,14 @@ def _refuse_lost_reply(
             chat.notes[NOTE_NAME] = None
         else:
             how = "rewrites" if part in trace.rewritten else "drops"
-            raise RowRefused(f"turn {turn} (assistant): the template {how} {part.label}")
+            raise RowRefused(f"turn {turn} (assistant): the template {how} {part.label}", code="reply-lost")
     if not chat.messages[turn].tool_calls:
         return
     lost = find_lost_scalars(
         beginnings.text, beginnings.turns, turn, lambda turns: beginnings.render(turns, beginnings.tools)
     )
     if lost is not None:
-        raise RowRefused(f"turn {turn} (assistant): the template drops {lost} of its tool call")
+        raise RowRefused(f"turn {turn} (assistant): the template drops {lost} of its tool call", code="call-lost")
 
 
 def _refuse_lost_context(chat: _Chat, trace: Trace, asked: Sequence[tuple[int, int]]) -> None:
@@ -336,4 +349,4 @@ def _refuse_lost_context(chat: _Chat, trace: Trace, asked: Sequence[tuple[int, i
         else:
             where = f"turn {part.turn} ({chat.messages[part.turn].role}): " if part.turn >= 0 else ""
             how = "rewrites" if part in trace.rewritten else "drops"
-            raise RowRefused(f"{where}the template {how} {part.label}")
+            raise RowRefused(f"{where}the template {how} {part.label}", code="context-lost")

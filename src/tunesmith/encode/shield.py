@@ -63,7 +63,8 @@ class Shield:
         if isinstance(value, str):
             if MARK in value:
                 raise RowRefused(
-                    "holds U+FDD0, a code point that is not a character and that tunesmith marks text with"
+                    "holds U+FDD0, a code point that is not a character and that tunesmith marks text with",
+                    code="mark-in-text",
                 )
             marked = self._mark_spellings(value)
             return self._disguises.mark(marked, MARK) if self._disguises else marked

@@ -58,7 +58,8 @@ def _eos_of(encoder: Encoder) -> StopToken:
     if encoder.eos_id is None:
         raise ModelError(
             "data.chat_template none ends each completion with EOS, but the tokenizer has no eos_token. "
-            "Use a chat template, or a tokenizer with one."
+            "Use a chat template, or a tokenizer with one.",
+            code="no-eos-token",
         )
     return StopToken(encoder.eos_id, encoder.tokenizer.eos_token)
 
@@ -85,7 +86,8 @@ def _find_stop(encoder: Encoder, renderer: Renderer) -> int:
     raise ModelError(
         f"the chat template ({renderer.template.source}) ends a reply with {tail!r}, which holds no special token of "
         "this tokenizer, so generation could never stop there. Use a template that ends replies with eos_token "
-        "(--data.chat_template alpaca does)."
+        "(--data.chat_template alpaca does).",
+        code="no-stop-token",
     )
 
 
@@ -107,12 +109,14 @@ def _tail_of_reply(renderer: Renderer) -> str:
             text = renderer.render(said, [PROBE_TOOL])
     except TemplateRefused as refusal:
         raise ModelError(
-            f"the chat template ({renderer.template.source}) cannot render a question and its answer: {refusal}"
+            f"the chat template ({renderer.template.source}) cannot render a question and its answer: {refusal}",
+            code="template-rejects",
         ) from None
     _, found, tail = text.rpartition(_PROBE)
     if not found:
         raise ModelError(
-            f"the chat template ({renderer.template.source}) does not write what a reply says. Name another one."
+            f"the chat template ({renderer.template.source}) does not write what a reply says. Name another one.",
+            code="template-drops-replies",
         )
     return tail
 

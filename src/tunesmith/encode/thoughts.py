@@ -57,7 +57,8 @@ def _said_from(message: Message, own: Sequence[Place], text: str, start: int, ha
             closing = text[end : text.index(_END_THINK, end) + len(_END_THINK)]
         if closing is None or not text.startswith(closing, end) or any(p.start < end for p in words):
             raise RowRefused(
-                f"turn {turn} (assistant): it cannot be told where its thoughts end (data.train_reasoning false)"
+                f"turn {turn} (assistant): it cannot be told where its thoughts end (data.train_reasoning false)",
+                code="thoughts-end-unknown",
             )
         content = next((place for place in words if place.part.kind == "content"), None)
         in_text = _thoughts_in(text, content, turn) if content else None
@@ -90,7 +91,8 @@ def _thoughts_in(text: str, content: Place, turn: int) -> int | None:
         at = block.end()
     if _TAG.search(said, at):
         raise RowRefused(
-            f"turn {turn} (assistant): it cannot be told which of its words are thoughts (data.train_reasoning false)"
+            f"turn {turn} (assistant): it cannot be told which of its words are thoughts (data.train_reasoning false)",
+            code="thoughts-not-told-apart",
         )
     return places[at] if at < len(places) else content.end
 
@@ -110,7 +112,8 @@ def _spans_of_content(message: Message, own: Sequence[Place], turn: int) -> Iter
     if place is None or place.end - place.start != len(said):
         raise RowRefused(
             f"turn {turn} (assistant): the template rewrites its content, so that the part of it that is not trained "
-            "cannot be found"
+            "cannot be found",
+            code="context-not-found",
         )
     lead = len(message.content) - len(message.content.lstrip())
     for start, end in message.context_spans:

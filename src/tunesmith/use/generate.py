@@ -112,7 +112,8 @@ def load_speaker(
     if section.path.startswith("new:"):
         raise ModelError(
             f"{section.path}: has random weights, so nothing to say. Chat needs trained ones: a run, a model folder or "
-            f"a hub id. To make some: tunesmith train --model {section.path} --tokenizer T --data D --output RUN"
+            f"a hub id. To make some: tunesmith train --model {section.path} --tokenizer T --data D --output RUN",
+            code="random-weights",
         )
     tokenizer = load_tokenizer(section)
     trained = _trained_data_section(Path(section.path).expanduser())
@@ -150,9 +151,13 @@ def open_all(
     for path in paths:
         source = find_model(path)
         if source.adapter is None:
-            raise ModelError(f"{path}: is no adapter, so it cannot be switched to beside others.")
+            raise ModelError(
+                f"{path}: is no adapter, so it cannot be switched to beside others.", code="not-an-adapter"
+            )
         if source.name != first.name:
-            raise ModelError(f"{path}: its base is {source.name}, not {first.name} as that of {paths[0]}.")
+            raise ModelError(
+                f"{path}: its base is {source.name}, not {first.name} as that of {paths[0]}.", code="bases-differ"
+            )
         if remark := require_own_base(source, allow_changed_base, _ON_CHANGED):
             print(f"note: {remark}", file=sys.stderr)
         folder = source.adapter.resolve()

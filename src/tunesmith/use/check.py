@@ -28,7 +28,7 @@ from tunesmith.use.pages import render_page, require_writable
 _SHOWN = 3  # rows that the table names; JSON and the page name more
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CheckResult:
     """What a check found. A notebook shows it as tables.
 
@@ -37,6 +37,11 @@ class CheckResult:
     """
 
     check: Check
+
+    def __repr__(self) -> str:
+        lines = [f"{name:<10} {value}" for name, value in facts(self.check)]
+        lines += [f"{f.level:<10} {f.count:,} {f.what}: {', '.join(f.rows[:_SHOWN])}" for f in self.findings]
+        return visible("\n".join(lines))
 
     @property
     def findings(self) -> list[Finding]:

@@ -39,7 +39,8 @@ class Model:
 
     def stream(self, messages: Question, *, tools: Any = (), **sampling: Any) -> Iterator[str]:
         """The pieces of the reply as they come; joined they are what `reply` returns."""
-        return stream_reply(self.speaker, self._prompt(messages, tools), Sampling(**sampling))
+        pieces = stream_reply(self.speaker, self._prompt(messages, tools), Sampling(**sampling))
+        return (piece for piece in pieces if piece)
 
     def batch(self, conversations: Sequence[Question], *, tools: Any = (), **sampling: Any) -> list[str]:
         """A reply to each conversation, computed together; each is what `reply` returns for it alone."""

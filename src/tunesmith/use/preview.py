@@ -26,7 +26,7 @@ from tunesmith.use.pages import render_page, require_writable
 _TRAINED = "black on bright_green"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Preview(Sequence[LabelledRow]):
     """Labelled rows. A notebook shows them coloured; `print` puts trained text into ⟦ ⟧.
 
@@ -50,6 +50,9 @@ class Preview(Sequence[LabelledRow]):
 
     def __str__(self) -> str:
         return "\n".join(text.plain for text in self.texts(is_coloured=False))
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def _repr_html_(self) -> str:
         return self.to_html("rows")

@@ -144,7 +144,7 @@ def test_an_adapter_on_random_weights_is_refused_before_any_work(tokenizer: Any,
     code, err = train(**{"lora.kind": "lora", "model.path": "new:minimind-26m", "data.train": [str(data)],
                          "model.tokenizer": str(tmp_path / "tokenizer"), "train.output_dir": str(tmp_path / "run")})  # fmt: skip
     assert code == 1
-    assert "random weights that are saved nowhere" in err
+    assert "new:minimind-26m: its random weights are not saved" in err
     assert not (tmp_path / "run").exists()
 
 

@@ -119,7 +119,7 @@ def test_bad_rows(case: Case, row: object, words: str) -> None:
 
 def test_no_usable_row(case: Case) -> None:
     write_jsonl(case.data, [chat_row("Q", "I am {{name}}")])
-    case.fails("no row is left to train on", "placeholder {{name}}")
+    case.fails("no row can be trained on", "placeholder {{name}}")
 
 
 def test_model_folder_that_does_not_exist(case: Case) -> None:
@@ -230,13 +230,12 @@ def test_code_in_a_model_folder_is_not_run(case: Case) -> None:
     assert not Path("/tmp/tunesmith-was-run").exists()
 
 
-def test_output_in_use(case: Case, run) -> None:
+def test_output_in_use(case: Case, fails) -> None:
     case.output.mkdir(parents=True)
     kept = case.output / "thesis.txt"
     kept.write_text("mine")
-    code, _, err = run("train", "--model", case.model, "--data", case.data, "--output", case.output)
-    assert code == 1
-    assert "is not empty; give --output a new folder" in err
+    error = fails("train", "--model", case.model, "--data", case.data, "--output", case.output)
+    assert error.code == "output-taken"
     assert kept.read_text() == "mine"
     assert [p.name for p in case.output.parent.iterdir()] == ["run"]
 

@@ -348,7 +348,7 @@ def test_a_data_file_that_is_gone_at_resume(forks: Forks, folder: Path) -> None:
     assert forks(*train_words(folder, folder / "own"))["code"] == 0
     (folder / "chats.jsonl").unlink()
     text = plainly(forks("resume", folder / "own", "--train.max_steps", 3), codes=(0,))
-    assert "is gone; the run's own copy of its tokens is used" in text
+    assert "does not exist any more; the run's own copy of its tokens is used" in text
     text = plainly(forks("resume", folder / "own", "--train.max_steps", 4, "--data.train_on", "all", "--allow", "data"))
     assert "chats.jsonl" in text
 

@@ -341,7 +341,7 @@ def test_the_last_error_does_not_advise_what_cannot_help(encoder: Encoder) -> No
         ledger.add(row)
     with pytest.raises(DataError) as error:
         ledger.raise_if_unusable(1.0)
-    assert "no row is left to train on" in str(error.value)
+    assert error.value.code == "no-usable-rows"
     assert "x.jsonl:1: turn 1 (assistant) is empty" in str(error.value)
     assert "higher" not in str(error.value)
     with pytest.raises(DataError) as error:

@@ -157,12 +157,14 @@ def test_data_that_is_gone_is_not_needed(run: Run, model_folder: Path, chats: Pa
     chats.unlink()
     code, out, err = run("resume", part)
     assert code == 0, err
-    assert f"{chats} is gone; the run's own copy of its tokens is used" in out
+    assert f"{chats} does not exist any more; the run's own copy of its tokens is used" in out
     assert weights(part) == weights(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", ["run.json", "data_ledger.json"])
-def test_a_changed_file_of_a_run_is_known(run: Run, model_folder: Path, chats: Path, tmp_path: Path, name: str) -> None:
+def test_a_changed_file_of_a_run_is_known(
+    run: Run, fails: Any, model_folder: Path, chats: Path, tmp_path: Path, name: str
+) -> None:
     output = tmp_path / "run"
     assert (
         run("train", "--model", model_folder, "--data", chats, "--output", output, *FAST, "--train.max_steps", 1)[0]
@@ -170,13 +172,14 @@ def test_a_changed_file_of_a_run_is_known(run: Run, model_folder: Path, chats: P
     )
     text = (output / name).read_text()
     (output / name).write_text(text.replace('"tokens"', '"token"', 1))
-    code, _, err = run("resume", output, "--train.max_steps", 2)
-    assert code == 1
-    assert f"{name}: is damaged (it was changed: its own hash does not fit)" in err
+    error = fails("resume", output, "--train.max_steps", 2)
+    assert error.code == "run-file-damaged"
+    assert f"{output / name}: " in str(error)
+    assert "its own hash does not fit" in str(error)
 
 
 def test_a_file_that_changes_while_it_is_read(
-    run: Run, model_folder: Path, chats: Path, tmp_path: Path, monkeypatch: Any
+    fails: Any, model_folder: Path, chats: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     from tunesmith.data import dataset
 
@@ -189,8 +192,8 @@ def test_a_file_that_changes_while_it_is_read(
 
     real = dataset.read_rows
     monkeypatch.setattr(dataset, "read_rows", slow)
-    code, _, err = run("train", "--model", model_folder, "--data", chats, "--output", tmp_path / "r", *FAST)
-    assert (code, f"{chats}: was changed while it was read" in err) == (1, True)
+    error = fails("train", "--model", model_folder, "--data", chats, "--output", tmp_path / "r", *FAST)
+    assert (error.code, str(chats) in str(error)) == ("file-changed", True)
     assert not (tmp_path / "r").exists()
 
 
@@ -250,7 +253,7 @@ def test_a_model_that_lies_elsewhere_now(run: Run, model_folder: Path, chats: Pa
     file.unlink()
     file.symlink_to(tmp_path / "gone")
     code, _, err = run("resume", part, "--model", other, "--train.max_steps", 5)
-    assert (code, f"{file}: a link to {tmp_path / 'gone'}, which does not exist" in err) == (1, True)
+    assert (code, f"{file}: links to {tmp_path / 'gone'}" in err) == (1, True)
 
 
 # --- the output folder
@@ -357,22 +360,22 @@ def test_weights_that_are_not_finite_are_never_saved(run: Run, model_folder: Pat
     words = ("--model", model_folder, "--data", chats, *FAST, "--optim.schedule", "constant", "--optim.warmup_steps", 0)
     code, out, err = run("train", *words, "--optim.lr", 1e38, "--train.max_steps", 1, "--output", tmp_path / "run")
     assert code == 4
-    assert "the weights are not finite any more (" in err
+    assert "the weights are not finite (" in err
     assert "Lower optim.lr" in err
     assert "model saved" not in out
     assert not (tmp_path / "run" / "model").exists()
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
-def test_a_model_that_is_not_finite_is_not_trained(run: Run, chats: Path, tokenizer: Any, tmp_path: Path) -> None:
+def test_a_model_that_is_not_finite_is_not_trained(fails: Any, chats: Path, tokenizer: Any, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = save_folder(tmp_path / "poisoned", tiny_config("qwen3"), tokenizer)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    code, _, err = run("train", "--model", folder, "--data", chats, "--output", tmp_path / "run", *FAST)
-    assert (code, "its weights are not finite (model.norm.weight holds NaN" in err) == (1, True)
+    error = fails("train", "--model", folder, "--data", chats, "--output", tmp_path / "run", *FAST)
+    assert (error.code, "model.norm.weight" in str(error)) == ("model-not-finite", True)
     assert not (tmp_path / "run").exists()
 
 
@@ -381,12 +384,10 @@ def test_memory_that_is_not_enough(tmp_path: Path) -> None:
         {"model": {"path": "m"}, "data": {"train": ["d"]}, "train": {"output_dir": str(tmp_path)}}
     )
     for hungry in (lambda: torch.empty(10**15), lambda: bytearray(10**17)):
-        with pytest.raises(
-            RunError, match=r"memory of this machine is not enough.*train\.micro_batch_tokens 1024"
-        ) as info:
+        with pytest.raises(RunError, match=r"this machine.*train\.micro_batch_tokens 1024") as info:
             with explained_failures(RunFolder(tmp_path), config, 2048, Progress()):
                 hungry()
-        assert info.value.exit_code == 4
+        assert (info.value.code, info.value.exit_code) == ("out-of-memory", 4)
 
 
 def test_what_the_system_refuses_is_named(tmp_path: Path, model_folder: Path, chats: Path) -> None:

@@ -73,8 +73,8 @@ def restore_initial(adapter: Any, run: RunFolder, recorded: Hashes | None) -> st
     if recorded != made:
         shutil.rmtree(folder, ignore_errors=True)
         raise TunesmithError(
-            f"{folder}: was changed or removed, and cannot be made again as it was (other base, seed or "
-            "versions). Put it back from a copy, or train anew.",
+            f"{folder}: was changed or removed, and writing it again gives other values (other base, seed or "
+            "versions). Restore it from a copy, or start a new run.",
             code="adapter-init-changed",
         )
     return f"{folder.name}: was changed or removed; made again, equal to what the run began with"

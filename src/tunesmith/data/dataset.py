@@ -61,12 +61,15 @@ def refuse_shared_files(sources: DataSources) -> None:
         first = next(iter(both))
         name = first[0] if isinstance(first, tuple) else first
         raise TunesmithError(
-            f"{name}: stands in data.train and in data.eval; what is trained on cannot be evaluated on. Give other "
-            "files, or data.eval_split to hold some rows out."
+            f"{name}: is in both data.train and data.eval; rows that are trained on cannot be evaluated on. Give other "
+            "files, or data.eval_split to hold some rows out.",
+            code="eval-is-trained",
         )
     twice = [str(path) for path in train_files if train_files.count(path) > 1]
     if twice:
-        raise TunesmithError(f"{twice[0]}: is named twice in data.train, so that its rows would count twice.")
+        raise TunesmithError(
+            f"{twice[0]}: is named twice in data.train, so its rows would count twice.", code="file-named-twice"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +170,9 @@ def _label_into(
     ledger.raise_if_unusable(data.max_refused)
     for path, stamp in _stamps(sources.files).items():
         if stamp != before[path]:
-            raise DataError(f"{path}: was changed while it was read. Train once nothing writes to it any more.")
+            raise DataError(
+                f"{path}: changed while it was read. Train when nothing writes to it any more.", code="file-changed"
+            )
     return open_store(folder), ledger, writer.sha256
 
 

@@ -142,16 +142,19 @@ class Ledger:
         if self.num_bad > max_refused * self.rows or not self.used:
             examples = "\n".join(f"  {line}" for line in self.bad)
             more = f"\n  ... and {self.num_bad - len(self.bad)} more" if self.num_bad > len(self.bad) else ""
-            advice = "Mend these rows" + (", or leave them out with a higher --data.max_refused." if self.used else ".")
+            advice = "Correct these rows" + (
+                ", or leave them out with a higher --data.max_refused." if self.used else "."
+            )
             if self.num_bad > max_refused * self.rows:
                 share = self.num_bad / self.rows
                 raise DataError(
                     f"{self.num_bad} of {self.rows} rows ({share:.1%}) cannot be trained on; data.max_refused allows "
-                    f"{max_refused:.1%}:\n{examples}{more}\n{advice}"
+                    f"{max_refused:.1%}:\n{examples}{more}\n{advice}",
+                    code="too-many-refused",
                 )
             reasons = "; ".join(f"{reason} ({count} rows)" for reason, count in self.count_reasons().items())
             bad = f"\n{examples}{more}\n{advice}" if self.num_bad else ""
-            raise DataError(f"no row is left to train on: {reasons or 'no rows were read'}.{bad}")
+            raise DataError(f"no row can be trained on: {reasons or 'no rows were read'}.{bad}", code="no-usable-rows")
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -29,7 +29,8 @@ def split_eval(store: TokenStore, share: float, seed: int) -> tuple[Numbers, Num
     num_held_out = max(1, round(len(units) * share))
     if num_held_out >= len(units):
         raise TunesmithError(
-            f"data.eval_split {share}: {len(units)} rows are too few to hold any out. Give data.eval, or more data."
+            f"data.eval_split {share}: {len(units)} rows are too few to hold any out. Give data.eval, or more data.",
+            code="too-few-to-split",
         )
     held_out = np.random.default_rng([seed, 0x5EED]).choice(units, num_held_out, replace=False)
     is_eval = np.isin(row_ids, held_out)

@@ -63,8 +63,8 @@ def probe_isolation(model: PreTrainedModel, max_seq_len: int, micro_batch_tokens
     with in_fp32(model):
         if sees_later_tokens(model):
             raise ModelError(
-                f"{type(model).__name__} sees later tokens (it is not a causal model, or is not configured as one): it "
-                "would be trained on text that it can read. Use a causal language model.",
+                f"{type(model).__name__} attends to later tokens (it is not causal, or not configured as one), so it "
+                "would see the tokens that it is trained to predict. Use a causal language model.",
                 code="not-causal",
             )
         try:

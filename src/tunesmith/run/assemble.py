@@ -55,17 +55,19 @@ def assemble(session: Session, dataset: Dataset, checkpoint: Path | None = None)
 
 def require_real_base(path: str, source: ModelSource) -> None:
     """Raises:
-    ModelError: nobody else could open the adapter, because its base is saved nowhere.
+    ModelError: the adapter could not be loaded later, because its base is an adapter or is not saved.
     """
     if source.adapter:
         raise ModelError(
             f"{path}: is already an adapter; peft and other tools cannot load a second adapter on top of it. Merge it "
-            f"first: tunesmith merge {path} --output MERGED; then train on MERGED."
+            f"first: tunesmith merge {path} --output MERGED; then train on MERGED.",
+            code="base-is-adapter",
         )
     if source.kind == "preset":
         raise ModelError(
-            f"{path}: has random weights that are saved nowhere, so an adapter on them could never be opened. Train it "
-            "in full (--lora.kind none), and an adapter on that."
+            f"{path}: its random weights are not saved, so an adapter trained on them could never be loaded. Train the "
+            "whole model first (--lora.kind none), then an adapter on the result.",
+            code="base-not-saved",
         )
 
 
@@ -124,7 +126,8 @@ def wrap(session: Session, model: PreTrainedModel, adapter: Any) -> tuple[Isolat
             model.activation_checkpointing_enable({"use_reentrant": False})
         except ValueError:
             raise TunesmithError(
-                f"train.gradient_checkpointing: {type(model).__name__} does not support it; set it to false."
+                f"train.gradient_checkpointing: {type(model).__name__} does not support it. Set it to false.",
+                code="checkpointing-unsupported",
             ) from None
     if config.train.compile:
         model.get_decoder().compile(dynamic=True)
@@ -140,10 +143,11 @@ def own_memory(model: PreTrainedModel) -> None:
 
 def refuse_not_finite(name: str, model: PreTrainedModel) -> None:
     """Raises:
-    ModelError: the model's own weights hold NaN or infinities.
+    ModelError: the model's weights contain NaN or infinity.
     """
     if found := find_not_finite(model.state_dict()):
         raise ModelError(
-            f"{name}: its weights are not finite ({found} holds NaN or an infinity), and no training mends that. The "
-            "file is damaged, or was saved by a run that had failed."
+            f"{name}: its weights are not finite ({found} contains NaN or infinity), which training cannot repair. The "
+            "file is damaged, or a failed run saved it.",
+            code="model-not-finite",
         )

@@ -1,4 +1,4 @@
-"""What can go wrong during a run, in one message each, with what still stands and how to go on."""
+"""Failures of a run as errors that name the last good checkpoint and the command to continue."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tunesmith.training.progress import Progress
 
 @contextmanager
 def explained_failures(run: RunFolder, config: RunConfig, capacity: int, progress: Progress) -> Iterator[None]:
-    """Turn failures into errors that name the last good checkpoint and the command to go on.
+    """Turn failures into errors that name the last good checkpoint and the command to continue.
 
     Args:
         capacity: tokens of one forward.
@@ -31,41 +31,42 @@ def explained_failures(run: RunFolder, config: RunConfig, capacity: int, progres
     except KeyboardInterrupt:
         if not run.record.exists():
             raise
-        raise InterruptedRun(f"interrupted {where()}. {how_to_go_on(run)}") from None
+        raise InterruptedRun(f"interrupted {where()}. {how_to_continue(run)}", code="run-interrupted") from None
     except InterruptedRun as stopped:
-        raise InterruptedRun(f"{stopped} {how_to_go_on(run)}") from None
+        raise InterruptedRun(f"{stopped} {how_to_continue(run)}", code=stopped.code) from None
     except RunError as error:
-        raise RunError(f"{error} {how_to_go_on(run)}") from None
+        raise RunError(f"{error} {how_to_continue(run)}", code=error.code) from None
     except TunesmithError:
         raise
     except Exception as error:
         if is_out_of_memory(error):
-            text = f"the memory of {lacking_memory(error)} is not enough, {where()}. {explain_memory(config, capacity)}"
-            raise RunError(f"{text} {how_to_go_on(run)}") from error
+            text = f"{lacking_memory(error)} is out of memory {where()}. {explain_memory(config, capacity)}"
+            raise RunError(f"{text} {how_to_continue(run)}", code="out-of-memory") from error
         reason = system_error(error)
         if reason is None:
             raise
-        raise RunError(f"{explain_system(reason, run, where())} {how_to_go_on(run)}") from error
+        raise explain_system(reason, run, where()) from error
 
 
-def explain_system(error: OSError, run: RunFolder, where: str) -> str:
+def explain_system(error: OSError, run: RunFolder, where: str) -> RunError:
     """What the system refused, to which file, and when."""
     file = os.fspath(error.filename) if isinstance(error.filename, (str, os.PathLike)) else run.path
+    advice = how_to_continue(run)
     if error.errno in NO_ROOM:
-        return f"{run.path}: no room left on the disk {where}. Make room there."
-    return f"{file}: {error.strerror or error}, {where}."
+        return RunError(f"{run.path}: the disk is full {where}. Free space there. {advice}", code="disk-full")
+    return RunError(f"{file}: {error.strerror or error}, {where}. {advice}", code="system-error")
 
 
-def how_to_go_on(run: RunFolder) -> str:
+def how_to_continue(run: RunFolder) -> str:
     if not run.record.exists():
-        return "Nothing of it was kept."
+        return "Nothing was kept."
     last, _ = newest_valid(run)
-    stands = f"Last good checkpoint: {last.folder}." if last else "There is no checkpoint yet; it would begin anew."
-    return f"{stands} Go on with: tunesmith resume {run.path}"
+    state = f"Last good checkpoint: {last.folder}." if last else "No checkpoint yet: resume starts at step 0."
+    return f"{state} Continue with: tunesmith resume {run.path}"
 
 
 def explain_memory(config: RunConfig, capacity: int) -> str:
-    """What to lower and by how much; halving the forward and doubling the accumulation trains the same."""
+    """What to lower and by how much; half the forward with twice the accumulation is the same step."""
     train = config.train
     half, longest = capacity // 2, config.data.max_seq_len or capacity
     advice = []

@@ -24,15 +24,15 @@ from tunesmith.model.source import ModelSource
 from tunesmith.run.records import Fingerprint
 from tunesmith.run.session import Session
 
-RELABELS = ("data", "template", "tokenizer")  # what the tokens on disk were made with
+RELABELS = ("data", "template", "tokenizer")  # parts that decide the tokens on disk
 _WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "pytorch_model*.bin")
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft")
-_FREE = (  # keys that change nothing of what is learnt
+_FREE = (  # keys that do not alter training
     "train.output_dir", "train.log_steps", "train.eval_steps", "train.save_steps", "train.save_minutes",
     "train.keep_checkpoints", "train.early_stop_patience", "train.on_nonfinite", "train.trackers",
     "train.gradient_checkpointing", "train.epochs", "train.max_steps",
 )  # fmt: skip
-_BY_HASH = (  # names of things that are compared by what they hold
+_BY_HASH = (  # names of things that are compared by their content
     "model.path", "model.tokenizer", "model.add_tokens", "model.revision", "model.config", "model.trust_remote_code",
     "data.train", "data.eval", "data.chat_template", "data.template_kwargs",
 )  # fmt: skip
@@ -94,7 +94,9 @@ def describe_weights(source: ModelSource, revision: str | None) -> dict[str, Any
     files = [path for folder in folders for pattern in _WEIGHTS for path in sorted(folder.glob(pattern))]
     for path in files:
         if not path.exists():
-            raise ModelError(f"{path}: a link to {os.readlink(path)}, which does not exist. Put that file back.")
+            raise ModelError(
+                f"{path}: links to {os.readlink(path)}, which does not exist. Restore that file.", code="broken-link"
+            )
     return {str(path.resolve()): {"size": path.stat().st_size, "ends": sha256_ends(path)} for path in files}
 
 
@@ -123,8 +125,8 @@ def _describe_file(path: Path, name: str) -> dict[str, Any]:
 def compare_files(before: FileRecords, sources: DataSources | None) -> tuple[list[str], list[str]]:
     """Files that are no longer what they were when the run began: reasons to refuse, and remarks.
 
-    A file whose size and time are as they were is not read again; one that is gone is only remarked on, since the run
-    has its tokens.
+    A file with the same size and time is not read again. A missing file is only remarked on, since the run has its
+    tokens.
 
     Args:
         sources: what the names mean today; None where one of them is gone.
@@ -136,7 +138,7 @@ def compare_files(before: FileRecords, sources: DataSources | None) -> tuple[lis
                 continue
             path = Path(entry["path"])
             if not path.is_file():
-                notes.append(f"{path} is gone; the run's own copy of its tokens is used")
+                notes.append(f"{path} does not exist any more; the run's own copy of its tokens is used")
                 continue
             stat = path.stat()
             if (stat.st_size, stat.st_mtime_ns) == (entry["size"], entry["mtime_ns"]):
@@ -180,13 +182,13 @@ def compare_runs(before: Fingerprint, now: Fingerprint) -> tuple[list[str], list
 
 
 def _compare_weights(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """By what the files hold, for a model may lie elsewhere now."""
+    """By the files' content: the model's folder may have moved."""
     names = {os.path.basename(name) for name in now}
     for name, was in before.items():
         if isinstance(was, Mapping):
             if was not in now.values():
                 is_there = os.path.basename(name) in names
-                what = "has changed since the run began" if is_there else "is not part of the model now"
+                what = "has changed since the run began" if is_there else "is missing from the model"
                 yield f"model: {name} {what}"
         elif was is not None and now.get(name) != was:  # None: earlier versions did not know a hub model's commit
             yield f"model: {name} has changed since the run began (--model.revision {was} is what it was)"
@@ -222,12 +224,13 @@ def refuse_changes(refusals: Sequence[str], allowed: Sequence[str], run: Path, a
         parts = " ".join(dict.fromkeys(line.split(":")[0] for line in forbidden))
         lines = "\n".join(f"  {line}" for line in forbidden)
         raise TunesmithError(
-            f"{run}: it would not go on as the run that it was:\n{lines}\n"
-            f"Put back what has changed, or, if it is meant: {again} --allow {parts}"
+            f"{run}: resume would alter training:\n{lines}\n"
+            f"Restore what has changed, or allow it: {again} --allow {parts}",
+            code="run-changed",
         )
     return sorted({line.split(":")[0] for line in refusals})
 
 
 def run_id(output: Path, date: datetime.datetime) -> str:
-    """A name for trackers that stays the same when the run goes on."""
+    """A name for trackers; a resumed run keeps it."""
     return hashlib.sha256(f"{os.fspath(output)}{date.isoformat()}".encode()).hexdigest()[:12]

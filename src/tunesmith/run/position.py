@@ -53,15 +53,16 @@ def find_position(folder: RunFolder, name: str, record: RunRecord, reporter: Rep
     if checkpoint is None:
         if folder.has_model and record.finished_at_step is not None:
             raise TunesmithError(
-                f"{folder.path}: is finished, and its checkpoints are gone, so it cannot be made longer. To train its "
-                f"model further: tunesmith train --model {folder.path} --output NEW"
+                f"{folder.path}: is finished and has no checkpoints left, so it cannot be extended. To train its model "
+                f"further: tunesmith train --model {folder.path} --output NEW",
+                code="no-checkpoint",
             )
         return Position(None, None, Progress(), record.guard, is_finished=False, is_extended=False)
     state = checkpoint.load_state()
     fingerprint = Fingerprint.from_json(checkpoint.guard, checkpoint.folder / MANIFEST)
     is_finished = folder.has_model and record.finished_at_step == state.step
     is_extended = is_finished or record.extended_from_step == state.step
-    if is_extended:  # it has its patience back
+    if is_extended:  # early_stop_patience counts from here
         state.progress.stopped_early, state.progress.evals_without_gain = False, 0
     return Position(checkpoint, state, state.progress, fingerprint, is_finished, is_extended)
 
@@ -76,11 +77,12 @@ def choose_checkpoint(folder: RunFolder, name: str, reporter: Reporter) -> Check
     lines = [f"damaged: {path.name}: {reason}" for path, reason in sorted(damaged.items(), reverse=True)]
     if damaged and checkpoint is None:
         raise TunesmithError(
-            f"{name}: no checkpoint verifies.\n  " + "\n  ".join(lines) + f"\nTo begin again at step 0, remove "
-            f"{folder.checkpoints} first."
+            f"{name}: no checkpoint verifies.\n  " + "\n  ".join(lines) + f"\nTo start again at step 0, remove "
+            f"{folder.checkpoints} first.",
+            code="no-valid-checkpoint",
         )
     if checkpoint and any(path.name > checkpoint.folder.name for path in damaged):
-        lines.append(f"going on from the newest one that verifies, {checkpoint.folder.name}")
+        lines.append(f"continuing from the newest one that verifies, {checkpoint.folder.name}")
     for line in lines:
         reporter.note(line)
     return checkpoint
@@ -103,20 +105,23 @@ def check_steps(name: str, ready: ReadyRun, position: Position, allow: Allowed) 
         return
     total, was_total, step = ready.feed.total_steps, position.state.total_steps, position.state.step
     if total < step:
-        raise TunesmithError(f"{name}: is at step {step} already; --train.max_steps {total} lies before it.")
+        raise TunesmithError(
+            f"{name}: has reached step {step}; --train.max_steps {total} is less than that.", code="steps-already-done"
+        )
     optim = ready.session.config.optim
     was, will = lr_at(step, was_total, optim), lr_at(step, total, optim)
     if optim.schedule != "constant" and not position.is_extended and "schedule" not in allow.parts:
         raise TunesmithError(
             f"{name}: {total} steps instead of {was_total} would change the learning rate from here on "
-            f"(step {step + 1}: {was:.2e} -> {will:.2e}), since optim.schedule is {optim.schedule}. If it is meant: "
-            f"tunesmith resume {name} --train.max_steps {total} --allow schedule"
+            f"(step {step + 1}: {was:.2e} -> {will:.2e}), since optim.schedule is {optim.schedule}. To allow it: "
+            f"tunesmith resume {name} --train.max_steps {total} --allow schedule",
+            code="schedule-changed",
         )
     ready.session.reporter.note(f"note: {total} steps instead of {was_total}; lr at step {step + 1}: {will:.2e}")
 
 
 def describe_position(name: str, position: Position, ready: ReadyRun) -> str:
     if position.checkpoint is None:
-        return f"{name} has no checkpoint yet; it begins at step 0"
+        return f"{name} has no checkpoint yet; it starts at step 0"
     left = ready.feed.total_steps - position.progress.step
     return f"{name} from {position.checkpoint.folder.name}: {left:,} steps to go"

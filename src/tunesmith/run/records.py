@@ -13,8 +13,8 @@ from tunesmith.errors import TunesmithError
 from tunesmith.files import read_sealed, sealed, write_text_atomic
 
 WITHOUT_IT = (
-    "The run cannot go on without it; its checkpoints are model folders, and tunesmith train --model CHECKPOINT "
-    "begins a new run from one."
+    "The run cannot be resumed without it. Its checkpoints are model folders: tunesmith train --model CHECKPOINT "
+    "starts a new run from one."
 )
 
 
@@ -35,7 +35,7 @@ class _Record(BaseModel):
             problem = error.errors()[0]
             field = ".".join(map(str, problem["loc"]))
             what = f"it has no {field}" if problem["type"] == "missing" else f"{field}: {problem['msg']}"
-            raise TunesmithError(f"{path}: is damaged: {what}. {WITHOUT_IT}") from None
+            raise TunesmithError(f"{path}: is damaged: {what}. {WITHOUT_IT}", code="run-file-damaged") from None
 
     def to_json(self) -> dict[str, Any]:
         """Fields that are not set are left out."""
@@ -103,7 +103,9 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         return read_sealed(path)
     except OSError as error:
-        raise TunesmithError(f"{path}: cannot be read: {error.strerror}. {WITHOUT_IT}") from None
+        raise TunesmithError(
+            f"{path}: cannot be read: {error.strerror}. {WITHOUT_IT}", code="run-file-unreadable"
+        ) from None
     except (ValueError, RecursionError) as error:
         reason = f" (it {error})" if "its own hash" in str(error) else ""
-        raise TunesmithError(f"{path}: is damaged{reason}. {WITHOUT_IT}") from None
+        raise TunesmithError(f"{path}: is damaged{reason}. {WITHOUT_IT}", code="run-file-damaged") from None

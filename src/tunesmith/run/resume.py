@@ -88,16 +88,20 @@ def find_run(name: str) -> RunFolder:
     """
     run = RunFolder(Path(name).expanduser())
     if not run.path.is_dir():
-        raise TunesmithError(f"{name}: no such folder. Give the RUN folder that tunesmith train was given as --output.")
+        raise TunesmithError(
+            f"{name}: no such folder. Give the RUN folder that tunesmith train had as --output.", code="run-not-found"
+        )
     if not run.is_run:
-        raise TunesmithError(f"{name}: is not a run that can be gone on with (no {RUN_FILE} in it).")
+        raise TunesmithError(f"{name}: is not a run (it has no {RUN_FILE}), so it cannot be resumed.", code="not-a-run")
     return RunFolder(run.path.resolve())
 
 
 def read_config(name: str, folder: RunFolder, flags: Mapping[str, Any], unknown: Sequence[str]) -> RunConfig:
     """RUN/config.yaml under the flags."""
     if "train.output_dir" in flags:
-        raise TunesmithError(f"--output: a run goes on in its own folder, {name}; leave the flag out.")
+        raise TunesmithError(
+            f"--output: a run is resumed in its own folder, {name}. Remove the flag.", code="output-on-resume"
+        )
     flags = {key: absolute(value) if key in _NAMES else value for key, value in flags.items()}
     config = resolve_config(RunConfig, folder.config, flags, list(unknown))
     return config.model_copy(update={"train": config.train.model_copy(update={"output_dir": name})})
@@ -142,7 +146,7 @@ def _from(folder: str, value: Any) -> Any:
 
 
 def remove_leftovers(folder: RunFolder) -> None:
-    """What a killed process left: a data set that is complete takes its place, everything else goes."""
+    """What a killed process left: a complete data set takes its place, everything else is deleted."""
     finish_replacing(folder)
     for path in leftovers(folder):
         path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
@@ -155,7 +159,7 @@ def require_model(name: str, config: RunConfig) -> ModelSource:
     try:
         return find_model(config.model.path)
     except ModelError as error:
-        raise ModelError(f"{error} Where it lies elsewhere now: tunesmith resume {name} --model FOLDER") from None
+        raise ModelError(f"{error} If it has moved: tunesmith resume {name} --model FOLDER", code=error.code) from None
 
 
 def find_data_or_none(config: RunConfig) -> DataSources | None:

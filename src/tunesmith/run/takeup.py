@@ -64,7 +64,7 @@ def take_up_data(session: Session, before: Fingerprint, allow: Allowed) -> tuple
         session.reporter.note(f"the data is read again, because of {', '.join(why)}")
         now = relabel(session)
     elif damage:
-        raise TunesmithError(f"{damage}. To read the data again: {allow.command} --allow data")
+        raise TunesmithError(f"{damage}. To read the data again: {allow.command} --allow data", code="tokens-damaged")
     ledger, eval_ledger = read_ledgers(folder, now.store)
     return open_dataset(config.data, config.train.seed, folder, now.store, ledger, eval_ledger), now
 
@@ -80,7 +80,7 @@ def read_ledgers(folder: RunFolder, store: StoreHashes) -> tuple[Ledger, Ledger 
         eval_ledger = Ledger.from_json(saved["eval"]) if folder.eval_tokens.name in store else None
         return Ledger.from_json(saved["train"]), eval_ledger
     except (TypeError, KeyError, ValueError, AttributeError):
-        raise TunesmithError(f"{folder.ledger}: is damaged. {WITHOUT_IT}") from None
+        raise TunesmithError(f"{folder.ledger}: is damaged. {WITHOUT_IT}", code="run-file-damaged") from None
 
 
 def relabel(session: Session) -> Fingerprint:

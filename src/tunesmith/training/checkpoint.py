@@ -78,7 +78,8 @@ class Checkpoint:
             return TrainState.from_json(json.loads(read_text(self.folder / _STATE)))
         except KeyError as error:
             raise TunesmithError(
-                f"{self.folder / _STATE}: has no {error}; another version of tunesmith wrote it."
+                f"{self.folder / _STATE}: has no {error}; another version of tunesmith wrote it.",
+                code="state-incomplete",
             ) from None
 
     def load_random(self) -> dict[str, Tensor]:

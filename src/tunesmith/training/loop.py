@@ -59,7 +59,7 @@ class Trainer:
         Raises:
             RunError: the loss stopped being finite; the rows of that step are named. Or the last checkpoint could not
                 be saved.
-            InterruptedRun: somebody asked the run to end; it is saved.
+            InterruptedRun: a signal asked the run to end; it is saved.
         """
         progress, total = self.progress, self.feed.total_steps
         self.lm.train()
@@ -81,14 +81,14 @@ class Trainer:
                 self._log(record)
             if self.world.agree(self.stop.is_made):
                 self._save_last()
-                raise InterruptedRun(f"interrupted at step {progress.step}, which is saved.")
+                raise InterruptedRun(f"interrupted at step {progress.step}, which is saved.", code="run-interrupted")
             if progress.step < total and (is_best or self._saves_now()):
                 with self.window.pause():
                     self.save()
         self._save_last()
 
     def _step(self, step: Step) -> Record:
-        """One update, or none where the loss is not finite; the record to log, if it is time for one."""
+        """One update, or none where the loss is not finite; the record to log, if one is due."""
         train, progress = self.config.train, self.progress
         lr = lr_at(progress.step, self.feed.total_steps, self.config.optim)
         set_lr(self.optimizer, lr)
@@ -115,7 +115,7 @@ class Trainer:
     def _leave_out(self, step: Step, error: NotFiniteError) -> Record:
         progress = self.progress
         if self.config.train.on_nonfinite == "stop" or progress.skipped_in_a_row >= MAX_SKIPPED:
-            raise RunError(self._explain_not_finite(error, step.rows())) from None
+            raise RunError(self._explain_not_finite(error, step.rows()), code="loss-not-finite") from None
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         progress.step += 1
@@ -200,13 +200,15 @@ class Trainer:
             self.save()
         self.saver.wait()
         if self.world.agree(bool(self.saver.failure)):
-            raise RunError(f"the last checkpoint could not be saved: {self.saver.failure}. Make room there.")
+            raise RunError(
+                f"the last checkpoint could not be saved: {self.saver.failure}. Free space there.", code="save-failed"
+            )
 
     def _explain_not_finite(self, error: NotFiniteError, rows: list[str]) -> str:
         shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-        before = f"{self.progress.skipped_in_a_row} steps before it were left out already. "
+        before = f"The {self.progress.skipped_in_a_row} steps before it were skipped for the same reason. "
         return (
-            f"step {self.progress.step + 1}: {error}. No update was made. The step was made of {shown}. "
+            f"step {self.progress.step + 1}: {error}. No update was made. The step's rows: {shown}. "
             f"{before if self.progress.skipped_in_a_row else ''}"
             "Look at these rows (tunesmith preview), lower optim.lr, or train in fp32 or bf16 instead of fp16."
         )

@@ -181,7 +181,7 @@ def require_trackers(names: Sequence[str]) -> None:
         except ImportError:
             missing.append(f"{name} is not installed: pip install 'tunesmith[{name}]'")
     if missing:
-        raise ConfigError("train.trackers", missing)
+        raise ConfigError("train.trackers", missing, code="package-missing")
 
 
 def start_trackers(

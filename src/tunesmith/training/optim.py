@@ -19,7 +19,9 @@ def require_optimizer(name: str) -> None:
     """Fail before any work where bitsandbytes is not installed."""
     if name in _BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
-            "optim.name", [f"{name} needs bitsandbytes, which is not installed: pip install 'tunesmith[qlora]'"]
+            "optim.name",
+            [f"{name} needs bitsandbytes, which is not installed: pip install 'tunesmith[qlora]'"],
+            code="package-missing",
         )
 
 

@@ -35,7 +35,9 @@ def choose_precision(name: str, device: torch.device) -> Precision:
     if name == "auto":
         name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if name == "fp16" and device.type == "cpu":
-        raise ConfigError("train.precision", ["fp16 needs a GPU; use fp32 or bf16 on a CPU"])
+        raise ConfigError(
+            "train.precision", ["fp16 needs a GPU; use fp32 or bf16 on a CPU"], code="precision-needs-gpu"
+        )
     if name == "bf16_pure":
         return Precision(name, torch.bfloat16, None)
     return Precision(name, torch.float32, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name))

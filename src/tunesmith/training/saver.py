@@ -25,9 +25,9 @@ from tunesmith.training.checkpoint import (
 class Saver:
     """Writes snapshots in a thread of its own.
 
-    A disk that takes no writes does not end the run: `failure` then says what could not be saved, why, and what still
-    stands, and the next snapshot is tried as if nothing had happened. Weights that are not finite do: a checkpoint of
-    them would push out a good one.
+    A write that fails does not end the run: `failure` then says what could not be saved, why, and which checkpoint is
+    the last good one, and the next snapshot is tried. Weights that are not finite do end it: their checkpoint would
+    replace a good one.
     """
 
     def __init__(self, run: RunFolder, lm: SupervisedLM, encoder: Encoder, guard: Mapping[str, Any], keep: int) -> None:
@@ -75,19 +75,20 @@ class Saver:
             last, _ = newest_valid(self._run)
         except OSError:
             return ""
-        return f"; the last good one is {last.folder.name}" if last else "; there is none yet"
+        return f"; the last good one is {last.folder.name}" if last else "; there is no earlier one"
 
 
 def require_finite(snapshot: Snapshot) -> None:
     """Raises:
-    RunError: a weight or an average of the optimizer is NaN or infinite, so no step after it can mend it.
+    RunError: a weight or an average of the optimizer is NaN or infinite, which later steps cannot repair.
     """
     name = find_not_finite(snapshot.weights)
-    what = f"the weights are not finite any more ({name})"
+    what = f"the weights are not finite ({name})"
     if not name and (name := find_not_finite(snapshot.optimizer)):
-        what = f"the optimizer's averages are not finite any more ({name})"
+        what = f"the optimizer's averages are not finite ({name})"
     if name:
         raise RunError(
             f"step {snapshot.step}: {what}, so it is not saved. Lower optim.lr, set optim.max_grad_norm 1, or train in "
-            "fp32 or bf16 instead of fp16."
+            "fp32 or bf16 instead of fp16.",
+            code="weights-not-finite",
         )

@@ -167,7 +167,7 @@ def test_models_that_see_later_tokens_are_refused() -> None:
     model = transformers.BertLMHeadModel(config)
     with pytest.raises(ModelError, match="BertLMHeadModel") as error:
         set_up_attention(model, 64, 128)
-    assert error.value.code == "model-not-causal"
+    assert error.value.code == "not-causal"
 
 
 def test_two_models_of_one_config_keep_their_own_attention() -> None:

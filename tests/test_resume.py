@@ -355,10 +355,10 @@ def age(path: Path) -> None:
 
 DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "truncated": ("model.safetensors", lambda p: os.truncate(p, 1000), "model.safetensors has 1,000 bytes instead of"),
-    "flipped bit": ("model.safetensors", flip, "model.safetensors is changed: its SHA-256 does not fit"),
+    "flipped bit": ("model.safetensors", flip, "model.safetensors is changed: its SHA-256 does not match"),
     "flipped bit in the optimizer": ("optimizer.safetensors", flip, "optimizer.safetensors is changed"),
     "missing": ("state.json", Path.unlink, "state.json is missing"),
-    "foreign": ("more.bin", lambda p: p.write_bytes(b"x"), "more.bin is a foreign file"),
+    "foreign": ("more.bin", lambda p: p.write_bytes(b"x"), "more.bin is not part of the checkpoint"),
     "unreadable": ("random.safetensors", become_folder, "random.safetensors cannot be read: is a folder, not a file"),
     "newer": (MANIFEST, age, "manifest.json is of format 2; this tunesmith reads up to 1"),
     "no manifest": (MANIFEST, Path.unlink, "manifest.json is missing"),

@@ -1,4 +1,4 @@
-"""A folder that is made whole or not at all, and held by one process at a time."""
+"""A folder that appears complete or not at all, and is locked by one process at a time."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from tunesmith.errors import TunesmithError
 from tunesmith.files import sync_tree, take_name, usual_modes, write_text_atomic
 from tunesmith.runfolder import RUN_FILE
 
-_MOVING = "moving"  # a list of what is about to get its name in RUN
+_MOVING = "moving"  # lists the parts that are about to be moved into RUN
 
 
 @contextmanager
 def staged_folder(output: Path) -> Iterator[Path]:
-    """A hidden folder to prepare in, which becomes RUN at the end of the block; on any error nothing stays.
+    """A hidden folder to prepare in, which becomes RUN at the end of the block; on any error it is deleted.
 
-    It lies beside RUN, also where that exists already and is empty. Only where RUN is a mount of its own, or nothing
-    may be made beside it, it lies inside.
+    It is made next to RUN, even where RUN exists and is empty. Where RUN is a mount point, or its parent folder is not
+    writable, it is made inside RUN.
     """
-    # names in the order of time: of two processes, the first one goes on
+    # names sort by time: of two processes, the first one continues
     name = f".{output.name}.{time.time_ns():020}-{uuid.uuid4().hex[:8]}.partial"
     is_inside = output.is_dir() and (output.is_mount() or not os.access(output.parent, os.W_OK))
     staging = output / name if is_inside else output.with_name(name)
@@ -48,25 +48,25 @@ def staged_folder(output: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         for parent in missing:
-            with suppress(OSError):  # somebody else has put something there
+            with suppress(OSError):  # another process has put something there
                 parent.rmdir()
         raise
 
 
 def refuse_second(staging: Path, output: Path) -> None:
     """Raises:
-    TunesmithError: another process began to prepare the same run before; what is left beside ours is alive.
+    TunesmithError: another process started to prepare the same run earlier and still runs.
     """
     partial = [path for path in staging.parent.iterdir() if is_partial(path, output.name)]
     if min(partial) != staging:
         raise TunesmithError(
-            f"{output}: another process prepares this run. Let it end, or give --output a new folder.",
+            f"{output}: another process prepares this run. Wait for it, or give --output a new folder.",
             code="output-taken",
         )
 
 
 def _move_in(staging: Path, output: Path) -> None:
-    """Each part by itself; run.json, which makes a run of them, comes last."""
+    """Move each part; run.json, which makes the folder a run, moves last."""
     parts = sorted(staging.iterdir(), key=lambda path: path.name == RUN_FILE)
     write_text_atomic(staging / _MOVING, "\n".join(path.name for path in parts))
     for path in parts:
@@ -75,15 +75,15 @@ def _move_in(staging: Path, output: Path) -> None:
 
 
 def is_partial(path: Path, name: str) -> bool:
-    """Whether a folder is where some process prepares, or prepared, what is to be called `name`."""
+    """Whether a folder is one in which a process prepares, or prepared, the run `name`."""
     return re.fullmatch(rf"\.{re.escape(name)}\.([0-9]{{20}}-)?[0-9a-f]{{8}}\.partial", path.name) is not None
 
 
 def remove_abandoned(parent: Path, name: str) -> None:
-    """What killed processes left when they prepared the same folder; a living one holds its lock.
+    """Delete what killed processes left when they prepared the same run; a running one has its folder locked.
 
-    Inside a folder that was there before, a kill may have struck while the parts got their names: without run.json they
-    are no run, and go too.
+    In a folder that existed before, a process may have been killed while it moved the parts: without run.json they are
+    not a run, and are deleted too.
     """
     for folder in parent.iterdir():
         if not is_partial(folder, name):
@@ -101,10 +101,10 @@ def remove_abandoned(parent: Path, name: str) -> None:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Only one process may train a run; the lock goes with the process, however it ends.
+    """Only one process may train a run; the lock ends with the process.
 
     Raises:
-        TunesmithError: another process holds it.
+        TunesmithError: another process has the lock.
     """
     try:
         import fcntl
@@ -117,7 +117,7 @@ def locked(run: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise TunesmithError(
-                f"{run}: is being trained by another process. Let it end first.", code="run-in-use"
+                f"{run}: is being trained by another process. Wait until it has ended.", code="run-in-use"
             ) from None
         except OSError:  # a file system without locks
             pass

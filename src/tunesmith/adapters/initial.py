@@ -1,7 +1,6 @@
-"""RUN/adapter_init: the first matrices of PiSSA and OLoRA, which the finished adapter is converted with.
+"""RUN/adapter_init: the first matrices of PiSSA and OLoRA, needed to convert the finished adapter.
 
-Changed matrices would make another adapter than was trained, and nothing else could tell. So run.json has their
-hashes.
+Changed matrices would give another adapter than the trained one, unnoticed, so run.json has their hashes.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def require_initial(run: RunFolder, recorded: Hashes | None) -> Path:
         recorded: in run.json.
 
     Raises:
-        RunError: it was changed or removed while the run trained; resume makes it anew.
+        RunError: it was changed or removed while the run trained; resume writes it again.
     """
     if not is_initial_whole(run, recorded):
         raise RunError(

@@ -1,4 +1,4 @@
-"""The steps of a run: batches, the rows they are made of, and the place behind each. The loop gets its data here."""
+"""The steps of a run: batches, their rows, and the place after each. The loop gets its data here."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Batches:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """What one optimizer update is made of.
+    """The data of one optimizer update.
 
     Attributes:
         epoch: epochs done after it.

@@ -28,7 +28,7 @@ class LabelledRow:
         notes: other things worth counting.
         source: what was read, before it became tokens; None where it could not be.
         loses_context: refused because nothing reads something that its replies may depend on.
-        is_by_choice: refused by a decision of ours or the person's, not because the row is bad.
+        is_by_choice: refused by a rule or a setting, not because the row is bad.
     """
 
     file: str

@@ -1,4 +1,4 @@
-"""Best-fit packing: samples joined to packs of at most micro_batch_tokens, without padding and without cutting.
+"""Best-fit packing: samples joined to packs of micro_batch_tokens, without padding or cutting.
 
 Best-fit decreasing (Johnson 1974; for LM training: Ding et al. 2024, "Fewer Truncations Improve Language Modeling")
 over windows of shuffled samples, so that any pack may hold any sample and the order is random between windows.

@@ -1,4 +1,4 @@
-"""A run's data set replaced by another one: after a kill at any moment, the old one or the new one is there."""
+"""A run's data set replaced atomically: a kill leaves the old one or the new one."""
 
 from __future__ import annotations
 

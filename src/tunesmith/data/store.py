@@ -1,7 +1,7 @@
 """The token store: all samples on disk, written once in order, read back through memory maps.
 
 A store is a folder with tokens.bin (uint32), loss_mask.bin (uint8), index.npz (for each sample: offset, number of
-targets, file and row it came from) and files.json (the names behind the file numbers).
+targets, file and row it came from) and files.json (the names for the file numbers).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TokenStore:
     Attributes:
         offsets: int64 [num_samples + 1], where each sample starts in the token file.
         num_targets: int64 [num_samples].
-        file_numbers, row_numbers: int64 [num_samples], the row that each sample was made of.
+        file_numbers, row_numbers: int64 [num_samples], the row that each sample comes from.
     """
 
     tokens: npt.NDArray[np.uint32]
@@ -123,7 +123,7 @@ class StoreWriter:
 class _Appended:
     """A file that grows, and the hash of what it is meant to hold.
 
-    Not `ndarray.tofile`: it loses what does not fit on the disk without an error, and goes on once there is room.
+    Not `ndarray.tofile`: where the disk is full it drops data without an error, and continues once there is room.
     """
 
     def __init__(self, path: Path) -> None:
@@ -142,7 +142,7 @@ class _Appended:
         return self._digest.hexdigest()
 
     def abandon(self) -> None:
-        with contextlib.suppress(OSError):  # what went wrong before is what is told
+        with contextlib.suppress(OSError):  # the earlier error is the one to report
             self._file.close()
 
 

@@ -56,7 +56,7 @@ def probe_isolation(model: PreTrainedModel, max_seq_len: int, micro_batch_tokens
         model: from probe_model.
 
     Raises:
-        ModelError: a token's hidden state depends on tokens behind it, so next-token training would teach nothing.
+        ModelError: a token's hidden state depends on later tokens, so next-token training would teach nothing.
     """
     own = model.config._attn_implementation
     doc_lens = choose_doc_lens(model.config.get_text_config(), max_seq_len, micro_batch_tokens)

@@ -15,7 +15,7 @@ _PLAIN_LINES = 20  # lines of a run whose output goes to a file
 
 
 class Reporter(Protocol):
-    """Shows a run to a person while it goes on."""
+    """Shows a run while it trains."""
 
     def summary(self, lines: list[tuple[str, str]]) -> None:
         """Names and texts, before step 1; an empty name continues the line before."""
@@ -24,10 +24,10 @@ class Reporter(Protocol):
         """One remark."""
 
     def begin(self, total_steps: int, first_step: int) -> None:
-        """Training starts behind `first_step`."""
+        """Training starts after `first_step`."""
 
     def step(self, record: dict[str, Any], remark: str) -> None:
-        """A record of metrics.jsonl; `remark` is what could not be saved, while that holds."""
+        """A record of metrics.jsonl; `remark` says what could not be saved, until a save succeeds."""
 
     def end(self) -> None:
         """Training ended, or failed."""
@@ -77,7 +77,7 @@ class Silent:
 
 
 def print_summary(lines: list[tuple[str, str]]) -> None:
-    """Name and text in two columns; an empty name goes on under the line before."""
+    """Name and text in two columns; a line with an empty name continues the one above."""
     width = max(len(name) for name, _ in lines)
     for name, text in lines:
         print(f"{name:<{width}}  {one_line(text)}")
@@ -110,7 +110,7 @@ class StepDisplay:
             cover_streams()  # rich has put streams of its own in their place
 
     def show(self, record: dict[str, Any], remark: str = "") -> None:
-        """A record as a line; `remark` stands at the end of each line for as long as it holds."""
+        """A record as a line, with `remark` at its end."""
         line = visible("  ".join(part for part in (format_record(record), remark) if part))
         step = record["step"]
         if self._bar:

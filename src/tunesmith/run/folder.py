@@ -29,7 +29,7 @@ def resolve_output(name: str) -> Path:
                 raise TunesmithError(_explain_taken(name, output), code="output-taken")
         elif output.exists():
             raise TunesmithError(f"{name}: is not a folder. Give --output a new folder.", code="output-not-folder")
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: ~somebody without a home; ValueError: NUL
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: ~user without a home folder; ValueError: NUL
         reason = getattr(error, "strerror", None) or error
         raise TunesmithError(f"{name[:80]}: cannot be used as --output: {reason}", code="output-not-usable") from None
     return output
@@ -48,10 +48,10 @@ def _explain_taken(name: str, output: Path) -> str:
 
 
 def require_room(folder: Path, lm: SupervisedLM, config: RunConfig, total_steps: int) -> str:
-    """What will be written, for the summary.
+    """How much will be written, for the summary.
 
     Raises:
-        TunesmithError: there is no room for one checkpoint and the model.
+        TunesmithError: the disk has no space for one checkpoint and the model.
     """
     one, weights = estimate_bytes(lm)
     free = shutil.disk_usage(folder).free

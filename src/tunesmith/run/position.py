@@ -68,7 +68,7 @@ def find_position(folder: RunFolder, name: str, record: RunRecord, reporter: Rep
 
 
 def choose_checkpoint(folder: RunFolder, name: str, reporter: Reporter) -> Checkpoint | None:
-    """The newest that verifies; what is wrong with newer ones is told.
+    """The newest that verifies; what is wrong with newer ones is reported.
 
     Raises:
         TunesmithError: there are checkpoints, but none verifies.

@@ -50,7 +50,10 @@ def _adapter_lines(ready: ReadyRun) -> list[tuple[str, str]]:
     has_experts = has_experts or any(".experts." in name for name, _ in model.named_parameters())
     if has_experts and not ready.lm.adapter.peft_config["default"].target_parameters:
         lines.append(
-            ("", "its experts are left alone (lora.target_parameters reaches them, with lora or rslora and no dropout)")
+            (
+                "",
+                "its experts are not adapted (lora.target_parameters adapts them, with lora or rslora and no dropout)",
+            )
         )
     if has_experts and lora.quantize != "none":
         lines.append(
@@ -150,7 +153,7 @@ def estimate_memory(ready: ReadyRun) -> float:
 
 
 def model_card(ready: ReadyRun, progress: Progress) -> str:
-    """RUN/model/README.md: what it was made of, in a form the hub reads."""
+    """RUN/model/README.md: how the model was trained, in the form that the hub reads."""
     config = ready.session.config
     front: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if not config.model.path.startswith("new:"):

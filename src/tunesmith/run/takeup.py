@@ -86,7 +86,7 @@ def read_ledgers(folder: RunFolder, store: StoreHashes) -> tuple[Ledger, Ledger 
 def relabel(session: Session) -> Fingerprint:
     """New tokens and their ledger in place of the old ones, all of them or none.
 
-    A kill behind that leaves tokens that do not fit run.json: the same command reads the data again.
+    A kill after that leaves tokens that differ from run.json: the same command reads the data again.
     """
     config, folder = session.config, session.folder
     sources = session.sources or find_data(config.data)  # the second raises: it names what is gone

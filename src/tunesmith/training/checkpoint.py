@@ -1,9 +1,9 @@
 """Checkpoints that verify or do not exist.
 
-A checkpoint is a model folder with the optimizer, the random states and the run's progress beside it. It is written
-under another name in the same folder: files, then fsync of each, then manifest.json with the size and SHA-256 of every
-file, fsync, fsync of the folder, one rename, fsync of the folder above. What has no manifest, or one that does not fit
-its files, is no checkpoint.
+A checkpoint is a model folder with the optimizer, the random states and the run's progress. It is written under another
+name in the same folder: files, then fsync of each, then manifest.json with the size and SHA-256 of every file, fsync,
+fsync of the folder, one rename, fsync of the parent folder. A folder without a manifest that matches its files is not a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A folder whose manifest could be read; `find_damage` says whether its files fit."""
+    """A folder whose manifest could be read; `find_damage` says whether its files match."""
 
     folder: Path
     step: int
@@ -107,7 +107,7 @@ def copy_weights(lm: SupervisedLM) -> dict[str, Tensor]:
 
 
 def copy_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name, so that it needs no order to be read back in."""
+    """The optimizer's state by parameter name, so that reading it back needs no order."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors = {}
     for parameter, entries in optimizer.state.items():
@@ -133,11 +133,11 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
 def write_checkpoint(
     run: RunFolder, snapshot: Snapshot, lm: SupervisedLM, encoder: Encoder, guard: Mapping[str, Any]
 ) -> Path:
-    """Write step-NNNNNN whole.
+    """Write checkpoints/step-NNNNNN, complete or not at all.
 
     Args:
         lm: for configs and the names under which weights are saved; its weights are not read.
-        guard: what the run is made of (run/identity.py), kept in the manifest.
+        guard: the run's fingerprint as JSON (run/records.py), kept in the manifest.
     """
     folder = run.checkpoint(snapshot.step)
 
@@ -166,7 +166,7 @@ def _names(folder: Path) -> list[str]:
 
 
 class DamagedError(Exception):
-    """Why a folder is no checkpoint."""
+    """Why a folder is not a checkpoint."""
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -189,12 +189,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     except (ValueError, TypeError, KeyError, AttributeError):
         raise DamagedError(f"{MANIFEST} is damaged") from None
     if not is_whole:
-        raise DamagedError(f"{MANIFEST} is damaged: its own hash does not fit")
+        raise DamagedError(f"{MANIFEST} is damaged: its own hash does not match")
     return checkpoint
 
 
 def find_damage(checkpoint: Checkpoint) -> str:
-    """What does not fit the manifest, file by file; empty where everything does."""
+    """The first file that does not match the manifest, and how; empty where all do."""
     for name, wanted in checkpoint.files.items():
         path = checkpoint.folder / name
         try:
@@ -203,13 +203,13 @@ def find_damage(checkpoint: Checkpoint) -> str:
             if size != wanted["size"]:
                 return f"{name} has {size:,} bytes instead of {wanted['size']:,}"
             if sha256_file(path) != wanted["sha256"]:
-                return f"{name} is changed: its SHA-256 does not fit"
+                return f"{name} is changed: its SHA-256 does not match"
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
     foreign = sorted(set(_names(checkpoint.folder)) - set(checkpoint.files))
-    return f"{foreign[0]} is a foreign file; take it out" if foreign else ""
+    return f"{foreign[0]} is not part of the checkpoint; remove it" if foreign else ""
 
 
 def list_checkpoints(run: RunFolder) -> tuple[list[Checkpoint], dict[Path, str]]:
@@ -239,7 +239,7 @@ def newest_valid(run: RunFolder) -> tuple[Checkpoint | None, dict[Path, str]]:
 def prune_checkpoints(run: RunFolder, keep: int, best_step: int | None, newest_step: int) -> None:
     """Of those up to the newest one that was just verified, delete the oldest beyond `keep`; the best one stays.
 
-    What lies behind the newest one is damaged, or the run would have gone on from there, and is written anew in time.
+    Later ones are damaged, or the run would have continued from them; they are written again in time.
     """
     found = [checkpoint for checkpoint in list_checkpoints(run)[0] if checkpoint.step <= newest_step]
     for old in found[:-keep]:
@@ -248,21 +248,21 @@ def prune_checkpoints(run: RunFolder, keep: int, best_step: int | None, newest_s
 
 
 def remove_folder(folder: Path) -> None:
-    """Gone under its name at once, so that a kill in the middle leaves no half of it."""
+    """Rename, then delete: a kill in between leaves no partial folder under the old name."""
     hidden = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
     folder.rename(hidden)
     shutil.rmtree(hidden)
 
 
 def leftovers(run: RunFolder) -> Iterator[Path]:
-    """What a killed writer left under hidden names."""
+    """Hidden files and folders that a killed writer left."""
     for root in (run.path, run.checkpoints):
         for pattern in (".*.partial", ".*.old"):
             yield from root.glob(pattern)
 
 
 def estimate_bytes(lm: SupervisedLM) -> tuple[int, int]:
-    """What a checkpoint takes (weights, and two averages of each), and what the weights alone do."""
+    """Bytes of a checkpoint (weights, and two averages of each), and of the weights alone."""
     trained = sum(p.numel() * p.element_size() for p in lm.model.parameters() if p.requires_grad)
     kept = trained if lm.adapter is not None else sum(p.numel() * p.element_size() for p in lm.model.parameters())
     return kept + 2 * trained, kept

@@ -9,9 +9,9 @@ from typing import Any
 
 
 class StopRequest:
-    """Within the `with` block, remembers that somebody wants the run to end.
+    """Within the `with` block, remembers that a signal asked the run to end.
 
-    Before `defer` is called, and at the second signal, KeyboardInterrupt is raised where the program stands.
+    Before `defer` is called, and at the second signal, KeyboardInterrupt is raised at once.
     """
 
     def __init__(self) -> None:

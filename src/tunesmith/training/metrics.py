@@ -1,4 +1,4 @@
-"""metrics.jsonl, one object a logged step, and the trackers that people look at it with."""
+"""metrics.jsonl, one object for each logged step, and the trackers that show it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Tracker(Protocol):
 
 
 class MetricsFile:
-    """Appends records, a line each; where the disk takes none they wait in memory until it does.
+    """Appends records, one a line; where a write fails they stay in memory until one succeeds.
 
     Args:
-        last_step: of the checkpoint that the run goes on from; lines of later steps are taken out, since these steps
-            will be made again. None keeps nothing.
+        last_step: of the checkpoint that the run continues from; lines of later steps are removed, since these steps
+            are repeated. None keeps nothing.
     """
 
     def __init__(self, path: Path, last_step: int | None = None) -> None:
@@ -65,7 +65,7 @@ class MetricsFile:
 
 
 class OutsideTracker:
-    """A tracker of somebody else's: what goes wrong in it is told once, and does not end the run."""
+    """A third-party tracker: its first error is reported, and does not end the run."""
 
     def __init__(self, name: str, tracker: Tracker) -> None:
         self._name, self._tracker = name, tracker
@@ -124,7 +124,7 @@ class WandbTracker:
         self._run.log(_numbers(record), step=record["step"])
 
     def sync(self) -> None:
-        pass  # it sends by itself
+        pass  # it sends in the background
 
     def finish(self) -> None:
         self._run.finish()
@@ -144,7 +144,7 @@ class SwanlabTracker:
         self._swanlab.log(_numbers(record), step=record["step"])
 
     def sync(self) -> None:
-        pass  # it sends by itself
+        pass  # it sends in the background
 
     def finish(self) -> None:
         self._swanlab.finish()
@@ -161,7 +161,7 @@ class TrackioTracker:
         self._trackio.log(_numbers(record), step=record["step"])
 
     def sync(self) -> None:
-        pass  # it sends by itself
+        pass  # it sends in the background
 
     def finish(self) -> None:
         self._trackio.finish()
@@ -192,7 +192,7 @@ def start_trackers(
     Args:
         config: must hold no secrets (ours never does).
         run_id: under which wandb and swanlab find the run again.
-        last_step: of the checkpoint that the run goes on from.
+        last_step: of the checkpoint that the run continues from.
     """
     start: dict[str, Callable[[], Tracker]] = {
         "tensorboard": lambda: TensorBoardTracker(folder.tracker_logs("tensorboard"), last_step),

@@ -87,7 +87,7 @@ class Window:
         return self.before_s + time.perf_counter() - self.started - self.paused_s
 
     def restart_clock(self) -> None:
-        """Training begins, or goes on, now."""
+        """Training begins, or continues, now."""
         self.started = time.perf_counter()
 
     def add(self, result: StepResult) -> None:

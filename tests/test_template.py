@@ -105,8 +105,10 @@ def test_a_name_reaches_the_template() -> None:
 
 
 def test_a_broken_template_names_its_line() -> None:
-    with pytest.raises(ModelError, match="line 2"):
+    with pytest.raises(ModelError) as error:
         template("{% for m in messages %}\n{{ m. }}{% endfor %}").render([])
+    assert error.value.code == "template-syntax"
+    assert "line 2" in str(error.value)
 
 
 def test_alpaca_is_the_instruction_response_form() -> None:

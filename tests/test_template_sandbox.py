@@ -386,8 +386,9 @@ def test_what_cannot_be_compiled_is_an_error_in_words(text: str) -> None:
 
 @pytest.mark.usefixtures("_small_limits")
 def test_a_template_without_end_is_no_model_s_template() -> None:
-    with pytest.raises(ModelError, match="short messages"):
+    with pytest.raises(ModelError) as error:
         _ = template(LONG[0]).habits
+    assert error.value.code == "template-over-limit"
 
 
 def test_long_real_chats_stay_far_below_the_limits() -> None:

@@ -247,14 +247,14 @@ def short_sighted(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
     return save_folder(tmp_path_factory.mktemp("gpt2") / "m", tiny_config("gpt2", n_positions=64), tokenizer)
 
 
-def test_chat_stops_where_the_context_is_full(run, short_sighted: Path) -> None:
+def test_chat_stops_where_the_context_is_full(run, fails, short_sighted: Path) -> None:
     code, out, err = run("chat", short_sighted, "--prompt", "Hi", "--max-new-tokens", 100, "--temperature", 0)
     assert (code, err) == (0, "")
     assert out
-    code, _, err = run("chat", short_sighted, "--prompt", "龘" * 64)
-    assert code == 1
-    assert "and the model's context 64, so no reply fits" in err
-    assert "/reset" not in err
+    error = fails("chat", short_sighted, "--prompt", "龘" * 64)
+    assert (error.code, error.exit_code) == ("context-full", 1)
+    assert "context 64" in str(error)
+    assert "/reset" not in str(error)
 
 
 def test_chat_goes_on_after_a_message_that_does_not_fit(short_sighted: Path) -> None:
@@ -270,10 +270,10 @@ def test_chat_goes_on_after_a_message_that_does_not_fit(short_sighted: Path) -> 
     assert "(forgotten)" in result.stdout.decode()
 
 
-def test_chat_with_random_weights_and_with_an_empty_system_prompt(run, trained: Path) -> None:
-    code, _, err = run("chat", "new:tiny", "--prompt", "x")
-    assert code == 1
-    assert "new:tiny: has random weights, so nothing to say. Chat needs trained ones" in err
+def test_chat_with_random_weights_and_with_an_empty_system_prompt(run, fails, trained: Path) -> None:
+    error = fails("chat", "new:tiny", "--prompt", "x")
+    assert (error.code, error.exit_code) == ("random-weights", 1)
+    assert "new:tiny" in str(error)
     assert run("chat", trained, "--prompt", "Who are you?", "--system", "", "--temperature", 0)[0] == 0
 
 

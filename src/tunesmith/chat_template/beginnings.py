@@ -1,4 +1,4 @@
-"""The renderings of a chat's first turns, cut from one rendering of all turns wherever that is proven."""
+"""Render the first turns of a chat, from one rendering of all turns wherever that is proven."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Beginnings:
         return self._renderer.render_turns(turns, tools, add_generation_prompt, variables)
 
     def trace(self, removed: frozenset[str], count: int | None = None, add_generation_prompt: bool = False) -> Trace:
-        """Where each part of the first `count` messages stands in what the template writes for them."""
+        """Where the template writes each part of the first `count` messages."""
 
         def render(turns: Turns, tools: Turns, documents: Sequence[Any]) -> str:
             return self.render(turns, tools, add_generation_prompt, documents)

@@ -1,8 +1,8 @@
-"""How much a chat template may compute and write for one chat.
+"""Limit what a chat template may compute and write for one chat.
 
-Steps are counted, not seconds, so that the same chat is accepted or refused on every machine, however busy it is.
-A step is one node of the template's program. Once a template has made a large text, each step counts for more, since
-any of them may go through that text. All limits are far above what real templates need for the largest rows.
+Steps are counted instead of seconds, so that the same chat is accepted or refused on every machine. A step is one node
+of the template's program. Once a template has made a large text, each step counts for more, since any of them may go
+through that text. All limits are far above what real templates need for the largest rows.
 """
 
 from __future__ import annotations

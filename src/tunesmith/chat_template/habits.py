@@ -1,7 +1,7 @@
-"""What a chat template does with reasoning and tool calls, seen by rendering a conversation of our own.
+"""Find out what a chat template does with reasoning and tool calls, by rendering probe chats.
 
 Templates differ in what they read: some concatenate a call's arguments as JSON text, most take an object; some have no
-place for thoughts. The words of a template's source say little about that, so it is tried.
+place for thoughts. The template's source does not tell reliably, so it is tried.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def _thoughtful(renderer: Renderer, turn: Mapping[str, Any], tools: bool = False
 
 
 def _find_closing(renderer: Renderer, form: CallForm | None) -> str | None:
-    """What stands behind a thought, whatever follows it: the common start of what precedes words and a call."""
+    """The text after a thought, whatever follows it: the common start of what precedes words and a call."""
     text = _thoughtful(renderer, _reply(_SAID, thought=True))
     _, thought, behind = text.partition(_THOUGHT)
     if not thought or _SAID not in behind:

@@ -1,4 +1,4 @@
-"""How a chat template becomes a program, and how that runs: the filters and tests that it may use, each bounded."""
+"""Compile and run chat templates with filters and tests whose cost is bounded."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Where chat templates run: a template from a hub is unknown code, and a row decides what it does.
+"""Run chat templates in a sandbox: a template from a hub is unknown code.
 
-Three fences around jinja2's own sandbox:
-- A template reaches only the attributes that are listed here, of values that are data, and calls only what it is
-  given. jinja2 blocks names that begin with an underscore instead, so whatever leads elsewhere has to be known to it.
+Three restrictions on top of jinja2's own sandbox:
+- A template reaches only the attributes listed here, of values that are data, and calls only what it is given. jinja2
+  blocks names that begin with an underscore instead, so it would have to know every way around that.
 - Loops, macros, calls and all operations whose result may be large are counted (budget.py).
-- What is random, or takes the square of a text's length, does not exist here; no known chat template uses it.
+- Random filters, and filters that take the square of a text's length, are not available; no known chat template uses
+  them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""jinja2's compiler for the sandbox: the operations that may take long or grow large are handed to the context."""
+"""Compile templates so that expensive operations are passed to the sandbox's context."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Numbers, true, false and null of tool calls: whether a template writes each as the value that it is.
+"""Check that a template writes the numbers, booleans and nulls of tool calls.
 
-Such values cannot carry marks (trace.py), so all of a turn's are rendered once as numbers that occur nowhere else. What
-the template writes around these must stand around the values too, and between must stand each value itself.
+Such values cannot carry marks (trace.py), so all values of a turn are rendered once as numbers that occur nowhere else.
+The text that the template writes around these numbers must also surround the values, and between must be each value.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Parameters of tool schemas: whether a template writes their names, descriptions and choices.
+"""Check that a template writes the parameters of tool schemas.
 
-Most templates print a schema as JSON; some retell it in a form of their own, and leave out what that form has no place
-for. Each text of the parameters gets a mark, and the marks that come out tell what was written.
+Most templates print a schema as JSON; some rewrite it in a form of their own and leave out what that form cannot
+express. Each text of the parameters gets a mark, and the marks in the rendering show what was written.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Chat templates: messages -> text as transformers renders them, under the date of the request."""
+"""Render messages with a chat template as transformers does, under the date of the request."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ class Renderer:
 
     @cached_property
     def tails(self) -> Tails:
-        """What stands behind the last turn, proven on stand-in chats and the same for every row."""
+        """What the template writes after the last turn, proven on stand-in chats and the same for every row."""
         return find_tails(self)
 
     def watch(
@@ -270,7 +270,7 @@ def require_template_file(folder: str) -> None:
     """A chat_template.jinja that transformers would pass over without a word.
 
     Raises:
-        ModelError: it stands there and is no file.
+        ModelError: it exists and is not a file.
     """
     path = Path(folder) / "chat_template.jinja"
     if os.path.lexists(path) and not path.is_file():

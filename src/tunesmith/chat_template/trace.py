@@ -1,9 +1,9 @@
-"""Where each part of a conversation stands in what a template wrote, proven by rendering it a second time with marks.
+"""Find where a template writes each part of a conversation, by rendering it with marks.
 
-A reply that happens to contain a word of a tool schema says nothing about the schema. So each part (content, reasoning,
-the names and arguments of tool calls, schemas) is rendered once more with a pair of private-use characters around it.
-If the text is the same without these marks, they show where each part went: whether it was written at all, between
-which characters, and whether what stands there is still what the row says.
+A reply that happens to contain a word of a tool schema proves nothing about the schema. So each part (content,
+reasoning, the names and arguments of tool calls, schemas) is rendered a second time with a pair of private-use
+characters around it. If the text without the marks is the same, they show where each part went: whether it was written
+at all, between which characters, and whether the text there is what the row says.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A part that stands at the characters [start, end) of a rendering."""
+    """A part at the characters [start, end) of a rendering."""
 
     part: Part
     start: int
@@ -66,7 +66,7 @@ class Trace:
         parts: all that the row says.
         places: sorted by start. A part may stand in several places, or in none.
         missing: parts that the template did not write.
-        rewritten: parts of which something else stands between their ends.
+        rewritten: parts with another text between their ends.
     """
 
     text: str
@@ -255,7 +255,7 @@ class _Marker:
     def _span(
         self, number: int, start: int | None, at: int, text: str, removed: frozenset[str]
     ) -> tuple[int, int] | None:
-        """Characters of a part whose closing mark stands at `at`; None where something else stands there."""
+        """Characters of a part whose closing mark is at `at`; None where another text is there."""
         part = self._parts[number]
         if self._in_middle or part.kind == "call_key":
             middle = max(1, len(part.said) // 2)
@@ -295,11 +295,11 @@ def _jinja_escaped(text: str) -> str:
 _WRITERS: tuple[Callable[[str], str], ...] = (
     str, _json_escaped, _ascii_escaped, _repr_escaped, html.escape, _html_escaped, _jinja_escaped,
 )  # fmt: skip
-"""How templates spell a text: as it stands, inside JSON, in Python's repr, inside HTML."""
+"""How templates spell a text: unchanged, inside JSON, in Python's repr, inside HTML."""
 
 
 def is_same(written: str, said: str, removed: frozenset[str] = frozenset()) -> bool:
-    """Whether a template wrote what was said: as it stands, inside JSON or HTML, or without what it always removes."""
+    """Whether a template wrote the text: unchanged, inside JSON or HTML, or without what it always removes."""
     if any(written == write(said) for write in _WRITERS):
         return True
     for text in removed:

@@ -1,10 +1,10 @@
-"""A chat's beginnings as the template writes them, from one rendering wherever that can be proven.
+"""Find in one rendering where each turn ends, to know how the template begins a shorter chat.
 
-The prompt of a reply is the rendering of the turns before it. To render every prompt anew costs the square of the
-number of turns. But a template is a program that reads messages and writes text: what it has written before it first
-looks at message k is what it would have written had the chat ended there. So one rendering with messages that remember
-how far they were looked at gives all beginnings, for templates that go through the messages once and then end with
-text that no message decides. Where the program looks ahead or back from the end, the beginning is rendered by itself.
+The prompt of a reply is the rendering of the turns before it. Rendering every prompt costs the square of the number of
+turns. But what a template has written before it first looks at message k is what it would have written if the chat
+ended there. So one rendering with messages that record how far they were read gives all beginnings, for templates that
+go through the messages once and then end with text that no message decides. Where the program looks ahead, or back
+from the end, the beginning is rendered by itself.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Watched:
 
     Attributes:
         ends: {k: characters that the first k turns and nothing else decided}.
-        marks: characters [start, end) of what stood between {% generation %} and {% endgeneration %}.
+        marks: characters [start, end) between {% generation %} and {% endgeneration %}.
     """
 
     text: str
@@ -199,7 +199,7 @@ def _names(node: nodes.Node) -> Iterator[nodes.Name]:
 
 
 def _is_constant(tail: list[nodes.Node], tree: nodes.Template) -> bool:
-    """Whether what stands behind the last loop reads nothing but settings, which are the same for every chat."""
+    """Whether the program after the last loop reads settings only, which are the same for every chat."""
     assigned = {name.name for name in tree.find_all(nodes.Name) if name.ctx in ("store", "param")}
     assigned |= {macro.name for macro in tree.find_all(nodes.Macro)}
     settled = {

@@ -1,4 +1,4 @@
-"""What is worth knowing about a whole data set before hours are spent on it: findings, each naming its rows."""
+"""Examine a whole data set before training: findings, each with its rows."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def _trains_stops(row: LabelledRow, stop_ids: list[int]) -> bool:
         mask = np.append(sample.loss_mask, 0)
         last = np.flatnonzero((mask[:-1] == 1) & (mask[1:] == 0))
         if _has_gaps(row):
-            last = last[-1:]  # what stands before is cut out by the row itself
+            last = last[-1:]  # the row itself cuts out what comes before
         if row.reason and last.size and last[-1] == len(sample.loss_mask) - 1:
             last = last[:-1]  # cut, which has a finding of its own
         if not np.isin(sample.input_ids[last], stop_ids).all():

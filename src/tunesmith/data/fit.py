@@ -1,4 +1,4 @@
-"""What happens to samples longer than max_seq_len; never silently, and no reply gets a stop token it did not reach."""
+"""Fit samples to max_seq_len: truncate, split, drop or refuse, and count what is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From files to labelled rows, in batches that the tokenizer encodes on all cores at once."""
+"""Label rows in batches, which the tokenizer encodes on all cores at once."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Which tokens are trained: the assistant's reply and its stop token, nothing more and nothing less.
+"""Decide which tokens are trained: the assistant's reply and its stop token, nothing else.
 
 If the ids before a reply are not the ids of its prompt, the row is refused: its labels would teach something that never
-happens.
+happens at inference.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _unmask(
 
 
 def _refuse_control_tokens(encoding: Encoding, places: Sequence[Place], shift: int, encoder: Encoder) -> None:
-    """Promise 8 on the ids themselves: no control token stands in the characters of what the row says, if not allowed.
+    """Promise 8 on the ids themselves: no control token in the characters of the row's texts, unless allowed.
 
     Args:
         places: in the whole text, sorted by start.
@@ -147,7 +147,7 @@ def label_reply(rendered: Rendered, span: Span, encoder: Encoder) -> Sample:
 
 
 def trains_unknown(samples: Sequence[Sample], encoder: Encoder) -> bool:
-    """Whether a token that stands for unknown text is trained."""
+    """Whether the token for unknown text is trained."""
     unknown = encoder.shield.unknown_id
     return unknown is not None and any(
         bool(((sample.input_ids == unknown) & (sample.loss_mask == 1)).any()) for sample in samples
@@ -220,7 +220,7 @@ def label_segments(segments: Segments, encodings: Sequence[Encoding], encoder: E
 def label_text(encoding: Encoding, encoder: Encoder, max_seq_len: int) -> Iterator[Sample]:
     """A document with BOS and EOS where the tokenizer has them, every token trained once, split without loss.
 
-    BOS stands in front even where the tokenizer adds none to prompts: it is what the first token is predicted from.
+    BOS comes first even where the tokenizer adds none to prompts: it is what the first token is predicted from.
     For the same reason each later piece begins with the last token of the piece before, as context.
     """
     bos = [encoder.bos_id] if encoder.bos_id is not None else []

@@ -1,10 +1,10 @@
-"""Whether a template treats all chats of the same turns alike, whatever they say.
+"""Find out whether a template treats all chats with the same turns alike, whatever their texts.
 
-A template is a program, and most programs only copy what a turn says. This is seen by running it on stand-ins and
-watching each operation on a text that holds one: writing it, joining it and asking for its type are the same for every
-text; looking for `</think>` in it is the same for every text without `</think>`; its length, its first letter or its
-upper case are not, and then no plan is made (patterns.py). What no operation looked into cannot have decided anything,
-so any other texts go the same way through the program.
+A template is a program, and most only copy what a turn says. This is shown by running it on stand-in texts and watching
+each operation on them: writing a text, joining it and asking for its type have the same effect for every text;
+searching it for `</think>` has the same effect for every text without `</think>`; its length, its first letter or its
+upper case do not, and then no plan is made (patterns.py). A text that no operation looked into cannot have decided
+anything, so any other text takes the same path through the program.
 """
 
 from __future__ import annotations

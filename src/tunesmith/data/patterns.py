@@ -1,12 +1,12 @@
-"""Chats of questions and answers labelled from a plan, for the price of one rendering and one encoding.
+"""Label chats of questions and answers from a plan: one rendering and one encoding a row.
 
-A template that drops earlier thoughts wants a rendering of its own for each reply, so a long chat would cost the square
-of its length. But such chats are all alike: [system] question answer question answer ... For chats of a few turns, made
-of stand-ins, labels are proven as for any other (render.py), and what the template writes around the stand-ins becomes
-a plan. The plan of a longer chat repeats its middle. Each control token and each stretch between two of them is an
-item of the plan; a stretch is encoded once, however many samples it stands in.
+A template that drops earlier thoughts needs a rendering for each reply, so a long chat would cost the square of its
+length. But such chats are alike: [system] question answer question answer ... For chats of a few turns, made of
+stand-ins, labels are proven as for any other (render.py), and the text that the template writes around the stand-ins
+becomes a plan. The plan of a longer chat repeats its middle. Each control token and each stretch between two of them is
+an item of the plan; a stretch is encoded once, however many samples contain it.
 
-That a plan holds for a row has three grounds. The template was watched while it rendered the stand-ins and the prompts
+Three checks show that a plan holds for a row. The template was watched while it rendered the stand-ins and the prompts
 of their replies, and looked into none of their texts except for what this row's texts do not contain (neutral.py). The
 finished chat of the row is rendered by the template itself, and must be the plan's own text. And plans of a few lengths
 are filled with sample texts and compared with labelling without a plan, before any is used; if anything differs, none
@@ -47,7 +47,7 @@ _SAMPLES = (
     "Ünï?",
 )
 
-Text = str | int  # of a stretch: letters of the template, or the number of a message whose content stands there
+Text = str | int  # of a stretch: text of the template, or the number of the message whose content goes there
 Item = int | tuple[Text, ...]  # a control token, or a stretch of text between two
 
 

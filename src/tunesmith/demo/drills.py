@@ -1,7 +1,7 @@
-"""Rows that teach a small base what books of this size cannot: copying, lists, tables, numbers; made by the seed.
+"""Make rows that teach a small base model skills which books cannot: copying, lists, numbers.
 
-A drill is a beginning and its one right end, and only the end is trained: what is drawn at random cannot be predicted,
-and learning from it is noise. Half of them are made of the books' own words, so that the skill is not bound to a list.
+A drill is a beginning and its one right end, and only the end is trained: random text cannot be predicted, and learning
+from it is noise. Half of them use words of the books, so that the skill does not depend on a word list.
 """
 
 from __future__ import annotations

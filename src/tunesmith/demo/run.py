@@ -1,4 +1,4 @@
-"""`tunesmith demo`: fine-tune the base model in the package on small checkable tasks, then ask what was held out.
+"""`tunesmith demo`: fine-tune the packaged base model on small tasks with checkable answers.
 
 Everything that it prints is measured in the run at hand.
 """

@@ -1,4 +1,4 @@
-"""Small tasks in English and Chinese whose answers can be checked; made by the seed, never written by a model.
+"""Draw small tasks in English and Chinese with checkable answers, from a seed.
 
 Each draw is a question with its one right answer, and a plain-text cue for the same answer: text for pre-training that
 teaches the skill (copying, lists, tables, numbers) without the form of a chat.

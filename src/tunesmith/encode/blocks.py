@@ -1,4 +1,4 @@
-"""Blocks that people write into an assistant's text, <think> and <tool_call>, -> the fields that templates know."""
+"""Read <think> and <tool_call> blocks in an assistant's text into the message's fields."""
 
 from __future__ import annotations
 

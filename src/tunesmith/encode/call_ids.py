@@ -1,4 +1,4 @@
-"""Ids for tool calls that have none, for templates that ask for them (Mistral's want nine letters and digits)."""
+"""Add ids to tool calls without one, for templates that require them (Mistral, nine characters)."""
 
 from __future__ import annotations
 

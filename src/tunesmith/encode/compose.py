@@ -1,8 +1,8 @@
-"""A reply for a template whose finished turn does not begin with its own generation prompt.
+"""Build a reply for a template whose finished turn does not begin with its generation prompt.
 
-Nothing is made up: the body is what the template writes for this turn, from the place where its generation prompt
-leaves off. Only where the prompt opens the thinking and the template writes no thoughts (DeepSeek-R1, QwQ and their
-distills) are they closed as these models close them.
+The body is what the template itself writes for this turn, from the point where its generation prompt ends. The only
+text added is the end of the thinking, where the prompt opens it and the template writes no thoughts (DeepSeek-R1, QwQ
+and their distilled models): it is closed as these models close it.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def compose_reply(
 
 
 def _find_end(text: str, own: Sequence[Place], message: Message, stop: str) -> int:
-    """Where the stop token stands behind a turn; where the template writes none, the end of what is said."""
+    """Index of the stop token after a turn; the end of the turn's text where the template writes no stop token."""
     if not own:
         return -1
     end = own[-1].end

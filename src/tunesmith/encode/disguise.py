@@ -1,8 +1,8 @@
-"""Spellings of added tokens that only the tokenizer itself recognises.
+"""Find spellings of added tokens that only the tokenizer itself recognizes.
 
-A normaliser rewrites a text before tokens with `normalized=True` are looked for, and before the model's own
-vocabulary is, which may hold the same token: under NFKC or a lowercasing normaliser, `<TAS\\u212a>` (KELVIN SIGN) and
-`<ta\\xadsk>` can become `<TASK>`. Which texts do cannot be listed, so the tokenizer is asked.
+A normalizer rewrites a text before added tokens with `normalized=True` are matched, and before the model's vocabulary
+is applied, which may contain the same token: under NFKC or a lowercasing normalizer, `<TAS\\u212a>` (KELVIN SIGN) and
+`<ta\\xadsk>` can become `<TASK>`. The set of such texts cannot be listed, so the tokenizer is run on each text.
 """
 
 from __future__ import annotations

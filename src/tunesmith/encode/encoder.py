@@ -1,4 +1,4 @@
-"""The one place where text becomes token ids, for training, preview, chat and (later) serving."""
+"""Turn text into token ids, in one place for training, preview, chat and serving."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _STAND_INS = ("Hello, world.", "你好 🙂 שלום", "  x = 1\n\n", "12 e\u030
 
 
 class Encoding:
-    """Token ids of a text, and for each the characters [start, end) that it stands for.
+    """Token ids of a text, and the characters [start, end) of each.
 
     Byte-level pieces of one character share that character's span. `is_exact` is False where text that spells a
     control token could not be shown to encode as it would in the whole; nothing may be trained on it then.
@@ -75,7 +75,7 @@ class Encoder:
         control_text: data.control_text; with "allow", spellings of control tokens become these tokens.
 
     Raises:
-        ModelError: no offsets, no EOS where one is needed, or a template whose replies end in nothing that
+        ModelError: no offsets, no EOS where one is needed, or a template whose replies end without a token that
             generation could stop at.
     """
 
@@ -100,7 +100,7 @@ class Encoder:
         self.added_ids = frozenset(self._added_texts)
         self.shield = Shield(backend)
         self._borders = self.added_ids - {self.shield.unknown_id}  # text may be unknown, marks too
-        self._tails: dict[str, list[int]] = {}  # what stands between the last control token and a reply: a few texts
+        self._tails: dict[str, list[int]] = {}  # texts from the last control token to a reply: few differ
         self.bos_ids = bos_ids(tokenizer)
         self.eos_id: int | None = tokenizer.eos_token_id
         self.bos_id: int | None = tokenizer.bos_token_id
@@ -131,7 +131,7 @@ class Encoder:
         return self._encode_marked(text, encoding) if MARK in text else Encoding(encoding.ids, source=encoding)
 
     def encode_tail(self, text: str) -> list[int]:
-        """Ids of a short text that stands between a control token and a reply: one of very few."""
+        """Ids of a short text between a control token and a reply; cached, since few differ."""
         ids = self._tails.get(text) or list(self.encode_texts([text])[0].ids)
         if len(text) <= _SHORT_TAIL:
             self._tails[text] = ids
@@ -149,7 +149,7 @@ class Encoder:
         return without_added_tokens(self._backend)
 
     def _encode_marked(self, text: str, with_marks: Any) -> Encoding:
-        """Control tokens where the template wrote them; what stands between, mark by mark removed, as plain text.
+        """Control tokens where the template wrote them; the text between them, without marks, as plain text.
 
         That a stretch encodes alone as it does between control tokens is seen on the marked text itself.
         """

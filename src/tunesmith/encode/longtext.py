@@ -1,7 +1,7 @@
-"""Long texts encoded in pieces, so that memory stays a small multiple of the text.
+"""Encode long texts in pieces, so that memory stays a small multiple of the text.
 
-A tokenizer's result holds some 300 bytes a token, of which training needs 12. So a long text is cut where cutting
-changes nothing: around each cut, what stands on both sides is encoded together and apart, and must come out alike.
+A tokenizer's result takes about 300 bytes a token, of which training needs 12. A long text is cut only where a cut
+changes nothing: the text around each cut is encoded whole and in two parts, and the ids must be equal.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Conversations in the form that is rendered, for training and for prompts alike."""
+"""Prepare conversations for rendering: blocks, call ids and control text, for rows and prompts."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""A chat as the texts that are trained, each with its replies: where they begin, where they end, what of them counts.
+"""Render a chat as the texts to train on, and find each reply in them.
 
-A reply begins behind its prompt: the turns before it, rendered with the generation prompt, which is what the model will
-be given. It ends with the stop token behind the last thing that the turn says. What the turn says is known from a trace
-(trace.py), so nothing is found by looking for its words.
+A reply begins after its prompt: the turns before it, rendered with the generation prompt, which is what the model is
+given. It ends with the stop token after the last part of the turn. The parts of a turn are known from a trace
+(trace.py), so nothing is found by searching for its words.
 
-One rendering of the finished chat serves all replies where it holds each behind its very prompt and as it stands when
-it is answered (`as_rendered`). Where the template writes earlier turns differently once others follow, each reply gets
-a rendering of its own (`unrolled`). Where the finished turn does not begin with its own generation prompt, prompt and
-reply are put together (`composed`, compose.py).
+One rendering of the finished chat serves all replies if it contains each of them after its exact prompt and unchanged
+(`as_rendered`). Where the template writes earlier turns differently once others follow, each reply gets its own
+rendering (`unrolled`). Where the finished turn does not begin with its generation prompt, prompt and reply are joined
+(`composed`, compose.py).
 """
 
 from __future__ import annotations
@@ -323,7 +323,7 @@ def _refuse_lost_reply(
 
 
 def _refuse_lost_context(chat: _Chat, trace: Trace, asked: Sequence[tuple[int, int]]) -> None:
-    """What stands before a reply in the row must stand before it in the text.
+    """Refuse a row with parts before a reply that are missing before it in the text.
 
     Thoughts of earlier replies are excepted: most templates drop them, and the model never sees them again.
 

@@ -1,9 +1,9 @@
-"""Text stays text: what a person typed never becomes a control token.
+"""Mark control tokens spelled in messages, so that text never becomes a control token.
 
-A tokenizer finds its added tokens wherever their letters stand, also in the middle of a message. So before a chat is
-rendered, every such spelling in a message gets a mark inside it, which no token matches; the template then writes its
-own control tokens around marked text, and the encoder takes the marks out again after it has found the real ones.
-What only becomes a token after normalisation is in disguise.py.
+A tokenizer matches its added tokens anywhere in a text, also in the middle of a message. Before a chat is rendered,
+every such spelling in a message gets a mark inside it, which no token matches. The template writes its own control
+tokens around the marked text, and the encoder removes the marks after it has found the real tokens. Spellings that
+become a token only after normalization are handled in disguise.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Shield:
 
     Attributes:
         ids: the tokens that no text may become.
-        unknown_id: the token that stands for text the vocabulary cannot write, if there is one.
+        unknown_id: the token that represents text the vocabulary cannot write, if there is one.
     """
 
     def __init__(self, backend: Any) -> None:

@@ -1,4 +1,4 @@
-"""The tokens that end a reply, as a template writes them: in words, and in a tool call."""
+"""Find the tokens that end a reply as a template writes them, for words and for tool calls."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def find_stops(encoder: Encoder, renderer: Renderer | None) -> tuple[StopToken, 
     """What ends words, and what ends a tool call.
 
     Raises:
-        ModelError: no EOS where one is needed, or a template whose replies end in nothing that generation could stop
-            at.
+        ModelError: no EOS where one is needed, or a template whose replies end without a token that generation could
+            stop at.
     """
     if renderer is None:
         eos = _eos_of(encoder)
@@ -65,7 +65,7 @@ def _eos_of(encoder: Encoder) -> StopToken:
 
 
 def _find_stop(encoder: Encoder, renderer: Renderer) -> int:
-    """The last added token behind a reply that also stands there when the user speaks next; EOS where none does.
+    """The last added token after a reply that is also there when the user speaks next; EOS where there is none.
 
     Some templates write more at the very end of a chat (EOS behind <|im_end|>), some less (Apertus closes a turn
     when the next one begins).

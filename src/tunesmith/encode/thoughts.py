@@ -1,4 +1,4 @@
-"""What of a reply is context: its thoughts with data.train_reasoning false, and what the row itself leaves out."""
+"""Find the parts of a reply that are context: untrained thoughts, and what the row leaves out."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def find_context(
     """
     spans = list(_spans_of_content(message, own, turn))
     if spans and spans[0][0] == own[0].start:
-        spans[0] = (start, spans[0][1])  # what stands in front of a prefill is given to the model with it
+        spans[0] = (start, spans[0][1])  # text before a prefill is part of the prompt as well
     if not train_reasoning and (said_from := _said_from(message, own, text, start, habits, turn)) > start:
         spans.append((start, said_from))
     return _merge(spans)

@@ -1,6 +1,7 @@
-"""Text that a vocabulary cannot write: which token stands for it, or whether it is dropped without one.
+"""Find out how a tokenizer treats text that its vocabulary cannot write.
 
-A tokenizer's `unk_token` does not tell: GPT-2 and Qwen name <|endoftext|> there and write every text in bytes.
+Either a token represents such text, or it is dropped without a token. A tokenizer's `unk_token` does not tell: GPT-2
+and Qwen name <|endoftext|> there and write every text in bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _SELDOM_WRITTEN = "\u13a0\ua4f8\U00010330\U0001f9ff"  # Cherokee, Lisu, Gothic, 
 
 
 def unknown_id(backend: Any) -> int | None:
-    """Id of the token that stands for text the vocabulary cannot write; None where every text can be written.
+    """Id of the token for text that the vocabulary cannot write; None where every text can be written.
 
     Args:
         backend: a `tokenizers.Tokenizer` that does not truncate.

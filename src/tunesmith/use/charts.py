@@ -1,4 +1,4 @@
-"""Line charts as SVG text: no script, no network, readable in light and dark."""
+"""Draw line charts as SVG without scripts, readable on light and dark pages."""
 
 from __future__ import annotations
 

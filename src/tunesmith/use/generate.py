@@ -111,7 +111,7 @@ def load_speaker(
     """
     if section.path.startswith("new:"):
         raise ModelError(
-            f"{section.path}: has random weights, so nothing to say. Chat needs trained ones: a run, a model folder or "
+            f"{section.path}: has random weights. Chat needs a trained model: a run, a model folder or "
             f"a hub id. To make some: tunesmith train --model {section.path} --tokenizer T --data D --output RUN",
             code="random-weights",
         )
@@ -152,7 +152,7 @@ def open_all(
         source = find_model(path)
         if source.adapter is None:
             raise ModelError(
-                f"{path}: is no adapter, so it cannot be switched to beside others.", code="not-an-adapter"
+                f"{path}: is not an adapter. Give PEFT folders or runs that trained an adapter.", code="not-an-adapter"
             )
         if source.name != first.name:
             raise ModelError(
@@ -175,7 +175,7 @@ _ON_CHANGED = "To talk to the adapter on this one all the same: --allow-changed-
 
 
 def _trained_data_section(path: Path) -> dict[str, Any]:
-    """data: of a run's own config; empty for a model that is no run."""
+    """data: of a run's own config; empty for a model outside of a run."""
     path = path.resolve()
     for folder in (path, *path.parents[:2]):  # RUN, RUN/model, RUN/checkpoints/step-N
         run = RunFolder(folder)

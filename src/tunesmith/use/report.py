@@ -1,4 +1,4 @@
-"""RUN/report.html: one self-contained page of what a run did, finished or not."""
+"""Write RUN/report.html: one self-contained page about a run, finished or not."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ also be whole sections. Nothing is printed and nothing global stays changed; mes
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import logging
 import os
@@ -17,9 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tunesmith.config.choices import RESUME_PARTS
 from tunesmith.config.runfile import flatten_sections, read_yaml, resolve_config
 from tunesmith.config.schema import ModelSection, PreviewConfig, RunConfig
-from tunesmith.errors import ConfigError
+from tunesmith.errors import ConfigError, TunesmithError, UsageError
 from tunesmith.reading import read_text
 from tunesmith.runfolder import RunFolder, read_metrics
 from tunesmith.sources.memory import is_rows, sources_of, write_rows
@@ -38,6 +40,8 @@ class LoggedReporter:
     """Shows a run to a Python caller: records to `on_log`, the rest to the logger."""
 
     def __init__(self, on_log: OnLog | None) -> None:
+        if on_log is not None and not callable(on_log):
+            raise TypeError(f"on_log: {on_log!r} cannot be called")
         self._on_log = on_log
 
     def summary(self, lines: list[tuple[str, str]]) -> None:
@@ -54,7 +58,11 @@ class LoggedReporter:
         if remark:
             logger.warning("step %s: %s", record["step"], remark)
         if self._on_log is not None:
+            from tunesmith.training.randomness import restore_random_states, take_random_states
+
+            states = take_random_states()  # random numbers that the caller draws must not change the run
             self._on_log(record)
+            restore_random_states(*states)
 
     def end(self) -> None:
         pass
@@ -68,8 +76,12 @@ class Run:
     """
 
     def __init__(self, path: Name) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser().absolute()  # the same folder after os.chdir
         self._folder = RunFolder(self.path)
+        if not self._folder.is_run:
+            raise TunesmithError(
+                f"{path}: is not a run. Give the folder that train was given as output.", code="not-a-run"
+            )
 
     def __fspath__(self) -> str:
         return os.fspath(self.path)
@@ -161,8 +173,9 @@ def train(
     if output is not None:
         _section(tree, "train")["output_dir"] = os.fspath(output)
     config = resolve_config(RunConfig, _path(run_file), {}, arguments=tree)
-    with reported(Path(config.train.output_dir)):
-        run_training(config, LoggedReporter(on_log), rows)
+    reporter = LoggedReporter(on_log)
+    with embedded(), reported(Path(config.train.output_dir)):
+        run_training(config, reporter, rows)
     return Run(config.train.output_dir)
 
 
@@ -189,11 +202,20 @@ def resume(
     from tunesmith.run.resume import run_resume
     from tunesmith.use.report import reported
 
-    changes = flatten_sections(sections)
+    tree, rows = _read_arguments(sections.pop("model", None), sections.pop("data", None), None, None, sections)
+    if rows:
+        raise UsageError("data: a run keeps its own rows; to train on others, start a new run.", code="rows-on-resume")
+    changes = flatten_sections(tree)
     if max_steps is not None:
+        if changes.get("train.max_steps", max_steps) != max_steps:
+            raise UsageError("max_steps: train has another max_steps; give one of the two.", code="two-max-steps")
         changes["train.max_steps"] = max_steps
-    with reported(Path(run)):
-        run_resume(os.fspath(run), changes, allow, reporter=LoggedReporter(on_log))
+    wrong = [allow] if isinstance(allow, str) else [part for part in allow if part not in RESUME_PARTS]
+    if wrong:
+        raise UsageError(f"allow: {wrong[0]!r}; give a list of {', '.join(RESUME_PARTS)}.", code="unknown-part")
+    reporter = LoggedReporter(on_log)
+    with embedded(), reported(Path(run)):
+        run_resume(os.fspath(run), changes, allow, reporter=reporter)
     return Run(run)
 
 
@@ -214,7 +236,9 @@ def preview(
     """
     from tunesmith.use.preview import preview_rows
 
-    with _preview_config(run_file, model, data, tokenizer, None, sections) as (config, sources):
+    if not isinstance(rows, int) or rows < 1:
+        raise UsageError(f"rows: {rows!r} is not a whole number of 1 or more.", code="rows-value")
+    with _preview_config(run_file, model, data, tokenizer, None, sections, rows) as (config, sources):
         return preview_rows(config, rows, sources)
 
 
@@ -264,10 +288,14 @@ def merge(
     """
     from tunesmith.use.merge import run_merge
 
+    if not adapters:
+        raise UsageError("merge: no adapter is given.", code="no-adapter")
     names = [os.fspath(adapter) for adapter in adapters]
     given = os.fspath(base) if base is not None else None
-    run_merge(names, os.fspath(output), method, weights, density, seed, given, allow_changed_base, trust_remote_code)
-    return Path(output)
+    shares = None if weights is None else [float(weight) for weight in weights]
+    with embedded():
+        run_merge(names, os.fspath(output), method, shares, density, seed, given, allow_changed_base, trust_remote_code)
+    return Path(output).expanduser().absolute()
 
 
 def load(
@@ -286,9 +314,13 @@ def load(
     """
     from tunesmith.use.generate import load_speaker
 
-    section = ModelSection(path=os.fspath(model), trust_remote_code=trust_remote_code)
+    name = os.fspath(model)
+    if not name.strip():
+        raise UsageError("model: is empty; give a folder or a hub id.", code="empty-name")
+    section = ModelSection(path=name, trust_remote_code=trust_remote_code)
     template = os.fspath(chat_template) if chat_template is not None else None
-    return Model(load_speaker(section, template, [os.fspath(name) for name in adapters], allow_changed_base))
+    with embedded():
+        return Model(load_speaker(section, template, [os.fspath(name) for name in adapters], allow_changed_base))
 
 
 def _read_arguments(
@@ -308,6 +340,7 @@ def _read_arguments(
         _section(tree, "data")["train"] = data
     if eval_data is not None:
         _section(tree, "data")["eval"] = eval_data
+    tree = _texts(tree)
     rows: Rows = {}
     below = tree["data"] if isinstance(tree.get("data"), dict) else {}
     for key in ("train", "eval"):
@@ -326,9 +359,18 @@ def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
     return below
 
 
+def _texts(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections with every path as text; rows stay as they are."""
+    changed: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            changed[name] = _texts(value)
+        else:
+            changed[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
+    return changed
+
+
 def _names(given: Any) -> Any:
-    if isinstance(given, os.PathLike):
-        return [os.fspath(given)]
     if isinstance(given, (list, tuple)):
         return [os.fspath(name) if isinstance(name, os.PathLike) else name for name in given]
     return given
@@ -340,15 +382,53 @@ def _path(name: Name | None) -> Path | None:
 
 @contextmanager
 def _preview_config(
-    run_file: Name | None, model: Any, data: Any, tokenizer: Any, eval_data: Any, sections: Mapping[str, Any]
+    run_file: Name | None,
+    model: Any,
+    data: Any,
+    tokenizer: Any,
+    eval_data: Any,
+    sections: Mapping[str, Any],
+    limit: int | None = None,
 ) -> Iterator[tuple[PreviewConfig, dict[str, Sources]]]:
     """The config, and the sources of rows given in Python, which are kept in a file until the block ends."""
     tree, rows = _read_arguments(model, data, tokenizer, eval_data, sections)
     config = resolve_config(PreviewConfig, _path(run_file), {}, arguments=tree)
-    with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
+    limit = limit or config.data.limit
+    with embedded(), tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
         sources = {}
         for key, given in rows.items():
             name = "data" if key == "train" else "eval_data"
+            if limit and key == "train" and isinstance(given, Iterator):  # which may be long, or endless
+                given = itertools.islice(given, limit)
             write_rows(name, given, Path(folder) / f"{key}.jsonl")
             sources[key] = sources_of(Path(folder) / f"{key}.jsonl", name)
         yield config, sources
+
+
+@contextmanager
+def embedded() -> Iterator[None]:
+    """Libraries print nothing, and the process is as it was afterwards: random states, threads, progress bars."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    from tunesmith.training.randomness import unchanged_process
+
+    others = {name: logging.getLogger(name) for name in ("bitsandbytes", "huggingface_hub")}
+    levels = {name: other.level for name, other in others.items()}
+    verbosity, has_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    has_data_bars = not datasets.utils.are_progress_bars_disabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for other in others.values():
+        other.setLevel(logging.ERROR)
+    try:
+        with unchanged_process():
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if has_bars:
+            transformers_logging.enable_progress_bar()
+        if has_data_bars:
+            datasets.enable_progress_bars()
+        for name, other in others.items():
+            other.setLevel(levels[name])

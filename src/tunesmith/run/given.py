@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from tunesmith.config.schema import RunConfig
 from tunesmith.data.dataset import DataSources
+from tunesmith.run.records import Fingerprint
 from tunesmith.run.session import Session
 from tunesmith.runfolder import RunFolder
 from tunesmith.sources.memory import sources_of, write_rows
@@ -33,6 +36,28 @@ def keep_rows(session: Session, rows: Rows, staging: RunFolder) -> Session:
     staging.rows.mkdir()
     for part, given in rows.items():
         file = staging.rows / f"{part}.jsonl"
+        limit = session.config.data.limit if part == "train" else None
+        given = islice(given, limit) if limit and isinstance(given, Iterator) else given
         write_rows(_ARGUMENTS[part], given, file)
         sources[part] = sources_of(file, str(session.folder.rows / file.name))
     return replace(session, sources=DataSources(**sources))
+
+
+def own_names(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """The config of a run that may have been moved: rows that were given in Python are in its own folder."""
+    names = {part: [_own(name, folder) for name in getattr(config.data, part) or []] or None for part in _ARGUMENTS}
+    return config.model_copy(update={"data": config.data.model_copy(update=names)})
+
+
+def own_files(fingerprint: Fingerprint, folder: RunFolder) -> Fingerprint:
+    """The same for the files that the run began with."""
+    data = {
+        part: [entry | {"path": _own(entry["path"], folder)} if "path" in entry else entry for entry in entries]
+        for part, entries in fingerprint.data.items()
+    }
+    return fingerprint.model_copy(update={"data": data})
+
+
+def _own(name: str, folder: RunFolder) -> str:
+    own = folder.rows / Path(name).name
+    return str(own) if Path(name).parent.name == own.parent.name and own.is_file() else name

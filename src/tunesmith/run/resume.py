@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tunesmith.run.assemble import assemble
 from tunesmith.run.console import ConsoleReporter, Reporter
 from tunesmith.run.failures import explained_failures
 from tunesmith.run.finish import finish_run
+from tunesmith.run.given import own_files, own_names
 from tunesmith.run.position import check_steps, describe_position, find_position, keep_threads
 from tunesmith.run.records import RunRecord, read_record
 from tunesmith.run.session import open_session, require_packages
@@ -50,12 +52,13 @@ def run_resume(
     """
     folder, reporter = find_run(name), reporter or ConsoleReporter()
     record = RunRecord.from_json(read_record(folder.record), folder.record)
-    config = absolute_names(read_config(name, folder, flags, unknown), record.cwd)
+    config = own_names(absolute_names(read_config(name, folder, flags, unknown), record.cwd), folder)
     require_packages(config)
     allow = Allowed(as_typed(name, flags), allowed)
     with locked(folder.path), StopRequest() as stop:
         remove_leftovers(folder)
         position = find_position(folder, name, record, reporter)
+        position = replace(position, fingerprint=own_files(position.fingerprint, folder))
         if position.is_finished and "train.max_steps" not in flags and "train.epochs" not in flags:
             reporter.note(
                 f"{name} is finished ({position.progress.step:,} steps); nothing to do. "

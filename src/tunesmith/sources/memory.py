@@ -20,9 +20,14 @@ def is_rows(data: Any) -> bool:
     """Whether a data argument holds rows: a `datasets` data set, or an iterable that begins with no name of a file.
 
     An iterator is not looked into: its rows would be gone.
+
+    Raises:
+        DataError: it is a pandas DataFrame, whose items are the names of its columns.
     """
-    if isinstance(data, (str, os.PathLike, Mapping)) or data is None:
+    if isinstance(data, (str, bytes, os.PathLike, Mapping)) or data is None:
         return False
+    if hasattr(data, "to_dict") and hasattr(data, "columns"):
+        raise DataError("data: is a DataFrame. Give its rows: data.to_dict('records').", code="data-frame")
     if isinstance(data, (list, tuple)):
         return not (data and all(isinstance(item, (str, os.PathLike)) for item in data))
     return isinstance(data, Iterable)
@@ -61,7 +66,10 @@ def _iterate(name: str, rows: Iterable[Any]) -> Iterator[Any]:
 def _to_line(where: str, row: Any) -> str:
     if not isinstance(row, (Mapping, list, tuple)):
         raise DataError(f"{where}: is a {type(row).__name__}, not a dict. Give each row as a dict.", code="row-no-dict")
-    line = json.dumps(_plain(where, row), ensure_ascii=False)
+    try:
+        line = json.dumps(_plain(where, row), ensure_ascii=False)
+    except ValueError as error:  # an integer of many thousand digits
+        raise DataError(f"{where}: {error}.", code="row-not-json") from None
     try:
         line.encode()
     except UnicodeEncodeError:  # half a character, which only an escape can hold
@@ -71,7 +79,11 @@ def _to_line(where: str, row: Any) -> str:
 
 def _plain(where: str, value: Any, depth: int = 0) -> Any:
     """The value as JSON has it; NaN, which pandas writes for a missing value, becomes null."""
-    if value is None or isinstance(value, (bool, int, str)):
+    if type(value).__module__.split(".")[0] == "numpy":  # what pandas puts into records
+        value = value.tolist()
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return None
+    if isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float) and not math.isinf(value):
         return None if math.isnan(value) else value
@@ -79,9 +91,13 @@ def _plain(where: str, value: Any, depth: int = 0) -> Any:
         return {key: _plain(where, below, depth + 1) for key, below in value.items()}
     if depth < _MAX_DEPTH and isinstance(value, (list, tuple)):
         return [_plain(where, below, depth + 1) for below in value]
-    what = "nested too deep" if depth >= _MAX_DEPTH else f"a {type(value).__name__}"
-    if isinstance(value, Mapping):
-        what = "a dict with a key that is no text" if depth < _MAX_DEPTH else what
+    what = f"a value of type {type(value).__name__}"
+    if isinstance(value, float):
+        what = "an infinite number"
+    elif depth >= _MAX_DEPTH:
+        what = "values nested too deep"
+    elif isinstance(value, Mapping):
+        what = "a dict with a key that is not text"
     raise DataError(
         f"{where}: holds {what}, which JSON does not have. Use str, int, float, bool, None, list and dict.",
         code="row-not-json",

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"  # set by train.deterministic
+
 
 def seed_all(seed: int) -> None:
     random.seed(seed)
@@ -51,13 +53,12 @@ def unchanged_process() -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark = torch.backends.cudnn.benchmark
-    environment = dict(os.environ)
+    variable = os.environ.get(CUBLAS_VARIABLE)
     try:
         yield
     finally:
-        for name in set(os.environ) - set(environment):
-            del os.environ[name]
-        os.environ.update(environment)
+        if variable is None:
+            os.environ.pop(CUBLAS_VARIABLE, None)
         torch.backends.cudnn.benchmark = benchmark
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         if torch.get_num_threads() != threads:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation import logits_process as process
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, UsageError
 from tunesmith.model.source import telling_text
 
 
@@ -30,6 +31,26 @@ class Sampling:
     max_new_tokens: int = 512
     temperature: float | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises:
+        UsageError: a value that cannot be meant.
+        """
+        for name, value, is_right in (
+            ("max_new_tokens", self.max_new_tokens, _is_count(self.max_new_tokens) and self.max_new_tokens > 0),
+            ("temperature", self.temperature, self.temperature is None or _is_size(self.temperature)),
+            ("seed", self.seed, _is_count(self.seed) and self.seed < 2**63),
+        ):
+            if not is_right:
+                raise UsageError(f"{name}: {value!r} is not possible; see tunesmith.load.", code="sampling-value")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 @dataclass(frozen=True, slots=True)

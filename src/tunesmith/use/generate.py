@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import sys
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,6 +25,8 @@ from tunesmith.model.source import ModelSource, find_model, telling_text
 from tunesmith.model.tokenizer import build_encoder, load_tokenizer
 from tunesmith.runfolder import RunFolder
 from tunesmith.use.batch import Prompt, Sampling, Token, generate_tokens
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +161,7 @@ def open_all(
                 f"{path}: its base is {source.name}, not {first.name} as that of {paths[0]}.", code="bases-differ"
             )
         if remark := require_own_base(source, allow_changed_base, _ON_CHANGED):
-            print(f"note: {remark}", file=sys.stderr)
+            logger.warning("note: %s", remark)
         folder = source.adapter.resolve()
         name = folder.parent.name if folder.name == "adapter" else folder.name
         name = name if name not in (*names, "base") else f"{name}-{len(names) + 1}"

@@ -44,6 +44,8 @@ class Model:
 
     def batch(self, conversations: Sequence[Question], *, tools: Any = (), **sampling: Any) -> list[str]:
         """A reply to each conversation, computed together; each is what `reply` returns for it alone."""
+        if isinstance(conversations, (str, Mapping)):
+            raise ModelError("batch: takes a list of conversations; reply answers one.", code="messages-unreadable")
         prompts = [self._prompt(messages, tools) for messages in conversations]
         return [reply.text for reply in reply_to(self.speaker, prompts, Sampling(**sampling))]
 
@@ -61,6 +63,8 @@ class Model:
 
     def _prompt(self, messages: Question, tools: Any) -> list[int]:
         try:
+            if isinstance(messages, Mapping) or not all(isinstance(turn, (str, Mapping)) for turn in messages):
+                raise TypeError("they must be a text or a list of dicts with role and content")
             given = messages if isinstance(messages, str) else [dict(turn) for turn in messages]
             turns, schemas = read_question(given, list(tools) if isinstance(tools, tuple) else tools)
         except (RowRefused, TypeError, ValueError) as refusal:

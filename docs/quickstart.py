@@ -21,7 +21,7 @@ CELLS = [
     """# tunesmith in ten cells
 
 Fine-tune a small model on chats given in Python, talk to it, train it longer, and do the same with a LoRA adapter.
-It takes about a minute on a laptop's CPU and needs no network: the base model (1 million parameters) is part of the
+It takes about a minute on a laptop's CPU and needs no network: the base model (2.8 million parameters) is part of the
 package. Use a hub id such as `Qwen/Qwen2.5-0.5B` in its place for real work.""",
     """
 from importlib import resources

@@ -224,3 +224,58 @@ def test_data_given_twice_is_refused(model_folder: Path, chats: Path, tmp_path: 
         train(model_folder, [chats, ROWS[0]], tmp_path / "run")  # names and rows mixed
     assert error.value.code == "row-no-dict"
     assert file.is_file()
+
+
+def test_a_moved_run_has_its_rows_in_its_own_folder(model_folder: Path, tmp_path: Path) -> None:
+    train(model_folder, ROWS, tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    train(model_folder, ROWS[:20], tmp_path / "run")  # other rows where the first ones were
+    assert tunesmith.resume(tmp_path / "moved", max_steps=6).metrics[-1]["step"] == 6
+    rows = tmp_path / "moved" / "rows" / "train.jsonl"
+    rows.write_text(rows.read_text(encoding="utf-8").replace("answer 3?", "answer 4?"), encoding="utf-8")
+    with pytest.raises(tunesmith.TunesmithError, match="changed"):
+        tunesmith.resume(tmp_path / "moved", max_steps=8)
+
+
+def test_paths_and_values_of_every_kind(model_folder: Path, chats: Path, tmp_path: Path) -> None:
+    import numpy as np
+
+    sections: dict[str, Any] = {"model": {"path": model_folder}, "data": {"train": chats}, "train": SMALL}
+    run = tunesmith.train(**sections, output=str(tmp_path / "run"))
+    os.chdir(os.getcwd())
+    assert run.path.is_absolute()
+    rows = [{"messages": np.array(ROWS[0]["messages"], dtype=object), "id": np.int64(3)}]
+    assert tunesmith.preview(model=model_folder, data=rows)[0].status == "used"
+
+    def endless() -> Any:
+        while True:
+            yield ROWS[0]
+
+    assert len(tunesmith.preview(model=model_folder, data=endless(), rows=2)) == 2
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda run: run.resume(allow="data"),
+        lambda run: run.resume(allow=["dta"]),
+        lambda run: run.resume(max_steps=9, train={"max_steps": 8}),
+        lambda run: run.resume(data=ROWS),
+        lambda run: tunesmith.preview(run.path / "config.yaml", rows=0),
+        lambda run: tunesmith.merge(output=run.path / "merged"),
+        lambda run: tunesmith.load(""),
+        lambda run: tunesmith.load(run).reply("Hi", temperature=-1),
+        lambda run: tunesmith.load(run).reply("Hi", max_new_tokens=2.5),
+        lambda run: tunesmith.load(run).batch("Hi"),
+        lambda run: tunesmith.load(run).reply({"role": "user", "content": "Hi"}),
+        lambda run: tunesmith.Run(run.path / "typo"),
+    ],
+)
+def test_wrong_arguments_are_told(
+    call: Any, model_folder: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "told"
+    run = tunesmith.Run(folder) if folder.is_dir() else train(model_folder, chats, folder)
+    with pytest.raises(tunesmith.TunesmithError) as error:
+        call(run)
+    assert error.value.code

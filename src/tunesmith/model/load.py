@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from tunesmith.config.schema import ModelSection
 from tunesmith.errors import ModelError
 from tunesmith.model.presets import build_preset_config, explain_overrides
 from tunesmith.model.source import ModelSource, explain_load_error, find_model
+
+_LOADING = threading.Lock()  # from_pretrained patches torch while it loads; two at once leave the patch behind
 
 
 def load_config(section: ModelSection, tokenizer: Any, source: ModelSource | None = None) -> PretrainedConfig:
@@ -84,16 +87,17 @@ def load_model(
     if folder is not None:
         weight_files(folder)  # a damaged index, which transformers would fail on without naming it
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.name,
-            config=copy.deepcopy(config),
-            dtype=dtype,
-            revision=source.revision or section.revision,
-            trust_remote_code=section.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below by name; transformers' own error names none
-            **({"quantization_config": quantization} if quantization is not None else {}),
-        )
+        with _LOADING:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.name,
+                config=copy.deepcopy(config),
+                dtype=dtype,
+                revision=source.revision or section.revision,
+                trust_remote_code=section.trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below by name; transformers' own error names none
+                **({"quantization_config": quantization} if quantization is not None else {}),
+            )
     except Exception as error:
         raise explain_load_error(section.path, "its weights", error) from None
     model: Any

@@ -17,7 +17,7 @@ import errors  # noqa: E402
 
 # packages whose every error has a code
 DONE = [
-    "adapters", "chat_template", "cli", "config", "encode", "files", "model", "rows", "run", "sources", "staging",
+    "adapters", "chat_template", "cli", "config", "data", "encode", "files", "model", "rows", "run", "sources", "staging",
     "training",
 ]  # fmt: skip
 CODE = re.compile(r"[a-z0-9]+(-[a-z0-9]+){1,4}")

@@ -105,7 +105,8 @@ def run_check(config: PreviewConfig, is_strict: bool, as_json: bool, html_path: 
         raise DataError(
             f"{count(check.num_errors, 'error')} and {count(warnings, 'warning')} in {count(check.ledger.rows, 'row')}"
             + ("" if check.num_errors else " (--strict: warnings count)")
-            + ". The rows are named above; tunesmith preview shows how a row is trained."
+            + ". The rows are named above; tunesmith preview shows how a row is trained.",
+            code="check-findings",
         )
 
 

@@ -27,10 +27,11 @@ def test_the_notebook_holds_the_cells(quickstart: Any) -> None:
 def test_the_cells_run(quickstart: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     outputs = quickstart.run_cells()
-    shown = {cell.strip(): out for cell, out in zip(quickstart.CELLS, outputs, strict=True)}
+    pairs = zip(quickstart.CELLS, outputs, strict=True)
+    shown = {cell: out for cell, out in pairs if not quickstart.is_text(cell)}
 
     def value(start: str) -> str:
-        (out,) = [out for cell, out in shown.items() if start in cell and not quickstart.is_text(cell) and out]
+        (out,) = [out for cell, out in shown.items() if start in cell and out]
         return "".join(out[-1]["data"]["text/plain"] if "data" in out[-1] else out[-1]["text"])
 
     assert value('model.reply("What colour is snow?"') == "'white'"

@@ -56,7 +56,8 @@ def _take_unknown_flags(argv: list[str], parser: argparse.ArgumentParser) -> tup
     is_skipping = False
     for word in argv:
         if word.startswith("--") and word != "--":
-            is_skipping = word in extras
+            # argparse takes a word with a space in it for a value
+            is_skipping = word in extras or " " in word.partition("=")[0]
             if is_skipping:
                 unknown.append(word.partition("=")[0].removeprefix("--"))
         if not is_skipping:

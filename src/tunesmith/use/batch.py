@@ -37,7 +37,7 @@ class Sampling:
         UsageError: a value that cannot be meant.
         """
         for name, value, is_right in (
-            ("max_new_tokens", self.max_new_tokens, _is_count(self.max_new_tokens) and self.max_new_tokens > 0),
+            ("max_new_tokens", self.max_new_tokens, _is_count(self.max_new_tokens)),
             ("temperature", self.temperature, self.temperature is None or _is_size(self.temperature)),
             ("seed", self.seed, _is_count(self.seed) and self.seed < 2**63),
         ):

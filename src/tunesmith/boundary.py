@@ -73,7 +73,8 @@ _READING = frozenset(
         "sources.csvfile", "sources.datafile", "sources.dataset_info", "sources.excel", "sources.folders",
         "sources.jsonfile", "sources.jsontext", "sources.read", "data.store", "adapters.adapter_config",
         "adapters.base", "adapters.open_adapter", "run.folder", "model.load", "model.reopen", "model.source",
-        "model.tokenizer", "training.checkpoint", "training.metrics", "use.combine", "use.generate", "use.merge", "use.proof",
+        "model.tokenizer", "training.checkpoint", "training.metrics", "use.combine", "use.generate", "use.merge",
+        "use.proof",
     )
 )  # fmt: skip
 # standard errors about what was read; tokenizers raises Exception itself

@@ -279,3 +279,12 @@ def test_wrong_arguments_are_told(
     with pytest.raises(tunesmith.TunesmithError) as error:
         call(run)
     assert error.value.code
+
+
+def test_resume_does_not_evaluate_on_what_is_trained(model_folder: Path, chats: Path, tmp_path: Path) -> None:
+    run = train(model_folder, chats, tmp_path / "run")
+    tokens = (run.path / "tokens" / "tokens.bin").read_bytes()
+    with pytest.raises(tunesmith.TunesmithError) as error:
+        run.resume(max_steps=6, data={"train": str(chats), "eval": str(chats)}, allow=["data"])
+    assert "data.eval" in str(error.value)
+    assert (run.path / "tokens" / "tokens.bin").read_bytes() == tokens

@@ -145,11 +145,12 @@ def compare_files(before: FileRecords, sources: DataSources | None) -> tuple[lis
                 continue
             if stat.st_size != entry["size"] or sha256_file(path) != entry["sha256"]:
                 refusals.append(f"data: {path} has changed since the run began")
-    given = [str(path.resolve()) for path in sources.files] if sources else []
-    had = [entry["path"] for part in ("train", "eval") for entry in before[part] if "path" in entry]
-    if given and set(given) != {path for path in had if Path(path).exists()}:
-        new = sorted(set(given) - set(had)) or sorted(set(had) - set(given))
-        refusals.append(f"data: other files are named than when the run began ({new[0]})")
+    parts = (("train", sources.train), ("eval", sources.eval)) if sources else ()
+    given = {(part, str(path.resolve())) for part, found in parts for path in found.files}
+    had = {(part, entry["path"]) for part in ("train", "eval") for entry in before[part] if "path" in entry}
+    if given and given != {(part, path) for part, path in had if Path(path).exists()}:
+        part, other = (sorted(given - had) or sorted(had - given))[0]
+        refusals.append(f"data: other files are named than when the run began (data.{part}: {other})")
     return refusals, notes
 
 

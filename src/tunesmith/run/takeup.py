@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from tunesmith.adapters.adapter import changes_base, load_adapter_weights
 from tunesmith.adapters.base import same_base
 from tunesmith.adapters.initial import restore_initial
-from tunesmith.data.dataset import Dataset, StoreHashes, find_data, find_store_damage, open_dataset, write_dataset
+from tunesmith.data.dataset import (
+    Dataset,
+    StoreHashes,
+    find_data,
+    find_store_damage,
+    open_dataset,
+    refuse_shared_files,
+    write_dataset,
+)
 from tunesmith.data.ledger import Ledger
 from tunesmith.data.replace import replace_dataset
 from tunesmith.errors import TunesmithError
@@ -90,6 +98,7 @@ def relabel(session: Session) -> Fingerprint:
     """
     config, folder = session.config, session.folder
     sources = session.sources or find_data(config.data)  # the second raises: it names what is gone
+    refuse_shared_files(sources)
     staging = RunFolder(folder.path / f".tokens.{uuid.uuid4().hex[:8]}.partial")
     staging.path.mkdir()
     try:

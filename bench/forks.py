@@ -34,11 +34,11 @@ from torch import _dynamo  # noqa: F401  # slow to import, and every optimizer d
 from tunesmith.cli import main
 from tunesmith.demo import run as _demo  # noqa: F401  # imported once here, not in every child
 from tunesmith.model import bpe as _bpe  # noqa: F401
+from tunesmith.report import replies as _replies
 from tunesmith.run import resume as _resume  # noqa: F401
 from tunesmith.use import chat as _chat  # noqa: F401
 from tunesmith.use import check as _check  # noqa: F401
 from tunesmith.use import merge as _merge  # noqa: F401
-from tunesmith.use import report as _report
 
 assert all((datasets, peft, transformers))
 CLOSED = "closed"
@@ -87,7 +87,7 @@ def run_forked(
         child = os.fork()
         if not child:
             if not full_replies:
-                _report.NUM_SAMPLES, _report._REPLY_TOKENS = 1, 3
+                _replies.NUM_SAMPLES, _replies._REPLY_TOKENS = 1, 3
             _be_child(
                 words, cwd, [stdin, stdout or str(kept[0]), stderr or str(kept[1])], writer, limit_gb, environment
             )

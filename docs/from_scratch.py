@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.cli import main as tunesmith
-from tunesmith.use.charts import Series, line_chart
+from tunesmith.report.charts import Series, line_chart
 
 DOCS = Path(__file__).resolve().parent
 QUESTIONS = [

@@ -24,9 +24,9 @@ from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import TunesmithError
 from tunesmith.model.bpe import train_tokenizer
 from tunesmith.model.tokenizer import build_encoder
-from tunesmith.use import report
+from tunesmith.report import replies
 
-NUM_SAMPLES, REPLY_TOKENS = report.NUM_SAMPLES, report._REPLY_TOKENS
+NUM_SAMPLES, REPLY_TOKENS = replies.NUM_SAMPLES, replies._REPLY_TOKENS
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 WORDS = (
@@ -47,16 +47,16 @@ def _one_thread_pool() -> None:
 def _short_replies() -> Iterator[None]:
     """One sample reply of a few tokens in each run's report: they take longer than the runs of most tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "NUM_SAMPLES", 1)
-        patch.setattr(report, "_REPLY_TOKENS", 3)
+        patch.setattr(replies, "NUM_SAMPLES", 1)
+        patch.setattr(replies, "_REPLY_TOKENS", 3)
         yield
 
 
 @pytest.fixture
 def full_replies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sample replies as users get them, for tests of the report."""
-    monkeypatch.setattr(report, "NUM_SAMPLES", NUM_SAMPLES)
-    monkeypatch.setattr(report, "_REPLY_TOKENS", REPLY_TOKENS)
+    monkeypatch.setattr(replies, "NUM_SAMPLES", NUM_SAMPLES)
+    monkeypatch.setattr(replies, "_REPLY_TOKENS", REPLY_TOKENS)
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from tunesmith.use.charts import Series, line_chart
-from tunesmith.use.report import SampleReply, show_run
+from tunesmith.report.charts import Series, line_chart
+from tunesmith.report.replies import SampleReply
+from tunesmith.report.write import show_run
 
 EVIL = "<script>alert('1')</script>&\"quoted\"\x1b[31m\u202e</pre></style>"
 SHOWN = "<script>alert('1')</script>&\"quoted\"\\x1b[31m\\u202e</pre></style>"

@@ -130,7 +130,7 @@ class Run:
 
     def report(self) -> Path:
         """Write RUN/report.html again, with sample replies of the finished model; returns its path."""
-        from tunesmith.use.report import write_report
+        from tunesmith.report.write import write_report
 
         return write_report(self.path)
 
@@ -166,8 +166,8 @@ def train(
         RunError: the run failed (non-finite loss, memory, disk); it names the last good checkpoint.
         InterruptedRun: Ctrl-C or SIGTERM; the run is saved.
     """
+    from tunesmith.report.write import reported
     from tunesmith.run.start import run_training
-    from tunesmith.use.report import reported
 
     tree, rows = _read_arguments(model, data, tokenizer, eval_data, sections)
     if output is not None:
@@ -199,8 +199,8 @@ def resume(
     Raises:
         TunesmithError: the run cannot be resumed, or something that changes its mathematics is not as it was.
     """
+    from tunesmith.report.write import reported
     from tunesmith.run.resume import run_resume
-    from tunesmith.use.report import reported
 
     tree, rows = _read_arguments(sections.pop("model", None), sections.pop("data", None), None, None, sections)
     if rows:

@@ -91,6 +91,7 @@ _STAGES = {
     "training": "the folder of the run",
     "run": "the folder of the run",
     "use": "the model or adapter",
+    "report": "the folder of the run",
 }
 
 

@@ -158,16 +158,16 @@ def run_command(argv: list[str]) -> None:
 
 
 def _train(config: Any) -> None:
+    from tunesmith.report.write import reported
     from tunesmith.run.start import run_training
-    from tunesmith.use.report import reported
 
     with reported(Path(config.train.output_dir)):
         run_training(config)
 
 
 def _resume(options: argparse.Namespace, flags: dict[str, Any], unknown: list[str]) -> None:
+    from tunesmith.report.write import reported
     from tunesmith.run.resume import run_resume
-    from tunesmith.use.report import reported
 
     with reported(Path(options.run)):
         run_resume(options.run, flags, options.allow, unknown)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import time
 import types
@@ -10,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import tokenizers_of_others as others
 from conftest import build_model, tiny_config
 from tunesmith.errors import ModelError
+from tunesmith.use import batch
 from tunesmith.use.batch import Prompt, Sampling, Token, generate_tokens
 from tunesmith.use.generate import PieceDecoder
 
@@ -56,19 +58,67 @@ def test_greedy_tokens_are_those_of_transformers_alone_and_in_a_batch(model: Any
     assert replies(model, prompts) == wanted
 
 
-@pytest.mark.parametrize(
-    "rules", [{"repetition_penalty": 1.7}, {"no_repeat_ngram_size": 2}, {"suppress_tokens": [*range(3, 200)]}]
-)
+STOP = 57
+RULES: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.7},
+    {"no_repeat_ngram_size": 2},
+    {"suppress_tokens": [*range(3, 200)]},
+    {"sequence_bias": [[[11], 90.0]]},
+    {"bad_words_ids": [[token] for token in range(3, 300)]},
+    {"min_new_tokens": 7, "sequence_bias": [[[STOP], 90.0]]},
+    {"min_length": 20, "sequence_bias": [[[STOP], 90.0]]},
+    {"forced_eos_token_id": STOP},
+    {"forced_bos_token_id": 91},
+    {"begin_suppress_tokens": [*range(3, 200)]},
+    {"exponential_decay_length_penalty": (3, 9.0)},
+    {"renormalize_logits": True, "sequence_bias": [[[11], 90.0]]},
+]
+
+
+@pytest.mark.parametrize("rules", RULES, ids=lambda rules: next(iter(rules)))
 def test_rules_of_generation_config_hold_in_greedy_replies(rules: dict[str, Any]) -> None:
     model = build_model(tiny_config("qwen3")).eval()
     prompts = prompts_of(LENGTHS, GREEDY)
-    plain = replies(model, prompts)
+    model.generation_config.eos_token_id = STOP
+    plain = replies(model, prompts, (STOP,))
     for name, value in rules.items():
         setattr(model.generation_config, name, value)
-    model.generation_config.eos_token_id = None
     wanted = [theirs(model, prompt, do_sample=False) for prompt in prompts]
     assert wanted != plain
-    assert replies(model, prompts) == wanted
+    assert replies(model, prompts, (STOP,)) == wanted
+
+
+def test_remove_invalid_values() -> None:
+    model = build_model(tiny_config("qwen3")).eval()
+    with torch.no_grad():
+        model.lm_head.weight[7] = float("nan")
+    model.generation_config.remove_invalid_values = True
+    model.generation_config.eos_token_id = None
+    prompts = prompts_of(LENGTHS, GREEDY)
+    assert replies(model, prompts) == [theirs(model, prompt, do_sample=False) for prompt in prompts]
+
+
+def test_every_setting_of_generation_config_is_applied_or_named() -> None:
+    """A setting of a coming transformers that nobody has looked at fails here."""
+    source = inspect.getsource(batch)
+    passive = {
+        "max_length", "max_new_tokens", "early_stopping", "use_mtp", "use_cache", "cache_implementation",
+        "cache_config", "max_cache_len", "length_penalty", "num_return_sequences", "output_attentions",
+        "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate", "pad_token_id",
+        "bos_token_id", "eos_token_id", "decoder_start_token_id", "compile_config", "disable_compile", "low_memory",
+        "continuous_batching_config", "prefill_chunk_size", "transformers_version", "diversity_penalty",
+        "num_beam_groups", "max_matching_ngram_size",
+    }  # fmt: skip
+    names = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    speculative = {name for name in names if "assistant" in name or "lookbehind" in name or "speculation" in name}
+    assert {name for name in names - passive - speculative if name not in source} == set()
+
+
+def test_settings_that_are_not_applied_are_named() -> None:
+    config = GenerationConfig(num_beams=4, top_p=0.5, stop_strings=["END"])
+    assert batch.unapplied_settings(config) == ["num_beams", "stop_strings"]
+    assert batch.unapplied_settings(GenerationConfig()) == []
+    assert batch.unapplied_settings(None) == []
 
 
 def test_a_sampled_reply_is_the_same_alone_and_in_a_batch(model: Any) -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import datetime
+import decimal
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tunesmith.errors import DataError
@@ -43,6 +48,39 @@ def test_a_data_set_loses_the_nulls_that_arrow_adds(tmp_path: Path) -> None:
 
 def test_nan_is_a_missing_value(tmp_path: Path) -> None:
     assert back([{"a": math.nan}], tmp_path / "rows.jsonl") == [{"a": None}]
+
+
+def test_dates_and_decimals_read_as_from_a_parquet_file(tmp_path: Path) -> None:
+    """The same rows as a Dataset, as dicts, as an Arrow table and as a Parquet file give the same values."""
+    moment = datetime.datetime(2024, 1, 2, 3, 4, 5)
+    rows = [
+        {"prompt": "a", "at": moment, "on": moment.date(), "t": moment.time(), "price": decimal.Decimal("42.10"),
+         "took": datetime.timedelta(seconds=90), "meta": {"at": [moment, None]}},
+        {"prompt": "b", "at": None, "on": None, "t": None, "price": None, "took": None, "meta": {"at": []}},
+    ]  # fmt: skip
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, tmp_path / "rows.parquet")
+    expected = [row.value for row in read_rows(sources_of(tmp_path / "rows.parquet", "data"))]
+    assert expected[0] == {
+        "prompt": "a", "at": "2024-01-02T03:04:05", "on": "2024-01-02", "t": "03:04:05", "price": "42.10",
+        "took": "0:01:30", "meta": {"at": ["2024-01-02T03:04:05", None]},
+    }  # fmt: skip
+    for given in (rows, table, datasets.Dataset(table), pd.DataFrame(rows, dtype=object)):
+        assert is_rows(given)
+        assert back(given, tmp_path / "rows.jsonl") == expected, type(given)
+
+
+def test_a_frame_with_two_columns_of_one_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as error:
+        write_rows("data", pd.DataFrame([["a", "b"]], columns=["prompt", "prompt"]), tmp_path / "rows.jsonl")
+    assert error.value.code == "duplicate-column"
+
+
+def test_several_splits_are_refused() -> None:
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_list([{"a": 1}])})
+    with pytest.raises(DataError) as error:
+        is_rows(splits)
+    assert error.value.code == "several-splits"
 
 
 def test_rows_are_named_after_the_argument(tmp_path: Path) -> None:

@@ -36,6 +36,26 @@ Rows = dict[str, Any]
 OnLog = Callable[[dict[str, Any]], None]
 
 
+class CallbackFailed(BaseException):
+    """Carries an exception of the caller's `on_log` out of the run, so that it is not reported as the run's own.
+
+    Not an Exception, so that nothing on its way handles it as a failure of the disk, the memory or the run.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+@contextmanager
+def callback_errors() -> Iterator[None]:
+    """Raise an exception of the caller's `on_log` as the caller raised it."""
+    try:
+        yield
+    except CallbackFailed as failed:
+        raise failed.error from None
+
+
 class LoggedReporter:
     """Shows a run to a Python caller: records to `on_log`, the rest to the logger."""
 
@@ -61,7 +81,10 @@ class LoggedReporter:
             from tunesmith.training.randomness import restore_random_states, take_random_states
 
             states = take_random_states()  # random numbers that the caller draws must not change the run
-            self._on_log(record)
+            try:
+                self._on_log(record)
+            except Exception as error:
+                raise CallbackFailed(error) from error
             restore_random_states(*states)
 
     def end(self) -> None:
@@ -151,8 +174,8 @@ def train(
     Args:
         run_file: a YAML run file, or recipe:NAME; the other arguments win over it.
         model: a local folder, a RUN, a hub id, or new:PRESET; or the whole model section.
-        data: names of files, folders or hub data sets; or rows: a list of dicts or a `datasets.Dataset`; or the whole
-            data section. Rows are kept in RUN/rows, so that the run can be resumed and each row is accounted for.
+        data: names of files, folders or hub data sets; or rows: a list of dicts, a `datasets.Dataset`, a DataFrame or
+            an Arrow table; or the whole data section. Rows are kept in RUN/rows, so that the run can be resumed and each row is accounted for.
         output: the RUN folder, new or empty.
         tokenizer: a folder or hub id; default: the model's own.
         eval_data: held-out data, in the same forms as `data`.
@@ -174,7 +197,7 @@ def train(
         _section(tree, "train")["output_dir"] = os.fspath(output)
     config = resolve_config(RunConfig, _path(run_file), {}, arguments=tree)
     reporter = LoggedReporter(on_log)
-    with embedded(), reported(Path(config.train.output_dir)):
+    with embedded(), callback_errors(), reported(Path(config.train.output_dir)):
         run_training(config, reporter, rows)
     return Run(config.train.output_dir)
 
@@ -214,7 +237,7 @@ def resume(
     if wrong:
         raise UsageError(f"allow: {wrong[0]!r}; give a list of {', '.join(RESUME_PARTS)}.", code="unknown-part")
     reporter = LoggedReporter(on_log)
-    with embedded(), reported(Path(run)):
+    with embedded(), callback_errors(), reported(Path(run)):
         run_resume(os.fspath(run), changes, allow, reporter=reporter)
     return Run(run)
 

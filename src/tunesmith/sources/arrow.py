@@ -1,7 +1,8 @@
 """Read rows from Arrow tables (Parquet, save_to_disk, hub data sets).
 
 Arrow gives all structs of a column the same keys; a key that a row did not have becomes null. Below the top-level
-columns such nulls are removed. A null in an Arrow map or in JSON text was in the data and stays.
+columns such nulls are removed. A null in an Arrow map or in JSON text was in the data and stays. Values that JSON does
+not have become text: dates in ISO form, decimals as written.
 """
 
 from __future__ import annotations
@@ -136,7 +137,17 @@ def _cleaner(file: str, column: str, kind: pa.DataType) -> _Clean | None:
         return _clean_list(_cleaner(file, column, kind.value_type))
     if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
         return _cleaner(file, column, kind.value_type)
-    return None
+    if types.is_date(kind) or types.is_time(kind) or types.is_timestamp(kind):
+        return _to_iso
+    return _to_text if types.is_decimal(kind) or types.is_duration(kind) else None
+
+
+def _to_iso(value: Any) -> str | None:
+    return None if value is None else str(value.isoformat())
+
+
+def _to_text(value: Any) -> str | None:
+    return None if value is None else str(value)
 
 
 def _is_list_view(kind: pa.DataType) -> bool:

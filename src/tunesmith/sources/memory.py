@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
+import enum
 import json
 import math
 import os
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import DataError
 from tunesmith.sources.arrow import read_batches
+from tunesmith.sources.jsontext import find_repeated
 from tunesmith.sources.read import Sources
 
 _MAX_DEPTH = 200
@@ -22,12 +27,19 @@ def is_rows(data: Any) -> bool:
     An iterator is not looked into: its rows would be gone.
 
     Raises:
-        DataError: it is a pandas DataFrame, whose items are the names of its columns.
+        DataError: it is a DatasetDict, which holds several splits.
     """
+    if type(data).__name__ in ("DatasetDict", "IterableDatasetDict"):
+        splits = ", ".join(map(str, data))
+        raise DataError(
+            f"data: is a DatasetDict with the splits {splits}. Give one of them: data=splits['train'], and "
+            "eval_data=splits['test'] to evaluate on another.",
+            code="several-splits",
+        )
     if isinstance(data, (str, bytes, os.PathLike, Mapping)) or data is None:
         return False
-    if hasattr(data, "to_dict") and hasattr(data, "columns"):
-        raise DataError("data: is a DataFrame. Give its rows: data.to_dict('records').", code="data-frame")
+    if _is_frame(data) or hasattr(data, "__arrow_c_stream__"):
+        return True
     if isinstance(data, (list, tuple)):
         return not (data and all(isinstance(item, (str, os.PathLike)) for item in data))
     return isinstance(data, Iterable)
@@ -55,7 +67,24 @@ def sources_of(path: Path, shown: str) -> Sources:
     return Sources(files=[path], names={path: shown})
 
 
+def _is_frame(data: Any) -> bool:
+    return hasattr(data, "to_dict") and hasattr(data, "columns")
+
+
 def _iterate(name: str, rows: Iterable[Any]) -> Iterator[Any]:
+    """Rows of a list or iterator of dicts, a `datasets` data set, a DataFrame or an Arrow table."""
+    if _is_frame(rows) and hasattr(rows, "iterrows"):  # pandas, whose cells may be any Python value
+        frame: Any = rows
+        repeated = find_repeated([str(column) for column in frame.columns])
+        if repeated is not None:
+            raise DataError(
+                f"{name}: two columns are named {repeated!r}. Give each column its own name.", code="duplicate-column"
+            )
+        return iter(frame.to_dict("records"))
+    if hasattr(rows, "__arrow_c_stream__") and not hasattr(rows, "features"):  # pyarrow, polars, duckdb
+        import pyarrow as pa
+
+        return (row for _, row in read_batches(name, pa.table(rows).to_batches(), math.inf))
     batches = getattr(rows, "with_format", None)
     if batches is not None and hasattr(rows, "features") and hasattr(rows, "num_rows"):  # a datasets.Dataset
         arrow: Any = batches("arrow")
@@ -78,13 +107,17 @@ def _to_line(where: str, row: Any) -> str:
 
 
 def _plain(where: str, value: Any, depth: int = 0) -> Any:
-    """The value as JSON has it; NaN, which pandas writes for a missing value, becomes null."""
+    """The value as JSON has it. NaN, which pandas writes for a missing value, becomes null; dates become ISO text."""
     if type(value).__module__.split(".")[0] == "numpy":  # what pandas puts into records
         value = value.tolist()
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return None
     if isinstance(value, (bool, int, str)):
-        return value
+        return str(value) if isinstance(value, enum.Enum) else value
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    if isinstance(value, (datetime.timedelta, decimal.Decimal, uuid.UUID)):
+        return str(value)
     if isinstance(value, float) and not math.isinf(value):
         return None if math.isnan(value) else value
     if depth < _MAX_DEPTH and isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
@@ -99,6 +132,7 @@ def _plain(where: str, value: Any, depth: int = 0) -> Any:
     elif isinstance(value, Mapping):
         what = "a dict with a key that is not text"
     raise DataError(
-        f"{where}: holds {what}, which JSON does not have. Use str, int, float, bool, None, list and dict.",
+        f"{where}: holds {what}, which JSON does not have. Use str, int, float, bool, None, "
+        "list and dict, or remove the column.",
         code="row-not-json",
     )

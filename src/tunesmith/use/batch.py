@@ -79,13 +79,13 @@ class Token:
 def generate_tokens(model: nn.Module, prompts: Sequence[Prompt], stop_ids: Collection[int]) -> Iterator[Token]:
     """Tokens of all replies as they come, one of each unfinished row at a time.
 
-    The model's generation_config decides what `Sampling` does not: do_sample, top_k, top_p, repetition_penalty and the
-    other rules that choose one token at a time. Beam search and guidance are not done.
+    The model's generation_config decides what `Sampling` does not: do_sample, top_k, top_p, repetition_penalty and all
+    other settings that choose one token at a time. `unapplied_settings` names those that are ignored.
 
     Raises:
         ModelError: a generation_config that cannot be used, or logits that are not numbers.
     """
-    rows = [_Row(model, index, prompt) for index, prompt in enumerate(prompts) if prompt.sampling.max_new_tokens > 0]
+    rows = [_Row(model, i, prompt, stop_ids) for i, prompt in enumerate(prompts) if prompt.sampling.max_new_tokens > 0]
     if not rows:
         return
     batch = _Batch(model, [row.prompt.ids for row in rows])
@@ -142,12 +142,13 @@ class _Batch:
 class _Row:
     """A prompt being continued: its rules, its random generator and the tokens that it may still get."""
 
-    def __init__(self, model: nn.Module, index: int, prompt: Prompt) -> None:
+    def __init__(self, model: nn.Module, index: int, prompt: Prompt, stop_ids: Collection[int]) -> None:
         self.index, self.prompt, self.left = index, prompt, prompt.sampling.max_new_tokens
         config = _settings(model, prompt.sampling)
         self.is_sampled = bool(config.do_sample)
+        self.repairs = bool(config.remove_invalid_values)
         try:
-            self.rules = _rules(config, str(next(model.parameters()).device))
+            self.rules = _rules(config, prompt, stop_ids, str(next(model.parameters()).device))
         except (ValueError, TypeError, AttributeError) as error:
             raise ModelError(
                 f"the model's generation_config.json cannot be used: {telling_text(error)}. Correct or remove it.",
@@ -170,7 +171,7 @@ def _choose(rows: Sequence[_Row], logits: Tensor, batch: _Batch, unfinished: Col
         row = rows[place]
         if place not in unfinished:
             continue
-        if not is_usable:
+        if not is_usable and not row.repairs:
             raise ModelError(
                 "the model computes no probabilities (inf or nan): its weights are damaged.", code="logits-not-finite"
             )
@@ -200,21 +201,65 @@ def _settings(model: nn.Module, sampling: Sampling) -> GenerationConfig:
 _DEFAULT_TOP_K = 50  # of transformers, where a model names none
 
 
-def _rules(config: GenerationConfig, device: str) -> list[Any]:
+# settings that choose by more than one token's scores, or that need more than a row's own tokens
+_NOT_APPLIED = {
+    "num_beams": (None, 1), "guidance_scale": (None, 1, 1.0), "penalty_alpha": (None, 0, 0.0), "dola_layers": (None,),
+    "constraints": (None,), "force_words_ids": (None,), "prompt_lookup_num_tokens": (None,), "stop_strings": (None,),
+    "max_time": (None,), "token_healing": (None, False), "watermarking_config": (None,),
+    "encoder_repetition_penalty": (None, 1, 1.0), "encoder_no_repeat_ngram_size": (None, 0),
+}  # fmt: skip
+
+
+def unapplied_settings(config: GenerationConfig | None) -> list[str]:
+    """Names of settings in a generation_config that `generate_tokens` does not apply."""
+    return [name for name, unset in _NOT_APPLIED.items() if getattr(config, name, None) not in unset]
+
+
+def _rules(config: GenerationConfig, prompt: Prompt, stop_ids: Collection[int], device: str) -> list[Any]:
     """transformers' processors of logits for these settings, in the order in which `generate` applies them."""
+    length, stops = len(prompt.ids), sorted(stop_ids)
     rules: list[Any] = []
+    if config.sequence_bias:
+        rules.append(process.SequenceBiasLogitsProcessor(config.sequence_bias))
     if config.repetition_penalty not in (None, 1.0):
         rules.append(process.RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
     if config.no_repeat_ngram_size:
         rules.append(process.NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
     if config.bad_words_ids:
-        rules.append(process.NoBadWordsLogitsProcessor(config.bad_words_ids, config.eos_token_id))
+        rules.append(process.NoBadWordsLogitsProcessor(config.bad_words_ids, stops or None))
+    if config.min_length and stops:
+        rules.append(process.MinLengthLogitsProcessor(config.min_length, stops, device=device))
+    if config.min_new_tokens and stops:
+        rules.append(process.MinNewTokensLengthLogitsProcessor(length, config.min_new_tokens, stops, device=device))
+    if config.forced_bos_token_id is not None:
+        rules.append(process.ForcedBOSTokenLogitsProcessor(config.forced_bos_token_id))
+    if config.forced_eos_token_id is not None:
+        end = length + prompt.sampling.max_new_tokens
+        rules.append(process.ForcedEOSTokenLogitsProcessor(end, config.forced_eos_token_id, device=device))
+    if config.remove_invalid_values:
+        rules.append(process.InfNanRemoveLogitsProcessor())
+    if config.exponential_decay_length_penalty and stops:
+        ids = torch.tensor(stops, device=device)
+        rules.append(process.ExponentialDecayLengthPenalty(config.exponential_decay_length_penalty, ids, length))
     if config.suppress_tokens:
         rules.append(process.SuppressTokensLogitsProcessor(config.suppress_tokens, device=device))
-    if not config.do_sample:
-        return rules
+    if config.begin_suppress_tokens:
+        begin = length + (length == 1 and config.forced_bos_token_id is not None)
+        rules.append(process.SuppressTokensAtBeginLogitsProcessor(config.begin_suppress_tokens, begin, device=device))
+    if config.do_sample:
+        rules += _warpers(config, device)
+    if config.renormalize_logits:
+        rules.append(process.LogitNormalization())
+    return rules
+
+
+def _warpers(config: GenerationConfig, device: str) -> list[Any]:
+    """The processors that shape the probabilities of a sampled token."""
+    rules: list[Any] = []
     if config.temperature not in (None, 1.0):
         rules.append(process.TemperatureLogitsWarper(config.temperature))
+    if config.top_h is not None:
+        rules.append(process.TopHLogitsWarper(config.top_h))
     if config.top_k:
         rules.append(process.TopKLogitsWarper(config.top_k))
     if config.top_p is not None and config.top_p < 1.0:

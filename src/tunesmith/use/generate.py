@@ -24,7 +24,7 @@ from tunesmith.model.load import load_config, load_model, require_own_base
 from tunesmith.model.source import ModelSource, find_model, telling_text
 from tunesmith.model.tokenizer import build_encoder, load_tokenizer
 from tunesmith.runfolder import RunFolder
-from tunesmith.use.batch import Prompt, Sampling, Token, generate_tokens
+from tunesmith.use.batch import Prompt, Sampling, Token, generate_tokens, unapplied_settings
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +135,9 @@ def load_speaker(
     if source.adapter or more:
         adapter, names = open_all(model, source, [section.path, *more], allow_changed_base)
     model.to(device).eval()
+    if ignored := unapplied_settings(getattr(model, "generation_config", None)):
+        logger.warning("note: %s: generation_config.json sets %s, which is ignored here: replies are sampled one token "
+                       "at a time.", section.path, ", ".join(ignored))  # fmt: skip
     learnt = getattr(config.get_text_config(), "max_position_embeddings", None)
     context = max(learnt, trained.get("max_seq_len") or 0) if learnt else None  # a run may have gone beyond
     return Speaker(model, encoder, context, adapter, names)

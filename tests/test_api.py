@@ -263,6 +263,10 @@ def test_paths_and_values_of_every_kind(model_folder: Path, chats: Path, tmp_pat
         lambda run: run.resume(data=ROWS),
         lambda run: tunesmith.preview(run.path / "config.yaml", rows=0),
         lambda run: tunesmith.merge(output=run.path / "merged"),
+        lambda run: tunesmith.merge(run, run, output=run.path / "merged", method="ties", density=2),
+        lambda run: tunesmith.merge(run, run, output=run.path / "merged", method="tie"),
+        lambda run: tunesmith.merge(run, run, output=run.path / "merged", method="linear", weights=[1, float("nan")]),
+        lambda run: tunesmith.merge(run, run, output=run.path / "merged", method="dare_ties", seed=-1),
         lambda run: tunesmith.load(""),
         lambda run: tunesmith.load(run).reply("Hi", temperature=-1),
         lambda run: tunesmith.load(run).reply("Hi", max_new_tokens=2.5),
@@ -279,6 +283,38 @@ def test_wrong_arguments_are_told(
     with pytest.raises(tunesmith.TunesmithError) as error:
         call(run)
     assert error.value.code
+
+
+@pytest.mark.parametrize("error", [OSError(28, "no space in the caller's file"), MemoryError("mine"), ValueError("x")])
+def test_an_error_of_on_log_reaches_the_caller(
+    error: Exception, model_folder: Path, chats: Path, tmp_path: Path
+) -> None:
+    """It is not taken for a full disk or a lack of memory of the run, which resumes to the same weights."""
+
+    def on_log(record: dict[str, Any]) -> None:
+        if record["step"] == 3:
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        train(model_folder, chats, tmp_path / "run", on_log=on_log)
+    assert caught.value is error
+    whole = train(model_folder, chats, tmp_path / "whole")
+    assert weights(tunesmith.resume(tmp_path / "run")) == weights(whole)
+
+
+def test_a_data_frame_trains_as_its_rows(model_folder: Path, tmp_path: Path) -> None:
+    import pandas as pd
+
+    rows = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(40)]
+    one = train(model_folder, pd.DataFrame(rows), tmp_path / "frame")
+    assert weights(one) == weights(train(model_folder, rows, tmp_path / "rows"))
+
+
+def test_a_missing_argument_is_named_as_python_names_it(model_folder: Path, chats: Path) -> None:
+    with pytest.raises(tunesmith.ConfigError) as error:
+        tunesmith.train(model=model_folder, data=chats)
+    assert "output=" in error.value.problems[0]
+    assert "--" not in error.value.problems[0]
 
 
 def test_resume_does_not_evaluate_on_what_is_trained(model_folder: Path, chats: Path, tmp_path: Path) -> None:

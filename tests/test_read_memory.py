@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import datetime
 import decimal
+import math
 from pathlib import Path
 from typing import Any
 

@@ -175,7 +175,8 @@ def train(
         run_file: a YAML run file, or recipe:NAME; the other arguments win over it.
         model: a local folder, a RUN, a hub id, or new:PRESET; or the whole model section.
         data: names of files, folders or hub data sets; or rows: a list of dicts, a `datasets.Dataset`, a DataFrame or
-            an Arrow table; or the whole data section. Rows are kept in RUN/rows, so that the run can be resumed and each row is accounted for.
+            an Arrow table; or the whole data section. Rows are kept in RUN/rows, so that the run can be resumed and
+            each row is accounted for.
         output: the RUN folder, new or empty.
         tokenizer: a folder or hub id; default: the model's own.
         eval_data: held-out data, in the same forms as `data`.

@@ -139,7 +139,8 @@ def _without(tree: Mapping[str, Any], known: list[str], prefix: str = "") -> dic
     return kept
 
 
-def _explain(error: ValidationError) -> list[str]:
+def _explain(error: ValidationError, is_python: bool = False) -> list[str]:
+    """One line for each problem; a missing key is named as a flag, or as an argument of the Python API."""
     flags = {dotted: flag for flag, dotted in SHORTHANDS.items()}
     problems = []
     for item in error.errors(include_url=False):
@@ -150,7 +151,9 @@ def _explain(error: ValidationError) -> list[str]:
         elif item["type"] == "missing":
             if dotted in ("model", "data", "train"):  # the section is missing: name its required key
                 dotted = {"model": "model.path", "data": "data.train", "train": "train.output_dir"}[dotted]
-            problems.append(f"{dotted}: missing; give {flags.get(dotted, '--' + dotted)} or set it in the YAML")
+            flag = flags.get(dotted, f"--{dotted}")
+            given = f"{flag[2:].replace('-', '_')}=..." if is_python else flag
+            problems.append(f"{dotted}: missing; give {given} or set it in the YAML")
         elif item["type"] == "value_error" and not dotted:
             problems += str(item["ctx"]["error"]).split("\n")
         elif item["type"] == "value_error":
@@ -207,7 +210,7 @@ def resolve_config(
     try:
         config = model.model_validate(tree)
     except ValidationError as error:
-        problems += _explain(error)
+        problems += _explain(error, arguments is not None)
     if not problems and len(dump_yaml(config)) > MAX_CHARACTERS:
         problems.append(
             "the names and settings exceed the size limit of a run file, so the run could not be resumed; name a "

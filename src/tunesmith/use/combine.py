@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,8 @@ from tunesmith.adapters.adapter import quiet_peft, write_adapter
 from tunesmith.adapters.adapter_config import read_adapter_config
 from tunesmith.adapters.deltas import Delta
 from tunesmith.adapters.open_adapter import open_adapter
-from tunesmith.errors import ModelError, RunError
+from tunesmith.config.choices import MERGE_METHODS
+from tunesmith.errors import ModelError, RunError, UsageError
 
 _NOT_COMBINED = {
     "use_dora": "is a DoRA adapter",
@@ -48,6 +51,38 @@ class MergePlan:
     density: float
     seed: int
     trust_remote_code: bool = False
+
+
+def read_weights(
+    num_adapters: int, method: str, weights: Sequence[float] | None, density: float, seed: int
+) -> tuple[float, ...]:
+    """A weight for each adapter, all options of merge checked.
+
+    Raises:
+        UsageError: an option has no such value, or does not go with the others.
+    """
+    if method not in MERGE_METHODS:
+        guess = difflib.get_close_matches(method, MERGE_METHODS, n=1)
+        hint = f"did you mean {guess[0]}?" if guess else f"use one of {', '.join(MERGE_METHODS)}."
+        raise UsageError(f"merge: method {method!r} is unknown; {hint}", code="unknown-method")
+    if not 0 < density <= 1:
+        raise UsageError(f"merge: density {density} is not a share; give a number above 0, at most 1.", code="density")
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"merge: seed {seed} is not a whole number of 0 or more.", code="seed-value")
+    if (weights or method != "sequential") and num_adapters == 1:
+        raise UsageError("merge: method and weights need several adapters; one is given.", code="one-adapter")
+    if weights and method == "sequential":
+        raise UsageError(
+            "merge: weights need a method that adds adapters, such as linear.", code="weights-without-method"
+        )
+    found = tuple(weights or [1.0] * num_adapters)
+    if len(found) != num_adapters:
+        raise UsageError(
+            f"merge: {len(found)} weights for {num_adapters} adapters; give one for each.", code="wrong-weight-count"
+        )
+    if not all(map(math.isfinite, found)):
+        raise UsageError(f"merge: weights {list(found)} are not all finite numbers.", code="weight-value")
+    return found
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from tunesmith.model.source import (
     telling_text,
 )
 from tunesmith.staging import locked, remove_abandoned
-from tunesmith.use.combine import MergePlan, deltas_of
+from tunesmith.use.combine import MergePlan, deltas_of, read_weights
 from tunesmith.use.merge_output import is_ours, resolve_target
 from tunesmith.use.proof import prove
 
@@ -71,18 +71,7 @@ def run_merge(
     """
     folder = resolve_target(output)
     adapters = tuple(_find_adapter(name) for name in names)
-    if (weights or method != "sequential") and len(adapters) == 1:
-        raise TunesmithError("--method and --weights: need several adapters; one is given.", code="one-adapter")
-    if weights and method == "sequential":
-        raise TunesmithError(
-            "--weights: needs a --method that adds adapters, such as linear.", code="weights-without-method"
-        )
-    weights = tuple(weights or [1.0] * len(adapters))
-    if len(weights) != len(adapters):
-        raise TunesmithError(
-            f"--weights: {len(weights)} numbers for {len(adapters)} adapters; give one for each.",
-            code="wrong-weight-count",
-        )
+    weights = read_weights(len(adapters), method, weights, density, seed)
     source = _find_base(adapters, base)
     folder_of_base = _fetch_base(source, adapters, trust_remote_code)
     plan = MergePlan(folder_of_base, adapters, method, weights, density, seed, trust_remote_code)

@@ -1,4 +1,4 @@
-"""Tiny real models, tokenizers and files; nothing is mocked and nothing is fetched."""
+"""Shared fixtures: tiny real models, tokenizers and files. Nothing is mocked or downloaded."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from tunesmith.cli import main, run_command
 from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import TunesmithError
 from tunesmith.model.bpe import train_tokenizer
+from tunesmith.model.isolation import Isolation, probe_isolation, use_packed_attention
+from tunesmith.model.probe import probe_model
 from tunesmith.model.tokenizer import build_encoder
 from tunesmith.report import replies
 
@@ -84,7 +86,7 @@ ARCHITECTURES: dict[str, Callable[..., Any]] = {
 
 
 def tiny_config(name: str, vocab_size: int = 400, **overrides: Any) -> Any:
-    """A two-layer config of an architecture, with grouped heads where it has them."""
+    """A two-layer config of an architecture, with grouped heads where it supports them."""
     if name == "gpt2":
         values: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
         values |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -100,7 +102,7 @@ def tiny_config(name: str, vocab_size: int = 400, **overrides: Any) -> Any:
         }
     if name == "qwen3_moe":
         values |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-        values |= {"experts_implementation": "eager"}  # the default kernel knows no float64
+        values |= {"experts_implementation": "eager"}  # the default kernel does not support float64
     if name in ("gemma2", "gemma3"):
         # two layers: one sliding with a window shorter than the documents, one full
         values |= {
@@ -108,7 +110,7 @@ def tiny_config(name: str, vocab_size: int = 400, **overrides: Any) -> Any:
             "layer_types": ["sliding_attention", "full_attention"],
             "query_pre_attn_scalar": 8,
         }
-    # weights larger than usual, so that a leak between documents is far above rounding
+    # larger weights than usual, so that a leak between documents is far above rounding
     values |= {
         "vocab_size": vocab_size,
         "initializer_range": 0.3,
@@ -132,6 +134,14 @@ def model_folder(tmp_path: Path, tokenizer: Any) -> Path:
     return save_folder(tmp_path / "model", tiny_config("qwen3", initializer_range=0.02), tokenizer)
 
 
+def set_up_attention(model: Any, max_seq_len: int, micro_batch_tokens: int) -> Isolation:
+    """Probe packed attention, and switch the model to it if it is safe, as run/assemble.py does."""
+    isolation = probe_isolation(probe_model(model), max_seq_len, micro_batch_tokens)
+    if isolation.is_isolated:
+        use_packed_attention(model)
+    return isolation
+
+
 def save_folder(folder: Path, config: Any, tokenizer: Any) -> Path:
     build_model(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -145,7 +155,7 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
 
 @contextmanager
 def raises(kind: type[Exception], code: str, *facts: str) -> Iterator[pytest.ExceptionInfo[Any]]:
-    """An error of a class and a code, whose message names these facts (files, rows, keys, counts)."""
+    """Expect an error of a class and a code whose message names these facts (files, rows, keys, counts)."""
     with pytest.raises(kind) as caught:
         yield caught
     assert caught.value.code == code, caught.value  # type: ignore[attr-defined]
@@ -158,7 +168,7 @@ def chat_row(question: str, answer: str) -> dict[str, Any]:
 
 
 def killed_after(finished: Path, step: int, to: Path) -> Path:
-    """What a kill leaves some time after the checkpoint of a step: later lines, the last one torn."""
+    """A copy of the run as a kill after the checkpoint of a step leaves it: later lines, the last one truncated."""
     shutil.copytree(finished, to)
     for name in ("model", "adapter"):
         shutil.rmtree(to / name, ignore_errors=True)
@@ -176,7 +186,7 @@ def killed_after(finished: Path, step: int, to: Path) -> Path:
 
 @pytest.fixture
 def make_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """A file system of a size, as tmpfs says it ("400k")."""
+    """A file system of a given size, in tmpfs notation ("400k")."""
     folder = tmp_path / "disk"
 
     def make(size: str) -> Path:
@@ -201,7 +211,7 @@ def chats(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """The command in this process: exit code, stdout, stderr."""
+    """Run the command in this process; returns exit code, stdout and stderr."""
 
     def call(*words: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -217,7 +227,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
 
 @pytest.fixture
 def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., TunesmithError]:
-    """The error that ends a command, before it becomes a message and an exit code."""
+    """The error that ends a command, before it is printed and turned into an exit code."""
 
     def call(*words: object) -> TunesmithError:
         capsys.readouterr()

@@ -121,7 +121,7 @@ SHAPES: dict[str, Row] = {
 
 
 def messages_of(row: Row) -> list[Row]:
-    """The turns of a row; a prefill and what goes on with it are one."""
+    """The turns of a row; a prefill and its continuation count as one."""
     if "messages" in row:
         return list(row["messages"])
     *before, prefill = row["prompt"]

@@ -1,4 +1,4 @@
-"""stories260K (llama2.c format) as a Hugging Face Llama folder: a small model that was really trained."""
+"""stories260K (llama2.c format) as a Hugging Face Llama folder: a small, trained model."""
 
 from __future__ import annotations
 

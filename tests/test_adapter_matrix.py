@@ -1,7 +1,7 @@
-"""Every kind of adapter on every kind of base: trained and then usable everywhere, or refused before step 1.
+"""Every kind of adapter on every kind of base: either trained and usable everywhere, or refused before step 1.
 
-A cell that trains must resume exactly, merge with proof, open in plain peft, open for chat, and start further runs, each
-time with the logits and the eval loss that it was trained to.
+A combination that trains must resume exactly, merge with a passed proof, open in plain peft and in chat, and start
+further runs, each time with the logits and the eval loss of training.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Cell:
 
     @property
     def is_refused(self) -> bool:
-        """What peft trains, and then opens as another model or not at all."""
+        """Whether peft could train it, but would reopen it as a different model or not at all."""
         low = self.form.partition("target ")[2]
         if self.kind in ("pissa", "olora") and (
             self.name == "gpt2" or "save" in self.form or self.has_tokens or self.form == "biases"
@@ -107,13 +107,13 @@ def all_cells() -> Iterator[Cell]:
 
 
 def evals_of(run: Path) -> list[float]:
-    """eval_loss of a run, the first being that of step 0."""
+    """eval_loss of a run at each evaluation, starting with step 0."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [record["eval_loss"] for record in records if "eval_loss" in record]
 
 
 def open_in_peft(base: Path, adapter: Path) -> Any:
-    """As somebody without tunesmith opens it; added tokens need rows first, as peft's manual says."""
+    """Open the adapter without tunesmith; added tokens need more embedding rows first, as in peft's documentation."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     config = json.loads((adapter / "adapter_config.json").read_text())
     rows = [max(ids) + 1 for ids in (config["trainable_token_indices"] or {}).values()]
@@ -125,7 +125,7 @@ def open_in_peft(base: Path, adapter: Path) -> Any:
 
 
 def train(**flags: Any) -> tuple[int, str]:
-    """(exit code, error), without the report and its replies, which cost more than all else here."""
+    """(exit code, error) of a run without report and replies, which would take longer than everything else here."""
     dotted = {name.replace("__", "."): value for name, value in flags.items()}
     try:
         run_training(resolve_config(RunConfig, None, dotted))
@@ -136,7 +136,7 @@ def train(**flags: Any) -> tuple[int, str]:
 
 def build_base(cell: Cell, tokenizer: Any, folder: Path) -> Path:
     sizes: dict[str, int] = {}
-    if cell.kind == "nf4":  # bitsandbytes takes blocks of 64
+    if cell.kind == "nf4":  # bitsandbytes works on blocks of 64
         sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
         sizes = {"n_embd": 64} if cell.name == "gpt2" else sizes
         sizes |= {"moe_intermediate_size": 64} if cell.name == "qwen3_moe" else {}
@@ -150,7 +150,7 @@ def killed_at_step_1(trained: Path, to: Path) -> Path:
 
 
 def check_cell(tokenizer: Any, folder: Path, cell: Cell) -> str:
-    """ "" where everything fits, else why it was refused before step 1; anything between fails."""
+    """ "" if everything agrees, else the reason for a refusal before step 1; anything in between fails the test."""
     folder.mkdir()
     base, trained = build_base(cell, tokenizer, folder / "base"), folder / "run"
     rows = [chat_row(f"What is {i}?", f"<note>{i}</note> is it.") for i in range(12)]
@@ -184,14 +184,14 @@ def check_cell(tokenizer: Any, folder: Path, cell: Cell) -> str:
     compare(AutoModelForCausalLM.from_pretrained(folder / "full" / "model", dtype=torch.float32), "trained further")
     losses = evals_of(trained)[-1], evals_of(folder / "full")[0], evals_of(folder / "on")[0]
     assert losses[1] == pytest.approx(losses[2], rel=1e-5), f"eval loss {losses}"
-    if cell.kind not in ("nf4", "int8"):  # there the base of training was another
+    if cell.kind not in ("nf4", "int8"):  # they were trained on a quantized base
         assert losses[0] == pytest.approx(losses[1], rel=1e-5), f"eval loss {losses}"
     shutil.rmtree(folder, ignore_errors=True)
     return ""
 
 
 ALWAYS = (
-    Cell("lora", "llama", True, "target head"),  # a merge into one must not reach the other
+    Cell("lora", "llama", True, "target head"),  # a merge into one must not change the other
     Cell("lora", "qwen3", True, "target embedding"),
     Cell("lora", "gpt2", True, "save both"),
     Cell("lora", "gpt2", True, "save embedding"),
@@ -210,7 +210,7 @@ ALWAYS = (
 CELLS = list(all_cells()) if os.environ.get("TUNESMITH_LONG") else list(ALWAYS)
 
 
-@pytest.mark.filterwarnings("ignore")  # peft's own of tied layers
+@pytest.mark.filterwarnings("ignore")  # peft warns about tied layers
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_a_cell_works_everywhere_or_is_refused_before_step_1(tokenizer: Any, tmp_path: Path, cell: Cell) -> None:
     if cell.kind in ("nf4", "int8"):

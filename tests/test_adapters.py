@@ -1,4 +1,4 @@
-"""Adapters: the same road as full fine-tuning; what comes out is opened by plain peft and says the same."""
+"""Adapters: trained by the same code as all weights; the result opens in plain peft and gives the same logits."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import build_model, killed_after, save_folder, tiny_config
 from tunesmith.adapters.adapter import choose_targets
 from tunesmith.config.schema import LoraSection, ModelSection
+from tunesmith.errors import ConfigError, TunesmithError
 
 Run = Callable[..., tuple[int, str, str]]
+Fails = Callable[..., TunesmithError]
 FAST = ("--data.max_seq_len", 64, "--train.micro_batch_tokens", 128, "--lora.rank", 4, "--optim.lr", 1e-2)
 BUSY = (
     *FAST,
@@ -48,7 +50,7 @@ KINDS: dict[str, tuple[Any, ...]] = {
 
 
 def base_of(folder: Path, tokenizer: Any, name: str = "qwen2", **overrides: Any) -> Path:
-    """qwen2 has biases; weights large enough that an error shows."""
+    """qwen2 has biases; the weights are large enough to make errors visible."""
     return save_folder(folder, tiny_config(name, initializer_range=0.1, **{"eos_token_id": 0} | overrides), tokenizer)
 
 
@@ -73,7 +75,7 @@ def test_each_kind_trains_resumes_exactly_and_opens_in_peft(
 ) -> None:
     if kind in ("nf4", "int8", "8-bit optimizer"):
         pytest.importorskip("bitsandbytes")
-    wide = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # bitsandbytes takes blocks of 64
+    wide = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # bitsandbytes works on blocks of 64
     base, output = base_of(tmp_path / "base", tokenizer, **(wide if kind == "nf4" else {})), tmp_path / "run"
     code, out, err = run(*train_words(base, chats, output, kind))
     assert code == 0, err
@@ -81,7 +83,7 @@ def test_each_kind_trains_resumes_exactly_and_opens_in_peft(
     assert "adapter saved: " in out
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert records[-1]["loss"] < records[0]["loss"]
-    # a checkpoint holds what is trained, not the base
+    # a checkpoint contains the trained weights, not the base
     checkpoint = output / "checkpoints" / "step-000004"
     assert not (checkpoint / "model.safetensors").exists()
     assert (checkpoint / "adapter_model.safetensors").stat().st_size < 200_000
@@ -90,12 +92,12 @@ def test_each_kind_trains_resumes_exactly_and_opens_in_peft(
     code, _, err = run("resume", part)
     assert code == 0, err
     assert adapter_bytes(part) == adapter_bytes(output)
-    # plain peft, on the base as everybody has it
+    # plain peft, on the unchanged base
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), output / "adapter")
     plain = logits_of(AutoModelForCausalLM.from_pretrained(base))
-    assert (logits_of(theirs) - plain).abs().max() > 0.01  # it has learnt something
+    assert (logits_of(theirs) - plain).abs().max() > 0.01  # it has learned something
     AutoTokenizer.from_pretrained(output / "adapter")
-    if kind not in ("nf4", "int8"):  # there the base of training was another
+    if kind not in ("nf4", "int8"):  # they were trained on a quantized base
         from tunesmith.use.generate import load_speaker
 
         ours = load_speaker(ModelSection(path=str(output))).model
@@ -153,34 +155,32 @@ def test_lora_plus_raises_the_rate_of_b_alone() -> None:
     assert rates == {"lora_A": 1e-3, "lora_B": 16e-3}
 
 
-BAD: dict[str, tuple[tuple[Any, ...], str]] = {
-    "rank 0": (("--lora.rank", 0), "lora.rank: input should be greater than or equal to 1"),
-    "no such target": (("--lora.target_modules", "query"), "target_modules 'query' matches no module; the model's linear layers are down_proj"),
-    "no such regex": (("--lora.target_modules", ".*query$"), "target_modules '.*query$' matches no module"),
-    "no such module": (("--lora.modules_to_save", "head"), "modules_to_save 'head' matches no module"),
-    "no such parameter": (("--lora.target_parameters", "mlp.experts.w1"), "target_parameters 'mlp.experts.w1' matches no weight"),
-    "pissa with more": (("--lora.kind", "pissa", "--lora.modules_to_save", "lm_head"), "kind: pissa is saved as matrices only"),
-    "pissa in 4 bits": (("--lora.kind", "pissa", "--lora.quantize", "nf4"), "lora.quantize: pissa changes the base weights"),
+BAD: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {  # flags -> what the message names
+    "rank 0": (("--lora.rank", 0), ("lora.rank: ",)),
+    "no such target": (("--lora.target_modules", "query"), ("target_modules 'query'", "down_proj")),
+    "no such regex": (("--lora.target_modules", ".*query$"), ("target_modules '.*query$'", "down_proj")),
+    "no such module": (("--lora.modules_to_save", "head"), ("modules_to_save 'head'",)),
+    "no such parameter": (("--lora.target_parameters", "mlp.experts.w1"), ("target_parameters 'mlp.experts.w1'",)),
+    "pissa with more": (("--lora.kind", "pissa", "--lora.modules_to_save", "lm_head"), ("kind: pissa", "modules_to_save")),
+    "pissa in 4 bits": (("--lora.kind", "pissa", "--lora.quantize", "nf4"), ("lora.quantize: pissa",)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_settings(run: Run, tokenizer: Any, chats: Path, tmp_path: Path, name: str) -> None:
+def test_bad_settings(fails: Fails, tokenizer: Any, chats: Path, tmp_path: Path, name: str) -> None:
     base = base_of(tmp_path / "base", tokenizer)
-    flags, words = BAD[name]
+    flags, facts = BAD[name]
     kind = () if "--lora.kind" in flags else ("--lora.kind", "lora")
-    code, _, err = run("train", "--model", base, "--data", chats, "--output", tmp_path / "run", *kind, *flags)
-    assert code == 1
-    assert words in err
-    assert "Traceback" not in err
+    error = fails("train", "--model", base, "--data", chats, "--output", tmp_path / "run", *kind, *flags)
+    assert (type(error), error.exit_code) == (ConfigError, 1)
+    assert all(fact in str(error) for fact in facts), error
     assert not (tmp_path / "run").exists()
 
 
-def test_settings_without_a_kind_are_refused(run: Run, tokenizer: Any, chats: Path, tmp_path: Path) -> None:
+def test_settings_without_a_kind_are_refused(fails: Fails, tokenizer: Any, chats: Path, tmp_path: Path) -> None:
     base = base_of(tmp_path / "base", tokenizer)
-    code, _, err = run("train", "--model", base, "--data", chats, "--output", tmp_path / "run", "--lora.rank", 8)
-    assert code == 1
-    assert "lora.rank: lora.kind is none" in err
+    error = fails("train", "--model", base, "--data", chats, "--output", tmp_path / "run", "--lora.rank", 8)
+    assert (type(error), error.exit_code, "lora.rank: lora.kind" in str(error)) == (ConfigError, 1, True)
 
 
 @pytest.mark.usefixtures("full_replies")
@@ -191,12 +191,12 @@ def test_the_report_has_replies_of_the_adapter(run: Run, tokenizer: Any, chats: 
     assert "greedy replies to held-out rows" in page
 
 
-def test_no_adapter_on_an_adapter(run: Run, tokenizer: Any, chats: Path, tmp_path: Path) -> None:
+def test_no_adapter_on_an_adapter(run: Run, fails: Fails, tokenizer: Any, chats: Path, tmp_path: Path) -> None:
     base = base_of(tmp_path / "base", tokenizer)
     assert run(*train_words(base, chats, tmp_path / "one", "lora"))[0] == 0
-    code, _, err = run(*train_words(tmp_path / "one", chats, tmp_path / "two", "lora"))
-    assert code == 1
-    assert f"tunesmith merge {tmp_path / 'one'} --output MERGED" in err
+    error = fails(*train_words(tmp_path / "one", chats, tmp_path / "two", "lora"))
+    assert (error.code, error.exit_code) == ("base-is-adapter", 1)
+    assert f"tunesmith merge {tmp_path / 'one'} --output MERGED" in str(error)
 
 
 def test_4_bit_layers_keep_their_gradient_after_an_evaluation(tokenizer: Any, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The Python API: the same functions that the command calls, with nothing printed and nothing global left changed."""
+"""The Python API: the same functions as the command, without output and without changes to global state."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_api_and_the_command_train_the_same_weights(
                        "--train.save_steps", 2)  # fmt: skip
     assert code == 0, err
     assert weights(one) == (tmp_path / "command" / "model" / "model.safetensors").read_bytes()
-    assert (tmp_path / "api" / "report.html").is_file()  # as after the command
+    assert (tmp_path / "api" / "report.html").is_file()  # as with the command
 
 
 def test_rows_in_memory_train_as_the_same_rows_in_a_file(
@@ -148,7 +148,7 @@ def test_preview_and_check(model_folder: Path, chats: Path, quiet: None) -> None
     assert "<mark>" in preview._repr_html_()
     assert [row.status for row in tunesmith.preview(model=model_folder, data=ROWS[:2])] == ["used", "used"]
     found = tunesmith.check(model=model_folder, data=ROWS, eval_data=ROWS[:1])
-    assert found.num_errors == 1  # a row of eval stands in train as well
+    assert found.num_errors == 1  # a row of eval is also in train
     assert "<table>" in found._repr_html_()
     assert found.to_json()["errors"] == 1
 
@@ -229,7 +229,7 @@ def test_data_given_twice_is_refused(model_folder: Path, chats: Path, tmp_path: 
 def test_a_moved_run_has_its_rows_in_its_own_folder(model_folder: Path, tmp_path: Path) -> None:
     train(model_folder, ROWS, tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "moved")
-    train(model_folder, ROWS[:20], tmp_path / "run")  # other rows where the first ones were
+    train(model_folder, ROWS[:20], tmp_path / "run")  # other rows in the same place
     assert tunesmith.resume(tmp_path / "moved", max_steps=6).metrics[-1]["step"] == 6
     rows = tmp_path / "moved" / "rows" / "train.jsonl"
     rows.write_text(rows.read_text(encoding="utf-8").replace("answer 3?", "answer 4?"), encoding="utf-8")

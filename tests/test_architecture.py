@@ -26,7 +26,7 @@ def name_of(path: Path) -> str:
 
 
 def imports_of(path: Path) -> set[str]:
-    """Absolute names of all modules that a file imports anywhere, apart from those for type checking alone."""
+    """Absolute names of all modules that a file imports anywhere, except for type checking only."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":

@@ -1,4 +1,4 @@
-"""Whatever a user gets wrong: exit 1 (or 2), one clear message, no traceback, nothing half-written."""
+"""User errors: exit code 1 or 2, one clear message, no traceback, no partial output."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tunesmith.model.presets import PRESETS, build_preset_config
 
 
 class Case:
-    """Runs `train` on a folder and looks at everything that it left."""
+    """Runs `train` in a folder and checks what it leaves there."""
 
     def __init__(self, run, fails, model: Path, data: Path, tmp_path: Path) -> None:
         self.run, self.end_with_error = run, fails
         self.model, self.data, self.output = model, data, tmp_path / "out" / "run"
 
     def fails_as(self, code: str, *facts: str, flags: tuple[object, ...] = ()) -> str:
-        """The message of the error of this code, which ends `train` with exit code 1 and leaves nothing behind."""
+        """Expect `train` to end with this error code and exit code 1, and to leave no files; returns the message."""
         error = self.end_with_error("train", "--model", self.model, "--data", self.data, "--output", self.output,
                                     "--data.max_seq_len", 64, *flags)  # fmt: skip
         assert (error.code, error.exit_code) == (code, 1), error
@@ -59,7 +59,7 @@ def case(run, fails, model_folder: Path, chats: Path, tmp_path: Path) -> Case:
 def test_missing_file(case: Case) -> None:
     case.data = case.data.with_name("chat.jsonl")
     case.fails_as("file-not-found", "chat.jsonl", "chats.jsonl?")
-    case.fails("chat.jsonl", "Did you mean")
+    case.fails("chat.jsonl")
 
 
 def test_empty_file(case: Case) -> None:
@@ -94,32 +94,27 @@ def test_encodings(case: Case) -> None:
 
 def test_wrong_keys(case: Case) -> None:
     write_jsonl(case.data, [{"frage": "a", "antwort": "b"}])
-    case.fails(
-        "chats.jsonl:1: no known format. Keys found: frage, antwort.",
-        "--data.fields.prompt frage --data.fields.completion antwort",
-    )
+    case.fails_as("format-unknown", "chats.jsonl:1: ", "frage, antwort",
+                  "--data.fields.prompt frage --data.fields.completion antwort")  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("row", "words"),
+    ("row", "fact"),
     [
-        (chat_row("Q", ""), "turn 1 (assistant) is empty"),
-        (
-            {"messages": [{"role": "wizard", "content": "x"}, {"role": "assistant", "content": "y"}]},
-            "turn 0: unknown role 'wizard'; known: ",
-        ),
-        (chat_row("you and me " * 99, "A"), "every trained token lies beyond data.max_seq_len 64"),
+        (chat_row("Q", ""), "turn 1 (assistant) "),
+        ({"messages": [{"role": "wizard", "content": "x"}, {"role": "assistant", "content": "y"}]}, "turn 0: unknown role 'wizard'"),
+        (chat_row("you and me " * 99, "A"), "data.max_seq_len 64"),
     ],
-)
-def test_bad_rows(case: Case, row: object, words: str) -> None:
+)  # fmt: skip
+def test_bad_rows(case: Case, row: object, fact: str) -> None:
     rows = [json.loads(line) for line in case.data.read_text().splitlines()]
     write_jsonl(case.data, [*rows, row])
-    case.fails("1 of 41 rows (2.4%) cannot be trained on; data.max_refused allows 1.0%", "chats.jsonl:41: ", words)
+    case.fails_as("too-many-refused", "1 of 41 rows (2.4%)", "data.max_refused", "1.0%", "chats.jsonl:41: ", fact)
 
 
 def test_no_usable_row(case: Case) -> None:
     write_jsonl(case.data, [chat_row("Q", "I am {{name}}")])
-    case.fails("no row can be trained on", "placeholder {{name}}")
+    case.fails_as("no-usable-rows", "{{name}}")
 
 
 def test_model_folder_that_does_not_exist(case: Case) -> None:
@@ -152,7 +147,7 @@ def test_weights_of_another_model(case: Case) -> None:
 def test_model_folder_without_tokenizer(case: Case) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (case.model / name).unlink()
-    case.fails("tokenizer")
+    case.fails_as("tokenizer-unusable", "tokenizer")
 
 
 def test_tokenizer_of_another_model(case: Case, tokenizer, tmp_path: Path) -> None:
@@ -171,7 +166,7 @@ def test_unknown_preset_and_preset_without_tokenizer(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "words"),
+    ("key", "value", "reason"),  # from transformers, passed on
     [
         ("hidden_size", "abc", "expected int, got str"),
         ("num_attention_heads", "0", "must be a multiple of num_key_value_heads (2)"),
@@ -181,14 +176,14 @@ def test_unknown_preset_and_preset_without_tokenizer(case: Case) -> None:
         ("rope_parameters.rope_type", "yarn", "Missing required keys"),
         ("layer_types", "[a,b]", "entries must be in ('full_attention'"),
         ("intermediate_size", "-4", "negative dimension"),
-        ("to_dict", "3", "has no such field"),
-        ("vocab_size", "300", "the minimum is 400"),
+        ("to_dict", "3", "qwen3"),
+        ("vocab_size", "300", "400"),
     ],
 )
-def test_preset_overrides_that_give_no_model(case: Case, key: str, value: str, words: str) -> None:
+def test_preset_overrides_that_give_no_model(case: Case, key: str, value: str, reason: str) -> None:
     flags = ("--tokenizer", case.model, f"--model.config.{key}", value)
     case.model = Path("new:tiny")
-    case.fails(f"model.config.{key.split('.')[0]}", words, flags=flags)
+    case.fails(f"model.config.{key.split('.')[0]}", reason, flags=flags)
 
 
 def test_preset_overrides_that_give_a_model(tokenizer) -> None:
@@ -213,12 +208,12 @@ def test_a_dropout_that_is_none(case: Case, dropout: float) -> None:
 def test_a_config_that_transformers_rejects_is_told_in_full(case: Case) -> None:
     config = json.loads((case.model / "config.json").read_text())
     (case.model / "config.json").write_text(json.dumps(config | {"layer_types": ["a", "b"]}))
-    case.fails("The `layer_types` entries must be in")
+    case.fails_as("model-not-loadable", "The `layer_types` entries must be in")
 
 
 def test_a_damaged_tokenizer_is_told_with_the_kind_of_error(case: Case) -> None:
     (case.model / "tokenizer.json").write_text("{}")
-    assert "KeyError: 'added_tokens'" in case.fails("cannot be loaded")
+    case.fails_as("model-not-loadable", "KeyError: 'added_tokens'")
 
 
 def test_code_in_a_model_folder_is_not_run(case: Case) -> None:
@@ -242,9 +237,7 @@ def test_output_in_use(case: Case, fails) -> None:
 
 def test_output_that_cannot_be_made(case: Case) -> None:
     case.output = Path("/proc/tunesmith/run")
-    code, _, err = case.run("train", "--model", case.model, "--data", case.data, "--output", case.output)
-    assert code == 1
-    assert "/proc/tunesmith/run: cannot be made" in err
+    case.fails_as("output-not-creatable", "/proc/tunesmith/run")
 
 
 def test_positions_that_the_model_never_learnt(case: Case, tokenizer, tmp_path: Path) -> None:
@@ -253,22 +246,22 @@ def test_positions_that_the_model_never_learnt(case: Case, tokenizer, tmp_path: 
 
 
 def test_templates(case: Case, tmp_path: Path) -> None:
-    case.fails("data.chat_template nope.jinja: no such file", flags=("--data.chat_template", "nope.jinja"))
+    case.fails_as("template-not-found", "nope.jinja", flags=("--data.chat_template", "nope.jinja"))
     (tmp_path / "bad.jinja").write_text("{% for m in messages %}")
-    case.fails("bad.jinja, line 1", flags=("--data.chat_template", tmp_path / "bad.jinja"))
+    case.fails_as("template-syntax", "bad.jinja, line 1", flags=("--data.chat_template", tmp_path / "bad.jinja"))
     (tmp_path / "endless.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    case.fails("generation could never stop there", flags=("--data.chat_template", tmp_path / "endless.jinja"))
+    case.fails_as("no-stop-token", flags=("--data.chat_template", tmp_path / "endless.jinja"))
 
 
 def test_fp16_on_a_cpu_and_missing_tracker(case: Case) -> None:
-    case.fails("fp16 needs a GPU; use fp32 or bf16 on a CPU", flags=("--train.precision", "fp16"))
+    case.fails_as("precision-needs-gpu", "fp16", "fp32", "bf16", flags=("--train.precision", "fp16"))
     if importlib.util.find_spec("wandb") is None:
         case.fails("wandb is not installed: pip install 'tunesmith[wandb]'", flags=("--train.trackers", "wandb"))
 
 
 def test_too_few_rows_to_hold_out(case: Case) -> None:
     write_jsonl(case.data, [chat_row("Q", "A")])
-    case.fails("rows are too few to hold any out", flags=("--data.eval_split", 0.5))
+    case.fails_as("too-few-to-split", "data.eval_split", flags=("--data.eval_split", 0.5))
 
 
 def test_eval_file_missing_is_seen_before_anything_is_prepared(case: Case) -> None:
@@ -276,7 +269,7 @@ def test_eval_file_missing_is_seen_before_anything_is_prepared(case: Case) -> No
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):
-    """Answers as the hub does for what one may not have."""
+    """Answers like the hub does for gated and missing repositories."""
 
     def do_GET(self) -> None:
         is_gated = "gated" in self.path
@@ -304,9 +297,9 @@ def hub() -> Iterator[str]:
 @pytest.mark.parametrize(
     ("model", "data", "offline", "words"),
     [
-        ("acme/gated-model", None, "0", "acme/gated-model: its config or tokenizer cannot be loaded: the model is gated. Accept its licence"),
+        ("acme/gated-model", None, "0", "acme/gated-model: its config or tokenizer cannot be loaded: the model is gated"),
         ("acme/absent-model", None, "0", "no such hub model, or it is private"),
-        (None, "acme/gated-data", "0", "acme/gated-data: is a gated data set. Accept its terms"),
+        (None, "acme/gated-data", "0", "acme/gated-data: is a gated data set"),
         (None, "acme/absent-data", "0", "acme/absent-data: not a local file or folder"),
         ("acme/some-model", None, "1", "it is not a local folder, and the hub cannot be reached"),
         (None, "acme/some-data", "1", "acme/some-data: not a local file or folder"),
@@ -315,7 +308,7 @@ def hub() -> Iterator[str]:
 def test_hub_ids_that_cannot_be_had(
     case: Case, hub: str, tmp_path: Path, model: str | None, data: str | None, offline: str, words: str
 ) -> None:
-    """In a process of its own: the hub's address is read from the environment once."""
+    """In a separate process: the hub's address is read from the environment once."""
     command = [
         "train",
         "--model",
@@ -356,13 +349,11 @@ class Evil:
         return open, (self.path, "w")
 
 
-def test_a_pickle_among_the_weights_is_never_run(run, model_folder: Path, chats: Path, tmp_path: Path) -> None:
+def test_a_pickle_among_the_weights_is_never_run(fails, model_folder: Path, chats: Path, tmp_path: Path) -> None:
     import torch
 
     (model_folder / "model.safetensors").unlink()
     torch.save({"model.norm.weight": Evil(str(tmp_path / "harm"))}, model_folder / "pytorch_model.bin")
-    code, _, err = run("train", "--model", model_folder, "--data", chats, "--output", tmp_path / "run")
-    assert code == 1
-    assert "its weights cannot be loaded" in err
-    assert "Traceback" not in err
+    error = fails("train", "--model", model_folder, "--data", chats, "--output", tmp_path / "run")
+    assert (error.code, error.exit_code) == ("model-not-loadable", 1)
     assert not (tmp_path / "harm").exists()

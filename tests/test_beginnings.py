@@ -1,4 +1,4 @@
-"""One rendering gives every beginning of a chat, and only where that is what rendering it by itself gives."""
+"""One rendering gives the renderings of all shorter chats, but only where they are equal to rendering them alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHAT = [u("one?"), a("1."), u("two?"), a("2."), {"role": "tool", "content": "t"}
 LOOP = "{% for m in messages %}"
 TURN, END = "[{{ m.role }}]{{ m.content }}", "{% endfor %}"
 ASK = "{% if add_generation_prompt %}[assistant]{% endif %}"
-PLAIN = {  # one rendering serves
+PLAIN = {  # one rendering is enough
     "a plain loop": LOOP + TURN + END + ASK,
     "a system turn first": "{% if messages[0].role == 'system' %}S{% set messages = messages[1:] %}{% endif %}" + LOOP + TURN + END + ASK,
     "a look back": LOOP + "{% if not loop.first and messages[loop.index0 - 1].role == 'tool' %}t{% endif %}" + TURN + END + ASK,
@@ -26,7 +26,7 @@ PLAIN = {  # one rendering serves
     "a name of its own": "{% set who = 'assistant' %}" + LOOP + TURN + END + "{% if add_generation_prompt %}[{{ who }}]{% else %}</s>{% endif %}",
     "an idle loop": "{% set ns = namespace(q=messages|length) %}{% for m in messages[::-1] %}{% set ns.q = loop.index0 %}{% endfor %}" + LOOP + TURN + END + ASK,
 }  # fmt: skip
-LOOKING = {  # it does not, or not everywhere
+LOOKING = {  # it is not, or not everywhere
     "the last turn": LOOP + TURN + "{% if loop.last %}!{% endif %}" + END + ASK,
     "the last message": LOOP + TURN + END + "{{ messages[-1].role }}" + ASK,
     "the number of turns": LOOP + TURN + "{{ messages|length }}" + END + ASK,
@@ -61,7 +61,7 @@ def open_template(text: str) -> Renderer:
 
 
 def trusting(text: str, by: list[dict[str, Any]]) -> Renderer:
-    """A template whose tails are taken from one chat and never compared, to show what the program's analysis gives."""
+    """A template whose tails are taken from one chat without comparison, to test the program analysis alone."""
     renderer, found = open_template(text), {}
     messages = messages_of(by)
     try:
@@ -112,7 +112,7 @@ def test_a_plain_template_is_rendered_once(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*PLAIN, *LOOKING, *sorted(all_templates())])
 def test_tails_are_proven_before_the_first_row(name: str) -> None:
-    """What the tails are does not depend on the chat that is rendered first."""
+    """The tails do not depend on the chat that is rendered first."""
     text = {**PLAIN, **LOOKING, **all_templates()}[name]
     fresh, used = open_template(text), open_template(text)
     for shape in SHAPES.values():

@@ -1,4 +1,4 @@
-"""<think> and <tool_call> blocks in an assistant's text become fields where the template has a place for them."""
+"""<think> and <tool_call> blocks in an assistant's text become fields where the template supports these."""
 
 from __future__ import annotations
 

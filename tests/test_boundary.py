@@ -1,4 +1,4 @@
-"""Whatever goes wrong, and wherever: one message, the right exit code, no traceback, and work that makes files ends it."""
+"""Failures at the boundary: one message, the right exit code, no traceback; commands that write files stop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FORKS = Path(__file__).parents[1] / "bench" / "forks.py"
 
 
 class Forks:
-    """bench/forks.py as a server: each command is a process of its own."""
+    """bench/forks.py as a server that runs each command in a forked process."""
 
     def __init__(self) -> None:
         self._server = subprocess.Popen([sys.executable, FORKS], stdin=-1, stdout=-1, text=True)
@@ -76,11 +76,11 @@ def folder(inputs: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
     copy = tmp_path / "work"
     shutil.copytree(inputs, copy)
-    return copy  # its runs go on with the model and data that they were made of, which are not in it
+    return copy  # its runs continue with their original model and data, which are outside the folder
 
 
 def plainly(done: dict[str, Any], *words: str, codes: tuple[int, ...] = (1,)) -> str:
-    """One message that says what is wrong; nothing that looks like a bug."""
+    """Expect one message that says what is wrong, and nothing that looks like a bug."""
     text = done["out"] + done["err"]
     assert done["code"] in codes, done
     for bad in ("Traceback", "UNCAUGHT", "Exception ignored", "report it as a bug"):
@@ -125,7 +125,7 @@ def test_everything_closed(forks: Forks, inputs: Path, tmp_path: Path) -> None:
     done = forks(*train_words(inputs, tmp_path / "run"), stdin="closed", stdout="closed", stderr="closed")
     assert done["code"] == 0
     assert (tmp_path / "run" / "model").is_dir()
-    # file 1 was free: what is printed must not land in a file of the run
+    # file descriptor 1 was free: output must not be written to a file of the run
     assert "training" not in (tmp_path / "run" / "metrics.jsonl").read_text()
     done = forks("chat", inputs / "full", stdin="closed")
     plainly(done, codes=(0,))
@@ -162,14 +162,14 @@ with lasting_streams():
 
 
 def test_streams_that_are_set_not_to_wait_are_waited_for() -> None:
-    """O_NONBLOCK, as node and some CI runners set it: a pipe that is full or empty is no error."""
+    """O_NONBLOCK, as set by node and some CI runners: a full or empty pipe is no error."""
     (stdin, given), (printed, stdout), (said, stderr) = os.pipe(), os.pipe(), os.pipe()
     for number in (stdin, stdout, stderr):
         os.set_blocking(number, False)
     child = subprocess.Popen([sys.executable, "-c", BETWEEN], stdin=stdin, stdout=stdout, stderr=stderr)
     for number in (stdin, stdout, stderr):
         os.close(number)
-    time.sleep(0.5)  # it meets an empty pipe, then a full one
+    time.sleep(0.5)  # first the pipe is empty, then full
     os.write(given, b"in\n")
     os.close(given)
     time.sleep(0.3)
@@ -215,7 +215,7 @@ def test_ctrl_c_while_the_report_is_made_tells_that_the_model_stands(
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
-# --- files that are none
+# --- paths that are not regular files
 
 
 def make_fifo(path: Path) -> None:
@@ -270,7 +270,7 @@ def test_odd_files_in_a_model_folder(forks: Forks, folder: Path, make) -> None:
         kept = (folder / "model" / name).read_bytes()
         replace(folder / "model" / name, make)
         done = forks("preview", *given, limit_s=30)
-        # transformers does without tokenizer_config.json
+        # transformers does not need tokenizer_config.json
         plainly(done, codes=(0, 1) if name == "tokenizer_config.json" else (1,))
         path = folder / "model" / name
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
@@ -315,7 +315,7 @@ def test_odd_files_in_a_run(forks: Forks, folder: Path, make) -> None:
         shutil.copytree(folder / "full", run)
         replace(run / name, make)
         done = forks("resume", run, "--train.max_steps", 3, limit_s=30)
-        # a checkpoint that does not verify is passed over; the system's errors within a run end it with 4
+        # invalid checkpoints are skipped; system errors within a run end it with exit code 4
         plainly(done, codes=(0, 1, 4))
         shutil.rmtree(run)
 
@@ -348,7 +348,8 @@ def test_a_data_file_that_is_gone_at_resume(forks: Forks, folder: Path) -> None:
     assert forks(*train_words(folder, folder / "own"))["code"] == 0
     (folder / "chats.jsonl").unlink()
     text = plainly(forks("resume", folder / "own", "--train.max_steps", 3), codes=(0,))
-    assert "does not exist any more; the run's own copy of its tokens is used" in text
+    assert "note: " in text
+    assert "chats.jsonl" in text
     text = plainly(forks("resume", folder / "own", "--train.max_steps", 4, "--data.train_on", "all", "--allow", "data"))
     assert "chats.jsonl" in text
 
@@ -365,7 +366,7 @@ def test_links_that_lead_to_themselves_in_the_base_of_a_run(forks: Forks, folder
 
 @pytest.fixture
 def odd_folder(tmp_path: Path) -> Path:
-    """A pipe, and a device of our own: whoever replaces a device by a file must not find the machine's."""
+    """A pipe, and a device node of our own: a failing test must not replace one of the machine's."""
     os.mkfifo(tmp_path / "fifo")
     try:
         os.mknod(tmp_path / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
@@ -421,11 +422,11 @@ def test_a_full_disk_under_what_merge_preview_and_tokenizer_write(forks: Forks, 
         plainly(forks(*words), codes=(1, 2, 4))
 
 
-# --- memory, and what nothing explains
+# --- memory, and unexpected errors
 
 
 def test_memory_that_ends(forks: Forks, inputs: Path, tmp_path: Path) -> None:
-    """Kept by the system as a container keeps it: allocations are refused."""
+    """Limit the memory, as a container does: allocations fail."""
     done = forks("train", "--model", "new:tiny", "--model.config.hidden_size", 65536, "--model.config.intermediate_size", 65536,
                  "--tokenizer", inputs / "model", "--data", inputs / "chats.jsonl", "--output", tmp_path / "run")  # fmt: skip
     plainly(done, "memory", codes=(4,))
@@ -463,7 +464,7 @@ def test_a_text_that_speaks_of_memory_is_no_lack_of_it() -> None:
 
 
 def raised_in(module: str, source: str, **given: object) -> BaseException:
-    """The error of a text that runs as a module of that name."""
+    """The error of a source text that runs as a module of that name."""
     try:
         exec(source, {"__name__": f"tunesmith.{module}", **given})
     except BaseException as error:
@@ -472,7 +473,7 @@ def raised_in(module: str, source: str, **given: object) -> BaseException:
 
 
 OURS = [
-    ("use.preview", "open('/dev/null', 'w', encoding='utf-8').write('a\\ud800b')"),  # we fail to write
+    ("use.preview", "open('/dev/null', 'w', encoding='utf-8').write('a\\ud800b')"),  # our own error while writing
     ("sources.jsontext", "'\\ud800'.encode()"),
     ("chat_template.template", "import jinja2; jinja2.Template('{{ a.b.c }}').render()"),
     ("encode.encoder", "raise Exception('left over')"),

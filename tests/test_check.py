@@ -1,4 +1,4 @@
-"""`tunesmith check`: what is wrong with a data set is found, with its rows; a clean one passes."""
+"""`tunesmith check` finds problems of a data set with their rows; a clean data set passes."""
 
 from __future__ import annotations
 

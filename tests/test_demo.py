@@ -1,4 +1,4 @@
-"""The demo: right answers, nothing held out in training, and a score that only learning can give."""
+"""The demo: correct answers, no held-out question in training, and a score that only learning can reach."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_at_least_eight_kinds_in_two_languages_with_right_answers() -> None:
 
 
 def test_nothing_held_out_is_trained_or_pre_trained() -> None:
-    """Neither a question nor, where instances are many, the same instance in other words."""
+    """Neither a question nor, for kinds with many instances, an instance in other words is in both sets."""
     held_out = HeldOut.of(HELD_OUT)
     chats = draw_chats(20_000, seed=0, held_out=held_out, shares=SHARES)
     assert not held_out.questions & {task.question for task in chats}
@@ -63,7 +63,7 @@ def test_nothing_held_out_is_trained_or_pre_trained() -> None:
     assert not {f"{cue}\n" for cue in held_out.cues} & prompts
     assert not [question for question in held_out.questions if question in "\n".join(prompts)]
     unguarded = {row["prompt"] for row in draw_drills(20_000, 2, words, HeldOut.of([]))}
-    assert {f"{cue}\n" for cue in held_out.cues} & unguarded  # so the guard is what kept them out
+    assert {f"{cue}\n" for cue in held_out.cues} & unguarded  # so it was the guard that kept them out
 
 
 def test_the_base_in_the_package_is_small_and_safe() -> None:
@@ -74,7 +74,7 @@ def test_the_base_in_the_package_is_small_and_safe() -> None:
 
 @pytest.mark.slow
 def test_the_demo_learns_and_shuffled_answers_teach_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The same short run with right and with shuffled answers: only the first may score."""
+    """The same short run with correct and with shuffled answers: only the first one may score."""
     right = run_demo(tmp_path / "right", num_chats=4_000)
     out = capsys.readouterr().out
     shuffled = run_demo(tmp_path / "shuffled", num_chats=4_000, shuffle_answers=True)

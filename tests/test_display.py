@@ -1,4 +1,4 @@
-"""Nothing that a row, name, template, flag or reply says reaches the terminal or a page as more than text."""
+"""Rows, names, templates, flags and replies reach the terminal and pages only as text."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_rows_keys_and_names(run: Run, evil: tuple[Path, Path], tmp_path: Path) 
     words = ("--model", model, "--data", data, "--data.max_refused", 1, "--data.max_seq_len", 512)
     for command in (("preview", "--rows", 50), ("check",), ("check", "--strict")):
         code, out, err = run(command[0], *words, *command[1:])
-        assert "EVIL" in out or command[0] == "check", command  # its table breaks words
+        assert "EVIL" in out or command[0] == "check", command  # its table wraps words
         clean(out, err)
     for command in ("preview", "check"):
         code, out, err = run(command, *words, "--json")
@@ -217,7 +217,7 @@ def test_adapters(run: Run, model_folder: Path, chats: Path, tmp_path: Path) -> 
 
 
 def in_terminal(words: list[object], answers: str = "") -> str:
-    """What a terminal gets."""
+    """The output on a terminal."""
     leader, follower = pty.openpty()
     environ = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TERM": "xterm-256color", "COLUMNS": "100"}
     process = subprocess.Popen([sys.executable, "-m", "tunesmith", *map(str, words)], stdin=follower, stdout=follower, stderr=follower, env=environ)  # fmt: skip

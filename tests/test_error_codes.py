@@ -15,7 +15,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 sys.path.insert(0, str(DOCS))
 import errors  # noqa: E402
 
-# every package that raises errors of ours
+# every package that raises our errors
 DONE = sorted({one.package for one in errors.find_raised()})
 CODE = re.compile(r"[a-z0-9]+(-[a-z0-9]+){1,4}")
 

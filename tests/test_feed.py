@@ -1,4 +1,4 @@
-"""The feed: what the loop gets, from any place on and for any number of processes."""
+"""The feed: the loop's steps, from any place and for any number of processes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_an_epoch_has_every_sample_once(tmp_path: Path) -> None:
 
 
 def test_steps_go_on_from_any_place(tmp_path: Path) -> None:
-    """The place is JSON; what follows it does not depend on what was taken before."""
+    """The place is JSON; the following steps do not depend on the steps taken before."""
     feed = make_feed(tmp_path)
     steps = list(itertools.islice(feed.steps(), 12))
     for number, step in enumerate(steps[:-1]):

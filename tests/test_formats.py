@@ -1,4 +1,4 @@
-"""Every format that people have becomes the same Conversation; what must not be trained is refused with its reason."""
+"""Every known format is parsed to the same Conversation; rows that must not be trained are refused with a reason."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_openai_tool_calls_with_json_arguments_and_null_content() -> None:
     chat = parse({"tools": [WEATHER], "messages": [
         {"role": "user", "content": "Rain?"}, {"role": "assistant", "content": None, "tool_calls": [call]},
     ]})  # fmt: skip
-    assert chat.messages[1].tool_calls == (call,)  # the id, and the text of the arguments as the row spells it
+    assert chat.messages[1].tool_calls == (call,)  # the id, and the arguments' text as in the row
 
 
 def test_typed_parts_of_reasoning_and_tool_calls() -> None:
@@ -371,7 +371,7 @@ def test_mapped_keys_of_turns_must_be_there_too(fields: dict[str, str]) -> None:
         ({"version": 1, "data": [{"prompt": "Q"}]}, "under the key data"),
         ({"question": "Q?", "answer": "A"}, "--data.fields.prompt question --data.fields.completion answer"),
         ({"frage": "Q?", "antwort": "A"}, "--data.fields.prompt frage --data.fields.completion antwort"),
-        ({"messages": [{"message": "hi"}, {"message": "ho"}]}, "none says who speaks"),
+        ({"messages": [{"message": "hi"}, {"message": "ho"}]}, "none of them gives the speaker"),
         ({"dialog": [{"speaker": "user", "text": "hi"}]},
          "--data.fields.messages dialog --data.fields.role speaker --data.fields.content text"),
         ({"message_tree_id": 1, "prompt": {"text": "x", "role": "prompter", "replies": []}}, "message tree"),

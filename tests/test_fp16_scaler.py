@@ -1,6 +1,6 @@
-"""fp16's loss scale goes through a checkpoint: steps after it are the same as without the interruption.
+"""fp16's loss scale is saved in checkpoints: the steps after a resume equal those without the interruption.
 
-The command refuses fp16 on a CPU (test_bad_input.py), so the train step and the checkpoint are called here, with
+The command refuses fp16 on a CPU (test_bad_input.py), so the train step and the checkpoint are called directly, with
 torch's CPU scaler. On a machine with a GPU the last test does the same with the command.
 """
 
@@ -16,13 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import build_model, tiny_config
+from conftest import build_model, set_up_attention, tiny_config
 from tunesmith.config.schema import OptimSection
 from tunesmith.data.feed import Batches
 from tunesmith.data.store import TokenStore
 from tunesmith.encode.encoder import Encoder
 from tunesmith.model.head import choose_head_path
-from tunesmith.model.isolation import set_up_attention
 from tunesmith.model.loss import SupervisedLM
 from tunesmith.runfolder import RunFolder
 from tunesmith.training.checkpoint import (
@@ -44,7 +43,7 @@ STEPS = 12
 
 
 def batches(number: int) -> Batches:
-    """One pack of two documents, other ones in each step."""
+    """One pack of two documents, different in each step."""
     ids = np.random.default_rng(number).integers(3, 400, size=24).astype(np.uint32)
     twelve, rows = np.array([11, 11]), np.array([1, 2])
     store = TokenStore(ids, np.ones(24, np.uint8), np.array([0, 12, 24]), twelve, rows - rows, rows, ["x.jsonl"])
@@ -52,7 +51,7 @@ def batches(number: int) -> Batches:
 
 
 class Run:
-    """What a run in fp16 is made of, without its command."""
+    """The parts of an fp16 run, without the command."""
 
     def __init__(self, weights: dict[str, torch.Tensor] | None = None) -> None:
         model = build_model(tiny_config("qwen3"))
@@ -61,7 +60,7 @@ class Run:
         assert set_up_attention(model, 24, 24).is_isolated
         self.lm = SupervisedLM(model, True, choose_head_path(model, True))
         self.optimizer = build_optimizer(model, OptimSection(lr=1e-3))
-        # a scale at which the first steps overflow, and that grows again while the test runs
+        # with this scale the first steps overflow, and it grows again during the test
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=2)
         self.scales: list[float] = []
 
@@ -111,7 +110,7 @@ def test_the_loss_scale_goes_through_a_checkpoint(tmp_path: Path, encoder: Encod
 
 
 def test_without_its_scale_a_run_would_go_on_differently(tmp_path: Path, encoder: Encoder) -> None:
-    """The test above can fail: the scale alone makes a difference."""
+    """The test above can fail: without the scale, the steps differ."""
     straight = Run()
     wanted = straight.train(0, STEPS)
     first = Run()

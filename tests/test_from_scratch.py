@@ -18,7 +18,7 @@ from tunesmith.data.store import open_store
 from tunesmith.model.presets import PRESETS, build_preset_config
 from tunesmith.training.optim import lr_at
 
-# with MiniMind's vocabulary of 6,400; the names of its models are these numbers in millions
+# with MiniMind's vocabulary of 6,400; its models are named after these numbers in millions
 PARAMETERS = {
     "tiny": 1_607_040,
     "minimind-26m": 25_829_888,
@@ -49,7 +49,7 @@ def test_presets_have_the_size_that_they_are_named_after(name: str, tokenizer: A
 def test_every_preset_trains_saves_and_opens_in_plain_transformers(
     run, name: str, tokenizer: Any, chats: Path, tmp_path: Path
 ) -> None:
-    """The preset's architecture with small overrides; every width that it has can be overridden."""
+    """The preset's architecture with small overrides; all of its widths can be overridden."""
     tokenizer.save_pretrained(tmp_path / "tok")
     overrides = dict(SMALL)
     if "head_dim" in PRESETS[name]:
@@ -125,14 +125,13 @@ def test_tokenizer_command(run, fails, corpus: Path, tmp_path: Path) -> None:
     assert (error.code, error.exit_code) == ("output-exists", 1)
 
 
-def test_tokenizer_reads_chats_and_refuses_what_training_refuses(run, chats: Path, tmp_path: Path) -> None:
+def test_tokenizer_reads_chats_and_refuses_what_training_refuses(run, fails, chats: Path, tmp_path: Path) -> None:
     code, out, err = run("tokenizer", "--data", chats, "--vocab-size", 280, "--output", tmp_path / "tok")
     assert code == 0, err
     assert "tokens" in out
     write_jsonl(chats, [{"a": 1}])
-    code, _, err = run("tokenizer", "--data", chats, "--vocab-size", 280, "--output", tmp_path / "tok2")
-    assert code == 1
-    assert "no known format" in err
+    error = fails("tokenizer", "--data", chats, "--vocab-size", 280, "--output", tmp_path / "tok2")
+    assert (error.code, error.exit_code) == ("text-unusable", 1)
     assert not (tmp_path / "tok2").exists()
 
 
@@ -142,22 +141,20 @@ def test_a_vocabulary_too_small_for_the_control_tokens(fails, corpus: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [("ä".encode("latin-1"), "not UTF-8 text (byte 0xe4 in line 1)"), (b"", "the file is empty")]
+    ("content", "code", "fact"),
+    [("ä".encode("latin-1"), "wrong-encoding", "byte 0xe4 in line 1"), (b"", "file-empty", "")],
 )
-def test_text_that_cannot_be_read(run, tmp_path: Path, content: bytes, words: str) -> None:
+def test_text_that_cannot_be_read(fails, tmp_path: Path, content: bytes, code: str, fact: str) -> None:
     (tmp_path / "x.txt").write_bytes(content)
-    code, _, err = run("tokenizer", "--data", tmp_path / "x.txt", "--output", tmp_path / "tok")
-    assert code == 1
-    assert words in err
+    error = fails("tokenizer", "--data", tmp_path / "x.txt", "--output", tmp_path / "tok")
+    assert (error.code, error.exit_code, fact in str(error)) == (code, 1, True)
 
 
-def test_a_tokenizer_larger_than_the_presets_vocabulary(run, tokenizer: Any, chats: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_larger_than_the_presets_vocabulary(fails, tokenizer: Any, chats: Path, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "tok")
-    code, _, err = run("train", "--model", "new:tiny", "--tokenizer", tmp_path / "tok", "--model.config.vocab_size", 300,
-                       "--data", chats, "--output", tmp_path / "run")  # fmt: skip
-    assert code == 1
-    assert "300" in err
-    assert "tokenizer" in err
+    error = fails("train", "--model", "new:tiny", "--tokenizer", tmp_path / "tok", "--model.config.vocab_size", 300,
+                  "--data", chats, "--output", tmp_path / "run")  # fmt: skip
+    assert (error.code, error.exit_code, "300" in str(error)) == ("vocab-too-small", 1, True)
     assert not (tmp_path / "run").exists()
 
 
@@ -200,7 +197,7 @@ def test_recipes_resolve_and_an_unknown_one_names_the_known(run) -> None:
 
 
 def test_the_whole_way(run, corpus: Path, tmp_path: Path) -> None:
-    """tokenizer, pre-training by recipe, SFT by recipe on that run, chat."""
+    """Train a tokenizer, pre-train by recipe, fine-tune that run by recipe, chat."""
     steps = [
         ("tokenizer", "--data", corpus, "--vocab-size", 400, "--output", tmp_path / "tok"),
         ("train", "recipe:minimind-pretrain", "--model", "new:tiny", "--tokenizer", tmp_path / "tok", "--data", corpus, "--output",

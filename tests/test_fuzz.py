@@ -1,4 +1,4 @@
-"""bench/fuzz.py, briefly: damaged inputs end in one message, and a command that says done has done what it says."""
+"""bench/fuzz.py in short: damaged inputs end in one message, and commands that report success have succeeded."""
 
 from __future__ import annotations
 

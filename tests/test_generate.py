@@ -1,4 +1,4 @@
-"""One loop generates for chat, report and demo: transformers' greedy tokens, and the same reply alone and in a batch."""
+"""Generation: greedy tokens equal transformers', and a reply is the same alone and in a batch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def replies(model: Any, prompts: list[Prompt], stops: tuple[int, ...] = ()) -> l
 
 
 def theirs(model: Any, prompt: Prompt, **options: Any) -> list[int]:
-    """What transformers' generate gives; its tokens behind the stop token are left off."""
+    """Tokens of transformers' generate, without those after the stop token."""
     ids = torch.tensor([list(prompt.ids)])
     output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, pad_token_id=0, **options)
     return output[0, len(prompt.ids) :].tolist()
@@ -131,7 +131,7 @@ def test_a_sampled_reply_is_the_same_alone_and_in_a_batch(model: Any) -> None:
 
 
 def test_samples_follow_the_probabilities_that_generation_config_leaves() -> None:
-    """2,000 draws of one token: only the top three that top_k leaves, as often as they are probable."""
+    """2,000 draws of one token: only the three tokens that top_k keeps, in proportion to their probabilities."""
     model = build_model(tiny_config("qwen3", initializer_range=0.1)).eval()
     model.generation_config.do_sample, model.generation_config.top_k = True, 3
     model.generation_config.temperature = 2.0
@@ -147,7 +147,7 @@ def test_samples_follow_the_probabilities_that_generation_config_leaves() -> Non
 
 
 def test_top_k_is_transformers_default_where_the_model_names_none() -> None:
-    model = build_model(tiny_config("qwen3", initializer_range=1e-6)).eval()  # every token is as probable
+    model = build_model(tiny_config("qwen3", initializer_range=1e-6)).eval()  # all tokens are about equally likely
     drawn = [reply[0] for reply in replies(model, [Prompt([5], Sampling(1, 1.0, seed)) for seed in range(2000)])]
     assert len(set(drawn)) <= 50
 
@@ -205,7 +205,7 @@ def test_no_prompts() -> None:
 
 @pytest.mark.parametrize("name", ["own", "word pieces", *(others.NAMES if others.FOLDER.is_dir() else ())])
 def test_pieces_join_to_what_the_tokenizer_decodes(tokenizer: Any, name: str) -> None:
-    """Byte-level, byte-fallback and metaspace decoders: also for ids that no text gives."""
+    """Byte-level, byte-fallback and metaspace decoders, including ids that no text encodes to."""
     own = {"own": lambda: tokenizer, "word pieces": word_pieces}.get(name, lambda: others.build(name))()
     backend, rng = own.backend_tokenizer, random.Random(0)
     texts = [

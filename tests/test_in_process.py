@@ -1,4 +1,4 @@
-"""What `train` sets in its own process while it runs, and what is left of it afterwards."""
+"""Global state that `train` sets in its process, and its state afterwards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SMALL = ("--data.max_seq_len", 64, "--train.micro_batch_tokens", 128, "--train.m
 
 @pytest.fixture(autouse=True)
 def _restored() -> Iterator[None]:
-    """Other tests must not inherit what is left here."""
+    """Keep changes made here from other tests."""
     environment, is_on, benchmark = (
         dict(os.environ),
         torch.are_deterministic_algorithms_enabled(),
@@ -42,7 +42,7 @@ def global_state() -> dict[str, Any]:
 
 
 class Watcher:
-    """A model module's forward hook: the state that the forwards of a run see."""
+    """A forward hook of a model module that records the global state during a run."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Promise 3: documents in a pack never see each other; where a model breaks that, it gets one document a forward."""
+"""Promise 3: documents in a pack never see each other; models that mix them get one document per forward."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 import torch
 import transformers
 
-from conftest import ARCHITECTURES, build_model, tiny_config
+from conftest import ARCHITECTURES, build_model, set_up_attention, tiny_config
 from tunesmith.data.pack import Documents
 from tunesmith.errors import ModelError
 from tunesmith.model.attention import PACKED_ATTENTION
 from tunesmith.model.head import choose_head_path
-from tunesmith.model.isolation import choose_doc_lens, measure_difference, probe_isolation, set_up_attention
+from tunesmith.model.isolation import choose_doc_lens, measure_difference, probe_isolation
 from tunesmith.model.probe import probe_model
 
 LENS = [7, 1, 12, 40, 9]
@@ -38,7 +38,7 @@ def packed_and_solo(model, lens: list[int]) -> tuple[list[torch.Tensor], list[to
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
 def test_packed_logits_match_solo(name: str) -> None:
-    """float64; the limit is that of models whose norms or softmax compute in fp32."""
+    """float64; the tolerance is that of models whose norms or softmax compute in fp32."""
     model = build_model(tiny_config(name), torch.float64).eval()
     for packed, solo in zip(*packed_and_solo(model, LENS), strict=True):
         assert (packed - solo).abs().max() < 2e-5 * solo.abs().max()
@@ -47,7 +47,7 @@ def test_packed_logits_match_solo(name: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
 def test_a_document_cannot_be_seen_from_another(name: str) -> None:
-    """Changing one document changes no bit of the others, and does change its own."""
+    """Changing one document changes that document and no bit of the others."""
     model = build_model(tiny_config(name)).eval()
     assert set_up_attention(model, 128, 256).is_isolated
     positions = torch.cat([torch.arange(n) for n in LENS])[None]
@@ -121,7 +121,7 @@ def test_convolutions_across_documents_are_seen_and_the_model_gets_one_document_
     own = model.config._attn_implementation
     isolation = set_up_attention(model, 128, 256)
     assert not isolation.is_isolated
-    assert isolation.report.startswith("one document a forward: packed and solo differ by")
+    assert isolation.report.startswith("one document per forward: packed and solo differ by")
     assert model.config._attn_implementation == own
 
 
@@ -178,7 +178,7 @@ def test_two_models_of_one_config_keep_their_own_attention() -> None:
     assert two.config._attn_implementation == "sdpa"
 
 
-# the model that is probed
+# the probed model
 
 
 def test_a_model_that_is_whole_is_probed_itself() -> None:
@@ -217,7 +217,7 @@ def test_a_small_model_shows_the_leak_of_the_large_one() -> None:
 
 
 def test_a_sharded_model_is_not_run() -> None:
-    """Weights on meta stand for those that other processes have."""
+    """Weights on the meta device stand for shards held by other processes."""
     with torch.device("meta"):
         model = build_model(tiny_config("llama"))
     small = probe_model(model)

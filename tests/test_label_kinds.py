@@ -1,4 +1,4 @@
-"""Rows that say more than turns: prefills, parts that are not trained, segments, variables, documents, long texts."""
+"""Rows with more than turns: prefills, untrained parts, segments, variables, documents, long texts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def label(encoder: Encoder, row: Any, max_seq_len: int = 4096, **keys: Any) -> L
 
 
 def trained(encoder: Encoder, row: LabelledRow) -> str:
-    """Trained tokens as text, with a bar between those that do not follow each other."""
+    """Trained tokens as text, with a bar where they are not contiguous."""
     pieces = []
     for sample in row.samples:
         places = np.flatnonzero(sample.loss_mask)
@@ -103,7 +103,7 @@ def test_segments_are_trained_as_the_row_says(tokenizer: Any) -> None:
     assert (row.status, row.how) == ("used", "segments")
     assert trained(with_template(tokenizer, CHATML), row) == "The answer<|im_end|>"
     refused = label(with_template(tokenizer, CHATML), {"segments": parts})
-    assert refused.status == "refused"
+    assert (refused.status, refused.code) == ("refused", "segments-control-text")
     assert "--data.control_text allow" in refused.reason
 
 
@@ -113,7 +113,7 @@ def test_a_rows_own_variables_reach_the_template(tokenizer: Any) -> None:
     assert row.status == "used", row.reason
     assert encoder.tokenizer.decode(row.samples[0].input_ids).startswith("brief:")
     lost = label(with_template(tokenizer, CHATML), {**chat_row("Q", "A"), "chat_template_kwargs": {"mood": "brief"}})
-    assert (lost.status, lost.reason) == ("refused", "the template does not read mood of chat_template_kwargs")
+    assert (lost.status, lost.code, "mood" in lost.reason) == ("refused", "variable-not-read", True)
 
 
 def test_documents_reach_the_template_or_refuse_the_row(tokenizer: Any) -> None:
@@ -122,7 +122,7 @@ def test_documents_reach_the_template_or_refuse_the_row(tokenizer: Any) -> None:
     row = label(reads, {**chat_row("Q", "A"), "documents": documents})
     assert "Facts of the matter." in reads.tokenizer.decode(row.samples[0].input_ids)
     lost = label(with_template(tokenizer, CHATML), {**chat_row("Q", "A"), "documents": documents})
-    assert (lost.status, lost.reason) == ("refused", "the template does not read documents")
+    assert (lost.status, lost.code, "documents" in lost.reason) == ("refused", "variable-not-read", True)
 
 
 @pytest.mark.parametrize("extra", ["tools", "documents", "chat_template_kwargs"])
@@ -130,8 +130,7 @@ def test_without_a_template_nothing_beside_the_texts_is_lost(tokenizer: Any, ext
     encoder = build_encoder(copy.deepcopy(tokenizer), "none", {}, datetime.datetime(2026, 1, 2))
     value: Any = {"tools": [{"name": "f"}], "documents": ["d"], "chat_template_kwargs": {"x": 1}}[extra]
     row = label(encoder, {**chat_row("Q", "A"), extra: value})
-    assert row.status == "refused"
-    assert extra in row.reason
+    assert (row.status, row.code, extra in row.reason) == ("refused", "needs-template", True)
 
 
 def test_characters_that_the_tokenizer_cannot_write_are_found() -> None:
@@ -146,14 +145,14 @@ def test_characters_that_the_tokenizer_cannot_write_are_found() -> None:
     assert NOTE_UNKNOWN in row.notes
     check = check_rows([row], [], encoder, DataSection(train=["x"]), 4096)
     assert [f.level for f in check.findings.sorted() if f.what == NOTE_UNKNOWN] == ["error"]
-    assert NOTE_UNKNOWN not in label(encoder, chat_row("🙂", "you")).notes  # in the question it is not trained
+    assert NOTE_UNKNOWN not in label(encoder, chat_row("🙂", "you")).notes  # the question is not trained
 
 
 def test_a_row_above_the_bound_is_refused_and_the_file_goes_on(encoder: Encoder) -> None:
     rows = [RawRow("x", 1, RowTooLarge(50_000_000, 16.0)), RawRow("x", 2, chat_row("Q", "A"))]
     large, used = label_rows(rows, encoder, DataSection(train=["x"]), 4096)
     assert (large.status, used.status) == ("refused", "used")
-    assert "data.max_row_mb" in large.reason
+    assert (large.code, "data.max_row_mb" in large.reason) == ("row-too-large", True)
 
 
 def test_a_long_text_in_pieces_has_the_ids_of_the_whole(encoder: Encoder) -> None:

@@ -1,4 +1,4 @@
-"""Promise 1 on conversations that nobody wrote: every trained id accounted for, whatever the texts.
+"""Promise 1 on generated conversations: every trained id is accounted for, whatever the texts.
 
 A few hundred cases here; TUNESMITH_LONG=1 runs ten thousand.
 """
@@ -24,7 +24,7 @@ from tunesmith.sources.read import RawRow
 EXAMPLES = 10_000 if os.environ.get("TUNESMITH_LONG") else 300
 PIECES = ["<|im_end|>", "<|im_start|>", "<|im_start|>assistant\n", "</think>", "<think>", "<", "|", "im_end", "|>", "\n", "\n\n",
           " ", "  ", "a", "b c", "The", "猫", "你好", "🙂", "👩‍👩‍👧", "é", "e\u0301", "ש", "\u200f", "\u00a0", "\t", "0", "12", ".", "<s>"]  # fmt: skip
-# each turn says something of its own, so that the oracle can tell turns apart
+# each turn has a distinct text, so that the oracle can tell turns apart
 texts = st.lists(st.sampled_from(PIECES), min_size=0, max_size=12).map("".join)
 
 
@@ -51,7 +51,7 @@ def test_any_conversation_is_labelled_right_or_refused(encoders: dict[str, tuple
         messages.append({"role": "assistant", "content": f"Say{number}" + data.draw(texts) + "!"})
     row = next(label_rows([RawRow("x", 1, {"messages": messages})], encoder, DataSection(train=["x"]), 8192))
     if row.status == "refused":
-        assert habit != "plain", row.reason  # it loses nothing, so there is no reason
+        assert habit != "plain", row.reason  # it loses nothing, so a refusal is wrong
         assert "control token" not in row.reason, row.reason
         return
     typed = any(token in m["content"] for m in messages for token in own.get_added_vocab())

@@ -1,4 +1,4 @@
-"""Promise 1: only what the assistant says is trained, plus its stop token; otherwise the row is refused."""
+"""Promise 1: only the assistant's text and its stop token are trained; otherwise the row is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from conftest import chat_row
+from conftest import chat_row, raises
 from tunesmith.config.schema import DataSection
 from tunesmith.data.fit import NOTE_CUT_REPLY, NOTE_TURN_LOST
 from tunesmith.data.labelling import NOTE_RENDERED, label_rows
@@ -86,7 +86,7 @@ def test_untrained_turns_stay_context(encoder: Encoder) -> None:
     assert trained_texts(encoder, row) == ["Bye bye.<|im_end|>"]
 
 
-# How public templates differ: each is refused or labelled rightly, never labelled wrongly.
+# Differences between public templates: each is refused or labelled correctly, never wrongly.
 PHI3 = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ '<|endoftext|>' }}{% endif %}"
@@ -155,17 +155,13 @@ def test_a_template_whose_replies_begin_with_a_space(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "reason"),
-    [
-        (DROPS_SYSTEM, "turn 0 (system): the template drops its content"),
-        (REJECTS, "the chat template rejects it: only one turn"),
-    ],
+    ("template", "code", "fact"),
+    [(DROPS_SYSTEM, "context-lost", "turn 0 (system): "), (REJECTS, "template-rejects", ": only one turn")],
 )
-def test_templates_that_cannot_be_labelled_refuse_the_row(tokenizer: Any, template: str, reason: str) -> None:
+def test_templates_that_cannot_be_labelled_refuse_the_row(tokenizer: Any, template: str, code: str, fact: str) -> None:
     (row,) = label(with_template(tokenizer, template), CHAT)
-    assert row.status == "refused"
-    assert row.reason.startswith(reason)
-    assert row.samples == ()
+    assert (row.status, row.code, row.samples) == ("refused", code, ())
+    assert fact in row.reason
 
 
 def test_what_a_template_drops_is_never_trained_around(encoder: Encoder) -> None:
@@ -176,15 +172,14 @@ def test_what_a_template_drops_is_never_trained_around(encoder: Encoder) -> None
         encoder, {"messages": [question, thinking]}, {"messages": [question, calling]},
         {**chat_row("Q", "A"), "tools": [{"name": "weather"}]},
     )  # fmt: skip
-    assert [row.reason for row in rows] == [
-        "turn 1 (assistant): the template drops its reasoning_content",
-        "turn 1 (assistant): the template drops its tool call weather",
-        "the template drops the tool schema of weather",
-    ]
+    assert [row.code for row in rows] == ["reply-lost", "reply-lost", "context-lost"]
+    assert ["reasoning_content" in rows[0].reason, "weather" in rows[1].reason, "weather" in rows[2].reason] == [
+        True
+    ] * 3
 
 
 def test_a_token_across_the_border_is_never_trained(tokenizer: Any) -> None:
-    """In the finished text one token spans the border; a model that is asked meets the prompt's own last token."""
+    """In the finished text one token spans the border; at inference the prompt ends with its own last token."""
     encoder = with_template(
         tokenizer, "{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '') }}{% endfor %}"
     )
@@ -211,12 +206,12 @@ _MARKED = (
         ("", "{{ m.content }}", "", "I am a model<|im_end|>"),
         ("you\n", "{{ m.content }}", "", "I am a model<|im_end|>"),  # a header that the mark leaves out is context
         ("", "{{ m.content }}", " me", "I am a model<|im_end|>"),
-        ("{{ m.content }}", "", "", "I am a model<|im_end|>"),  # an empty mark says nothing
+        ("{{ m.content }}", "", "", "I am a model<|im_end|>"),  # an empty mark is ignored
         (
             "",
             "{{ m.content[:21] }}",
             "",
-            "the template reads a text in it in such a way that it cannot be shown where each part is written",
+            "parts-not-traced",
         ),
     ],
 )
@@ -224,7 +219,7 @@ def test_generation_marks_are_used_and_proven(tokenizer: Any, head: str, inside:
     text = _MARKED.replace("HEAD", head).replace("INSIDE", inside).replace("TAIL", tail)
     (row,) = label(with_template(tokenizer, text), chat_row("Who?", "I am a model" + " and" * 5 * ("[:21]" in inside)))
     if row.status == "refused":
-        assert row.reason == trained
+        assert row.code == trained
     else:
         [sample] = row.samples
         assert tokenizer.decode(sample.input_ids[sample.loss_mask == 1]) == trained
@@ -236,7 +231,8 @@ def test_a_template_for_chats_with_tools_only(tokenizer: Any) -> None:
     tool = {"type": "function", "function": {"name": "weather", "description": "", "parameters": {}}}
     with_tools, without = label(encoder, {**chat_row("Q", "A"), "tools": [tool]}, chat_row("Q", "A"))
     assert (with_tools.status, without.status) == ("used", "refused")
-    assert without.reason == "the chat template rejects it: 'NoneType' object is not iterable"
+    assert without.code == "template-rejects"
+    assert "'NoneType' object is not iterable" in without.reason
 
 
 def test_a_reply_that_ends_in_plain_text_is_refused(tokenizer: Any) -> None:
@@ -252,7 +248,7 @@ def test_prompt_completion_without_template(tokenizer: Any) -> None:
     assert row.how == "joined"
     assert encoder.tokenizer.decode(row.samples[0].input_ids) == "Q: hello\nyou and me<|im_end|>"
     assert trained_texts(encoder, row) == ["you and me<|im_end|>"]
-    assert "this row has more turns than that" in refused.reason
+    assert refused.code == "needs-template"
 
 
 def test_raw_text_trains_every_token_and_splits_without_loss(encoder: Encoder) -> None:
@@ -264,7 +260,7 @@ def test_raw_text_trains_every_token_and_splits_without_loss(encoder: Encoder) -
     assert encoder.tokenizer.decode(trained) == text + "<|im_end|>"
     assert row.samples[0].input_ids[0] == encoder.tokenizer.bos_token_id
     for before, after in zip(row.samples, row.samples[1:], strict=False):
-        assert after.input_ids[0] == before.input_ids[-1]  # context, so that the piece's first new token is predicted
+        assert after.input_ids[0] == before.input_ids[-1]  # context for the piece's first new token
 
 
 def test_text_with_a_rendered_template_is_noticed(encoder: Encoder) -> None:
@@ -279,10 +275,10 @@ def test_truncation_counts_what_is_lost(encoder: Encoder) -> None:
     assert (row.reason, row.tokens_lost, row.notes) == ("truncated", len(ids) - 30, (NOTE_CUT_REPLY,))
     assert row.samples[0].input_ids.tolist() == ids[:30].tolist()
     (row,) = label(encoder, long, max_seq_len=30, overlong="drop")
-    assert row.reason == f"is {len(ids)} tokens long and data.max_seq_len is 30"
+    assert row.code == "row-too-long"
+    assert f"is {len(ids)} tokens long and data.max_seq_len is 30" in row.reason
     (row,) = label(encoder, chat_row("you and me " * 40, "A"), max_seq_len=30)
-    assert row.status == "refused"
-    assert "every trained token lies beyond data.max_seq_len 30" in row.reason
+    assert (row.status, row.code) == ("refused", "targets-beyond-length")
 
 
 def test_truncation_before_an_untouched_reply_is_no_cut_reply(encoder: Encoder) -> None:
@@ -303,7 +299,7 @@ def test_ledger_accounts_for_every_row(encoder: Encoder) -> None:
     assert (ledger.rows, ledger.used, ledger.refused, ledger.truncated) == (5, 3, 2, 1)
     assert ledger.num_bad == 1  # a placeholder row is left out by decision, an empty reply is bad
     assert ledger.count_notes() == {NOTE_UNANSWERED: 1, NOTE_CUT_REPLY: 1}
-    with pytest.raises(DataError, match=r"1 of 5 rows \(20.0%\) .*\n  x.jsonl:2: turn 1 \(assistant\) is empty"):
+    with pytest.raises(DataError, match=r"1 of 5 rows \(20.0%\) .*\n  x.jsonl:2: turn 1 \(assistant\) "):
         ledger.raise_if_unusable(0.01)
     ledger.raise_if_unusable(0.2)
     entry = ledger.to_json()["files"]["x.jsonl"]
@@ -323,17 +319,18 @@ def test_first_row_of_unknown_format_ends_the_command_later_ones_are_refused(enc
 
 def test_an_absent_mapped_column_ends_the_command_at_the_first_row_only(encoder: Encoder) -> None:
     rows = [{"q": "Q", "a": "A"}, {"q": "Q", "b": "A"}]
-    with pytest.raises(DataError, match=r"x\.jsonl:1: the row has no column aa .* Keys found: q, a\."):
+    with raises(DataError, "format-unknown", "x.jsonl:1: ", "aa", "q, a"):
         label(encoder, *rows, fields={"prompt": "q", "completion": "aa"})
     kept, refused = label(encoder, *rows, fields={"prompt": "q", "completion": "a"})
     assert (kept.status, refused.status) == ("used", "refused")
-    assert "Keys found: q, b." in refused.reason
+    assert refused.code == "mapped-column-missing"
+    assert "q, b" in refused.reason
 
 
 def test_half_a_character_is_refused_in_data_and_in_chat(encoder: Encoder) -> None:
     rows = label(encoder, CHAT, chat_row("Q", "hi \ud83d"), {"text": "\ud83d"})
     assert [row.status for row in rows] == ["used", "refused", "refused"]
-    assert "lone surrogate" in rows[1].reason
+    assert [row.code for row in rows[1:]] == ["lone-surrogate", "lone-surrogate"]
     with pytest.raises(ModelError) as error:
         encoder.encode_prompt([Message("user", "hi \ud83d")])
     assert error.value.code == "lone-surrogate"
@@ -346,7 +343,7 @@ def test_the_last_error_does_not_advise_what_cannot_help(encoder: Encoder) -> No
     with pytest.raises(DataError) as error:
         ledger.raise_if_unusable(1.0)
     assert error.value.code == "no-usable-rows"
-    assert "x.jsonl:1: turn 1 (assistant) is empty" in str(error.value)
+    assert "x.jsonl:1: turn 1 (assistant) " in str(error.value)
     assert "higher" not in str(error.value)
     with pytest.raises(DataError) as error:
         ledger.raise_if_unusable(0.01)
@@ -429,7 +426,7 @@ def test_reasoning_as_context_only(tokenizer: Any) -> None:
 
 
 def test_the_mask_drawing_of_the_background_text_token_for_token(tokenizer: Any) -> None:
-    """background/001: only the reply's tokens and the EOS behind it are 1; BOS, roles, question and its EOS are 0."""
+    """background/001: only the reply and the EOS after it are trained; BOS, roles, question and its EOS are not."""
     encoder = build_encoder(copy.deepcopy(tokenizer), "chatml", {}, DATE)
     reply = "你好！有什么可以帮助你的？"
     (row,) = label(encoder, chat_row("你好", reply))
@@ -457,7 +454,7 @@ def test_a_template_that_ends_replies_in_nothing_gets_eos_there(tokenizer: Any) 
 
 
 def test_pad_that_is_eos_is_trained_as_eos(tokenizer: Any) -> None:
-    """GPT-2 habit: masks that leave out pad leave out every stop token too; ours never look at pad."""
+    """With pad = EOS, masks that exclude pad also exclude every stop token; ours never look at pad."""
     own = copy.deepcopy(tokenizer)
     own.pad_token = own.eos_token
     (row,) = label(build_encoder(own, None, {}, DATE), chat_row("Q", "A"))

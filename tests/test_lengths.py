@@ -1,4 +1,4 @@
-"""max_seq_len and the tokens of a forward: what train, preview and check all use."""
+"""max_seq_len and tokens per forward, as used by train, preview and check."""
 
 from __future__ import annotations
 

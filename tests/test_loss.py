@@ -1,4 +1,4 @@
-"""Promise 2: one loss and one gradient whatever the batching; and the head that is a model's own."""
+"""Promise 2: one loss and gradient whatever the batching; and models with logits of their own."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from conftest import ARCHITECTURES, build_model, tiny_config
+from conftest import ARCHITECTURES, build_model, set_up_attention, tiny_config
 from test_pack import make_store
 from tunesmith.config.schema import OptimSection
 from tunesmith.data.feed import Batches
 from tunesmith.data.pack import Batch, build_batch
 from tunesmith.model import loss as loss_module
 from tunesmith.model.head import choose_head_path
-from tunesmith.model.isolation import set_up_attention
 from tunesmith.model.loss import SupervisedLM, supervised_loss
 from tunesmith.training.optim import build_optimizer
 from tunesmith.training.precision import Precision
@@ -34,7 +33,7 @@ BATCHINGS = {  # the same eight documents as forwards of one step
 
 
 def unshifted_labels(batch: Batch) -> torch.Tensor:
-    """As transformers takes them: -100 where nothing is trained."""
+    """Labels as transformers takes them: -100 where nothing is trained."""
     labels = torch.full((1, batch.num_tokens), -100)
     labels[0, batch.target_at + 1] = torch.from_numpy(batch.targets)
     return labels
@@ -76,7 +75,7 @@ def test_loss_and_gradients_do_not_depend_on_the_batching(name: str, tmp_path: P
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_loss_is_the_one_transformers_computes(name: str, tmp_path: Path) -> None:
-    """Against the model's own forward with labels, one document at a time."""
+    """Compare with the model's own forward with labels, one document at a time."""
     store = make_store(tmp_path, LENGTHS)
     loss, _ = gradients(name, store, BATCHINGS["two forwards"])
     model = build_model(tiny_config(name, initializer_range=0.02), torch.float64)
@@ -92,7 +91,7 @@ def test_the_loss_is_the_one_transformers_computes(name: str, tmp_path: Path) ->
 
 
 def test_a_mean_of_means_would_be_seen(tmp_path: Path) -> None:
-    """The forwards of one step have unequal counts here, so the usual mistake changes the number."""
+    """The forwards of one step have different token counts, so a mean of means would change the number."""
     store = make_store(tmp_path, LENGTHS)
     whole, _ = gradients("llama", store, BATCHINGS["unequal forwards"])
     parts = [gradients("llama", store, [pack])[0] for pack in BATCHINGS["unequal forwards"]]
@@ -146,7 +145,7 @@ def test_heads_that_scale_cap_or_bias_are_honoured(name: str, tmp_path: Path) ->
 
 
 def test_a_head_that_we_do_not_know_is_left_to_the_model(tmp_path: Path) -> None:
-    """A model whose forward does something of its own to the logits: the self-check at start must see it."""
+    """A model whose forward changes the logits: the check at start must detect it."""
     model = build_model(tiny_config("llama")).eval()
     forward = type(model).forward
 

@@ -1,6 +1,6 @@
-"""Templates x shapes of conversation: each cell is used rightly or refused with a reason; none is silently wrong.
+"""Templates x shapes of conversations: each combination is used correctly or refused; none is silently wrong.
 
-The oracle is transformers' own apply_chat_template and the words of the conversation; it reads nothing of ours.
+The oracle is transformers' apply_chat_template and the words of the conversation, independent of our code.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def shipped_templates() -> dict[str, str]:
 
 
 def all_templates() -> dict[str, str]:
-    """Habits, shipped templates and, where they lie beside this checkout, those of 38 public models."""
+    """Habits, shipped templates and, if they are next to this checkout, those of 38 public models."""
     found = {
         f"shared/{path.parent.name}/{path.stem}": path.read_text(encoding="utf-8")
         for path in sorted(TEMPLATES.glob("*/*.jinja"))
@@ -125,7 +125,7 @@ def label(encoder: Encoder, row: dict[str, Any]) -> LabelledRow:
 
 
 def assert_right(tokenizer: Any, shape: dict[str, Any], row: LabelledRow, compare_prompts: bool = True) -> None:
-    """Each run of trained ids is one assistant turn in full, behind what the model is given, and nothing of others."""
+    """Each run of trained ids is one complete assistant turn after its prompt, without parts of other turns."""
     replies = []
     for sample in row.samples:
         ids, mask = sample.input_ids.tolist(), sample.loss_mask.tolist()
@@ -170,7 +170,7 @@ def stock_text(tokenizer: Any, shape: dict[str, Any], until: int | None = None, 
 
 
 def renders_all(tokenizer: Any, shape: dict[str, Any]) -> bool:
-    """Whether the template, left to itself, writes every part of the conversation."""
+    """Whether the template, used by transformers, writes every part of the conversation."""
     last = max(i for i, m in enumerate(shape["messages"]) if m["role"] == "assistant")
     try:
         text = stock_text(tokenizer, shape, last + 1)
@@ -184,7 +184,7 @@ def renders_all(tokenizer: Any, shape: dict[str, Any]) -> bool:
 
 
 def run_matrix(tokenizer: Any, templates: dict[str, str]) -> tuple[Counter[str], list[str], list[str]]:
-    """Outcomes of all cells; those that are wrong; those that are refused although the template writes all of them."""
+    """Outcomes of all combinations; the wrong ones; those refused although the template writes everything."""
     outcomes, wrong, lost = Counter[str](), [], []
     for name, template in templates.items():
         own = tokenizer_for(tokenizer, template)

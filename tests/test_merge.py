@@ -1,4 +1,4 @@
-"""Promise 6: a merged model gives the logits that base and adapter gave, or the command fails and leaves nothing."""
+"""Promise 6: a merged model gives the logits of base and adapter, or the command fails and leaves no files."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_bf16_and_shards(run: Run, tokenizer: Any, chats: Path, tmp_path: Path) 
 
 
 def test_tied_embeddings_with_whole_modules(run: Run, tokenizer: Any, chats: Path, tmp_path: Path) -> None:
-    """Tied in the base stays tied; a head trained alone unties, and the command says so."""
+    """A tied base stays tied; training the head alone unties it, and the command says so."""
     base = base_of(tmp_path / "base", tokenizer, "llama", tie_word_embeddings=True)
     both = train(run, base, chats, tmp_path / "both", "whole modules")
     code, out, err = run("merge", both, "--output", tmp_path / "both-merged")
@@ -142,7 +142,7 @@ def test_two_adapters_by_each_method_equal_pefts_own(
 
 
 def test_one_after_another(run: Run, base: Path, two: tuple[Path, Path], tmp_path: Path) -> None:
-    """As background/003 does it: merge, unload, merge the next."""
+    """As in background/003: merge, unload, merge the next."""
     code, _, err = run("merge", *two, "--output", tmp_path / "merged")
     assert code == 0, err
     model: Any = AutoModelForCausalLM.from_pretrained(base)
@@ -156,7 +156,7 @@ def test_one_after_another(run: Run, base: Path, two: tuple[Path, Path], tmp_pat
 def test_what_peft_does_not_combine_is_refused(
     run: Run, fails: Fails, base: Path, chats: Path, tmp_path: Path, kind: str
 ) -> None:
-    """It would come out as zeros, or half, and agree with itself."""
+    """Combined by peft it would become zeros, or half of it, and still agree with itself."""
     one, two = train(run, base, chats, tmp_path / "one"), train(run, base, chats, tmp_path / "two", kind)
     error = fails("merge", one, two, "--method", "cat", "--output", tmp_path / "merged")
     assert (error.code, error.exit_code) == ("not-combinable", 1)
@@ -209,7 +209,7 @@ def test_a_checkpoint_as_the_base(run: Run, base: Path, chats: Path, tmp_path: P
     assert [path.name for path in (tmp_path / "merged").glob("*.safetensors")] == ["model.safetensors"]
 
 
-# whatever is wrong, nothing is left
+# on any error, no files are left
 
 
 def test_a_base_cut_short(run: Run, fails: Fails, base: Path, chats: Path, tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_base_cut_short(run: Run, fails: Fails, base: Path, chats: Path, tmp_p
     weights.write_bytes(weights.read_bytes()[:-100])
     error = fails("merge", trained, "--output", tmp_path / "merged")
     assert (error.code, error.exit_code) == ("base-changed", 1)
-    (trained / "adapter" / "base.json").unlink()  # as of another tool
+    (trained / "adapter" / "base.json").unlink()  # as if saved by another tool
     error = fails("merge", trained, "--output", tmp_path / "merged")
     assert (error.code, error.exit_code) == ("merge-failed", 1)
     assert not (tmp_path / "merged").exists()
@@ -362,7 +362,7 @@ def test_adapters_are_switched_in_chat(
 
 @pytest.mark.parametrize("name", ["llama", "tied", "gpt2"])
 def test_added_tokens_train_their_rows_alone(run: Run, tokenizer: Any, chats: Path, tmp_path: Path, name: str) -> None:
-    """Two tokens more than the base has rows for: trained, resumed, opened by our chat, merged, opened by transformers."""
+    """Two tokens more than the base has rows: trained, resumed, opened in chat, merged, opened by transformers."""
     from conftest import chat_row, write_jsonl
 
     base = base_of(
@@ -416,7 +416,7 @@ def test_added_tokens_in_full_fine_tuning(run: Run, tokenizer: Any, chats: Path,
 
 
 def stored_by_peft(base: Path, folder: Path, rows: int | None, **settings: Any) -> torch.Tensor:
-    """What plain peft saves by default, and its logits."""
+    """An adapter as plain peft saves it by default, and its logits."""
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if rows:
@@ -431,7 +431,7 @@ def stored_by_peft(base: Path, folder: Path, rows: int | None, **settings: Any) 
 ENDS = ["embed_tokens", "lm_head"]
 
 
-@pytest.mark.filterwarnings("ignore")  # peft's, about what it saves
+@pytest.mark.filterwarnings("ignore")  # peft warns about what it saves
 @pytest.mark.parametrize("is_tied", [False, True])
 @pytest.mark.parametrize(
     ("rows", "settings"),
@@ -463,7 +463,7 @@ def test_embedding_and_head_that_peft_saves_itself(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_stored_embedding_that_cannot_be_used(run: Run, fails: Fails, base: Path, tmp_path: Path) -> None:
+def test_a_stored_embedding_that_cannot_be_used(fails: Fails, base: Path, tmp_path: Path) -> None:
     stored_by_peft(base, tmp_path / "half", 410, target_modules=["lm_head"])
     stored_by_peft(base, tmp_path / "whole", 410)
     stored_by_peft(base, tmp_path / "plain", None)
@@ -472,8 +472,8 @@ def test_a_stored_embedding_that_cannot_be_used(run: Run, fails: Fails, base: Pa
     for order in (("whole", "plain"), ("plain", "whole")):
         names = [tmp_path / name for name in order]
         for words in (("merge", *names, "--output", tmp_path / "merged"), ("chat", *names, "--prompt", "Hi")):
-            code, _, err = run(*words)
-            assert (code, "save_embedding_layers" in err) == (1, True), err
+            error = fails(*words)
+            assert (error.code, "save_embedding_layers" in str(error)) == ("several-stored-weights", True), error
     assert not (tmp_path / "merged").exists()
 
 
@@ -482,8 +482,9 @@ def test_an_output_that_takes_no_rename_is_refused_at_once(
 ) -> None:
     stored_by_peft(base, tmp_path / "adapter", None)
     disk = make_disk("8m")
-    code, _, err = run("merge", tmp_path / "adapter", "--output", disk)
-    assert (code, f"{disk}: is a mount point" in err, str(base) in err) == (1, True, False), err
+    error = fails("merge", tmp_path / "adapter", "--output", disk)
+    assert (error.code, error.exit_code) == ("output-is-mount", 1)
+    assert (str(disk) in str(error), str(base) in str(error)) == (True, False), error
     code, _, err = run("merge", tmp_path / "adapter", "--output", disk / "merged")
     assert code == 0, err
     (tmp_path / "empty").mkdir()
@@ -504,7 +505,7 @@ def test_an_output_inside_a_run(run: Run, fails: Fails, base: Path, tmp_path: Pa
     assert code == 0, err
 
 
-def test_a_damaged_index_is_named(run: Run, base: Path, tmp_path: Path) -> None:
+def test_a_damaged_index_is_named(fails: Fails, base: Path, tmp_path: Path) -> None:
     stored_by_peft(base, tmp_path / "adapter", None)
     (base / "model.safetensors").unlink()
     index = base / "model.safetensors.index.json"
@@ -514,18 +515,19 @@ def test_a_damaged_index_is_named(run: Run, base: Path, tmp_path: Path) -> None:
         ("chat", base, "--prompt", "Hi"),
         ("chat", tmp_path / "adapter", "--prompt", "Hi"),
     ):
-        code, _, err = run(*words)
-        assert (code, f"{index}: cannot be read" in err) == (1, True), err
+        error = fails(*words)
+        assert (error.code, str(index) in str(error)) == ("weight-index-unreadable", True), error
 
 
-def test_another_base_is_advised_only_where_it_helps(run: Run, base: Path, tmp_path: Path) -> None:
+def test_another_base_is_advised_only_where_it_helps(fails: Fails, base: Path, tmp_path: Path) -> None:
     stored_by_peft(base, tmp_path / "adapter", None)
     base.rename(tmp_path / "moved")
-    code, _, err = run("merge", tmp_path / "adapter", "--output", tmp_path / "merged")
-    assert (code, "Give it: --base" in err) == (1, True)
+    error = fails("merge", tmp_path / "adapter", "--output", tmp_path / "merged")
+    assert (error.code, error.exit_code, "--base" in str(error)) == ("model-not-found", 1, True)
     (tmp_path / "adapter" / "base.json").write_text("{")
-    code, _, err = run("merge", tmp_path / "adapter", "--output", tmp_path / "merged")
-    assert (code, "base.json: cannot be read" in err, "--base" in err) == (1, True, False), err
+    error = fails("merge", tmp_path / "adapter", "--output", tmp_path / "merged")
+    assert (error.code, error.exit_code) == ("base-record-unreadable", 1)
+    assert ("base.json" in str(error), "--base" in str(error)) == (True, False), error
 
 
 def test_a_base_in_bin_files(run: Run, base: Path, chats: Path, tmp_path: Path) -> None:

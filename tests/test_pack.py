@@ -1,4 +1,4 @@
-"""Packing loses nothing, pads nothing, and is decided by the seed alone."""
+"""Packing loses nothing, adds no padding, and depends only on the seed."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_batch_positions_targets_and_counts(tmp_path: Path) -> None:
     ids = [*first.input_ids, *second.input_ids]
     assert batch.input_ids[0].tolist() == ids
     trained = [*first.loss_mask, *second.loss_mask]
-    trained[0] = trained[3] = 0  # a document's first token has nothing to be predicted from
+    trained[0] = trained[3] = 0  # a document's first token cannot be predicted
     assert batch.targets.tolist() == [token for token, is_trained in zip(ids, trained, strict=True) if is_trained]
     assert [ids[at + 1] for at in batch.target_at] == batch.targets.tolist()
     assert all(trained[at + 1] for at in batch.target_at)
@@ -85,7 +85,7 @@ def test_packs_are_counted_without_packing(capacity: int, lengths: list[int]) ->
 
 @pytest.mark.parametrize("num_samples", [50, WINDOW, WINDOW + 1, 2 * WINDOW + 77])
 def test_epochs_are_counted_without_packing(num_samples: int) -> None:
-    """One window or several: exactly as many packs as the plan has."""
+    """With one window and with several: the count equals the number of packs in the plan."""
     lengths = np.random.default_rng(num_samples).geometric(0.02, num_samples).clip(1, 512)
     for epoch in (0, 1, 5):
         assert count_epoch(lengths, 512, 3, epoch) == len(plan_epoch(lengths, 512, 3, epoch))

@@ -1,7 +1,7 @@
-"""The loss of each step equals TRL's on the same rows, order and weights; TRL's losses are kept in golden/trl_losses.json.
+"""The loss of each step equals TRL's on the same rows, order and weights; TRL's losses are in golden/trl_losses.json.
 
-`bench/parity_trl/run.sh --write-golden` makes that file again (it installs TRL in an environment of its own). The
-weights are integers of a generator times a power of two, so they have the same bytes on every machine.
+`bench/parity_trl/run.sh --write-golden` regenerates that file (it installs TRL in a separate environment). The weights
+are generated integers times a power of two, so they have the same bytes on every machine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def test_losses_equal_those_of_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name in ("inputs", "ours"):
         sys.modules.pop(name)
     golden = GOLDEN["modes"][mode]
-    # other inputs than TRL had: the losses below would say nothing. Run bench/parity_trl/run.sh --write-golden.
+    # the inputs differ from those that TRL had, so its losses do not apply. Run bench/parity_trl/run.sh --write-golden.
     assert ours["sha256"] == golden["sha256"]
     assert len(ours["losses"]) == len(golden["losses"]) == 50
     differences = [abs(a - b) for a, b in zip(ours["losses"], golden["losses"], strict=True)]

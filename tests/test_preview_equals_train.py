@@ -1,4 +1,4 @@
-"""Preview shows what train trains: ids and masks of `preview --json` are those of RUN/tokens, file by file."""
+"""Preview shows what is trained: ids and masks of `preview --json` equal those in RUN/tokens, file by file."""
 
 from __future__ import annotations
 

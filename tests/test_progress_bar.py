@@ -1,4 +1,4 @@
-"""On a terminal a run shows a bar; into a pipe or a file go plain lines without control characters."""
+"""A run shows a progress bar on a terminal, and plain lines without control characters in a pipe or a file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EVALUATION = ["--data.eval_split", "0.1", "--train.eval_steps", "4"]
 
 
 def in_terminal(command: list[str], columns: int = COLUMNS) -> tuple[int, str]:
-    """Exit code, and what a terminal gets."""
+    """Exit code, and the output on a terminal."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     environment = {k: v for k, v in ENVIRONMENT.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")}
@@ -77,7 +77,7 @@ def test_evaluations_stay_on_lines_above_the_bar(command: list[str]) -> None:
 
 def test_a_narrow_terminal_shows_the_step_beside_an_evaluation(command: list[str]) -> None:
     _, shown = in_terminal([*command, *EVALUATION], columns=80)
-    bar = uncoloured(shown).partition("model saved: ")[0].splitlines()[-1]  # as it stays
+    bar = uncoloured(shown).partition("model saved: ")[0].splitlines()[-1]  # its final state
     assert "8/8" in bar
 
 

@@ -1,4 +1,4 @@
-"""A prompt is rendered by the code that renders rows, under the date and the variables of its own request."""
+"""Prompts are rendered by the same code as rows, with the date and variables of their own request."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tunesmith.rows.conversation import Conversation, Message, RowRefused
 
 DATE = datetime.datetime(2026, 1, 2)
 DATED = (
-    "{{ strftime_now('%Y-%m-%d') }} {{ mood|default('none') }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content"
+    "{{ strftime_now('%Y-%m-%d') }} "
+    "{{ mood|default('none') }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content"
     " + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 WANTS_IDS = (

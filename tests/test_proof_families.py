@@ -1,4 +1,4 @@
-"""What an audit found on real templates, each shown on a small template with the same habit."""
+"""Problems found in an audit of real templates, each on a small template with the same habit."""
 
 from __future__ import annotations
 
@@ -67,31 +67,36 @@ def chat_with_call(content: str = "", thought: str = "") -> Row:
 
 
 def trained(tokenizer: Any, template: str, row: Row, **data: Any) -> list[str] | str:
-    """What is trained, shown to be right; or why the row is refused."""
+    """The trained texts, verified; or the code and reason of the refusal."""
     own, encoder = open_encoder(tokenizer, template)
     labelled = label(encoder, row, **data)
     if labelled.status == "refused":
-        return labelled.reason
+        return f"{labelled.code}: {labelled.reason}"
     if not data:
         assert not list(find_wrong(own, encoder, row, labelled))
     return trained_texts(encoder, labelled)
 
 
+def is_lost(found: list[str] | str, code: str, name: str = "") -> bool:
+    """Whether the row was refused with this code, and the reason names this part of it."""
+    return isinstance(found, str) and found.startswith(f"{code}: ") and name in found
+
+
 def test_a_schema_is_not_written_because_a_call_names_its_tool(tokenizer: Any) -> None:
-    assert trained(tokenizer, NO_SCHEMAS, chat_with_call()) == "the template drops the tool schema of get_weather"
+    assert is_lost(trained(tokenizer, NO_SCHEMAS, chat_with_call()), "context-lost", "get_weather")
     two = {**chat_with_call(), "tools": [WEATHER, CLOCK]}
     once = NO_SCHEMAS.replace("{% for m", "{% if tools %}{{ tools[0] | tojson }}{% endif %}{% for m", 1)
-    assert trained(tokenizer, once, two) == "the template drops the tool schema of read_clock"
+    assert is_lost(trained(tokenizer, once, two), "context-lost", "read_clock")
 
 
 def test_a_call_is_not_written_because_the_content_names_it(tokenizer: Any) -> None:
     row = chat_with_call('I call get_weather with {"city": "Oslo"}.')
-    assert trained(tokenizer, NO_CALLS, row) == "turn 1 (assistant): the template drops its tool call get_weather"
+    assert is_lost(trained(tokenizer, NO_CALLS, row), "reply-lost", "get_weather")
 
 
 def test_reasoning_is_not_written_because_the_content_holds_it(tokenizer: Any) -> None:
     row = {"messages": [u("Why?"), a("Because salt melts ice.", reasoning_content="salt melts ice")]}
-    assert trained(tokenizer, NO_PLACE, row) == "turn 1 (assistant): the template drops its reasoning_content"
+    assert is_lost(trained(tokenizer, NO_PLACE, row), "reply-lost", "reasoning_content")
 
 
 def test_quoted_and_trimmed_is_not_rewritten(tokenizer: Any) -> None:
@@ -107,7 +112,7 @@ def test_one_stop_token_a_reply(tokenizer: Any) -> None:
     assert asks.endswith('{"city": "Oslo"}<|call|>')
     assert says == "<|channel|>final<|message|>It rains.<|return|>"
     for content in ("", "I look."):
-        assert "a stop token inside it" in trained(tokenizer, R1, chat_with_call(content))
+        assert is_lost(trained(tokenizer, R1, chat_with_call(content)), "stop-token-inside")
     assert trained(tokenizer, R1, {"messages": [u("Why?"), a("So.")]}) == ["\n</think>\n\nSo.<|eos|>"]
 
 
@@ -121,7 +126,7 @@ def test_a_composed_reply_is_what_the_template_writes(tokenizer: Any) -> None:
 
 def test_a_family_that_is_not_known_is_refused(tokenizer: Any) -> None:
     opens = NO_PLACE.replace("<|im_start|>assistant\n' }}{% endif", "<|im_start|>assistant\n<think>' }}{% endif")
-    assert "generation prompt is not how it begins" in trained(tokenizer, opens, {"messages": [u("Why?"), a("So.")]})
+    assert is_lost(trained(tokenizer, opens, {"messages": [u("Why?"), a("So.")]}), "generation-prompt-differs")
 
 
 def test_an_empty_block_of_thoughts_is_the_templates_own(tokenizer: Any) -> None:
@@ -135,7 +140,7 @@ def test_an_empty_block_of_thoughts_is_the_templates_own(tokenizer: Any) -> None
 
 @pytest.mark.parametrize("content", ["So.", "So. \n", "So.\n\n"])
 def test_blanks_at_the_end_of_a_reply_are_said(tokenizer: Any, content: str) -> None:
-    """Apertus closes a turn when the next one begins, so a reply at the end has nothing behind its blanks."""
+    """Apertus closes a turn when the next one begins, so nothing follows a reply at the end of a chat."""
     found = trained(tokenizer, APERTUS, {"messages": [u("Why?"), a(content), u("And?"), a(content)]})
     assert found == [f"{content}<|assistant_end|>"] * 2
 
@@ -150,7 +155,7 @@ def test_a_greeting_that_opens_the_chat(tokenizer: Any, before: list[Row]) -> No
 
 @pytest.mark.parametrize("template", [MENTIONS, SHUTS])
 def test_thoughts_in_the_content_are_text_where_the_template_only_mentions_them(tokenizer: Any, template: str) -> None:
-    """SmolLM3, Granite and phi-4 speak of <think> in their system prompt, and write no reasoning_content."""
+    """SmolLM3, Granite and phi-4 mention <think> in their system prompt, but write no reasoning_content."""
     block = "<think>\nSalt.\n</think>\n\nWet."
     found = trained(tokenizer, template, {"messages": [u("Why?"), a(block)]})
     assert found == [f"{block}<|im_end|>"]

@@ -1,8 +1,7 @@
-"""What a row says is in the text, or the row is refused, or a note names it: templates x rows with tools and more.
+"""Every part of a row is in the text, or the row is refused, or a note names it: templates x rows with tools and more.
 
-The oracle is transformers' own apply_chat_template. Each word, number, key and schema of a row is replaced by another,
-one at a time. Where the stock rendering does not change with it, the template has lost it. Nothing of ours is read but
-the outcome.
+The oracle is transformers' apply_chat_template. Each word, number, key and schema of a row is replaced, one at a time.
+If the stock rendering does not change, the template has lost that part. Of our code only the outcome is used.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ NOTES = {  # a part whose loss a note names
 }
 _OTHER = str.maketrans("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", "nopqrstuvwxyzabcdefghijklmNOPQRSTUVWXYZABCDEFGHIJKLM")  # fmt: skip
 
-Leaf = tuple[int, str, Any, Row]  # turn (-1: whole row), kind, what is said, the row with something else there
+Leaf = tuple[int, str, Any, Row]  # turn (-1: whole row), kind, its value, the row with another value there
 
 
 def other(value: Any) -> Any:
@@ -108,7 +107,7 @@ def parameters(schema: Row, at: tuple[Any, ...], changed: Any) -> Iterator[tuple
 
 
 class Stock:
-    """transformers' rendering, with tool calls in the form that the template can read."""
+    """transformers' rendering, with tool calls in the form that the template reads."""
 
     def __init__(self, tokenizer: Any, row: Row) -> None:
         self.tokenizer = tokenizer
@@ -154,7 +153,7 @@ class Stock:
 
 
 def with_fields(row: Row) -> Row:
-    """Leading <think> blocks as reasoning_content, which is the other way to write the same row."""
+    """The row with leading <think> blocks as reasoning_content, the other way to write it."""
     made = copy.deepcopy(row)
     for message in made["messages"]:
         found = re.match(r"<think>\n(.*?)\n</think>\n\n", message["content"], re.DOTALL)
@@ -190,7 +189,7 @@ def spellings(value: Any) -> set[str]:
 
 
 def find_wrong(tokenizer: Any, encoder: Encoder, row: Row, labelled: LabelledRow) -> Iterator[str]:
-    """What is wrong with a used row."""
+    """Errors of a used row."""
     given, row = row, {**row, "messages": messages_of(row)}
     stock = Stock(tokenizer, row)
     turns = [i for i, m in enumerate(row["messages"]) if m["role"] == "assistant"]
@@ -211,7 +210,7 @@ def find_wrong(tokenizer: Any, encoder: Encoder, row: Row, labelled: LabelledRow
     if any(m["content"].startswith("<think>") for m in row["messages"]):
         return
     for turn, kind, said, variant in find_lost(stock, row, labelled, turns, bodies):
-        if labelled.how == "composed" and "messages" in given:  # thoughts that the template has no place for
+        if labelled.how == "composed" and "messages" in given:  # reasoning that the template does not support
             again = label(encoder, variant)
             if again.status == "used" and split_samples(again) != replies:
                 continue

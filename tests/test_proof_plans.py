@@ -1,4 +1,4 @@
-"""Samples made from plans are the samples that labelling without plans gives; and plans for whatever looks into texts."""
+"""Samples made from plans equal those labelled without plans; templates that inspect texts get no plans."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def text(rng: random.Random, words: list[str]) -> str:
 
 
 def chats(seed: int) -> list[Row]:
-    """A first dozen that plans are compared on, then chats of every length."""
+    """A dozen chats on which plans are compared first, then chats of every length."""
     rng = random.Random(seed)
     rows = []
     for number in [1, 2, 1, 3, 1, 2, 1, 3, 1, 1, 2, 1, *range(1, 8), 11, 15]:
@@ -58,7 +58,7 @@ def label(encoder: Encoder, rows: list[Row], **data: Any) -> list[LabelledRow]:
 def label_both(
     monkeypatch: pytest.MonkeyPatch, encoder: Encoder, rows: list[Row], **data: Any
 ) -> tuple[list[LabelledRow], list[LabelledRow], int]:
-    """With plans, without, and how many rows were planned."""
+    """Samples with plans, without, and the number of planned rows."""
     planned: list[bool] = []
     plan = Planner.plan
 
@@ -104,8 +104,8 @@ def test_planned_samples_are_those_without_plans(tokenizer: Any, name: str, monk
     assert total > 20
 
 
-# What a prompt may depend on, though the finished chat says nothing of it. All of these were planned, and wrong, where
-# plans looked at the finished chat only.
+# Conditions on which a prompt may depend although the finished chat does not show it. All of these were planned, and
+# wrong, when plans were based on the finished chat only.
 _LAST = "messages[-1].content"
 DECIDES = {  # condition: (a question for which it holds, pairs before it)
     f"{_LAST}|length > 20": ("Why is the sky so very blue today?", 0),
@@ -186,10 +186,10 @@ def test_a_prompt_that_depends_on_what_is_said_is_never_planned_wrongly(
     ones, twos, _ = label_both(monkeypatch, encoder, rows)
     assert_equal(condition, ones, twos)
     assert twos[0].how == "as_rendered"
-    assert twos[12].how != "as_rendered"  # it does depend on it: composed, or refused
+    assert twos[12].how != "as_rendered"  # it depends on it: composed, or refused
 
 
-REWRITES = {  # what only the last reply of a chat goes through, so that one sample a reply is wanted
+REWRITES = {  # rewrites of the last reply only, so that each reply needs a sample
     "m.content.strip('aW')": "aW so aW",
     "m.content|upper": "so",
     "m.content[:6]": "so it goes on",
@@ -213,7 +213,7 @@ def test_a_last_reply_that_is_rewritten_is_never_planned_wrongly(
     text = REWRITES[rewrite]
     turn = "{{ '<|im_start|>' + m.role + '\n' }}{% if loop.last and m.role == 'assistant' %}{{ '<think></think>' + (REWRITE) }}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}"
     ask = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    rewrite = f"m.content if 'tunesmith' in m.content else ({rewrite})"  # what finds the stop token stays as it is
+    rewrite = f"m.content if 'tunesmith' in m.content else ({rewrite})"  # the stand-ins that find the stop token are not rewritten
     template = "{% for m in messages %}" + turn.replace("REWRITE", rewrite) + "{% endfor %}" + ask
     encoder = encoder_for(tokenizer_for(tokenizer, template))
     said = [

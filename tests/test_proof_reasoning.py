@@ -1,4 +1,4 @@
-"""data.train_reasoning false: no token of a thought is trained and all that is said is, or the row is refused."""
+"""data.train_reasoning false: no token of the reasoning is trained and the whole answer is, or the row is refused."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SHAPES: dict[str, Row] = {
 }  # fmt: skip
 _HEAD = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
 _END = "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-OWN = {  # habits of templates with a place for thoughts, and without
+OWN = {  # habits of templates with and without support for reasoning
     "Seed": _HEAD + "{% if m.reasoning_content %}{{ '<seed:think>' + m.reasoning_content + '</seed:think>' }}{% endif %}{{ m.content }}" + _END,
     "Seed, always": _HEAD + "{% if m.role == 'assistant' %}{{ '<seed:think>' + (m.reasoning_content or '') + '</seed:think>' }}{% endif %}{{ m.content }}" + _END,
     "channels": "{% for m in messages %}{% if m.role == 'assistant' %}{% if m.thinking %}{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}{{ '<|start|>assistant<|channel|>final<|message|>' + m.content + ('<|return|>' if loop.last else '<|end|>') }}"

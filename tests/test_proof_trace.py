@@ -1,4 +1,4 @@
-"""Small templates that treat texts in odd ways, and rows with odd texts: used rightly or refused, never silently wrong."""
+"""Small templates that rewrite texts, and rows with unusual texts: used correctly or refused, never silently wrong."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ASK = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}
 def chat(
     content: str = "m.content", arguments: str = "{{ c.function.arguments | tojson }}", tools: str = _TOOLS
 ) -> str:
-    """ChatML that writes each content and the arguments of each call in this way."""
+    """ChatML with the given expressions for content and for arguments of calls."""
     thought = "{% if m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}"
     turn = (
         "{{ '<|im_start|>' + m.role + '\n' }}"
@@ -48,11 +48,11 @@ def label(encoder: Encoder, row: Row, **data: Any) -> LabelledRow:
 
 
 def outcome(tokenizer: Any, template: str, row: Row) -> str:
-    """How a row was used, rightly; or why it was refused."""
+    """How a row was used, verified; or the code and reason of its refusal."""
     own, encoder = open_encoder(tokenizer, template)
     labelled = label(encoder, row)
     if labelled.status == "refused":
-        return labelled.reason
+        return f"{labelled.code}: {labelled.reason}"
     assert not list(find_wrong(own, encoder, row, labelled))
     return labelled.how
 
@@ -113,7 +113,7 @@ def test_very_many_parts(tokenizer: Any) -> None:
     )
 
 
-WRITES = {  # what a template makes of each content: how a row is used, or refused
+WRITES = {  # expression for content -> how the row is used or why it is refused
     "m.content": "as_rendered",
     "m.content|trim": "as_rendered",
     "m.content|tojson": "as_rendered",
@@ -122,13 +122,13 @@ WRITES = {  # what a template makes of each content: how a row is used, or refus
     "m.content|capitalize": "rewrites",
     "m.content|reverse": "rewrites",
     "m.content|list|sort|join": "rewrites",
-    "m.content|list|join(' ')": "cannot be shown",
+    "m.content|list|join(' ')": "parts-not-traced",
     "m.content|striptags": "as_rendered",
     "m.content|replace('t', '')": "rewrites",
     "m.content|replace('is', 'was')": "rewrites",
     "m.content.replace('it', '')": "rewrites",
     "m.content|title": "",
-    "m.content[:6]": "cannot be shown",
+    "m.content[:6]": "parts-not-traced",
     "m.content[2:]": "",
     "m.content|truncate(8, True, '')": "",
     "m.content ~ ' ' ~ m.content|length": "",
@@ -151,7 +151,7 @@ def test_what_a_template_makes_of_texts(tokenizer: Any, way: str) -> None:
         assert found not in ("as_rendered", "unrolled", "composed")
 
 
-ARGUMENTS = {  # what a template makes of arguments: whether it says all of them
+ARGUMENTS = {  # expression for arguments -> whether all of them are written
     "{{ c.function.arguments | tojson }}": True,
     "{{ c.function.arguments | tojson(indent=4) }}": True,
     "{{ c.function.arguments | tojson(sort_keys=True) }}": True,
@@ -200,8 +200,8 @@ def test_a_schema_in_its_own_words_is_named_where_it_leaves_something_out(tokeni
 
 
 _TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
-ELSEWHERE = {  # where a template writes what was said
-    "question inside the reply": (_TURN.replace("m.content", "(messages[0].content + ' ' if m.role == 'assistant' else '') + m.content"), "what others say"),
+ELSEWHERE = {  # where a template writes a text
+    "question inside the reply": (_TURN.replace("m.content", "(messages[0].content + ' ' if m.role == 'assistant' else '') + m.content"), "others-in-reply"),
     "reply again in the next turn": (_TURN.replace("m.content", "(messages[loop.index0 - 1].content + '/' if loop.index0 and m.role == 'user' else '') + m.content"), "unrolled"),
     "reply in the next turn only": (_TURN.replace("m.content", "(messages[loop.index0 - 1].content + '/' if loop.index0 and m.role == 'user' else '') + (m.content if m.role == 'user' or loop.last else '')"), "unrolled"),
     "question behind the reply": ("{% if m.role != 'user' %}" + _TURN + "{% endif %}{% if m.role == 'assistant' %}{{ messages[loop.index0 - 1].content + '\n' }}{% endif %}", "drops its content"),
@@ -230,7 +230,8 @@ def test_documents_are_written_or_refused(tokenizer: Any) -> None:
     assert ids.count(encoder.stop.id) == 2  # that of the document stays text
     assert "It melts <|im_end|> ice." in encoder.tokenizer.decode(ids)
     _, encoder = open_encoder(tokenizer, chat(tools=whole.replace(" ~ d.text", "")))
-    assert label(encoder, row).reason == "the template drops document 1"
+    lost = label(encoder, row)
+    assert (lost.code, "document 1" in lost.reason) == ("context-lost", True)
 
 
 def test_an_id_that_spells_a_control_token_stays_text(tokenizer: Any) -> None:
@@ -273,7 +274,7 @@ def test_a_prefill_is_context_to_the_letter(tokenizer: Any, prefill: str) -> Non
 def test_a_prefill_of_thoughts_is_not_trained(tokenizer: Any) -> None:
     row = {"prompt": [u("Q?"), a("<think>\nhm\n</think>\n\n")], "completion": [a("Yes.")]}
     _, encoder = open_encoder(tokenizer, chat())
-    assert label(encoder, row).reason.startswith("has thoughts in its prefill")
+    assert label(encoder, row).code == "thoughts-in-prefill"
     plain = "{% for m in messages %}" + _TURN + "{% endfor %}" + _ASK
     _, encoder = open_encoder(tokenizer, plain)
     [sample] = label(encoder, row).samples

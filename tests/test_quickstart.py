@@ -1,4 +1,4 @@
-"""docs/quickstart.ipynb and the row of docs/architecture.md are what their scripts make."""
+"""docs/quickstart.ipynb and the row in docs/architecture.md equal the output of their scripts."""
 
 from __future__ import annotations
 

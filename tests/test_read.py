@@ -1,4 +1,4 @@
-"""Containers: told from name and first bytes; whatever is broken ends with file and line."""
+"""Containers are detected by name and first bytes; errors name file and line."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def layout(folder: Path, *names: str) -> Path:
 
 
 def chosen(folder: Path, name: str = "") -> tuple[list[str], list[str]]:
-    """Files read and passed over."""
+    """Files read, and files ignored."""
     sources = find_sources([name or str(folder)])
     assert not sources.hub
     return tuple([str(p.relative_to(folder)) for p in ps] for ps in (sources.files, sources.passed_over))  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""Arrow: the keys that it adds are taken out again, nothing else; maps are dicts; save_to_disk folders are read."""
+"""Arrow: only the keys that Arrow added are removed; maps become dicts; save_to_disk folders are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LLaMA-Factory folders: an entry of dataset_info.json says which file, columns and tags; nothing of a row is lost."""
+"""LLaMA-Factory folders: an entry of dataset_info.json gives file, columns and tags; nothing of a row is lost."""
 
 from __future__ import annotations
 

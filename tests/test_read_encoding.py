@@ -1,4 +1,4 @@
-"""data.encoding: any codec for text files; what is not in it ends with the line and the likely encodings."""
+"""data.encoding: any codec for text files; undecodable text ends with the line and the likely encodings."""
 
 from __future__ import annotations
 

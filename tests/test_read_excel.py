@@ -1,4 +1,4 @@
-"""Excel workbooks: one sheet, a header row, values as a person sees them; what is ambiguous is an error."""
+"""Excel workbooks: one sheet, a header row, values as displayed; anything ambiguous is an error."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_without_the_extra_an_error_says_how_to_get_it(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize(("cells", "is_refused"), [("A2:A3", True), ("A2:B3", True), ("A2:B2", False)])
 def test_cells_merged_over_rows_are_refused(tmp_path: Path, cells: str, is_refused: bool) -> None:
-    """Excel keeps the text in the first row alone, so the others would lose their question."""
+    """Excel keeps the text in the first row only, so the others would lose their question."""
     path = book(tmp_path / "x.xlsx", ["instruction", "output"], ["Q", "A"], [None, "B"])
     workbook = openpyxl.load_workbook(path)
     workbook.active.merge_cells(cells)

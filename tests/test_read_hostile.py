@@ -1,4 +1,4 @@
-"""Damaged and hostile files give rows or a DataError, nothing else, and in time."""
+"""Damaged and hostile files give rows or a DataError, nothing else, in bounded time."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_500_damaged_files(tmp_path: Path) -> None:
     for number in range(500):
         name = rng.choice(list(SEEDS))
         content = rng.choice(MUTATIONS)(bytearray(SEEDS[name]), rng)
-        ending = rng.choice(list(SEEDS)) if rng.random() < 0.15 else name  # a wrong ending now and then
+        ending = rng.choice(list(SEEDS)) if rng.random() < 0.15 else name  # sometimes with a wrong suffix
         path = tmp_path / f"{number}-{ending}"
         path.write_bytes(content)
         outcomes.append(read(path, rng.choice(["utf-8", "utf-8", "gb18030", "utf-16", "latin-1"])))

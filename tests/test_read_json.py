@@ -1,4 +1,4 @@
-"""JSON text: floats keep their spelling, a key given twice is an error with its place."""
+"""JSON text: floats keep their spelling, a duplicate key is an error with its position."""
 
 from __future__ import annotations
 

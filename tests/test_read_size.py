@@ -1,4 +1,4 @@
-"""A row above data.max_row_mb is never parsed: a marker stands in its place, and memory stays bounded."""
+"""A row above data.max_row_mb is never parsed: a marker takes its place, and memory stays bounded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""README.md and README.zh-CN.md say the same, and their commands are commands."""
+"""README.md and README.zh-CN.md have the same content, and their commands parse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data, templates and weights as people have them."""
+"""Public data, templates and weights."""
 
 from __future__ import annotations
 
@@ -93,7 +93,8 @@ def test_files_come_out_as_the_docs_say(name: str, monkeypatch: pytest.MonkeyPat
         ("gsm8k/train.jsonl", "--data.fields.prompt question --data.fields.completion answer"),
         (
             "human-eval/HumanEval.jsonl.gz",
-            "--data.fields.prompt prompt --data.fields.completion canonical_solution --data.ignore_columns entry_point test",
+            "--data.fields.prompt prompt --data.fields.completion canonical_solution --data.ignore_columns "
+            "entry_point test",
         ),
         (
             "llamafactory/dpo_en_demo.json",

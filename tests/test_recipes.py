@@ -1,4 +1,4 @@
-"""Recipes run on tiny models of the architectures that they name; other tools' names and files are understood."""
+"""Recipes run on tiny models of their architectures; names and files of other tools are understood."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_recipes_are_listed_with_what_they_do(run: Run) -> None:
 
 
 def test_the_background_recipe_for_qwen_is_what_the_text_says() -> None:
-    """background/002: r 16, alpha 32, all-linear, lm_head and embed_tokens whole; full at 5e-6 with 100 warmup steps."""
+    """background/002: r 16, alpha 32, all-linear, lm_head and embed_tokens in full; full at 5e-6 with 100 warmup steps."""
     flags = {"train.output_dir": "o"}
     lora = resolve_config(RunConfig, Path("recipe:qwen2.5-0.5b-lora"), flags)
     assert (lora.lora.rank, lora.lora.scale_alpha, lora.lora.dropout, lora.optim.lr) == (16, 32, 0.05, 2e-4)

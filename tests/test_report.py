@@ -1,4 +1,4 @@
-"""report.html: every text of a run, its data and its model is escaped, and the charts are drawn from its metrics."""
+"""report.html: all texts of a run, its data and its model are escaped; charts show its metrics."""
 
 from __future__ import annotations
 

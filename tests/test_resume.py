@@ -1,5 +1,5 @@
-"""Promise 4: a run that ends anywhere goes on to the very weights that it would have had. Promise 5: a checkpoint
-verifies or does not exist."""
+"""Promise 4: an interrupted run continues to exactly the weights of an uninterrupted one. Promise 5: a checkpoint is
+valid or does not exist."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def checkpoints(folder: Path) -> list[str]:
 
 @pytest.fixture
 def straight(run: Run, model_folder: Path, chats: Path, tmp_path: Path) -> Path:
-    """A run of 12 steps that nobody interrupted, all its checkpoints kept."""
+    """An uninterrupted run of 12 steps with all its checkpoints."""
     code, _, err = run("train", "--model", model_folder, "--data", chats, "--output", tmp_path / "straight", *BUSY)
     assert code == 0, err
     return tmp_path / "straight"
@@ -67,7 +67,7 @@ ARCHITECTURES = {
 def test_resumed_anywhere_the_weights_are_the_same(
     run: Run, tokenizer: Any, chats: Path, tmp_path: Path, name: str
 ) -> None:
-    """Packed, accumulation, dropout, evaluation and half-full log windows in between."""
+    """With packing, accumulation, dropout, evaluation and half-full log windows."""
     model = save_folder(tmp_path / "model", tiny_config(name, initializer_range=0.1, **ARCHITECTURES[name]), tokenizer)
     whole = tmp_path / "whole"
     code, _, err = run("train", "--model", model, "--data", chats, "--output", whole, *BUSY)
@@ -139,7 +139,7 @@ def test_a_finished_run_is_left_alone_or_made_longer(
 def test_a_longer_run_is_not_finished_before_its_model_is(
     run: Run, fails: Any, model_folder: Path, chats: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """Ended between the last checkpoint of the extension and its model, while the model of before lies there."""
+    """Killed between the extension's last checkpoint and its model, while the earlier model is still there."""
     from tunesmith.run import finish
 
     words = ("--model", model_folder, "--data", chats, *FAST, "--optim.schedule", "constant")
@@ -171,7 +171,7 @@ def test_train_on_an_interrupted_run_says_what_to_type(
     assert f"tunesmith resume {part}" in err
 
 
-# what changes the mathematics is refused and named
+# changes that alter training are refused and named
 
 
 def change_data(model: Path, chats: Path) -> None:
@@ -205,11 +205,11 @@ def change_weights(model: Path, chats: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "change", "words"),
     [
-        ("model", change_weights, "model.safetensors has changed since the run began"),
-        ("data", change_data, "chats.jsonl has changed since the run began"),
-        ("template", change_template, "the chat template is not the one that the run began with"),
-        ("tokenizer", change_tokenizer, "the tokenizer is not the one that the run began with"),
-        ("model", change_model, "the model's config is not the one that the run began with"),
+        ("model", change_weights, "model.safetensors "),
+        ("data", change_data, "chats.jsonl "),
+        ("template", change_template, "the chat template "),
+        ("tokenizer", change_tokenizer, "the tokenizer "),
+        ("model", change_model, "the model's config "),
     ],
 )
 def test_changed_surroundings_are_refused_and_named(
@@ -226,7 +226,7 @@ def test_changed_surroundings_are_refused_and_named(
     assert (killed / "config.yaml").read_bytes() == before[0]
     code, out, err = run("resume", killed, "--allow", part)
     assert code == 0, err
-    assert (f"the data is read again, because of changed {part}" in out) == (part != "model")
+    assert (f"labelling the data again because of changed {part}" in out) == (part != "model")
     assert [r["step"] for r in records(killed)] == [r["step"] for r in before[1]]
 
 
@@ -271,7 +271,7 @@ def test_what_changes_nothing_is_taken_over(run: Run, straight: Path, tmp_path: 
     killed = killed_after(straight, 4, tmp_path / "part")
     code, out, err = run("resume", killed, "--train.log_steps", 1, "--train.keep_checkpoints", 1)
     assert code == 0, err
-    assert "note: taken over: train.log_steps 3 -> 1" in out
+    assert "note: accepted: train.log_steps 3 -> 1" in out
     assert weights(killed) == weights(straight)
     assert [r["step"] for r in records(killed) if "loss" in r] == [3, *range(5, 13)]
     assert checkpoints(killed) == [f"step-{step:06d}" for step in sorted({best_step(killed), 12})]
@@ -282,18 +282,17 @@ def best_step(folder: Path) -> int:
     return int(min(evaluated, key=lambda record: record["eval_loss"])["step"])
 
 
-def test_more_steps_only_where_the_schedule_allows(run: Run, straight: Path, tmp_path: Path) -> None:
+def test_more_steps_only_where_the_schedule_allows(run: Run, fails: Any, straight: Path, tmp_path: Path) -> None:
     killed = killed_after(straight, 4, tmp_path / "part")
-    code, _, err = run("resume", killed, "--train.max_steps", 20)
-    assert code == 1
-    assert "would change the learning rate from here on (step 5: " in err
+    error = fails("resume", killed, "--train.max_steps", 20)
+    assert (error.code, error.exit_code, "step 5" in str(error)) == ("schedule-changed", 1, True)
     assert run("resume", killed, "--train.max_steps", 20, "--allow", "schedule")[0] == 0
 
 
 def test_names_are_read_from_where_they_were_meant(
     run: Run, model_folder: Path, chats: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """A run started with relative names goes on from another folder, and moved elsewhere."""
+    """A run started with relative names continues from another folder, and after being moved."""
     monkeypatch.chdir(tmp_path)
     code, _, err = run("train", "--model", model_folder.name, "--data", chats.name, "--output", "run", *BUSY)
     assert code == 0, err
@@ -306,7 +305,7 @@ def test_names_are_read_from_where_they_were_meant(
     shutil.copy(chats, killed.parent / "mine.jsonl")
     killed = killed_after(tmp_path / "run", 4, tmp_path / "elsewhere" / "again")
     code, _, err = run("resume", "again", "--data", "mine.jsonl")
-    assert (code, "data: other files are named than when the run began" in err) == (1, True)
+    assert (code, "\n  data: " in err) == (1, True)
     code, _, err = run("resume", "again", "--data", "mine.jsonl", "--allow", "data")
     assert code == 0, err
     assert run("resume", "again", "--output", "other")[0] == 1
@@ -314,15 +313,14 @@ def test_names_are_read_from_where_they_were_meant(
 
 @pytest.mark.parametrize("name", ["run.json", "data_ledger.json"])
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"date": 1}'])
-def test_damaged_files_of_a_run(run: Run, straight: Path, tmp_path: Path, name: str, text: str | None) -> None:
+def test_damaged_files_of_a_run(fails: Any, straight: Path, tmp_path: Path, name: str, text: str | None) -> None:
     killed = killed_after(straight, 4, tmp_path / "part")
     (killed / name).unlink()
     if text is not None:
         (killed / name).write_text(text)
-    code, _, err = run("resume", killed)
-    assert code == 1
-    assert name in err
-    assert "Traceback" not in err
+    error = fails("resume", killed)
+    assert (error.code, error.exit_code) == ("run-file-damaged" if text else "run-file-unreadable", 1)
+    assert name in str(error)
 
 
 def test_what_is_no_run(run: Run, fails: Any, tmp_path: Path, model_folder: Path) -> None:
@@ -333,7 +331,7 @@ def test_what_is_no_run(run: Run, fails: Any, tmp_path: Path, model_folder: Path
     assert "Traceback" not in err
 
 
-# a checkpoint verifies or does not exist
+# a checkpoint is valid or does not exist
 
 
 def flip(path: Path) -> None:
@@ -343,7 +341,7 @@ def flip(path: Path) -> None:
 
 
 def become_folder(path: Path) -> None:
-    """Unreadable for root too, whom no permission stops."""
+    """Unreadable even for root, whom permissions do not stop."""
     path.unlink()
     path.mkdir()
 
@@ -375,7 +373,7 @@ def test_damage_is_named_and_the_older_checkpoint_taken(run: Run, straight: Path
     code, out, err = run("resume", killed)
     assert code == 0, err
     assert f"damaged: step-000006: {words}" in out or words in out
-    assert "continuing from the newest one that verifies, step-000005" in out
+    assert "continuing from the newest valid checkpoint, step-000005" in out
     assert weights(killed) == weights(straight)
 
 
@@ -390,12 +388,12 @@ def test_where_no_checkpoint_verifies_nothing_starts_again_by_itself(
     assert str(killed / "checkpoints") in str(error)
 
 
-def test_damaged_tokens_are_found(run: Run, straight: Path, tmp_path: Path) -> None:
+def test_damaged_tokens_are_found(fails: Any, straight: Path, tmp_path: Path) -> None:
     killed = killed_after(straight, 4, tmp_path / "part")
     flip(killed / "tokens" / "tokens.bin")
-    code, _, err = run("resume", killed)
-    assert code == 1
-    assert f"{killed / 'tokens' / 'tokens.bin'}: has changed since the run began" in err
+    error = fails("resume", killed)
+    assert (error.code, error.exit_code) == ("tokens-damaged", 1)
+    assert f"{killed / 'tokens' / 'tokens.bin'}: " in str(error)
 
 
 def test_the_order_of_writing(run: Run, model_folder: Path, chats: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -438,7 +436,7 @@ def test_the_order_of_writing(run: Run, model_folder: Path, chats: Path, tmp_pat
 def test_the_newest_is_verified_before_an_older_one_goes(
     run: Run, model_folder: Path, chats: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """A disk that writes other bytes than it was given."""
+    """A disk that writes other bytes than given."""
     from tunesmith.training import saver
 
     def damaging(*args: Any) -> Path:
@@ -500,19 +498,18 @@ def test_checkpoints_by_the_clock(run: Run, model_folder: Path, chats: Path, tmp
     assert checkpoints(tmp_path / "run") == ["step-000001", "step-000002", "step-000003"]
 
 
-def test_two_processes_never_train_one_run(run: Run, straight: Path, tmp_path: Path) -> None:
+def test_two_processes_never_train_one_run(fails: Any, straight: Path, tmp_path: Path) -> None:
     from tunesmith.staging import locked
 
     killed = killed_after(straight, 4, tmp_path / "part")
     with locked(killed):
-        code, _, err = run("resume", killed)
-    assert code == 1
-    assert "is being trained by another process" in err
+        error = fails("resume", killed)
+    assert (error.code, error.exit_code) == ("run-in-use", 1)
 
 
 def send(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
-    time.sleep(1)  # where the handler is not called at once
+    time.sleep(1)  # in case the handler is not called at once
 
 
 def test_the_second_signal_stops_at_once() -> None:
@@ -528,11 +525,11 @@ def test_the_second_signal_stops_at_once() -> None:
 
 @pytest.mark.parametrize(("name", "kills"), [("KILL", 5), ("TERM", 2)])
 def test_chaos(tmp_path: Path, name: str, kills: int) -> None:
-    """Real processes, killed at random moments; bench/chaos.py says what is compared."""
+    """Real processes killed at random moments; see bench/chaos.py for what is compared."""
     words = [sys.executable, ROOT / "bench" / "chaos.py", "--kills", str(kills), "--signal", name, "--steps", "24"]
     done = subprocess.run(
         [*words, "--folder", tmp_path], capture_output=True, text=True, check=False, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # processes that come and go are slowed by threads that spin
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # spinning threads slow down short processes
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{kills} kills" in done.stdout.splitlines()[-1]
@@ -558,7 +555,7 @@ def fill_up(path: Path) -> None:
 def test_a_disk_that_fills_up_at_a_save(
     model_folder: Path, chats: Path, small_disk: Path, tmp_path: Path, run: Run, room_comes_back: bool
 ) -> None:
-    """The run goes on, says so on each line, tries again, and ends with exit 4 only if the last save cannot be made."""
+    """The run continues, says so on each line, retries, and ends with exit code 4 only if the last save fails."""
     output, ballast = small_disk / "run", small_disk / "ballast"
     words = ["train", "--model", model_folder, "--data", chats, "--output", output, *FAST, "--train.max_steps", 400,
              "--train.save_steps", 10, "--optim.schedule", "constant"]  # fmt: skip
@@ -622,7 +619,7 @@ def test_room_is_known_before_step_1(run: Run, model_folder: Path, chats: Path, 
 
 @pytest.fixture
 def poisoned(tmp_path: Path, tokenizer: Any) -> Path:
-    """A model in which one token's embedding gives gradients that are not finite."""
+    """A model in which the embedding of one token gives non-finite gradients."""
     config = tiny_config("qwen3", initializer_range=0.02, tie_word_embeddings=False)
     folder = save_folder(tmp_path / "poisoned", config, tokenizer)
     from safetensors.torch import save_file
@@ -634,14 +631,13 @@ def poisoned(tmp_path: Path, tokenizer: Any) -> Path:
     return folder
 
 
-def test_a_loss_that_is_not_finite_is_left_out_on_demand(run: Run, poisoned: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_is_left_out_on_demand(run: Run, fails: Any, poisoned: Path, tmp_path: Path) -> None:
     rows = [chat_row(f"What is the answer {'~' if i == 7 else i}?", f"The answer is {i} and you.") for i in range(20)]
     data = write_jsonl(tmp_path / "d.jsonl", rows)
     words = ("--model", poisoned, "--data", data, "--data.max_seq_len", 64, "--train.micro_batch_tokens", 64)
-    code, _, err = run("train", *words, "--output", tmp_path / "stop", "--train.epochs", 2)
-    assert code == 4
-    assert f"{data}:8" in err
-    assert "No update was made" in err
+    error = fails("train", *words, "--output", tmp_path / "stop", "--train.epochs", 2)
+    assert (error.code, error.exit_code) == ("loss-not-finite", 4)
+    assert f"{data}:8" in str(error)
     code, out, err = run(
         "train", *words, "--output", tmp_path / "skip", "--train.epochs", 2, "--train.on_nonfinite", "skip"
     )
@@ -649,17 +645,16 @@ def test_a_loss_that_is_not_finite_is_left_out_on_demand(run: Run, poisoned: Pat
     left_out = [record for record in records(tmp_path / "skip") if "skipped" in record]
     assert [record["skipped"] for record in left_out] == [1, 2]
     assert all(f"{data}:8" in record["rows"] for record in left_out)
-    assert "2 steps were left out" in out
+    assert "2 steps were skipped" in out
     trained = load_file(tmp_path / "skip" / "model" / "model.safetensors")
     assert torch.isfinite(trained["lm_head.weight"]).all()
 
 
-def test_losses_that_stay_not_finite_end_the_run(run: Run, poisoned: Path, tmp_path: Path) -> None:
+def test_losses_that_stay_not_finite_end_the_run(fails: Any, poisoned: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "d.jsonl", [chat_row(f"~ {i}?", "The answer.") for i in range(40)])
-    code, _, err = run("train", "--model", poisoned, "--data", data, "--output", tmp_path / "run", "--data.max_seq_len", 64,
-                       "--train.micro_batch_tokens", 64, "--train.epochs", 3, "--train.on_nonfinite", "skip")  # fmt: skip
-    assert code == 4
-    assert "The 10 steps before it were skipped" in err
+    error = fails("train", "--model", poisoned, "--data", data, "--output", tmp_path / "run", "--data.max_seq_len", 64,
+                  "--train.micro_batch_tokens", 64, "--train.epochs", 3, "--train.on_nonfinite", "skip")  # fmt: skip
+    assert (error.code, error.exit_code, "10 steps" in str(error)) == ("loss-not-finite", 4, True)
 
 
 def test_a_jump_of_the_gradient_norm_is_seen() -> None:

@@ -1,4 +1,4 @@
-"""The outcome of a row does not depend on the rows before it: a file in any order gives what each row gives alone."""
+"""A row's outcome does not depend on other rows: any order of a file gives what each row gives alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROWS = [*SHAPES.values(), *chats(0), *chats(1), {"messages": [{"role": "user", "
 
 
 def outcome(row: LabelledRow) -> tuple[Any, ...]:
-    """All that a row leads to, its ids and masks as bytes."""
+    """Everything that labelling a row gives, with ids and masks as bytes."""
     samples = [(sample.input_ids.tobytes(), sample.loss_mask.tobytes()) for sample in row.samples]
     return row.status, row.how, row.reason, row.notes, row.tokens_lost, samples
 
@@ -50,7 +50,7 @@ def assert_alone(own: Any, rows: list[RawRow], checked: list[int]) -> None:
 def test_rows_in_any_order_are_labelled_as_alone(tokenizer: Any, habit: str, seed: int) -> None:
     rng = random.Random(seed)
     rows = [RawRow("x", number, row) for number, row in enumerate(rng.sample(ROWS, len(ROWS)), 1)]
-    # the last rows have most rows before them
+    # the last rows come after most others
     assert_alone(tokenizer_for(tokenizer, HABITS[habit]), rows, [*range(len(rows) - 4, len(rows)), rng.randrange(40)])
 
 

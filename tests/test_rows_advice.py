@@ -26,7 +26,7 @@ FLAG = re.compile(r"--data\.(format|ignore_columns|fields\.\w+)((?: (?!--)(?:'[^
 
 
 def flags_of(reason: str) -> tuple[str, dict[str, str], list[str]]:
-    """Format, fields and ignored columns of an advice; what stands in brackets is another way."""
+    """Format, fields and ignored columns in the advice; an alternative in parentheses is left out."""
     advice = re.sub(r"\((?:or,|if) [^()]*\)", "", reason)
     format_name, fields, ignored = "auto", {}, []
     for key, values in FLAG.findall(advice.replace(". Formats known", " --")):
@@ -56,7 +56,7 @@ def escaped(text: str) -> str:
 
 
 def follow(rows: list[dict[str, Any]]) -> tuple[int, list[str]]:
-    """Follow the advice for the first row until it is read; rows used, and columns that are lost."""
+    """Follow the advice for the first row until it is read; returns used rows and lost columns."""
     format_name, fields, ignored = "auto", dict[str, str](), list[str]()
     for _ in range(3):
         try:
@@ -96,7 +96,7 @@ def advised_files() -> Iterator[Path]:
 
 
 def reason_of(row: Any) -> str:
-    """Why a row is refused as it stands, "" where it is used."""
+    """Why a row is refused, "" if it is used."""
     try:
         parse_row(row, "auto", FieldsSection())
     except RowRefused as refusal:
@@ -114,7 +114,7 @@ def test_the_advice_for_every_shared_file_reads_all_its_columns() -> None:
             continue
         reason = reason_of(rows[0])
         if reason and flags_of(reason) == ("auto", {}, []) and not reason.startswith("turn"):
-            assert re.search("without|none says who speaks|message tree|images", reason), reason
+            assert re.search("without|none of them gives the speaker|message tree|images", reason), reason
             continue
         advised += 1
         used, lost = follow(rows)
@@ -249,7 +249,7 @@ def test_query_response_and_input_output_are_formats(row: dict[str, Any]) -> Non
 
 
 def test_empty_columns_of_other_rows_do_not_make_a_format() -> None:
-    """A table of several data sets has the columns of each in every row."""
+    """A table of several data sets has the columns of all of them in every row."""
     rest = {"messages": [], "conversations": None, "chosen": None, "rejected": "", "images": []}
     parsed = parse_row({**rest, "instruction": "Q", "output": "A"}, "auto", FieldsSection())
     assert [m.content for m in parsed.messages] == ["Q", "A"]  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Whatever a row holds, it is parsed or refused with a reason; no other exception escapes."""
+"""Any row is parsed or refused with a reason; no other exception escapes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KEYS: list[Any] = [1, None, ("a",), True, 2.5, "", ".", "a.b", "role", "type", "
 
 
 def places_of(value: Any, found: list[tuple[Any, Any]], depth: int = 0) -> list[tuple[Any, Any]]:
-    """(container, key) of everything below a value, to a depth that rows have."""
+    """(container, key) of everything in a value, down to a realistic depth."""
     if depth > 20:
         return found
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -45,11 +45,11 @@ def places_of(value: Any, found: list[tuple[Any, Any]], depth: int = 0) -> list[
 
 
 def junk(rng: random.Random) -> Any:
-    """A fresh piece of junk: later mutations reach into it."""
+    """New junk for each call, since later mutations change it."""
     value = rng.choice(JUNK)
     try:
         return copy.deepcopy(value)
-    except RecursionError:  # nested too deeply to copy, and to be reached into
+    except RecursionError:  # nested too deeply to copy and to mutate
         return value
 
 
@@ -73,7 +73,7 @@ def mutate(row: Any, rng: random.Random) -> Any:
 
 
 def is_parsed_or_refused(row: Any, format_name: str, fields: FieldsSection) -> bool:
-    """Whether the row was parsed; any exception but a refusal fails the test."""
+    """Whether the row was parsed; any exception other than a refusal fails the test."""
     try:
         parsed = parse_row(row, format_name, fields)
     except RowRefused as refusal:

@@ -14,7 +14,7 @@ from conftest import raises
 from tunesmith.config.schema import FieldsSection
 from tunesmith.rows.conversation import Conversation, Parsed, RawText, RowRefused, UnknownFormat
 from tunesmith.rows.format_table import FORMAT_TABLE, Shape
-from tunesmith.rows.formats import FORMATS, parse_row, recognise_format
+from tunesmith.rows.formats import FORMATS, detect_format, parse_row
 from tunesmith.rows.keys import is_irrelevant
 
 WORD = "Zyxwomat"
@@ -24,7 +24,7 @@ STRUCTURE = {"role", "from", "type", "label", "content_type", "current_node", "p
 
 
 def texts_of(parsed: Parsed) -> str:
-    """Whatever of a row can reach a template or a label."""
+    """Everything of a row that can reach a template or a label."""
     if isinstance(parsed, RawText):
         return parsed.text
     if not isinstance(parsed, Conversation):
@@ -37,9 +37,9 @@ Check = Callable[[Any, Shape], str]
 
 
 def read_words(row: Any, shape: Shape) -> str:
-    """Everything that is said about a row: its texts and notes, or the reason of its refusal.
+    """Everything that is reported about a row: its texts and notes, or the reason of its refusal.
 
-    A check of rendered text can take this function's place.
+    Can be replaced by a check of the rendered text.
     """
     try:
         parsed = parse_row(row, "auto", FieldsSection(**shape.fields))
@@ -49,7 +49,7 @@ def read_words(row: Any, shape: Shape) -> str:
 
 
 def leaves_of(value: Any, path: Path = ()) -> Iterator[tuple[Path, str]]:
-    """The path of every string below a value, JSON texts opened."""
+    """The path of every string in a value, including those in JSON text."""
     if isinstance(value, Mapping):
         for key, below in value.items():
             yield from leaves_of(below, (*path, key))
@@ -78,7 +78,7 @@ def replaced(row: Any, path: Path, new: Any) -> Any:
 
 
 def plant(text: str) -> str:
-    """A word inside a text; JSON text keeps its form."""
+    """Insert a word into a text; JSON text stays valid."""
     if text[:1] in "[{":
         return text.replace("weather", WORD).replace("Rome", WORD)
     return f"{text} {WORD}"
@@ -96,7 +96,7 @@ SHAPES = [pytest.param(shape, id=f"{number}-{shape.whose}") for number, shape in
 def test_every_shape_is_recognised_and_read_without_a_note(shape: Shape) -> None:
     parsed = parse_row(shape.example, "auto", FieldsSection(**shape.fields))
     assert parsed.notes == ()
-    name = recognise_format(shape.example, FieldsSection(**shape.fields))
+    name = detect_format(shape.example, FieldsSection(**shape.fields))
     assert FORMATS[str(name)] is FORMATS[shape.format]
     assert parse_row(shape.example, shape.format, FieldsSection(**shape.fields)) == parsed
 
@@ -135,7 +135,7 @@ KNOWN_NAMES = (
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_known_key_in_a_place_of_another_kind_is_named_or_refused(shape: Shape, read: Check) -> None:
-    """A `tools` inside a part, a `thinking` beside a call: what one place reads, another must not swallow."""
+    """A `tools` inside a part, a `thinking` next to a call: keys read in one place must not be dropped in another."""
     for path in mappings_of(shape.example):
         if path == ("mapping",):
             continue  # its keys are names of nodes
@@ -212,7 +212,7 @@ def test_a_column_that_repeats_a_turn_is_no_loss() -> None:
 
 @pytest.mark.parametrize("key", ["reasoning_details", "context"])
 def test_a_list_that_repeats_what_was_read_is_no_loss(key: str) -> None:
-    """OpenRouter gives the reasoning as a text and again in parts."""
+    """OpenRouter gives the reasoning both as a text and in parts."""
     turn = {
         "role": "assistant",
         "content": "A",
@@ -275,7 +275,7 @@ def test_names_decide_what_an_unread_column_is(key: str, value: Any, is_refused:
 
 @pytest.mark.parametrize("part", [part for part in FieldsSection.model_fields if part not in ("role", "content")])
 def test_a_mapped_column_is_read_or_refused(part: str, read: Check) -> None:
-    """Whatever a person maps, in whatever format, its text is there or the row is refused."""
+    """Whatever is mapped, in any format, its text is read or the row is refused."""
     for shape in FORMAT_TABLE:
         row = {**shape.example, "extra": f"true {WORD}"}
         fields = {**shape.fields, part: "extra"}

@@ -1,4 +1,4 @@
-"""Promise 9 to the end: a word in any field of any format stands in the trained text, in a refusal, or in a note."""
+"""Promise 9 end to end: a word in any field of any format is in the trained text, in a refusal, or in a note."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def read(request: pytest.FixtureRequest, tokenizer: Any) -> Check:
 
 
 def read_trained(row: Any, shape: Shape, encoder: Encoder) -> str:
-    """The text of all samples and the notes, or why there are none."""
+    """The text of all samples and the notes, or the reason of the refusal."""
     data = DataSection(train=["x"], fields=shape.fields, control_text="allow")
     try:
         [labelled] = label_rows([RawRow("x", 1, copy.deepcopy(row))], encoder, data, 1 << 16)
@@ -68,12 +68,12 @@ def read_trained(row: Any, shape: Shape, encoder: Encoder) -> str:
 
 
 def _refused_parts(reason: str) -> str:
-    """A row that is refused loses nothing in silence, whatever the word stood in."""
+    """A refused row loses nothing silently, wherever the word was."""
     return "Zyxwomat" if reason else ""
 
 
 def _named_by_notes(source: Any, notes: tuple[str, ...]) -> list[str]:
-    """Parts that a note names: names; and thoughts of earlier replies, which docs/labels.md names for all templates."""
+    """Parts named in notes: names; and reasoning of earlier replies, which docs/labels.md describes for all templates."""
     if not isinstance(source, Conversation):
         return []
     named = [message.reasoning_content or "" for message in source.messages[:-1]]

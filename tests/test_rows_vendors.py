@@ -1,4 +1,4 @@
-"""What each vendor's shape becomes, turn by turn."""
+"""Rows in each vendor's format, turn by turn."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_bad_train_details_refuse_the_row(spans: list[Any], code: str) -> None:
 def test_openai_function_call_beside_a_content() -> None:
     turn = reply(content="I look", function_call={"name": "weather", "arguments": '{"city": "Rome", "until": null}'})
     assert turn.content == "I look"
-    assert turn.tool_calls[0]["function"]["arguments"] == '{"city": "Rome", "until": null}'  # as the row spells it
+    assert turn.tool_calls[0]["function"]["arguments"] == '{"city": "Rome", "until": null}'  # as in the row
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,7 @@ def test_a_switch_of_reasoning_is_no_thought(value: object) -> None:
 
 @pytest.mark.parametrize("name", ["messages", "conversations", "conversation"])
 def test_pairs_are_read_under_every_name(name: str) -> None:
-    """COIG keeps pairs of question and answer under conversations."""
+    """COIG has pairs of question and answer under conversations."""
     parsed = parse_row({name: [{"question": "Q", "answer": "A"}]}, "auto", FieldsSection())
     assert isinstance(parsed, Conversation)
     assert [m.content for m in parsed.messages] == ["Q", "A"]

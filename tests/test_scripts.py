@@ -1,8 +1,8 @@
-"""Every script of bench/, docs/ and scripts/ explains itself with --help and runs on small inputs.
+"""Every script of bench/, docs/ and scripts/ has --help and runs on small inputs.
 
-Those that take more than a few seconds even so run with TUNESMITH_LONG=1: disk_full.py (as root, it mounts a file
-system), adapter_kinds.sh, presets.sh, same_runs.py (needs git). fuzz.py has test_fuzz.py, forks.py test_boundary.py, and
-the half of parity_trl that needs no TRL test_parity_trl.py.
+Scripts that take more than a few seconds even then run with TUNESMITH_LONG=1: disk_full.py (as root, it mounts a file
+system), adapter_kinds.sh, presets.sh, same_runs.py (needs git). fuzz.py is tested in test_fuzz.py, forks.py in
+test_boundary.py, and the part of parity_trl that needs no TRL in test_parity_trl.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from conftest import chat_row, save_folder, tiny_config, write_jsonl
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("bench", "bench/parity_trl", "docs", "scripts")
 SCRIPTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).iterdir() if path.suffix in (".py", ".sh"))
-MODULES = ("bench/damage.py", "bench/parity_trl/inputs.py")  # imported by the scripts beside them
+MODULES = ("bench/damage.py", "bench/parity_trl/inputs.py")  # imported by other scripts
 ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
 long = pytest.mark.skipif("TUNESMITH_LONG" not in os.environ, reason="takes long; set TUNESMITH_LONG=1")
 
@@ -34,7 +34,7 @@ Script = Callable[..., str]
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Script]:
-    """Run a Python script in this process, which has imported torch already; returns what it printed."""
+    """Run a Python script in this process, where torch is already imported; returns its output."""
     environment, modules = dict(os.environ), set(sys.modules)
 
     def call(name: str, *words: object) -> str:
@@ -57,7 +57,7 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 
 def command(name: str, *words: object) -> str:
-    """Run a script as a command of its own."""
+    """Run a script as a separate command."""
     first = [sys.executable] if name.endswith(".py") else []
     line = [*first, str(ROOT / name), *map(str, words)]
     done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, check=False)
@@ -67,7 +67,7 @@ def command(name: str, *words: object) -> str:
 
 @pytest.fixture
 def shared(tmp_path: Path, tokenizer: Any) -> Path:
-    """A small folder of the same shape as the public data, with rows of our own."""
+    """A small folder in the layout of the public data, with rows of our own."""
     data = tmp_path / "shared" / "data"
     names = ["llamafactory/alpaca_en_demo.json", "llamafactory/alpaca_zh_demo.json", "fastchat/dummy_conversation.json",
              "llamafactory/glaive_toolcall_en_demo.json", "emollm/data.json"]  # fmt: skip
@@ -143,7 +143,7 @@ def test_make_base_makes_a_base_of_known_books(script: Script, shared: Path, tmp
     assert (tmp_path / "base" / "model.safetensors").is_file()
     assert (tmp_path / "base" / "tokenizer.json").is_file()
     books[0].write_text("another book", encoding="utf-8")
-    with pytest.raises(pytest.fail.Exception, match=f"the books are not those of hashes.json: {books[0].name}"):
+    with pytest.raises(pytest.fail.Exception, match=f"the books differ from hashes.json: {books[0].name}"):
         script("scripts/make_base.py", shared / "data", tmp_path / "work2", "--output", tmp_path / "base2", *small)
 
 

@@ -1,4 +1,4 @@
-"""A run as one object: what a config names is looked up once, and what a run wrote is read back as types."""
+"""A run as one object: names in a config are resolved once, and files of a run are read back as typed records."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tunesmith.training.progress import Progress, TrainState, Window
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, function: Any) -> Counter[str]:
-    """How often a function is called with each argument, whatever module calls it; it still does its work."""
+    """Count calls of a function by argument, from any module; the function still works."""
     calls: Counter[str] = Counter()
 
     def counted(*args: Any) -> Any:
@@ -80,7 +80,7 @@ RECORD = {"id": "x", "date": "2026-01-02T03:04:05", "cwd": "/somewhere", "guard"
 
 
 def test_records_are_read_and_written_as_before(tmp_path: Path) -> None:
-    """The JSON of earlier versions, key by key."""
+    """Records have the JSON of earlier versions, key by key."""
     folder = RunFolder(tmp_path)
     for extra in ({}, {"adapter_init": {"a.safetensors": "h"}, "finished_at_step": 0, "extended_from_step": 4}):
         folder.record.write_text(sealed(RECORD | extra))
@@ -144,15 +144,15 @@ def read_data(folder: RunFolder) -> tuple[str, str | None, Any]:
 
 
 class KilledError(Exception):
-    """Stands for SIGKILL."""
+    """Raised instead of SIGKILL."""
 
 
 class Killer:
-    """Ends what runs before its n-th change of the file system."""
+    """Raises before the n-th change of the file system."""
 
     def __init__(self) -> None:
         self.left = -1
-        sys.addaudithook(self._hear)  # it stays; with a negative count it does nothing
+        sys.addaudithook(self._hear)  # cannot be removed; does nothing with a negative count
 
     def _hear(self, event: str, args: tuple[Any, ...]) -> None:
         if self.left >= 0 and event in ("os.rename", "os.rmdir", "os.remove", "shutil.rmtree"):
@@ -163,7 +163,7 @@ class Killer:
 
 @pytest.mark.parametrize("has_eval", [(True, True), (True, False), (False, True)])
 def test_a_data_set_is_replaced_whole_or_not_at_all(tmp_path: Path, has_eval: tuple[bool, bool]) -> None:
-    """Ended before each change that is made to the folder: after the repair, stores and ledger belong together."""
+    """Killed before each change in the folder: after the repair, stores and ledger belong together."""
     killer, outcomes, is_killed, number = Killer(), set(), True, 0
     while is_killed:
         number += 1

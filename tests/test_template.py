@@ -44,9 +44,7 @@ def template(text: str, **kwargs: Any) -> Renderer:
 def test_renders_as_transformers_does(path: Any, case: str) -> None:
     text = path.read_text(encoding="utf-8")
     messages, tools, is_prompt = CASES[case]
-    form = template(
-        text
-    ).habits.call_form  # DeepSeek-V3's concatenates arguments as text, which stock rendering leaves to us
+    form = template(text).habits.call_form  # DeepSeek-V3's template concatenates arguments, so they must be text
     try:
         theirs = render_jinja_template(
             conversations=[[form.apply(m.to_template()) for m in messages]], tools=tools or None, chat_template=text,

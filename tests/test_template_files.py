@@ -1,4 +1,4 @@
-"""Templates and dataset_info.json that are of another type, no text, too large, or no file: an error in words."""
+"""Templates and dataset_info.json of a wrong type, not text, too large, or not a file: one error message."""
 
 from __future__ import annotations
 
@@ -12,32 +12,36 @@ from typing import Any
 import pytest
 
 from tunesmith.chat_template import budget
+from tunesmith.errors import TunesmithError
 
 Run = Callable[..., tuple[int, str, str]]
+Fails = Callable[..., TunesmithError]
 
 
 @pytest.mark.parametrize(
-    ("value", "words"),
+    ("value", "code", "fact"),
     [
-        (5, "of type int"), (True, "of type bool"), ({"default": 5}, "of type int"), ({"default": None}, "of type NoneType"),
-        ({"a": {}}, "of type dict"), ([{"name": "default", "template": 5}], "of type int"), (["a"], "cannot be loaded"),
-        ([{"name": "default"}], "cannot be loaded"), ([[]], "cannot be loaded"), ("x" * 1_100_000, "more than 1,000,000"),
-        ([{"name": "a", "template": "x"}, {"name": "b", "template": "y"}], "several chat templates (a, b) and no default"),
-        ("{{ messages", "line 1"), ("{% for x in range(99999) %}{% for y in range(99999) %}{{ x }}{% endfor %}{% endfor %}", "steps"),
+        (5, "template-not-text", "int"), (True, "template-not-text", "bool"), ({"default": 5}, "template-not-text", "int"),
+        ({"default": None}, "template-not-text", "NoneType"), ({"a": {}}, "template-not-text", "dict"),
+        ([{"name": "default", "template": 5}], "template-not-text", "int"), (["a"], "model-not-loadable", ""),
+        ([{"name": "default"}], "model-not-loadable", ""), ([[]], "model-not-loadable", ""),
+        ("x" * 1_100_000, "template-too-long", "1,000,000"),
+        ([{"name": "a", "template": "x"}, {"name": "b", "template": "y"}], "template-ambiguous", "a, b"),
+        ("{{ messages", "template-syntax", "line 1"),
+        ("{% for x in range(99999) %}{% for y in range(99999) %}{{ x }}{% endfor %}{% endfor %}", "template-over-limit", ""),
     ],
 )  # fmt: skip
 def test_the_tokenizer_s_template(
-    run: Run, model_folder: Path, chats: Path, value: Any, words: str, monkeypatch: pytest.MonkeyPatch
+    fails: Fails, model_folder: Path, chats: Path, value: Any, code: str, fact: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(budget, "MAX_STEPS", 1_000_000)
     (model_folder / "chat_template.jinja").unlink()
     file = model_folder / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": value}))
-    code, _, err = run("preview", "--model", model_folder, "--data", chats)
-    assert code == 1
-    assert words in err
-    assert len(err) < 1500
-    assert "report it as a bug" not in err
+    error = fails("preview", "--model", model_folder, "--data", chats)
+    assert (error.code, error.exit_code) == (code, 1)
+    assert fact in str(error)
+    assert len(str(error)) < 1500
 
 
 def make_odd(path: Path, kind: str) -> None:

@@ -1,4 +1,4 @@
-"""A chat template is unknown code: it reaches nothing but the chat, changes nothing, ends, and writes a bounded text."""
+"""Chat templates are untrusted code: they can read only the chat, change nothing, terminate, and write bounded text."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def encode(text: str, tokenizer: Any) -> str:
 
 
 def outcomes(text: str, tokenizer: Any) -> list[str]:
-    """What each way of running a template gives; a refusal as its words."""
+    """The result of each way to run a template; a refusal as its text."""
     ways: list[Callable[[], str]] = [
         lambda: template(text).render(CHAT, [TOOL]),
         lambda: template(text).render_beginnings(CHAT, [TOOL]).text,
@@ -58,7 +58,7 @@ def outcomes(text: str, tokenizer: Any) -> list[str]:
     return found
 
 
-# what is reached from: everything that a template can name
+# starting points: everything that a template can name
 ROOTS = [
     "''", "'{}'|safe", "[]", "()", "{}", "1", "1.5", "true", "none", "range", "range(2)", "dict", "namespace", "namespace(a=1)",
     "cycler", "cycler('a')", "joiner", "joiner()", "lipsum", "strftime_now", "raise_exception", "self", "loop", "caller", "m",
@@ -87,14 +87,14 @@ def test_no_value_leads_out(way: str) -> None:
         for run in (made.render, lambda *args, made=made, **named: made.render_beginnings(*args, **named).text):
             try:
                 assert "OUT" not in run(CHAT, variables={"n": None})
-            except TemplateRefused:  # the value itself is not there, or one of the attributes may not be looked at
+            except TemplateRefused:  # the value does not exist, or an attribute is not accessible
                 for n in range(len(found)):
                     with contextlib.suppress(TemplateRefused):
                         assert "OUT" not in run(CHAT, variables={"n": n})
 
 
 ESCAPES = [
-    # a format string walks attributes by itself, whatever the method is called on
+    # a format string accesses attributes itself, whatever object the method belongs to
     "{{ '{0.__class__}'.format(messages) }}",
     "{{ ''.format.__self__ }}",
     "{{ '{x.__class__.__mro__}'.format_map({'x': ''}) }}",
@@ -205,7 +205,7 @@ LARGE = [
     "{% set ns = namespace(l=[], s='a' * 10**6) %}{% for i in range(99999) %}{% set ns.l = ns.l + [ns.s ~ i] %}{% endfor %}",
     "{% set ns = namespace(l=[], s='a' * 10**6) %}{% for i in range(99999) %}{% set ns.l = ns.l + [ns.s[1:]] %}{% endfor %}",
 ]  # fmt: skip
-# a list that holds the one before it twice: small in memory, endless once written, compared or hashed
+# lists that contain the previous one twice: small in memory, huge when written, compared or hashed
 BOMB = "{% set ns = namespace(x=(1,)) %}{% for i in range(60) %}{% set ns.x = (ns.x, ns.x) %}{% endfor %}"
 BOMB2 = BOMB + BOMB.replace("ns", "other")
 BOMBS = [
@@ -239,7 +239,7 @@ LONG = [
 ]  # fmt: skip
 
 
-# one list in the other, half a million times: Python hashes such a one at the cost of its own stack
+# half a million nested lists: hashing them overflows Python's stack
 DEEP = (
     "{% set ns = namespace(t=()) %}{% for i in range(1000) %}{% for j in range(500) %}{% set ns.t = (ns.t,) %}{% endfor %}"
     "{% endfor %}"
@@ -250,7 +250,7 @@ DEEP_USES = [
     "{{ ns.t == ns.t }}", "{{ ns.t }}", "{{ ns.t|tojson }}", "{{ [ns.t]|groupby(0)|list|length }}", "{{ {1: ns.t}.values() }}",
     "{% for i in [1] %}{{ loop.changed(ns.t) }}{% endfor %}",
 ]  # fmt: skip
-# one operation of C that would take minutes, or many that go through a long list or text each
+# one C operation that would take minutes, or many that each scan a long list or text
 SLOW = [
     "{{ ('a' * 1000000).strip('b' * 1000000 + 'a')|length }}", "{{ ('a' * 1000000).rstrip('b' * 1000000 + 'a')|length }}",
     "{{ ('a' * 1000000)|trim('b' * 1000000 + 'a')|length }}", "{{ ('a' * 1000000).rfind('ab' + 'a' * 400000) }}",
@@ -270,7 +270,7 @@ SLOW = [
         )
     ),
 ]  # fmt: skip
-# lists and groups take memory, whatever texts are in them
+# lists and groups take memory, whatever their texts
 HEAPS = [
     "{% set ns = namespace(l=[]) %}{% for i in range(99999) %}{% set ns.l = [ns.l, [1]|batch(100000, 0)|list] %}{% endfor %}",
     "{% set ns = namespace(l=[]) %}{% for i in range(99999) %}{% set ns.l = [ns.l, [1]|slice(10000)|list] %}{% endfor %}",
@@ -282,7 +282,7 @@ HEAPS = [
 
 @pytest.fixture
 def _small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same limits, reached sooner."""
+    """Lower limits of the same kind, reached sooner."""
     monkeypatch.setattr(budget, "MAX_STEPS", 1_000_000)
     monkeypatch.setattr(budget, "MAX_TEXT", 2**20)
     monkeypatch.setattr(budget, "MAX_MADE", 2**26)
@@ -293,7 +293,7 @@ def is_refused_in_time(text: str, kind: str, seconds: float) -> bool:
     with pytest.raises((TemplateRefused, ModelError)) as refused:
         template(text).render(CHAT) if kind == "render" else template(text).render_beginnings(CHAT)
     assert len(str(refused.value)) < 1000
-    return time.monotonic() - started < seconds  # far below what it would take; not the limit itself
+    return time.monotonic() - started < seconds  # far below the time without limits; not the limit itself
 
 
 @pytest.mark.usefixtures("_small_limits")
@@ -311,7 +311,7 @@ def test_the_real_limits_are_reached_in_time(text: str) -> None:
 
 @pytest.mark.parametrize("use", DEEP_USES)
 def test_deep_lists_are_refused_before_python_walks_them(use: str) -> None:
-    with pytest.raises(TemplateRefused, match=r"nested more than 1,000|as a key"):
+    with pytest.raises(TemplateRefused, match=r"1,000"):
         template(DEEP + use).render(CHAT[:1])
 
 
@@ -392,7 +392,7 @@ def test_a_template_without_end_is_no_model_s_template() -> None:
 
 
 def test_long_real_chats_stay_far_below_the_limits() -> None:
-    """A thousand turns, each gone through once for each, as templates do that look for the last question."""
+    """A thousand turns with a nested loop over them, as in templates that search for the last question."""
     text = (
         "{% for m in messages %}{% set ns = namespace(last=0) %}{% for n in messages %}{% if n.role == 'user' %}"
         "{% set ns.last = loop.index %}{% endif %}{% endfor %}{{ m.role + ': ' + m.content }}{{ ns.last }}{% endfor %}"
@@ -408,7 +408,7 @@ def test_a_long_text_may_be_written_several_times() -> None:
 
 
 def test_results_stay_as_the_stock_environment_gives_them() -> None:
-    """Each operation that is bounded, against jinja2's own."""
+    """Each bounded operation gives the same result as in plain jinja2."""
     import jinja2.sandbox
 
     stock = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
@@ -449,7 +449,7 @@ REFUSED_READS = [
 @pytest.mark.parametrize("text", REFUSED_READS)
 def test_a_refused_attribute_is_never_an_empty_text(text: str) -> None:
     for run in (lambda: template(text).render(CHAT), lambda: template(text).render_beginnings(CHAT).text):
-        with pytest.raises(TemplateRefused, match="cannot be reached"):
+        with pytest.raises(TemplateRefused, match="not accessible"):  # not a jinja2 error about an undefined value
             run()
 
 
@@ -471,7 +471,7 @@ def test_what_transformers_offers_is_there() -> None:
     "text", ["{{ 'a'|pprint }}", "{{ 'a'|wordwrap(3) }}", "{{ 'a'|urlize }}", "{{ [1]|random }}", "{{ lipsum() }}"]
 )
 def test_what_is_not_available_is_named_with_its_reason(text: str) -> None:
-    with pytest.raises(TemplateRefused, match="of jinja2 is not available to chat templates here: "):
+    with pytest.raises(TemplateRefused, match="not available to chat templates"):
         template(text).render(CHAT)
 
 

@@ -1,4 +1,4 @@
-"""What a normaliser makes of a text never becomes a control token (promise 8), whatever the tokenizer's flags say."""
+"""No text becomes a control token through normalization (promise 8), whatever the tokenizer's flags."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ FLAGS: dict[str, dict[str, bool]] = {
 
 @cache
 def disguised_letters(name: str) -> dict[str, list[str]]:
-    """For each letter of the token, the characters of the BMP that are normalised to it; for "", those deleted."""
+    """For each letter of the token, the characters of the BMP that are normalized to it; for "", the deleted ones."""
     normalizer = NORMALIZERS[name]
-    rest = normalizer.normalize_str("x")[:-1]  # what is put in front
+    rest = normalizer.normalize_str("x")[:-1]  # prepended text
     found: dict[str, list[str]] = {letter: [] for letter in ["", *TOKEN]}
     targets = {normalizer.normalize_str(letter).removeprefix(rest): letter for letter in TOKEN}
     for point in range(sys.maxunicode + 1 if name == "nfkc" else 0x10000):
@@ -69,7 +69,7 @@ def disguised_letters(name: str) -> dict[str, list[str]]:
 
 
 def spellings(name: str) -> list[str]:
-    """The token with each letter disguised in each way, with what is deleted inside it, and both at random."""
+    """The token with each letter disguised in each way, with deleted characters inside it, and both at random."""
     letters, rng = disguised_letters(name), random.Random(5)
     found = [TOKEN, TOKEN.lower(), "☃"]
     found += [TOKEN.replace(letter, other) for letter in TOKEN for other in letters[letter]]
@@ -88,7 +88,7 @@ def with_token(tokenizer: Any, normalizer: Any, **flags: bool) -> Any:
 
 
 def attack(encoder: Encoder, text: str) -> str:
-    """What came of a message; no added token but the template's own, and the same text as without any added token."""
+    """Outcome for a message; no added tokens except the template's, and the same text as without added tokens."""
     clean = sum(i in encoder.added_ids for i in encoder.encode_prompt([Message("user", "q")]))
     blind = without_added_tokens(encoder.tokenizer.backend_tokenizer)
     try:
@@ -122,7 +122,7 @@ def test_no_disguise_becomes_a_token(tokenizer: Any, name: str, flags: str) -> N
 
 
 def test_the_attack_is_one(tokenizer: Any) -> None:
-    """Without the shield these texts do become the token."""
+    """Without the shield, these texts do become the token."""
     for name, text in {"nfkc": "<TAS\u212a>", "lowercase": "<task>", "bert": "<ta\u00adsk>", "accents": "<T\u00c1SK>",
                        "replace": "«TA\u00adSK>", "one becomes all": "☃"}.items():  # fmt: skip
         own = with_token(tokenizer, NORMALIZERS[name])
@@ -138,7 +138,7 @@ def test_the_attack_is_one(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["words", "unigram"])
 def test_no_disguise_becomes_a_token_of_the_models_own_vocabulary(kind: str) -> None:
-    """Tokens that are matched as spelled, but whose text is in the model's vocabulary as well."""
+    """Tokens that are matched literally, but whose text is also in the model's vocabulary."""
     pieces = ["<unk>", TOKEN, "<end>", "\n", "user", "\u2581", *"<TASK>askt qouier"]
     model = (
         models.WordLevel({piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, unk_token="<unk>")

@@ -1,4 +1,4 @@
-"""The tokenizer that trained is the one that is opened, by transformers and by those who read tokenizer.json."""
+"""The tokenizer used in training is the one that transformers and other readers of tokenizer.json open."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FAMILIES = ["llama", "qwen3", "qwen3_moe", "gpt2", "gemma2", "gemma3"]
 
 
 def folder_of(folder: Path, family: str, tokenizer_files: Path, tokenizer_config: dict[str, Any] | None = None) -> Path:
-    """A model folder as the hub has them: config.json, tokenizer.json, tokenizer_config.json."""
+    """A model folder as on the hub: config.json, tokenizer.json, tokenizer_config.json."""
     folder.mkdir()
     tiny_config(family).save_pretrained(folder)
     for file in tokenizer_files.glob("tokenizer*.json"):
@@ -53,7 +53,7 @@ def ours(tokenizer: Any, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def numbers(tmp_path: Path) -> Path:
-    """One of ours that has met numbers, and so has tokens such as ' 1', which Qwen2's pre-tokenizer never lets it use."""
+    """A tokenizer of ours with tokens such as ' 1' from its training text, which Qwen2's pre-tokenizer never produces."""
     texts = [f"in {year} there were {year % 97} of {year % 13}" for year in range(1900, 2030)]
     train_tokenizer(texts, vocab_size=400).save_pretrained(tmp_path / "numbers")
     return tmp_path / "numbers"
@@ -65,17 +65,18 @@ def test_our_own_tokenizers_are_opened_as_they_are(ours: Path, tmp_path: Path, f
     require(folder_of(tmp_path / "model", family, ours), family, is_adapter)
 
 
-def test_a_folder_that_is_read_in_two_ways_is_refused(run: Run, numbers: Path, chats: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_read_in_two_ways_is_refused(
+    run: Run, fails: Any, numbers: Path, chats: Path, tmp_path: Path
+) -> None:
     folder = folder_of(tmp_path / "model", "qwen2", numbers)
     build_model(tiny_config("qwen2")).save_pretrained(folder)
     for command in ("train", "check", "preview"):
         output = ("--output", tmp_path / "run") if command == "train" else ()
-        code, _, err = run(command, "--model", folder, "--data", chats, *output)
-        assert code == 1, command
-        assert "transformers opens it as Qwen2Tokenizer" in err
-        assert "save_pretrained" in err
+        error = fails(command, "--model", folder, "--data", chats, *output)
+        assert (error.code, error.exit_code) == ("tokenizer-ambiguous", 1), command
+        assert all(fact in str(error) for fact in (str(folder), "Qwen2Tokenizer", "save_pretrained")), error
     assert not (tmp_path / "run").exists()
-    # what the message says to do
+    # follow the advice in the message
     fixed = tmp_path / "fixed"
     AutoTokenizer.from_pretrained(folder).save_pretrained(fixed)
     words = ("--model", folder, "--tokenizer", fixed, "--data", chats, "--data.max_seq_len", 64, "--train.max_steps", 1)
@@ -104,7 +105,7 @@ def test_minimind(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize("legacy", [None, True, False])
 @pytest.mark.parametrize("name", [None, "LlamaTokenizer", "LlamaTokenizerFast"])
 def test_llama_2_as_the_hub_has_it(tmp_path: Path, name: str | None, legacy: bool | None) -> None:
-    """transformers rebuilds it, and differs in blanks in front and at control tokens: as everybody trains it."""
+    """transformers rebuilds it with differences in leading spaces and at control tokens; everyone trains it like this."""
     config: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     config |= {"tokenizer_class": name} if name else {}
     config |= {} if legacy is None else {"legacy": legacy}
@@ -117,7 +118,7 @@ def test_llama_2_as_the_hub_has_it(tmp_path: Path, name: str | None, legacy: boo
 @needs_shared
 @pytest.mark.parametrize("name", ["gemma", "yi"])
 def test_other_sentence_piece_tokenizers_as_the_hub_has_them(tmp_path: Path, name: str) -> None:
-    """Gemma's parts; and a LlamaTokenizer whose tokenizer.json puts no blank in front of a text."""
+    """Gemma's components; and a LlamaTokenizer whose tokenizer.json does not prepend a space."""
     parts = json.loads((SHARED / "llama2" / "tokenizer.json").read_text(encoding="utf-8")) | {"post_processor": None}
     parts["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
     split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
@@ -155,7 +156,7 @@ QWEN_REGEX = (
 @pytest.mark.parametrize("is_adapter", [False, True])
 @pytest.mark.parametrize("normalizer", [normalizers.NFC(), None], ids=["NFC", "none"])
 def test_qwen_2_as_the_hub_has_it(ours: Path, tmp_path: Path, normalizer: Any, is_adapter: bool) -> None:
-    """Also the distilled ones, whose tokenizer.json may lack NFC."""
+    """The distilled ones too, whose tokenizer.json may lack NFC."""
     core = Tokenizer.from_file(str(ours / "tokenizer.json"))
     core.normalizer = normalizer  # type: ignore[assignment]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

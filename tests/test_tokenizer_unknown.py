@@ -1,4 +1,4 @@
-"""Which token stands for text that a vocabulary cannot write, on every kind of tokenizer."""
+"""Which token replaces text that a vocabulary cannot encode, for every kind of tokenizer."""
 
 from __future__ import annotations
 

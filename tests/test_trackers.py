@@ -1,6 +1,6 @@
-"""Trackers get the numbers of metrics.jsonl and, on a resume, go on under the same run id; nothing is sent anywhere.
+"""Trackers get the numbers of metrics.jsonl and continue under the same run id on resume; nothing is sent anywhere.
 
-wandb, swanlab and trackio are optional: where a package is not installed its test is skipped.
+wandb, swanlab and trackio are optional: if a package is not installed, its test is skipped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FAST = ["--data.max_seq_len", "64", "--train.micro_batch_tokens", "128", "--trai
 
 
 def tunesmith(home: Path, *words: object) -> str:
-    """The command in a process of its own: these packages leave threads, services and hooks behind."""
+    """The command in a separate process: these packages leave threads, services and hooks behind."""
     environment = {
         **os.environ,
         **OFFLINE,
@@ -42,7 +42,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def stored(value: float, data: bytes) -> bool:
-    """Whether a number is in a file of a tracker, as JSON or as 4 or 8 bytes."""
+    """Whether a number is in a tracker's file, as JSON or as 4 or 8 bytes."""
     return any(
         form in data for form in (json.dumps(value).encode(), struct.pack("<d", value), struct.pack("<f", value))
     )

@@ -1,4 +1,4 @@
-"""A run from files to a model that others open: what it writes, prints and keeps."""
+"""A run from files to a model that other tools open: its files and its output."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_plain_transformers_opens_the_model_and_stops_where_training_taught_it(
 def test_the_real_stop_token_goes_into_generation_config_before_the_models_own(
     run, tokenizer: Any, tmp_path: Path, chats: Path
 ) -> None:
-    """As with Gemma and Qwen base models: tokenizer.eos_token is not what ends a turn."""
+    """As with Gemma and Qwen base models: tokenizer.eos_token is not the token that ends a turn."""
     import copy
 
     other = copy.deepcopy(tokenizer)
@@ -143,7 +143,7 @@ def test_one_seed_decides_everything(run, tokenizer: Any, chats: Path, tmp_path:
 
 
 def test_accumulation_trains_what_one_big_forward_trains(run, model_folder: Path, tmp_path: Path) -> None:
-    """All rows in one step: the seed's order cannot matter, only the loss's bookkeeping can."""
+    """All rows in one step: the order cannot matter, only the loss's bookkeeping can."""
     data = write_jsonl(tmp_path / "d.jsonl", [chat_row(f"What {i}?", "you and me " * (i + 1)) for i in range(6)])
     for name, tokens, steps in (("whole", 512, 1), ("parts", 64, 8)):
         code, _, err = run("train", "--model", model_folder, "--data", data, "--output", tmp_path / name, "--data.max_seq_len", 64,
@@ -157,7 +157,7 @@ def test_accumulation_trains_what_one_big_forward_trains(run, model_folder: Path
 
 
 def test_eval_split_early_stop_and_best_model(run, model_folder: Path, tmp_path: Path) -> None:
-    """Training on noise at a high rate makes eval_loss rise: the run stops, and the best model is kept."""
+    """Training on noise with a high rate makes eval_loss rise: the run stops, and the best model is kept."""
     rows = [chat_row(f"What {i * 37 % 101}?", f"{i * 7919 % 9973} {i * 31 % 89}") for i in range(60)]
     data = write_jsonl(tmp_path / "noise.jsonl", rows)
     output = tmp_path / "run"
@@ -216,7 +216,7 @@ def test_precisions(run, model_folder: Path, chats: Path, tmp_path: Path, precis
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # torch's own, from inside its compiler
+@pytest.mark.filterwarnings("default")  # raised inside torch's compiler
 def test_compile_and_gradient_checkpointing_give_the_same_losses(
     run, model_folder: Path, chats: Path, tmp_path: Path
 ) -> None:
@@ -293,11 +293,11 @@ def test_a_model_that_mixes_documents_trains_one_document_a_forward(
     output = tmp_path / "run"
     code, out, err = run("train", "--model", tmp_path / "lfm2", "--data", chats, "--output", output, *FAST)
     assert code == 0, err
-    assert "one document a forward: packed and solo differ by" in out
+    assert "one document per forward: packed and solo differ by" in out
     ledger = json.loads((output / "data_ledger.json").read_text())["train"]
     records = metrics(output)
     assert records[-1]["tokens"] == ledger["tokens"]
-    assert len(records) < 15  # a step gathers as many documents as for any other model
+    assert len(records) < 15  # a step has as many documents as for any other model
 
 
 def test_a_base_without_template_says_that_it_gets_alpaca(run, tokenizer: Any, chats: Path, tmp_path: Path) -> None:
@@ -394,7 +394,7 @@ def test_held_out_rows_are_in_the_ledger(run, model_folder: Path, chats: Path, t
 
 
 def test_evaluation_and_saving_do_not_count_in_tokens_per_s() -> None:
-    """The clock stands still in a pause, and the tokens of the window stay in it."""
+    """The clock stops during a pause, and the tokens of the window still count."""
     from tunesmith.training.progress import Window
     from tunesmith.training.step import StepResult
 
@@ -413,7 +413,7 @@ def test_a_small_micro_batch_lowers_the_default_length(run, model_folder: Path, 
         "train", "--model", model_folder, "--data", data, "--output", tmp_path / "run", "--train.micro_batch_tokens", 64
     )
     assert code == 0, err
-    assert "max_seq_len 64 (that of train.micro_batch_tokens)" in out
+    assert "max_seq_len 64 (from train.micro_batch_tokens)" in out
     assert "4 truncated" in out
 
 
@@ -452,25 +452,22 @@ def test_output_folders_that_exist_and_are_empty(run, model_folder: Path, chats:
         assert not [p for p in (tmp_path / name).iterdir() if p.name.startswith(".")]
 
 
-def test_a_failed_run_leaves_no_parent_folders(run, model_folder: Path, tmp_path: Path) -> None:
+def test_a_failed_run_leaves_no_parent_folders(run, fails, model_folder: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "d.jsonl", [chat_row("Q", "")])
     code, _, _ = run("train", "--model", model_folder, "--data", data, "--output", tmp_path / "deep" / "a" / "b")
     assert code == 1
     assert not (tmp_path / "deep").exists()
-    code, _, err = run("train", "--model", model_folder, "--data", data, "--output", "x" * 400)
-    assert code == 1
-    assert "cannot be used as --output" in err
+    error = fails("train", "--model", model_folder, "--data", data, "--output", "x" * 400)
+    assert (error.code, error.exit_code) == ("output-not-usable", 1)
 
 
-def test_a_full_disk_while_the_data_is_prepared(run, model_folder: Path, chats: Path, make_disk: Any) -> None:
+def test_a_full_disk_while_the_data_is_prepared(fails, model_folder: Path, chats: Path, make_disk: Any) -> None:
     small_disk = make_disk("400k")
     (small_disk / "ballast").write_bytes(b"x" * 390 * 1024)
-    code, _, err = run(
+    error = fails(
         "train", "--model", model_folder, "--data", chats, "--output", small_disk / "run", *FAST, "--train.max_steps", 1
     )
-    assert code == 4, err
-    assert f"{small_disk / 'run'}: the disk is full before step 1" in err
-    assert "Traceback" not in err
+    assert (error.code, error.exit_code, f"{small_disk / 'run'}: " in str(error)) == ("disk-full", 4, True), error
     assert not (small_disk / "run").exists()
 
 

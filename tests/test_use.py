@@ -1,4 +1,4 @@
-"""chat and preview: what training taught, through the same encoder."""
+"""chat and preview use the same encoder as training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tunesmith.use.generate import PieceDecoder, load_speaker, reply_to, stream_
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
-    """A run that knows two answers by heart."""
+    """A run that has memorized two answers."""
     from conftest import save_folder, tiny_config
     from tunesmith.cli import main
 
@@ -266,7 +266,7 @@ def test_chat_goes_on_after_a_message_that_does_not_fit(short_sighted: Path) -> 
         check=True,
     )
     assert result.stderr.decode().count("so no reply fits") == 1
-    assert "/reset" not in result.stderr.decode()  # there is nothing to forget yet
+    assert "/reset" not in result.stderr.decode()  # there is no history to forget yet
     assert "(forgotten)" in result.stdout.decode()
 
 

@@ -1,4 +1,4 @@
-"""A step of several processes is the step of one; and no step waits for the device more often than it must."""
+"""A step of several processes equals the step of one; and no step synchronizes with the device more often than needed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import build_model, tiny_config
+from conftest import build_model, set_up_attention, tiny_config
 from test_pack import make_store
 from tunesmith.config.schema import OptimSection
 from tunesmith.data.feed import Batches
 from tunesmith.model.head import choose_head_path
-from tunesmith.model.isolation import set_up_attention
 from tunesmith.model.loss import SupervisedLM
 from tunesmith.training import step as step_module
 from tunesmith.training.evaluate import evaluate
@@ -33,7 +32,7 @@ PACKS = [np.array([0, 1, 2]), np.array([3, 4]), np.array([5]), np.array([6, 7])]
 
 
 class ThreadWorld:
-    """One of several threads that stand for processes; each has a model of its own."""
+    """One of several threads that stand for processes; each has its own model."""
 
     def __init__(self, rank: int, size: int, shared: dict[int, Any], barrier: threading.Barrier) -> None:
         self.rank, self.size, self.is_main = rank, size, rank == 0
@@ -63,7 +62,7 @@ def build(dtype: torch.dtype) -> SupervisedLM:
 
 
 def work(lm: SupervisedLM, batches: Batches, world: Any) -> tuple[StepResult, list[Tensor], float, float]:
-    """A step that updates nothing, its gradients, and an evaluation."""
+    """A step without an update, its gradients, and an evaluation."""
     optimizer = torch.optim.SGD(lm.parameters(), lr=0.0)
     kept: list[Tensor] = []
     optimizer.register_step_pre_hook(
@@ -95,7 +94,7 @@ def in_threads(size: int, call: Any) -> list[Any]:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_several_processes_compute_the_step_of_one(tmp_path: Path, size: int) -> None:
-    """Counts, loss and evaluation are everybody's; gradients are shares that add up to the one of one process."""
+    """Counts, loss and evaluation are equal in all processes; gradients are shares whose sum is that of one process."""
     batches = Batches(make_store(tmp_path, LENGTHS), PACKS)
     whole, gradients, loss, accuracy = work(build(torch.float64), batches, OneProcess())
     models = [build(torch.float64) for _ in range(size)]
@@ -110,7 +109,7 @@ def test_several_processes_compute_the_step_of_one(tmp_path: Path, size: int) ->
 
 
 def test_no_process_updates_where_one_is_not_finite(tmp_path: Path) -> None:
-    """Its NaN reaches the others through the sum, and all of them stop; none waits for another."""
+    """A NaN reaches the others through the sum, so all processes stop and none waits."""
     batches = Batches(make_store(tmp_path, LENGTHS), PACKS)
     models = [build(torch.float64) for _ in range(2)]
     models[1].model.lm_head.weight.data[0] = float("nan")
@@ -119,7 +118,7 @@ def test_no_process_updates_where_one_is_not_finite(tmp_path: Path) -> None:
 
 
 class Reads(TorchDispatchMode):
-    """Counts operations whose result the host has to know."""
+    """Count operations whose result is copied to the host."""
 
     WAITING = ("_local_scalar_dense", "nonzero", "bincount", "masked_select", "is_nonzero", "equal", "unique")
 
@@ -136,7 +135,7 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])  # GPT-2 of transformers reads a number itself
 def test_a_step_reads_the_device_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """However many forwards it has; so does an evaluation."""
+    """The same number for any number of forwards; the same for an evaluation."""
     model = build_model(tiny_config(name, initializer_range=0.02))
     assert set_up_attention(model, 64, 256).is_isolated
     lm = SupervisedLM(model, True, choose_head_path(model, True)).train()

@@ -1,4 +1,4 @@
-"""Fast tokenizers built on the spot from the vocabularies under ../shared/tokenizers."""
+"""Fast tokenizers built from the vocabularies in ../shared/tokenizers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _QWEN = (
 
 
 def build(name: str) -> Any:
-    """Without special tokens of its own where its file has none."""
+    """Without special tokens where its file has none."""
     if name in ("minimind", "llama2"):
         core = Tokenizer.from_file(str(FOLDER / name / "tokenizer.json"))
         core.post_processor = None
@@ -43,7 +43,7 @@ def _gpt2(folder: Path) -> Tokenizer:
 
 
 def _tiktoken(path: Path, pattern: str) -> Tokenizer:
-    """Ranks of byte strings -> BPE: each token's merge is its one split into two tokens that merge last."""
+    """Convert ranks of byte strings to BPE merges: each token is split into the two tokens that merge last."""
     ranks = {}
     for line in path.read_bytes().splitlines():
         token, rank = line.split()

@@ -2,6 +2,6 @@ try:
     from tunesmith.cli import main
 
     code = main()
-except KeyboardInterrupt:  # before main has begun, or behind its end
+except KeyboardInterrupt:  # before main starts, or after it ends
     code = 3
 raise SystemExit(code)

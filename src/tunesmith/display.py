@@ -1,7 +1,7 @@
-"""Text from outside as it may be shown: no control character on a terminal, no tag in a page, no mark in Markdown.
+"""Make outside text safe to show: no control characters on a terminal, no HTML tags in a page, no Markdown markup.
 
-Rows, keys, file names, model replies and the errors of libraries are written by others. An escape sequence in them
-could set the clipboard or rewrite lines that were printed before; a reversed line could show other words than it holds.
+Rows, keys, file names, model replies and errors of libraries are outside text. An escape sequence in it could set the
+clipboard or overwrite earlier lines; text with reversed direction could display other words than it contains.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
-# C0 without tab and line feed, DEL, C1, line separators, marks and overrides of direction, halves of a character; not
-# U+200C and U+200D, which emoji and Indic words are joined by
+# C0 without tab and line feed, DEL, C1, line separators, direction marks and overrides, lone surrogates; not U+200C and
+# U+200D, which join emoji and Indic words
 _HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -22,12 +22,12 @@ _MARKDOWN = re.compile(r"[\\`*\[\]<>|~#!$@]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])|:
 
 
 def visible(text: str) -> str:
-    r"""The text with each control character as its number: \x1b, \u202e."""
+    r"""The text with control characters escaped: \x1b, \u202e."""
     return _HIDDEN.sub(_number, text)
 
 
 def one_line(text: str) -> str:
-    r"""A name, or what holds one, for a line of its own: a line feed in it as \n, so that it adds no other line."""
+    r"""Escape a text for a single line: control characters, and line feeds as \n."""
     return visible(text).replace("\n", "\\n")
 
 
@@ -37,7 +37,7 @@ def _number(found: re.Match[str]) -> str:
 
 
 def shorten(text: str, length: int = 4000, line_length: int = 1000) -> str:
-    """A message that may quote anything, at a length that a person reads: long lines lose their middle."""
+    """Shorten a message that may quote long texts; long lines lose their middle."""
     lines = [_cut_middle(line, line_length) for line in text.split("\n")]
     return _cut_middle("\n".join(lines), length)
 
@@ -48,18 +48,18 @@ def _cut_middle(text: str, length: int) -> str:
 
 
 def to_html(text: str) -> str:
-    """For a page, between tags or in quotes."""
+    """Escape a text for an HTML page, between tags or in attribute quotes."""
     return html.escape(visible(text))
 
 
 def to_markdown(text: str) -> str:
-    """For one line of Markdown: shown as it stands, with no link, tag, image or heading of its own."""
+    """Escape a text for one line of Markdown: shown literally, without links, tags, images or headings."""
     escaped = _MARKDOWN.sub(lambda found: "\\" + found.group(), visible(text))
     return re.sub(r"\s*\n\s*", " ", escaped.replace("&", "&amp;"))
 
 
 class VisibleStream:
-    """A text stream that never passes a control character on. rich writes its colours to `raw`, below it."""
+    """A text stream that escapes control characters. rich writes its colours to `raw`, the stream below."""
 
     def __init__(self, raw: TextIO) -> None:
         self.raw = raw
@@ -77,14 +77,14 @@ class VisibleStream:
 
 
 def raw_stream(stream: TextIO) -> TextIO:
-    """The stream below a VisibleStream, for what is known to be clean."""
+    """The stream below a VisibleStream, for text that is known to be safe."""
     while isinstance(stream, VisibleStream):
         stream = stream.raw
     return stream
 
 
 def cover_streams() -> None:
-    """Make what is printed from now on visible."""
+    """Escape control characters in everything printed from now on."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, VisibleStream):
@@ -93,7 +93,7 @@ def cover_streams() -> None:
 
 @contextmanager
 def visible_streams() -> Iterator[None]:
-    """Nothing that is printed meanwhile reaches the terminal as an escape sequence."""
+    """Escape control characters in everything printed within the block."""
     before = sys.stdout, sys.stderr
     cover_streams()
     try:

@@ -30,6 +30,8 @@ class TunesmithError(Exception):
 
 
 class UsageError(TunesmithError):
+    """The command line, or an argument of the API, is wrong."""
+
     exit_code = 2
 
 
@@ -51,18 +53,22 @@ class ConfigError(TunesmithError):
 
 
 class DataError(TunesmithError):
-    pass
+    """A data file or row cannot be used."""
 
 
 class ModelError(TunesmithError):
-    pass
+    """A model, adapter, tokenizer or chat template cannot be used."""
 
 
 class InterruptedRun(TunesmithError):
+    """The user stopped the run, which can be resumed."""
+
     exit_code = 3
 
 
 class RunError(TunesmithError):
+    """The run itself failed; the message names the last good checkpoint, if there is one."""
+
     exit_code = 4
 
 

@@ -1,4 +1,4 @@
-"""Files written as if the power failed next: a new name, synced, then one rename."""
+"""Write files so that a crash or power failure leaves the old or the new version: temporary name, fsync, rename."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tunesmith.reading import open_file, read_text, require_regular
 
 
 def sync_path(path: Path) -> None:
-    """Push a file's bytes, or a folder's list of names, to the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows opens no folder
+    """fsync a file, or a folder's list of entries."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders
         return
-    fd = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows syncs only what it may write
+    fd = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows can only fsync writable files
     try:
         os.fsync(fd)
     except OSError:  # some network file systems cannot sync a folder; the rename is still atomic there
@@ -33,24 +33,24 @@ def sync_path(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Every file and folder in it, then the folder itself."""
+    """fsync every file and folder in a folder, then the folder itself."""
     for path in sorted(folder.rglob("*")):
         sync_path(path)
     sync_path(folder)
 
 
 def require_written(path: Path, sha256: str) -> None:
-    """Read a file back and compare it with what was meant.
+    """Read a file back and compare its hash.
 
     Raises:
-        OSError: a write was lost without an error, as some libraries and network disks let happen.
+        OSError: the contents differ; some libraries and network disks lose writes without an error.
     """
     if sha256_file(path) != sha256:
         raise lost_write(path)
 
 
 def write_bytes(path: Path, data: bytes) -> str:
-    """Write a file and read it back; the SHA-256 of what was meant."""
+    """Write a file and read it back; returns the SHA-256 of the data."""
     sha256 = hashlib.sha256(data).hexdigest()
     path.write_bytes(data)
     require_written(path, sha256)
@@ -58,16 +58,16 @@ def write_bytes(path: Path, data: bytes) -> str:
 
 
 def lost_write(path: Path) -> OSError:
-    return OSError(errno.EIO, "was read back otherwise than it was written", str(path))
+    return OSError(errno.EIO, "reads back differently from what was written", str(path))
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Replace `path` by `text`; a reader sees the old text or the new one, never a part.
+    """Replace `path` by `text` atomically: readers see the old text or the new one.
 
-    Where the path is a link, what it leads to is replaced.
+    If the path is a link, its target is replaced.
 
     Raises:
-        OSError: there is something else than a file, which a rename would destroy (/dev/null, a pipe).
+        OSError: the path is not a file (/dev/null, a pipe) and a rename would destroy it.
     """
     path = Path(os.path.realpath(path))
     if os.path.lexists(path):
@@ -87,8 +87,8 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def sealed(content: Mapping[str, Any]) -> str:
-    """JSON that carries its own hash, under "sha256"; `read_sealed` knows when it was changed."""
-    plain = json.loads(json.dumps(content))  # as it will be read: keys that are text
+    """JSON that contains its own hash under "sha256", which `read_sealed` verifies."""
+    plain = json.loads(json.dumps(content))  # as it will be read back, with keys as text
     return json.dumps({**plain, "sha256": seal_of(plain)}, indent=1)
 
 
@@ -97,17 +97,17 @@ def seal_of(content: Mapping[str, Any]) -> str:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What `sealed` made; files of earlier versions have no hash.
+    """Read JSON written by `sealed`; files of earlier versions have no hash.
 
     Raises:
-        ValueError: it is no such object, or was changed since.
+        ValueError: it is not a JSON object, or its hash does not match.
     """
     content = json.loads(read_text(path))
     if not isinstance(content, dict):
-        raise ValueError("is no JSON object")
+        raise ValueError("is not a JSON object")
     seal = content.pop("sha256", None)
     if seal is not None and seal != seal_of(content):
-        raise ValueError("was changed: its own hash does not fit")
+        raise ValueError("was changed: its own hash does not match")
     return content
 
 
@@ -115,16 +115,16 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _read_umask() -> int:
-    mask = os.umask(0o022)  # there is no way to ask without setting it
+    mask = os.umask(0o022)  # it can only be read by setting it
     os.umask(mask)
     return mask
 
 
-_UMASK = _read_umask()  # at import, while there is one thread
+_UMASK = _read_umask()  # at import, while there is only one thread
 
 
 def usual_modes(folder: Path) -> None:
-    """Every file as the person's umask wants it: safetensors leaves its own to their owner alone."""
+    """Give every file the permissions of the user's umask: safetensors makes files readable only by their owner."""
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
             path.chmod(0o666 & ~_UMASK)
@@ -132,17 +132,17 @@ def usual_modes(folder: Path) -> None:
 
 @contextmanager
 def atomic_directory(path: Path, seal: Callable[[Path], None] | None = None, replaces: bool = False) -> Iterator[Path]:
-    """A folder that appears under `path` whole or not at all.
+    """Write a folder atomically.
 
-    Yields a hidden sibling to write into; on success its files are synced and it takes `path`'s name, on any
-    exception it is removed.
+    Yields a hidden folder next to `path`. On success its files are synced and it is renamed to `path`; on any exception
+    it is removed.
 
     Args:
-        seal: writes a last file into the folder once all others are synced.
-        replaces: an existing folder at `path`, which is ours, goes; else only an empty one does.
+        seal: writes a last file into the folder after all others are synced.
+        replaces: replace an existing folder at `path`, which must be ours; otherwise only an empty one is replaced.
 
     Raises:
-        TunesmithError: there is such a folder, made by another process meanwhile.
+        TunesmithError: another process created the folder meanwhile.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     partial.mkdir(parents=True)
@@ -157,7 +157,7 @@ def atomic_directory(path: Path, seal: Callable[[Path], None] | None = None, rep
                 sync_path(file)
         usual_modes(partial)
         sync_path(partial)
-        if replaces and path.exists():  # rename cannot replace a folder that holds files
+        if replaces and path.exists():  # rename cannot replace a folder that is not empty
             old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
             path.rename(old)
             partial.rename(path)
@@ -170,10 +170,10 @@ def atomic_directory(path: Path, seal: Callable[[Path], None] | None = None, rep
 
 
 def take_name(made: Path, path: Path) -> None:
-    """One rename, which replaces an empty folder and no other.
+    """Rename a folder; only an empty folder may be replaced.
 
     Raises:
-        TunesmithError: another process was faster.
+        TunesmithError: another process created the folder meanwhile.
     """
     try:
         if os.name == "nt" and path.is_dir():
@@ -183,7 +183,7 @@ def take_name(made: Path, path: Path) -> None:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
         raise TunesmithError(
-            f"{path}: another process made it meanwhile. Give --output a new folder.", code="output-taken"
+            f"{path}: another process created it meanwhile. Give --output a new folder.", code="output-taken"
         ) from None
     sync_path(path.parent)
 
@@ -198,7 +198,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_ends(path: Path, size: int = 64 * 2**20) -> str:
-    """Of a file's first and last bytes; of all of a file that is no longer than both."""
+    """SHA-256 of the first and last `size` bytes of a file; of the whole file if it is no longer than both."""
     digest = hashlib.sha256()
     with open_file(path) as file:
         digest.update(file.read(size))
@@ -209,7 +209,7 @@ def sha256_ends(path: Path, size: int = 64 * 2**20) -> str:
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """The system's own error in what was raised; safetensors and tokenizers wrap it, with the number in their text."""
+    """The OSError behind an exception; safetensors and tokenizers wrap it, with the error number in their text."""
     if isinstance(error, OSError) and error.errno is not None:
         return error
     found = re.search(r"\(os error (\d+)\)", str(error))
@@ -219,7 +219,7 @@ def system_error(error: BaseException) -> OSError | None:
 
 
 def is_no_room(error: BaseException) -> bool:
-    """Whether a write failed because the disk is full or over quota."""
+    """Whether an error means that the disk is full or a quota is exceeded."""
     found = system_error(error)
     return found is not None and found.errno in NO_ROOM
 
@@ -233,16 +233,16 @@ _ON_GPU = re.compile(r"\b(CUDA|HIP|XPU|MPS|GPU|NPU)\b|STATUS_ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of the machine or of a GPU.
+    """Whether an error means that memory ran out, on the machine or a GPU.
 
-    torch, CUDA's libraries, safetensors and tokenizers say so in the text of a general error. An error of a narrower
-    kind may quote a text of the person's that says the same.
+    torch, CUDA libraries, safetensors and tokenizers report this in the text of a general exception. More specific
+    exceptions may quote user text that says the same, so they do not count.
     """
     refused = system_error(error)
     if isinstance(error, MemoryError) or (refused is not None and refused.errno == errno.ENOMEM):
         return True
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    if "OutOfMemoryError" in kinds:  # torch's, by name: this is asked where torch was never imported
+    if "OutOfMemoryError" in kinds:  # torch's class, by name, since torch may not be imported
         return True
     is_general = type(error) in (Exception, RuntimeError) or bool(kinds & {"AcceleratorError", "SafetensorError"})
     return (is_general or (type(error) is OSError and error.errno is None)) and _NO_MEMORY.search(
@@ -251,6 +251,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def lacking_memory(error: BaseException) -> str:
-    """Whose memory it was that ran out: "the GPU" or "this machine"."""
+    """Where memory ran out: "the GPU" or "this machine"."""
     is_torchs = type(error).__name__ in ("OutOfMemoryError", "AcceleratorError")
     return "the GPU" if is_torchs or _ON_GPU.search(str(error)) else "this machine"

@@ -1,4 +1,4 @@
-"""Files opened for reading only where they are files: a pipe that nobody writes to would be waited for without end."""
+"""Open regular files only: opening a pipe without a writer would block forever."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 
 def open_file(path: Path) -> io.BufferedReader:
-    """A regular file, to be read.
+    """Open a regular file for reading.
 
     Raises:
-        OSError: it is anything else. A pipe that nobody writes to would never open, /dev/zero never end.
+        OSError: it is not a regular file. A pipe without a writer would block, /dev/zero would never end.
     """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
@@ -26,8 +26,10 @@ def open_file(path: Path) -> io.BufferedReader:
 
 
 def require_regular(path: Path, mode: int) -> None:
-    """Raises:
-    OSError: a mode (from stat) that is no file's.
+    """Check a file mode.
+
+    Raises:
+        OSError: the mode (from stat) is not that of a regular file.
     """
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "is a folder, not a file", str(path))
@@ -36,17 +38,17 @@ def require_regular(path: Path, mode: int) -> None:
 
 
 def read_text(path: Path, errors: str = "strict") -> str:
-    """The text of a regular file, UTF-8."""
+    """The text of a regular file in UTF-8."""
     with io.TextIOWrapper(open_file(path), encoding="utf-8", errors=errors) as file:
         return file.read()
 
 
 def read_text_or_pipe(path: Path) -> str:
-    """The text of a regular file, or of a pipe to its end, as in `tunesmith train <(make-config)`."""
+    """The text of a regular file or of a pipe, as in `tunesmith train <(make-config)`."""
     if not stat.S_ISFIFO(path.stat().st_mode):
         return read_text(path)
     pieces = []
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as pipe:  # without a writer it is empty
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as pipe:  # empty without a writer
         while (piece := pipe.read(1 << 16)) != b"":
             if piece is None:
                 select.select([pipe], [], [])

@@ -1,4 +1,4 @@
-"""RUN: the folder of a run, the names of the files in it, and the lines of its metrics."""
+"""The folder of a run (RUN), its file names, and the lines of its metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SUBFOLDERS = ("adapter", INITIAL_ADAPTER, "model", "checkpoints", "tokens", "eva
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Paths of everything that a run writes; the folder itself may not exist yet."""
+    """Paths of all files that a run writes; the folder need not exist yet."""
 
     path: Path
 
@@ -28,7 +28,7 @@ class RunFolder:
 
     @property
     def record(self) -> Path:
-        """The file that makes the folder a run; it is written last."""
+        """run.json, which makes the folder a run; written last."""
         return self.path / RUN_FILE
 
     @property
@@ -63,12 +63,12 @@ class RunFolder:
 
     @property
     def initial_adapter(self) -> Path:
-        """The first matrices of a PiSSA or OLoRA adapter."""
+        """The initial matrices of a PiSSA or OLoRA adapter."""
         return self.path / INITIAL_ADAPTER
 
     @property
     def rows(self) -> Path:
-        """Rows that were given in Python, as JSON Lines."""
+        """Rows given in Python, as JSON Lines."""
         return self.path / "rows"
 
     @property
@@ -98,12 +98,12 @@ class RunFolder:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl whose lines are complete."""
+    """The complete records of metrics.jsonl."""
     return [json.loads(line) for line, _ in read_lines(path)]
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, int]]:
-    """Lines that are records, and their steps; a kill may have cut the last one."""
+    """Complete lines and their steps; a kill may have truncated the last one."""
     if not path.exists():
         return
     for line in read_text(path, errors="replace").splitlines():

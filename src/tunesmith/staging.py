@@ -15,17 +15,17 @@ from tunesmith.errors import TunesmithError
 from tunesmith.files import sync_tree, take_name, usual_modes, write_text_atomic
 from tunesmith.runfolder import RUN_FILE
 
-_MOVING = "moving"  # lists the parts that are about to be moved into RUN
+_MOVING = "moving"  # lists the parts that are being moved into RUN
 
 
 @contextmanager
 def staged_folder(output: Path) -> Iterator[Path]:
-    """A hidden folder to prepare in, which becomes RUN at the end of the block; on any error it is deleted.
+    """A hidden folder that becomes RUN at the end of the block; on any error it is deleted.
 
-    It is made next to RUN, even where RUN exists and is empty. Where RUN is a mount point, or its parent folder is not
-    writable, it is made inside RUN.
+    It is created next to RUN, even if RUN exists and is empty. If RUN is a mount point, or its parent folder is not
+    writable, it is created inside RUN.
     """
-    # names sort by time: of two processes, the first one continues
+    # names sort by time: of two processes, the earlier one continues
     name = f".{output.name}.{time.time_ns():020}-{uuid.uuid4().hex[:8]}.partial"
     is_inside = output.is_dir() and (output.is_mount() or not os.access(output.parent, os.W_OK))
     staging = output / name if is_inside else output.with_name(name)
@@ -33,7 +33,9 @@ def staged_folder(output: Path) -> Iterator[Path]:
     try:
         staging.mkdir(parents=True)
     except OSError as error:
-        raise TunesmithError(f"{output}: cannot be made: {error.strerror}.", code="output-not-creatable") from None
+        raise TunesmithError(
+            f"{output}: cannot be created: {error.strerror}. Give another --output.", code="output-not-creatable"
+        ) from None
     try:
         with locked(staging):
             remove_abandoned(staging.parent, output.name)
@@ -54,13 +56,15 @@ def staged_folder(output: Path) -> Iterator[Path]:
 
 
 def refuse_second(staging: Path, output: Path) -> None:
-    """Raises:
-    TunesmithError: another process started to prepare the same run earlier and still runs.
+    """Check for other processes.
+
+    Raises:
+        TunesmithError: another process started earlier to prepare the same run and is still running.
     """
     partial = [path for path in staging.parent.iterdir() if is_partial(path, output.name)]
     if min(partial) != staging:
         raise TunesmithError(
-            f"{output}: another process prepares this run. Wait for it, or give --output a new folder.",
+            f"{output}: another process is preparing this run. Wait for it, or give --output a new folder.",
             code="output-taken",
         )
 
@@ -75,14 +79,14 @@ def _move_in(staging: Path, output: Path) -> None:
 
 
 def is_partial(path: Path, name: str) -> bool:
-    """Whether a folder is one in which a process prepares, or prepared, the run `name`."""
+    """Whether a folder is a staging folder of the run `name`, of a running or a killed process."""
     return re.fullmatch(rf"\.{re.escape(name)}\.([0-9]{{20}}-)?[0-9a-f]{{8}}\.partial", path.name) is not None
 
 
 def remove_abandoned(parent: Path, name: str) -> None:
-    """Delete what killed processes left when they prepared the same run; a running one has its folder locked.
+    """Delete staging folders of the same run left by killed processes; a running one has its folder locked.
 
-    In a folder that existed before, a process may have been killed while it moved the parts: without run.json they are
+    In a folder that existed before, a process may have been killed while moving the parts: without run.json they are
     not a run, and are deleted too.
     """
     for folder in parent.iterdir():
@@ -101,7 +105,7 @@ def remove_abandoned(parent: Path, name: str) -> None:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Only one process may train a run; the lock ends with the process.
+    """Lock a run for this process; the lock ends with the process.
 
     Raises:
         TunesmithError: another process has the lock.
@@ -117,7 +121,7 @@ def locked(run: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise TunesmithError(
-                f"{run}: is being trained by another process. Wait until it has ended.", code="run-in-use"
+                f"{run}: is being trained by another process. Wait until it has finished.", code="run-in-use"
             ) from None
         except OSError:  # a file system without locks
             pass

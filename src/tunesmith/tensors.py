@@ -14,8 +14,10 @@ from tunesmith.files import lost_write
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Raises:
-    OSError: a write was lost without an error.
+    """Write a safetensors file and read it back.
+
+    Raises:
+        OSError: a write was lost without an error.
     """
     save_file(dict(tensors), path, dict(metadata) if metadata else None)
     if require_tensors(path, tensors) != set(tensors):
@@ -23,7 +25,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def require_tensors(path: Path, meant: Mapping[str, Tensor]) -> set[str]:
-    """Compare those tensors of a file that `meant` has; returns all names in the file.
+    """Compare the tensors in `meant` with those in a file; returns all names in the file.
 
     Raises:
         OSError: a tensor differs from what was written.
@@ -37,7 +39,7 @@ def require_tensors(path: Path, meant: Mapping[str, Tensor]) -> set[str]:
 
 
 def is_same_bits(one: Tensor, other: Tensor) -> bool:
-    """As torch.equal, but NaN equals itself and 0 is not -0."""
+    """Like torch.equal, but NaN equals itself and 0 differs from -0."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     flat = [tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)]

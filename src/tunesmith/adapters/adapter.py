@@ -1,7 +1,7 @@
-"""Create, save and reopen LoRA adapters and variants through peft.
+"""Create, save and reopen LoRA adapters and variants with peft.
 
-peft changes the model in place, so the rest of the house keeps working with the model that it knows; the PeftModel
-around it is asked only for what to train and what to save.
+peft changes the model in place, so all other code keeps using the model itself; the PeftModel around it is only used to
+find out what to train and what to save.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _EXPERTS = re.compile(r"mlp\.experts\.(gate_up_proj|down_proj)$")
 
 @contextlib.contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Silence warnings of peft and bitsandbytes about what we check ourselves."""
+    """Silence warnings of peft and bitsandbytes about things that we check ourselves."""
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
@@ -49,7 +49,7 @@ def require_quantization(lora: LoraSection) -> None:
 
 
 def quantization_config(lora: LoraSection, compute_dtype: torch.dtype) -> Any:
-    """Arguments of from_pretrained for quantised weights; None without lora.quantize."""
+    """The quantization_config of from_pretrained; None without lora.quantize."""
     if lora.quantize == "none":
         return None
     from transformers import BitsAndBytesConfig
@@ -65,8 +65,8 @@ def quantization_config(lora: LoraSection, compute_dtype: torch.dtype) -> Any:
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Disable packing for fast inference: bitsandbytes repacks 4-bit weights in the first evaluation on newer CPUs, and
-    the kernel for them has no gradient, so that all layers below would silently get none."""
+    """Disable packing for fast inference: on newer CPUs, bitsandbytes repacks 4-bit weights in the first evaluation,
+    and the kernel for these has no gradient, so that all layers below would silently get none."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
@@ -83,13 +83,13 @@ def add_adapter(
     """Freeze the model and add an adapter; returns peft's PeftModel around it.
 
     Args:
-        base_name: written into adapter_config.json, where peft looks for the base.
-        new_ids: added tokens, whose rows of embedding and head are trained.
-        revision: of a hub base, kept for those who open the adapter.
-        base_record: from adapters/base.py, saved wherever the adapter is.
+        base_name: base_model_name_or_path of adapter_config.json, where peft looks for the base.
+        new_ids: ids of added tokens; their rows of embedding and head are trained.
+        revision: of a hub base, written to adapter_config.json.
+        base_record: from adapters/base.py, saved along with the adapter.
 
     Raises:
-        ConfigError: a target that stands for nothing, or a kind that the model's layers do not take.
+        ConfigError: a target matches nothing, or the model's layers do not support the kind of adapter.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -100,7 +100,7 @@ def add_adapter(
     problem = find_problem(model, lora, targets, parameters) or find_tying_problem(model, lora, targets, bool(new_ids))
     if problem:
         raise ConfigError("lora", [problem])
-    whole, is_tied = choose_whole(model, lora)
+    whole, is_tied = choose_full_modules(model, lora)
     alpha: Any = int(lora.scale_alpha) if float(lora.scale_alpha).is_integer() else lora.scale_alpha
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -122,64 +122,64 @@ def add_adapter(
         try:
             wrapped: Any = get_peft_model(model, config)
         except (ValueError, NotImplementedError, RuntimeError) as error:
-            raise ConfigError("lora", [f"peft cannot put it into this model: {error}"]) from None
+            raise ConfigError("lora", [f"peft cannot add this adapter to the model: {error}"]) from None
     made = wrapped.peft_config["default"]
     made.base_model_name_or_path, made.revision = base_name, revision
-    made.target_modules, made.modules_to_save = set(targets), list(whole) or None  # peft has its own words for them
+    made.target_modules, made.modules_to_save = set(targets), list(whole) or None  # peft stores them in its own form
     wrapped.base_record = base_record
     return wrapped
 
 
 @dataclass(frozen=True)
-class Ends:
-    """Names of the embedding and the head, and whether they are one weight."""
+class EmbeddingNames:
+    """Names of the embedding and the head, and whether they are tied (one weight)."""
 
     embedding: str
     head: str | None
     is_tied: bool
 
     def among(self, chosen: Iterable[str]) -> set[str]:
-        """Which of the two are named, in full or by the end of the name."""
-        ends = [name for name in (self.embedding, self.head) if name]
-        return set(select_modules(list(chosen), ends))
+        """Which of the two are among the given names (full names, or ends of names)."""
+        pair = [name for name in (self.embedding, self.head) if name]
+        return set(select_modules(list(chosen), pair))
 
 
-def find_ends(model: Any) -> Ends:
+def find_embedding_names(model: Any) -> EmbeddingNames:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     is_tied = head is not None and bool(model.config.get_text_config().tie_word_embeddings)
-    return Ends(names[id(embedding)], names.get(id(head)), is_tied)
+    return EmbeddingNames(names[id(embedding)], names.get(id(head)), is_tied)
 
 
-def choose_whole(model: nn.Module, lora: LoraSection) -> tuple[list[str], bool]:
+def choose_full_modules(model: nn.Module, lora: LoraSection) -> tuple[list[str], bool]:
     """(modules to train in full; whether embedding and head among them stay tied).
 
-    peft ties what it knows by the name lm_head or embed_tokens, so the head stands for both where the embedding has
-    another name (GPT-2's wte).
+    peft finds weights to tie by the names lm_head and embed_tokens, so the head stands for both where the embedding is
+    named otherwise (GPT-2's wte).
     """
-    ends, whole = find_ends(model), list(lora.modules_to_save or [])
-    if not (ends.is_tied and ends.head and ends.among(whole)):
+    pair, whole = find_embedding_names(model), list(lora.modules_to_save or [])
+    if not (pair.is_tied and pair.head and pair.among(whole)):
         return whole, False
-    others = [name for name in whole if not ends.among([name])]
-    knows = ends.embedding.rpartition(".")[2] == "embed_tokens"
-    return [*others, ends.embedding if knows else ends.head], True
+    others = [name for name in whole if not pair.among([name])]
+    knows = pair.embedding.rpartition(".")[2] == "embed_tokens"
+    return [*others, pair.embedding if knows else pair.head], True
 
 
 def _token_rows(model: nn.Module, whole: Sequence[str], new_ids: Sequence[int]) -> dict[str, list[int]] | None:
     """Rows to train of each embedding; a tied head follows its embedding."""
-    ends = find_ends(model)
-    trained = ends.among(whole)
-    if not new_ids or (ends.is_tied and trained):
+    pair = find_embedding_names(model)
+    trained = pair.among(whole)
+    if not new_ids or (pair.is_tied and trained):
         return None
-    names = {ends.embedding} if ends.is_tied or not ends.head else {ends.embedding, ends.head}
+    names = {pair.embedding} if pair.is_tied or not pair.head else {pair.embedding, pair.head}
     return {name.rpartition(".")[2]: list(new_ids) for name in sorted(names - trained)} or None
 
 
 def choose_targets(model: nn.Module, lora: LoraSection) -> tuple[list[str], list[str]]:
-    """(names of modules, or endings of names; names of parameters that are not modules).
+    """(names of modules, or ends of names; names of parameters that are not modules).
 
     Raises:
-        PatternError: a regular expression that cannot be compiled, or does not come to an end.
+        PatternError: a regular expression cannot be compiled, or takes too long to match.
     """
     parameters = list(lora.target_parameters or [])
     if lora.target_modules != ["all-linear"]:
@@ -196,7 +196,7 @@ def choose_targets(model: nn.Module, lora: LoraSection) -> tuple[list[str], list
 
 
 def _names_for(pattern: str, model: nn.Module) -> list[str]:
-    """Modules that a regular expression matches, by their last name where that is unambiguous."""
+    """Modules that a regular expression matches, by the last part of their name where that is unambiguous."""
     names = [name for name, _ in model.named_modules() if name]
     chosen = select_modules(pattern, names)
     short = sorted({name.rpartition(".")[2] for name in chosen})
@@ -208,7 +208,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def is_router(name: str, model: nn.Module) -> bool:
-    """Whether a module is the router of a mixture of experts, which adapters leave alone."""
+    """Whether a module is the router of a mixture of experts, which adapters do not change."""
     config = cast("Any", model).config.get_text_config()
     is_mixture = bool(getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None))
     return is_mixture and name.rpartition(".")[2] in ("gate", "router", "shared_expert_gate")
@@ -233,7 +233,7 @@ def find_problem(model: nn.Module, lora: LoraSection, targets: Sequence[str], pa
         if not any(name.endswith(parameter) for name, _ in model.named_parameters()):
             return f"target_parameters {parameter!r} matches no weight of this model"
     if changes_base(lora) and any(isinstance(module, Conv1D) for module in model.modules()):
-        return f"kind: peft cannot initialise {lora.kind} in GPT-2's transposed layers; use lora, rslora or dora"
+        return f"kind: peft cannot initialize {lora.kind} in GPT-2's transposed layers; use lora, rslora or dora"
     if parameters and lora.dropout:
         return f"dropout: peft has no dropout for weights that are not modules ({parameters[0]}); set it to 0"
     if parameters and lora.kind == "dora":
@@ -244,19 +244,19 @@ def find_problem(model: nn.Module, lora: LoraSection, targets: Sequence[str], pa
 def find_tying_problem(model: nn.Module, lora: LoraSection, targets: Sequence[str], has_new: bool) -> str:
     """Why embedding and head cannot be trained as configured; "" if they can.
 
-    What is refused here trains in peft, and then opens as another model than was trained, or not at all.
+    Configurations refused here can be trained with peft, but reopen as a different model or not at all.
     """
-    ends, kind = find_ends(model), lora.kind
+    pair, kind = find_embedding_names(model), lora.kind
     names = [name for name, _ in model.named_modules()]
-    low, whole = ends.among(targets), ends.among(lora.modules_to_save or [])
+    low, whole = pair.among(targets), pair.among(lora.modules_to_save or [])
     both = set(select_modules(targets, names)) & set(select_modules(lora.modules_to_save or [], names))
     if changes_base(lora) and (lora.modules_to_save or lora.bias != "none" or has_new):
         return f"kind: {kind} is saved as matrices only, without modules_to_save, bias and add_tokens; use lora"
     if both:
         return f"modules_to_save and target_modules both name {min(both)}; keep it in one of the two"
-    if ends.is_tied and low and whole:
+    if pair.is_tied and low and whole:
         return (
-            f"{ends.embedding} and {ends.head} are one weight in this model (tied); name it in modules_to_save or in "
+            f"{pair.embedding} and {pair.head} are one weight in this model (tied); name it in modules_to_save or in "
             "target_modules, not in both"
         )
     if has_new and low:
@@ -264,11 +264,11 @@ def find_tying_problem(model: nn.Module, lora: LoraSection, targets: Sequence[st
             f"target_modules names {min(low)}, whose rows model.add_tokens trains in full; name it in modules_to_save "
             "instead, or leave it out"
         )
-    if ends.embedding in low and kind in ("dora", "pissa", "olora"):
-        return f"kind: {kind} does not support embeddings ({ends.embedding}); use lora or rslora, or modules_to_save"
-    if ends.is_tied and low and kind in ("dora", "pissa", "olora"):
+    if pair.embedding in low and kind in ("dora", "pissa", "olora"):
+        return f"kind: {kind} does not support embeddings ({pair.embedding}); use lora or rslora, or modules_to_save"
+    if pair.is_tied and low and kind in ("dora", "pissa", "olora"):
         return (
-            f"kind: {kind} cannot untie {ends.head} from {ends.embedding}, which are one weight in this model (tied); "
+            f"kind: {kind} cannot untie {pair.head} from {pair.embedding}, which are one weight in this model (tied); "
             "use lora or rslora, or modules_to_save"
         )
     return ""
@@ -291,26 +291,28 @@ def adapter_weights(wrapped: Any) -> dict[str, Tensor]:
 
 
 def load_adapter_weights(wrapped: Any, weights: Mapping[str, Tensor]) -> None:
-    """Load the result of `adapter_weights` back into the same adapter."""
+    """Load the result of `adapter_weights` into the same adapter."""
     from peft import set_peft_model_state_dict
 
     with quiet_peft():
         result: Any = set_peft_model_state_dict(wrapped, dict(weights))
     if result.unexpected_keys:
         raise ModelError(
-            f"the adapter has {result.unexpected_keys[0]}, which this model does not have.", code="adapter-does-not-fit"
+            f"the adapter has {result.unexpected_keys[0]}, which this model does not have. Use the model that it was "
+            "trained on.",
+            code="adapter-does-not-fit",
         )
 
 
 def write_adapter(
     wrapped: Any, folder: Path, weights: Mapping[str, Tensor] | None = None, initial: Path | None = None
 ) -> None:
-    """adapter_config.json and adapter_model.safetensors.
+    """Write adapter_config.json and adapter_model.safetensors.
 
     Args:
         weights: from `adapter_weights`, instead of the adapter's own.
-        initial: where PiSSA's or OLoRA's first matrices lie; with them the adapter is saved as a plain LoRA of twice
-            the rank, which fits the base as everybody has it (peft's conversion).
+        initial: folder with the initial matrices of PiSSA or OLoRA; with it, the adapter is saved as a plain LoRA of
+            twice the rank, which fits the unchanged base (peft's conversion).
     """
     folder.mkdir(parents=True, exist_ok=True)
     with quiet_peft():
@@ -332,7 +334,7 @@ def write_adapter(
 
 
 def _sort_names(path: Path) -> None:
-    """Sort names; peft keeps them in sets, whose order differs between processes."""
+    """Sort the lists of names; peft keeps them in sets, whose order differs between processes."""
     config = json.loads(path.read_text(encoding="utf-8"))
     for key in ("target_modules", "modules_to_save", "exclude_modules"):
         if isinstance(config.get(key), list):
@@ -341,7 +343,7 @@ def _sort_names(path: Path) -> None:
 
 
 def save_initial(wrapped: Any, folder: Path) -> None:
-    """The first matrices of PiSSA or OLoRA, for the conversion at the end."""
+    """Write the initial matrices of PiSSA or OLoRA, for the conversion of the finished adapter."""
     config = wrapped.peft_config["default"]
     was, config.init_lora_weights = config.init_lora_weights, True
     write_adapter(wrapped, folder)

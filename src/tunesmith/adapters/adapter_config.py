@@ -15,9 +15,9 @@ from tunesmith.errors import ModelError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = regex.compile(r"[\w.]+")
-_MATCH_S = 1.0  # for one pattern on all names of a model; usually milliseconds
+_MATCH_S = 1.0  # seconds, for one pattern on all names of a model; usually takes milliseconds
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# fields about training or the runtime, without effect on the weights
+# fields about training or the runtime, which do not affect the weights
 _NO_MATTER = ("auto_mapping", "eva_config", "megatron_core", "peft_version", "runtime_config", "qalora_group_size")
 _TASKS = (None, "CAUSAL_LM")
 
@@ -30,7 +30,7 @@ class PatternError(ValueError):
 
 
 class AdapterConfig(BaseModel):
-    """The fields of peft's LoraConfig that decide what an adapter does."""
+    """Fields of peft's LoraConfig that determine the effect of an adapter."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -57,7 +57,7 @@ class AdapterConfig(BaseModel):
     alpha_pattern: dict[str, float] | None = None
 
     def token_indices(self, module: str) -> list[int]:
-        """Rows of an embedding that are trained."""
+        """Rows of an embedding that the adapter trains."""
         indices = self.trainable_token_indices or []
         return indices.get(module.rpartition(".")[2], []) if isinstance(indices, dict) else indices
 
@@ -67,7 +67,7 @@ class AdapterConfig(BaseModel):
 
 
 def find_adapter(path: Path) -> Path | None:
-    """The PEFT folder of a path (itself or RUN/adapter), None if there is none."""
+    """The PEFT folder at a path (the path itself or RUN/adapter); None if there is none."""
     for folder in (path, path / "adapter"):
         if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
             return folder
@@ -78,7 +78,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     """Parse adapter_config.json of a PEFT folder.
 
     Raises:
-        ModelError: it cannot be read, is not a LoRA adapter, or says what cannot be.
+        ModelError: it cannot be read, is not of a LoRA adapter, or has impossible values.
     """
     path = folder / ADAPTER_CONFIG
     try:
@@ -90,7 +90,8 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         ) from None
     if not isinstance(content, dict) or "peft_type" not in content:
         raise ModelError(
-            f"{path}: has no peft_type, so it is not the config of an adapter.", code="adapter-config-unreadable"
+            f"{path}: has no peft_type, so it is not the config of an adapter. Give a folder saved by peft.",
+            code="adapter-config-unreadable",
         )
     if content["peft_type"] != "LORA":
         raise ModelError(
@@ -130,15 +131,15 @@ def _find_problem(config: AdapterConfig) -> str:
     if any(not _NAME.fullmatch(name) for name in names):
         return f"trainable_token_indices names {_short(names)}, which are not names of modules."
     if any(not 0 <= number < 2**31 for numbers in config.all_token_indices() for number in numbers):
-        return "trainable_token_indices holds a number that cannot be a token's id."
+        return "trainable_token_indices contains a number that is not a token id."
     if any(not 1 <= rank <= 2**20 for rank in (config.rank_pattern or {}).values()):
-        return "rank_pattern holds a number that cannot be a rank."
+        return "rank_pattern contains a number that is not a rank."
     begun = config.init_lora_weights
     if isinstance(begun, str) and begun.lower().startswith(_CHANGES_BASE):
         return (
-            f"init_lora_weights is {_short(begun)}: these matrices fit a base that {begun} has changed, not the base "
-            "that others have. A run that has finished holds the converted adapter: give the RUN folder, or finish it "
-            "with tunesmith resume RUN. One of peft's own is converted by save_pretrained with "
+            f"init_lora_weights is {_short(begun)}: these matrices belong to a base changed by {begun}, not to the "
+            "original base. A finished run contains the converted adapter: give the RUN folder, or finish the run "
+            "with tunesmith resume RUN. An adapter saved by peft is converted by save_pretrained with "
             "path_initial_model_for_weight_conversion."
         )
     return _find_unknown(config)
@@ -158,7 +159,7 @@ def _find_unknown(config: AdapterConfig) -> str:
         if name in _NO_MATTER or name in ("peft_type", "inference_mode", "megatron_config"):
             continue
         if value not in (None, False, [], {}) and value != defaults.get(name):
-            return f"{name} is {_short(value)}, whose effect on the weights tunesmith does not know."
+            return f"{name} is {_short(value)}, which tunesmith does not support. Open the adapter with peft."
     return ""
 
 
@@ -168,13 +169,13 @@ def is_name(pattern: str) -> bool:
 
 
 def match_names(pattern: str, names: Iterable[str]) -> list[str]:
-    """The names that a regular expression matches from end to end.
+    """Names that a regular expression matches in full.
 
-    peft matches by Python's re, which a pattern such as (a+)+$ keeps busy for ever. Here matching has a time limit, and
-    peft is given the names that matched instead of the pattern.
+    peft uses Python's re, which never finishes on a pattern such as (a+)+$. Here matching has a time limit, and peft
+    gets the matching names instead of the pattern.
 
     Raises:
-        PatternError: it cannot be compiled, or takes too long.
+        PatternError: the pattern cannot be compiled, or takes too long.
     """
     deadline = time.monotonic() + _MATCH_S
     try:
@@ -187,7 +188,7 @@ def match_names(pattern: str, names: Iterable[str]) -> list[str]:
 
 
 def select_modules(targets: str | Iterable[str] | None, names: Iterable[str]) -> list[str]:
-    """Modules that peft's target_modules selects: a regular expression of whole names, or ends of names."""
+    """Modules selected by peft's target_modules: a regular expression for full names, or ends of names."""
     names = list(names)
     if targets is None:
         return []
@@ -203,7 +204,7 @@ def _endings(name: str) -> list[str]:
 
 
 def resolve_pattern(patterns: Mapping[str, Any] | None, names: Iterable[str]) -> dict[str, Any]:
-    """Value of rank_pattern or alpha_pattern for each matching name; the first match wins, as in peft."""
+    """The value of rank_pattern or alpha_pattern for each matching name; the first match wins, as in peft."""
     chosen: dict[str, Any] = {}
     names = list(names)
     for pattern, value in (patterns or {}).items():

@@ -1,7 +1,7 @@
 """Record the base of an adapter (config and SHA-256 of weight files) and compare it later.
 
-An adapter on another base than its own is another model, and no comparison of logits can tell: both sides of it would
-have the wrong base. What decides is what the files hold, never where they lie.
+An adapter on a different base than its own is a different model, and comparing logits cannot detect it, since both
+sides would use the wrong base. Files are compared by contents, never by location.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def describe_base(folder: Path, commit: str | None = None, known: Mapping[str, A
 
     Args:
         commit: of a hub model.
-        known: an earlier record; a file that the system says is untouched since is not read again.
+        known: an earlier record; files unchanged since then by size and time are not hashed again.
 
     Raises:
         ModelError: a file cannot be read.
@@ -40,16 +40,18 @@ def describe_base(folder: Path, commit: str | None = None, known: Mapping[str, A
             entries = list(pool.map(lambda path: _describe(path, before.get(path.name)), files))
         config = _read_config(folder)
     except OSError as error:
-        raise ModelError(f"{error.filename}: cannot be read: {error.strerror}.", code="file-unreadable") from None
+        raise ModelError(
+            f"{error.filename}: cannot be read: {error.strerror}. Check the file's permissions.", code="file-unreadable"
+        ) from None
     named = {path.name: entry for path, entry in zip(files, entries, strict=True)}
     return {"format": FORMAT, "commit": commit, "config": config, "files": named}
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that from_pretrained reads the weights from.
+    """Files from which from_pretrained reads the weights.
 
     Raises:
-        ModelError: the index is damaged.
+        ModelError: the weight index is damaged.
     """
     for single, index in zip(_SINGLES, _INDEXES, strict=True):
         if (folder / single).is_file():
@@ -60,10 +62,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_index(path: Path) -> list[str]:
-    """Names of the files that hold a model's tensors.
+    """Names of the files that contain a model's tensors.
 
     Raises:
-        ModelError: it is damaged, or names what does not lie beside it.
+        ModelError: the index is damaged, or names files outside its folder.
     """
     try:
         names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -113,7 +115,7 @@ def hub_commit(name: str, revision: str | None) -> str | None:
 
 
 def record_base(kind: str, name: str, revision: str | None) -> dict[str, Any] | None:
-    """Record for an adapter that is trained on a loaded local or hub model."""
+    """The base record for an adapter trained on a loaded local or hub model."""
     if kind == "local":
         return describe_base(Path(name))
     folder = hub_folder(name, revision)
@@ -128,10 +130,10 @@ def write_record(record: Mapping[str, Any] | None, adapter: Path) -> None:
 
 
 def read_record(adapter: Path) -> dict[str, Any] | None:
-    """None for an adapter of another tool.
+    """The base record of an adapter; None if another tool saved it.
 
     Raises:
-        ModelError: it is damaged.
+        ModelError: the record is damaged.
     """
     path = adapter / BASE_RECORD
     try:
@@ -146,14 +148,14 @@ def read_record(adapter: Path) -> dict[str, Any] | None:
         is_ours = False
     if not is_ours:
         raise ModelError(
-            f"{path}: cannot be read; it records the base of the adapter. Copy the adapter's folder again.",
+            f"{path}: cannot be read; it is the record of the adapter's base. Copy the adapter's folder again.",
             code="base-record-unreadable",
         )
     return record
 
 
 def find_changes(record: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Differences between a base and the recorded one, in words."""
+    """Differences between a base and the recorded one, as phrases for a message."""
     was, config = record["config"], now["config"]
     changes = [
         f"config.json has {key} {_short(config.get(key))} instead of {_short(was.get(key))}"
@@ -178,12 +180,12 @@ def require_base(adapter: Path, base: Path, is_allowed: bool, advice: str, reads
     """Compare a base with the one that the adapter was trained on; returns a remark to print.
 
     Args:
-        is_allowed: differences are remarked on only.
+        is_allowed: report differences only in the remark.
         advice: how to allow them.
-        reads_all: trust nothing but the files' bytes.
+        reads_all: hash all files again, whatever their size and time.
 
     Raises:
-        ModelError: it is another base.
+        ModelError: it is a different base.
     """
     record = read_record(adapter)
     if record is None:
@@ -195,8 +197,8 @@ def require_base(adapter: Path, base: Path, is_allowed: bool, advice: str, reads
     if is_allowed:
         return f"{base} is not the base that {adapter} was trained on ({shown}); used because changes are allowed"
     raise ModelError(
-        f"{adapter}: was trained on a different base than {base}: {shown}. Restore the base that it was trained "
-        f"on. {advice}",
+        f"{adapter}: was trained on a different base than {base}: {shown}. Restore the base that it was trained on. "
+        f"{advice}",
         code="base-changed",
     )
 

@@ -1,8 +1,7 @@
 """Compute the change of each base weight by a LoRA adapter, tensor by tensor, without building the model.
 
 W' = W + (alpha / rank) B A (Hu et al. 2021); rsLoRA: alpha / sqrt(rank) (Kalajdzievski 2023); DoRA: each output row of
-that sum brought to a learnt length (Liu et al. 2024). Sums are made in fp32,
-for fp64 weights in fp64, and rounded once.
+that sum rescaled to a learned norm (Liu et al. 2024). Computed in fp32 (fp64 for fp64 weights) and rounded once.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ class Delta:
 
     Attributes:
         folder: the PEFT folder.
-        stored: tensors of the base that the adapter was trained on, where its file has them; they come first.
+        stored: base weights contained in the adapter's file; applied first.
         whole: tensors that replace the base's (modules_to_save, trained biases).
         rows: tensor name -> (row numbers, rows [n, width]) of added tokens.
-        parts: tensor name -> {"lora_A": [rank, in], "lora_B": [out, rank], "lora_magnitude_vector": [out]}; of an
+        parts: tensor name -> {"lora_A": [rank, in], "lora_B": [out, rank], "lora_magnitude_vector": [out]}; for an
             embedding {"lora_embedding_A": [rank, rows], "lora_embedding_B": [width, rank]}.
 
     Raises:
-        ModelError: the adapter is damaged, or changes weights in a way that has no rule here.
+        ModelError: the adapter is damaged, or changes weights in a way that is not supported here.
     """
 
     def __init__(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -64,11 +63,11 @@ class Delta:
 
     @property
     def has_experts(self) -> bool:
-        """Whether it changes weights that are not modules (fused experts)."""
+        """Whether the adapter changes weights that are not modules (fused experts)."""
         return bool(self._config.target_parameters)
 
     def changes(self, name: str) -> bool:
-        """Whether it trained this tensor; base weights stored in its file do not count."""
+        """Whether the adapter trained this tensor; base weights stored in its file do not count."""
         return name in self.parts or name in self.whole or name in self.rows
 
     def ties_head(self, embedding: str) -> bool:
@@ -76,10 +75,10 @@ class Delta:
         return embedding in self.rows or (embedding in self.whole and self._config.ensure_weight_tying)
 
     def fit(self, embedding: str, head: str, is_tied: bool, rows: int) -> None:
-        """Names of these weights in the base; a stored weight may count for both.
+        """Names of stored embedding and head weights in the base; one weight may count for both.
 
         Raises:
-            ModelError: what the file has does not go together with the base.
+            ModelError: the stored weights do not fit the base.
         """
         ends = embedding.removesuffix(".weight"), head.removesuffix(".weight")
         self.stored = fit_stored(self._split, self.folder, *ends, is_tied, rows)
@@ -91,10 +90,10 @@ class Delta:
         yield from self.rows
 
     def apply(self, name: str, base: Tensor, is_transposed: bool = False) -> Tensor:
-        """The tensor with the adapter merged, in its own dtype.
+        """The tensor with the adapter merged, in the tensor's dtype.
 
         Args:
-            is_transposed: [in, out], as GPT-2's Conv1D keeps it.
+            is_transposed: the weight is [in, out], as in GPT-2's Conv1D.
 
         Raises:
             ModelError: the shapes do not fit.
@@ -133,7 +132,7 @@ class Delta:
         return list(self._config.token_indices(module))
 
     def _scaling(self, name: str, parts: Mapping[str, Tensor]) -> float:
-        """Scale of a module; alpha (alpha_pattern) and rank (shape of the matrices) may differ between modules."""
+        """Scale of a module; alpha (alpha_pattern) and rank (from the shapes) may differ between modules."""
         rank = len(parts["lora_A"] if "lora_A" in parts else parts["lora_embedding_A"])
         alpha = self._alphas.get(name.removesuffix(".weight"), self._config.lora_alpha)
         return float(alpha / math.sqrt(rank) if self._config.use_rslora else alpha / rank)

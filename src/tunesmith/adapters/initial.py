@@ -1,6 +1,6 @@
-"""RUN/adapter_init: the first matrices of PiSSA and OLoRA, needed to convert the finished adapter.
+"""RUN/adapter_init: the initial matrices of PiSSA and OLoRA, needed to convert the finished adapter.
 
-Changed matrices would give another adapter than the trained one, unnoticed, so run.json has their hashes.
+run.json has their hashes: changed matrices would silently give a different adapter than the trained one.
 """
 
 from __future__ import annotations
@@ -19,50 +19,51 @@ Hashes = Mapping[str, str]
 
 
 def keep_initial(adapter: Any, run: RunFolder) -> dict[str, str]:
-    """Write the folder; SHA-256 of its files."""
+    """Write the initial matrices; returns the SHA-256 of each file."""
     save_initial(adapter, run.initial_adapter)
     return hash_initial(run)
 
 
 def hash_initial(run: RunFolder) -> dict[str, str]:
-    """SHA-256 of the matrices that are there now; peft rewrites the config beside them when it converts."""
+    """SHA-256 of the matrices found now; peft rewrites the config next to them when it converts."""
     folder = run.initial_adapter
     try:
         if any(path.is_symlink() or not path.is_file() for path in folder.iterdir()):  # peft would write through a link
             return {}
         return {path.name: sha256_file(path) for path in folder.glob("*.safetensors")} if folder.is_dir() else {}
-    except OSError:  # what cannot be read is not what was written
+    except OSError:  # an unreadable file counts as changed
         return {}
 
 
 def is_initial_whole(run: RunFolder, recorded: Hashes | None) -> bool:
-    """Runs of earlier versions have no hashes; there the folder must at least exist."""
+    """Whether the matrices are unchanged; runs of earlier versions have no hashes, so the folder need only exist."""
     now = hash_initial(run)
     return bool(now) and (recorded is None or recorded == now)
 
 
 def require_initial(run: RunFolder, recorded: Hashes | None) -> Path:
-    """The folder, unchanged.
+    """The folder with the matrices, verified.
 
     Args:
-        recorded: in run.json.
+        recorded: hashes in run.json.
 
     Raises:
-        RunError: it was changed or removed while the run trained; resume writes it again.
+        RunError: the folder was changed or removed during the run; resume restores it.
     """
     if not is_initial_whole(run, recorded):
         raise RunError(
-            f"{run.initial_adapter}: was changed or removed since the run began; the adapter is not written.",
+            f"{run.initial_adapter}: was changed or removed since the run began, so the adapter was not written. "
+            "Resume the run to restore it.",
             code="adapter-init-changed",
         )
     return run.initial_adapter
 
 
 def restore_initial(adapter: Any, run: RunFolder, recorded: Hashes | None) -> str:
-    """Write a damaged folder again from an adapter that is as it was at step 0; a remark where that was needed.
+    """Write a damaged folder again from an adapter in its state at step 0; returns a remark if that was needed.
 
     Raises:
-        TunesmithError: what comes out is not what the run began with.
+        TunesmithError: the matrices differ from those at the start of the run.
     """
     folder = run.initial_adapter
     if is_initial_whole(run, recorded):
@@ -76,4 +77,4 @@ def restore_initial(adapter: Any, run: RunFolder, recorded: Hashes | None) -> st
             "versions). Restore it from a copy, or start a new run.",
             code="adapter-init-changed",
         )
-    return f"{folder.name}: was changed or removed; made again, equal to what the run began with"
+    return f"{folder.name}: was changed or removed; restored with the same values"

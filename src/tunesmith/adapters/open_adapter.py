@@ -1,6 +1,6 @@
 """Open a saved adapter on its base, unmerged or merged in memory, and verify its logits.
 
-peft gets the names of modules that the weights themselves name, never a pattern out of a file.
+peft gets the module names that occur in the weights, never a pattern from a file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tunesmith.adapters.adapter import find_ends, quiet_peft
+from tunesmith.adapters.adapter import find_embedding_names, quiet_peft
 from tunesmith.adapters.adapter_config import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -27,30 +27,35 @@ from tunesmith.adapters.stored_base import PREFIX, SplitWeights, fit_stored, spl
 from tunesmith.errors import ModelError
 from tunesmith.reading import open_file
 
-# rounding error of a dtype, relative to the largest logit
+# allowed rounding error of a dtype, relative to the largest logit
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _PARTS = (".lora_A", ".lora_embedding_A")
 _HAS_STORED = "_has_base_of_its_file"
 SEVERAL_STORED = (
-    "holds embedding or head of its own base beside the adapter (peft's save_embedding_layers), so it cannot be used "
-    "together with other adapters. Where the base was not resized, save it again with save_embedding_layers=False; "
-    "else merge it first, alone."
+    "contains the embedding or head of its base (peft's save_embedding_layers), so it cannot be used together with "
+    "other adapters. If the base was not resized, save it again with save_embedding_layers=False; otherwise merge it "
+    "first, alone."
 )
 
 
 def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
-    """Raises:
-    ModelError: the file is missing or cut short, or holds what is no weight.
+    """Tensors of an adapter's weight file.
+
+    Raises:
+        ModelError: the file is missing, truncated or damaged, or has tensors that cannot be weights.
     """
     path = folder / ADAPTER_WEIGHTS
     try:
         open_file(path).close()  # a pipe would block
         weights = load_file(path)
     except FileNotFoundError:
-        raise ModelError(f"{folder}: has no {ADAPTER_WEIGHTS}.", code="adapter-weights-missing") from None
+        raise ModelError(
+            f"{folder}: has no {ADAPTER_WEIGHTS}. Give the folder of a saved adapter.", code="adapter-weights-missing"
+        ) from None
     except Exception as error:
         raise ModelError(
-            f"{path}: cannot be read: {error}. The file is truncated or damaged.", code="adapter-weights-damaged"
+            f"{path}: cannot be read: {error}. The file is truncated or damaged; copy or save it again.",
+            code="adapter-weights-damaged",
         ) from None
     if not weights:
         raise ModelError(
@@ -75,7 +80,7 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def rows_needed(config: AdapterConfig, weights: Mapping[str, Tensor]) -> int:
-    """Embedding rows that an adapter with added tokens needs; 0 if it does not change the embedding."""
+    """Number of embedding rows that an adapter with added tokens needs; 0 if it does not change the embedding."""
     rows = [max(numbers) + 1 for numbers in config.all_token_indices() if numbers]
     rows += [
         len(t) for key, t in weights.items() if key.endswith(("embed_tokens.weight", "wte.weight", "lm_head.weight"))
@@ -89,11 +94,11 @@ def open_adapter(
     """Add a saved adapter to its base, frozen.
 
     Args:
-        onto: the PeftModel to add it to under `name`, where the model has one already.
-        is_weightless: the base has no weights of its own; the adapter's are taken as they are.
+        onto: an existing PeftModel around the model, to which the adapter is added under `name`.
+        is_weightless: the base is on the meta device; the adapter's weights are assigned without checks.
 
     Raises:
-        ModelError: it belongs to another base, or is damaged.
+        ModelError: the adapter belongs to another base, or is damaged.
     """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -155,12 +160,12 @@ def _add_rows(model: Any, config: AdapterConfig, weights: Mapping[str, Tensor], 
 
 @torch.no_grad()
 def _replace_stored(model: Any, split: SplitWeights, folder: Path, unfit: str) -> None:
-    """Replace base weights by those stored in the adapter's file."""
-    ends = find_ends(model)
+    """Replace base weights with those stored in the adapter's file."""
+    pair = find_embedding_names(model)
     rows = model.get_input_embeddings().num_embeddings
-    stored = fit_stored(split, folder, ends.embedding, ends.head, ends.is_tied, rows)
+    stored = fit_stored(split, folder, pair.embedding, pair.head, pair.is_tied, rows)
     for name, tensor in stored.items():
-        if name.rpartition(".")[0] not in (ends.embedding, ends.head):
+        if name.rpartition(".")[0] not in (pair.embedding, pair.head):
             raise ModelError(f"{unfit}: the base has no {PREFIX}{name}.", code="adapter-does-not-fit")
         if name.endswith(".weight") and len(tensor) != model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tensor), mean_resizing=False)
@@ -176,8 +181,8 @@ def build_config(config: AdapterConfig, weights: Mapping[str, Tensor], model: nn
     """peft's config with every pattern replaced by the names that it matches.
 
     Raises:
-        PatternError: a pattern of the file does not come to an end.
-        KeyError: the weights belong to a module that this model lacks, or that the config does not name.
+        PatternError: a pattern in the file takes too long to match.
+        KeyError: the weights belong to a module that this model lacks, or that the config does not list.
     """
     from peft import LoraConfig
 
@@ -217,7 +222,7 @@ def build_config(config: AdapterConfig, weights: Mapping[str, Tensor], model: nn
 
 
 def module_of(key: str) -> str | None:
-    """Module whose A matrix a tensor of the adapter file is."""
+    """The module whose A matrix this tensor of the adapter file is; None for other tensors."""
     for part in _PARTS:
         if part in key:
             return key.removeprefix(PREFIX).partition(part)[0]
@@ -225,14 +230,14 @@ def module_of(key: str) -> str | None:
 
 
 def _is_parameter(module: str, config: AdapterConfig) -> bool:
-    """Whether a module has fused experts, whose matrices are named after it."""
+    """Whether a module has fused experts, whose adapter matrices are named after the module."""
     holders = {name.rpartition(".")[0] for name in config.target_parameters or []}
     plain = module.removesuffix(".base_layer")
     return any(plain == holder or plain.endswith(f".{holder}") for holder in holders)
 
 
 def _bare_names(names: Iterable[str]) -> list[str]:
-    """Names of the model's own modules, without those of adapters."""
+    """Names of the model's own modules, without those added by adapters."""
     marks = (".base_layer", ".lora_", ".modules_to_save", ".original_module", ".token_adapter")
     return [name for name in names if name and not any(mark in f".{name}" for mark in marks)]
 
@@ -249,29 +254,28 @@ def _in_layers(targets: list[str], config: AdapterConfig) -> list[str]:
 def merge_adapter(wrapped: Any) -> nn.Module:
     """The model with the adapter merged into its weights.
 
-    Embedding and head that are one weight are parted first: a merge into one of them must not reach the other. They are
-    joined again where they are still equal.
+    Embedding and head that share a weight are untied first, so that merging into one does not change the other. They
+    are tied again if they are still equal.
 
     Raises:
-        ModelError: the logits are no longer those of base and adapter.
+        ModelError: the logits differ from those of base and adapter.
     """
     model = wrapped.get_base_model()
     ids = torch.arange(16, device=next(model.parameters()).device)[None]
     ids = ids % model.config.get_text_config().vocab_size
     wanted = _logits(model, ids)
-    parted = _part(model)
+    was_tied = _untie(model)
     with quiet_peft():
         merged: Any = wrapped.merge_and_unload(safe_merge=True)
-    if parted:
-        _join_again(merged)
+    if was_tied:
+        _retie_if_equal(merged)
     found = _logits(merged, ids)
     dtype = next(p.dtype for p in merged.parameters() if p.dtype in TOLERANCE)
     difference = ((wanted - found).abs().max() / wanted.abs().max()).item()
     if not difference <= TOLERANCE[dtype]:
         raise ModelError(
-            f"merged in memory, the logits differ from those of base and adapter by {difference:.1e} of the largest; "
-            f"rounding explains only {TOLERANCE[dtype]:.0e}. Merge it with tunesmith merge, and train on "
-            "that.",
+            f"merged in memory, the logits differ from those of base and adapter by {difference:.1e} of the largest "
+            f"logit; rounding explains only {TOLERANCE[dtype]:.0e}. Merge it with tunesmith merge and use the result.",
             code="merged-logits-differ",
         )
     result: nn.Module = merged
@@ -287,8 +291,8 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     return logits
 
 
-def _part(model: nn.Module) -> bool:
-    """Give each module that shares a weight its own copy; returns whether there was any."""
+def _untie(model: nn.Module) -> bool:
+    """Give each module that shares a weight its own copy; returns whether any weight was shared."""
     holders: dict[int, list[nn.Embedding | nn.Linear]] = {}
     for module in model.modules():
         weight = module._parameters.get("weight")
@@ -301,7 +305,7 @@ def _part(model: nn.Module) -> bool:
     return bool(shared)
 
 
-def _join_again(model: Any) -> None:
+def _retie_if_equal(model: Any) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     is_one = embedding.weight.shape == head.weight.shape and torch.equal(embedding.weight, head.weight)
     if is_one:

@@ -1,7 +1,7 @@
 """Base weights inside an adapter's file: peft stores resized or targeted embeddings and heads there.
 
-peft's save_embedding_layers="auto" puts them beside the matrices, under names of its own wrappers. They are what the
-adapter was trained on, so they replace the base's before the adapter goes onto it.
+peft's save_embedding_layers="auto" writes them along with the matrices, under the names of its wrappers. The adapter
+was trained on them, so they replace the base's weights before the adapter is added.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ _COPY = ".modules_to_save."
 
 @dataclass(frozen=True)
 class SplitWeights:
-    """Attributes:
-    own: what the adapter itself consists of, by the file's keys.
-    stored: the base's weights, by their names in the model.
+    """The tensors of an adapter file, by kind.
+
+    Attributes:
+        own: tensors of the adapter itself, by their keys in the file.
+        stored: base weights, by their names in the model.
     """
 
     own: dict[str, Tensor]
@@ -45,7 +47,7 @@ def split_weights(config: AdapterConfig, weights: Mapping[str, Tensor]) -> Split
             if not _is_copy(name, weights, config):
                 own[key] = tensor
         elif _COPY in name and key.replace(_COPY, ".") in weights:
-            continue  # written under both names
+            continue  # the weight is written under both names
         elif wrapper:
             stored[name.replace(wrapper, ".")] = tensor
         elif _is_trained_whole(name, config):
@@ -56,13 +58,13 @@ def split_weights(config: AdapterConfig, weights: Mapping[str, Tensor]) -> Split
 
 
 def _is_trained_whole(name: str, config: AdapterConfig) -> bool:
-    if config.ensure_weight_tying and config.modules_to_save:  # the other end is written, too
+    if config.ensure_weight_tying and config.modules_to_save:  # the tied embedding or head is written as well
         return True
     return any(f".{module}." in f".{name}" for module in config.modules_to_save or [])
 
 
 def _is_copy(name: str, weights: Mapping[str, Tensor], config: AdapterConfig) -> bool:
-    """Rows of a tied head, stored a second time under its own name."""
+    """Whether a tensor is the rows of a tied head, stored a second time under its own name."""
     if f"{PREFIX}{name.replace(ROWS, '.token_adapter.base_layer.weight')}" not in weights:
         return False
     named = config.trainable_token_indices
@@ -77,21 +79,22 @@ def _is_copy(name: str, weights: Mapping[str, Tensor], config: AdapterConfig) ->
 def fit_stored(
     split: SplitWeights, folder: Path, embedding: str, head: str | None, is_tied: bool, rows: int
 ) -> dict[str, Tensor]:
-    """Weights that replace those of the base, in both ends where they are tied.
+    """Weights that replace those of the base; embedding and head both where they are tied.
 
     Args:
-        embedding, head: names of these modules.
-        rows: of the base's embedding.
+        embedding, head: names of these modules in the base.
+        rows: number of rows of the base's embedding.
 
     Raises:
-        ModelError: the file lacks what the base needs beside it, or holds two weights for one.
+        ModelError: the base needs a weight that the file lacks, or the file has two different weights for a tied one.
     """
     stored = dict(split.stored)
     ends = [f"{embedding}.weight", *([f"{head}.weight"] if head else [])]
     there = [name for name in ends if name in stored]
     if len({len(stored[name]) for name in there}) > 1:
         raise ModelError(
-            f"{folder}: has an embedding and a head of different lengths ({', '.join(there)}).",
+            f"{folder}: has an embedding and a head of different lengths ({', '.join(there)}). Save the adapter "
+            "again from the resized model.",
             code="stored-base-lengths",
         )
     if is_tied and there:
@@ -113,7 +116,6 @@ def _require_both(
     if lacking := [name for name in ends if name not in stored and f"{PREFIX}{name}" not in split.own]:
         raise ModelError(
             f"{folder}: was trained on an embedding and head of {wanted:,} rows; the base has {rows:,}, and the file "
-            f"has no {lacking[0]} of that length. Resize the base as in training, save it and give it as: "
-            "--base.",
+            f"has no {lacking[0]} of that length. Resize the base as in training, save it and give it with --base.",
             code="stored-base-rows",
         )

@@ -1,4 +1,4 @@
-"""Render the first turns of a chat, from one rendering of all turns wherever that is proven."""
+"""Render the first turns of a chat, taken from one rendering of all turns wherever that is proven equal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Tails:
-    """What a template writes behind the last turn; None where this is not known to be the same for every chat.
+    """What a template writes after the last turn; None where this is not known to be the same for every chat.
 
     Attributes:
         plain: without the generation prompt.
@@ -32,7 +32,7 @@ class Tails:
 
 
 def find_tails(renderer: Renderer) -> Tails:
-    """The tails of stand-in chats, if each beginning of these chats, rendered by itself, ends in the same text."""
+    """The tails of stand-in chats, if all first parts of these chats, rendered separately, end in the same text."""
     found: dict[bool, str] = {}
     for messages, tools in _stand_ins():
         try:
@@ -63,7 +63,7 @@ def _stand_ins() -> Iterator[tuple[list[Message], list[dict[str, Any]]]]:
 
 
 class Beginnings:
-    """The renderings of a chat's first turns; `text` is that of all, `marks` its {% generation %} blocks."""
+    """Renderings of the first turns of a chat. `text` is all of them, `marks` are its {% generation %} blocks."""
 
     def __init__(
         self,

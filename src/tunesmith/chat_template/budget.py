@@ -1,8 +1,8 @@
 """Limit what a chat template may compute and write for one chat.
 
 Steps are counted instead of seconds, so that the same chat is accepted or refused on every machine. A step is one node
-of the template's program. Once a template has made a large text, each step counts for more, since any of them may go
-through that text. All limits are far above what real templates need for the largest rows.
+of the template's syntax tree. Once a template has built a large text, each step costs more, since any of them may scan
+that text. All limits are far above what real templates need for the largest rows.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Any
 
 from jinja2.utils import Namespace
 
-MAX_STEPS = 50_000_000  # some seconds of Python; a chat of a thousand turns needs less than a million
-MAX_TEXT = 32 * 2**20  # characters of one text, or 8 times those of the row where these are more
-MAX_MADE = 2**30  # characters of all texts that are made on the way, or 256 times those of the row
-MAX_DEPTH = 100  # macros that call macros
+MAX_STEPS = 50_000_000  # a few seconds of Python; a chat of a thousand turns needs less than a million
+MAX_TEXT = 32 * 2**20  # characters of one text, or 8 times the row's if that is more
+MAX_MADE = 2**30  # characters of all texts built, or 256 times the row's
+MAX_DEPTH = 100  # nested macro calls
 _PER_NODE = 16  # characters that a number, or the marks around an item, count as
-_FIRST_STEPS = 10_000  # then the row is measured
-_LARGE = 16_384  # characters that are gone through in about the time of one step
-MAX_NUMBER = 2**64  # of a whole number: where they may be larger, thousands of them can have one hash
-MAX_NESTING = 1000  # lists in lists; Python hashes a deeper one at the cost of its own stack
-_MAX_BITS = 4096  # of one that is calculated, before it is compared with MAX_NUMBER
+_FIRST_STEPS = 10_000  # after these, the row is measured
+_LARGE = 16_384  # characters scanned in about the time of one step
+MAX_NUMBER = 2**64  # of an integer; larger ones allow thousands of hash collisions
+MAX_NESTING = 1000  # lists in lists; hashing deeper ones may overflow Python's stack
+_MAX_BITS = 4096  # of a computed integer, before it is compared with MAX_NUMBER
 _MAX_WIDTH = 100_000  # of a padded text
 _MAX_GROUPS = 1_000_000
 _MAX_DIGITS = 300
-_MANY = 10_000  # values of one level, from which on they are bounded before the next one is added
+_MANY = 10_000  # values of one level; above this, the total is checked at each one
 _MAX_DATE = 500  # characters of a date's format
 VIEWS: tuple[type[Any], ...] = (type({}.keys()), type({}.values()), type({}.items()))
 _PERCENT = re.compile(r"%(?:\([^)]*\))?[-#0 +]*(\*|\d+)?(?:\.(\*|\d+))?")
@@ -40,11 +40,11 @@ class OverLimit(Exception):
 
 
 class Budget:
-    """What is left to one rendering.
+    """The remaining budget of one rendering.
 
     Attributes:
-        left: steps, at the price that they have now.
-        depth: macros that are being called.
+        left: remaining steps, at their current cost.
+        depth: number of macros being called.
     """
 
     __slots__ = ("_given", "_is_measured", "_made", "_max_made", "_price", "_source", "depth", "left", "max_text")
@@ -60,10 +60,11 @@ class Budget:
             self.refill()
 
     def refill(self) -> None:
-        """Grant the rest of the steps once; after that there are no more."""
+        """Grant the remaining steps once; the second time the limit is reached."""
         if self._is_measured:
             raise OverLimit(
-                f"the template takes more than {MAX_STEPS:,} steps for this chat; a loop or macro in it may not end"
+                f"the template takes more than {MAX_STEPS:,} steps for this chat; one of its loops or macros may be "
+                "endless"
             )
         self._measure()
         self.spend(0)
@@ -83,7 +84,7 @@ class Budget:
             self._price = price
 
     def grow(self, size: int) -> None:
-        """Count a text or list that was made."""
+        """Count a text or list that was built."""
         self._made += size
         if size < _LARGE and self._made <= self._max_made:
             return
@@ -93,46 +94,46 @@ class Budget:
                 self._measure()
             self.require(size)
             if self._made > self._max_made:
-                raise OverLimit(f"the template makes more than {self._max_made:,} characters on its way")
+                raise OverLimit(f"the template builds more than {self._max_made:,} characters in intermediate texts")
 
     def grow_items(self, count: int) -> None:
-        """Count the items of a list that was made; each takes memory as a short text does."""
+        """Count the items of a list that was built; each takes about the memory of a short text."""
         self._made += (_PER_NODE - 1) * count
         self.require(_PER_NODE * count)
         self.grow(count)
 
     def scan(self, text: str, shift: int) -> None:
-        """Pay for going through a text once, at a step for 2**shift characters; of a large one the price says more."""
+        """Charge one step per 2**shift characters for one pass over a text; large ones raise the cost of a step."""
         self.spend(min(len(text), _LARGE) >> shift)
 
     def search(self, text: str, found: str) -> None:
-        """Pay for a search that may compare each place of the text with all that is looked for."""
+        """Charge for a search that may compare `found` at each position of the text."""
         self.spend(len(text) * len(found) >> 10)
 
     def require(self, size: int) -> None:
-        """Refuse a text of this many characters, before it is made."""
+        """Refuse a text of this many characters before it is built."""
         if size > self.max_text and not self._is_measured:
             self._measure()
         if size > self.max_text:
-            raise OverLimit(f"the template makes a text of more than {self.max_text:,} characters")
+            raise OverLimit(f"the template builds a text of more than {self.max_text:,} characters")
 
     def weigh(self, value: Any) -> int:
-        """Characters that a value takes when written; a list that holds another one many times counts each."""
+        """Characters that a value takes when written; a list contained several times counts each time."""
         size, _ = measure([value], self)
         return size
 
 
 def measure(values: list[Any], budget: Budget | None) -> tuple[int, int]:
-    """Characters of all texts below these values, and of the largest.
+    """Number of characters of all texts in these values, and of the largest.
 
     Args:
-        budget: pays for it, and bounds it; without one, the values are known to be finite.
+        budget: charged for the measurement, and limits it; if None, the values are known to be finite.
     """
     size = largest = count = depth = 0
     while values:
         depth += 1
         if depth > MAX_NESTING and budget is not None:
-            raise OverLimit(f"the template makes lists that are nested more than {MAX_NESTING:,} deep")
+            raise OverLimit(f"the template nests lists more than {MAX_NESTING:,} deep")
         below: list[Any] = []
         size += _PER_NODE * len(values)
         for value in values:
@@ -165,19 +166,19 @@ def measure(values: list[Any], budget: Budget | None) -> tuple[int, int]:
 
 
 def _parts(value: Any, kind: type) -> Iterable[Any]:
-    """What is written, compared or hashed when this value is."""
+    """Values that are written, compared or hashed along with this one."""
     parts: Iterable[Any] = ()
     if isinstance(value, (list, tuple)) or kind in VIEWS:
         parts = value
     elif kind is Namespace:
         parts = [object.__getattribute__(value, "_Namespace__attrs")]
-    elif hasattr(kind, "unwatched"):  # messages that remember who looked at them
+    elif hasattr(kind, "unwatched"):  # WatchedMessages
         parts = value.unwatched()
     return parts
 
 
 def require_small(value: Any) -> None:
-    """For a list or tuple that serves as a key."""
+    """Refuse a list or tuple of more than 1,000 values as a dict key."""
     values = [value]
     for _ in range(1000):
         if not values:
@@ -232,7 +233,7 @@ def _guard_batch(budget: Budget, value: Any, args: Arguments, named: Named) -> N
     count = _argument(args, named, 0, "linecount", 0)
     _require_at_most(count, _MAX_GROUPS, "a number of groups")
     if _argument(args, named, 1, "fill_with", None) is not None and isinstance(count, int):
-        budget.grow_items(max(0, count))  # the last group is filled up
+        budget.grow_items(max(0, count))  # the last group is padded
 
 
 def _guard_slice(budget: Budget, value: Any, args: Arguments, named: Named) -> None:
@@ -240,7 +241,7 @@ def _guard_slice(budget: Budget, value: Any, args: Arguments, named: Named) -> N
     _require_at_most(count, _MAX_GROUPS, "a number of groups")
     if isinstance(count, int):
         budget.spend(max(0, count))
-        budget.grow_items(4 * max(0, count))  # a list for each
+        budget.grow_items(4 * max(0, count))  # one list per group
 
 
 def _guard_characters(budget: Budget, value: Any, args: Arguments, named: Named) -> None:
@@ -251,7 +252,7 @@ def _guard_characters(budget: Budget, value: Any, args: Arguments, named: Named)
 def _guard_strip(budget: Budget, value: Any, args: Arguments, named: Named) -> None:
     chars = _argument(args, named, 0, "chars", None)
     if isinstance(chars, str) and isinstance(value, str):
-        budget.search(value, chars)  # each character is looked up among them
+        budget.search(value, chars)  # each character is looked up in `chars`
 
 
 def _guard_search(budget: Budget, value: Any, args: Arguments, named: Named) -> None:
@@ -282,17 +283,17 @@ def _guard_json(budget: Budget, value: Any, args: Arguments, named: Named) -> No
 
 def _guard_tags(budget: Budget, value: Any, args: Arguments, named: Named) -> None:
     text = str(value)
-    budget.spend(text.count("<") * len(text) // 1024)  # each tag is cut out of the whole text
+    budget.spend(text.count("<") * len(text) // 1024)  # each removal copies the whole text
 
 
 def guard_percent(budget: Budget, value: Any, args: Any) -> None:
-    """'%1000000000s' % x, and '%(x)s%(x)s...' of a large x."""
+    """Limit formatting such as '%1000000000s' % x, or '%(x)s%(x)s...' of a large x."""
     given = list(args.values()) if isinstance(args, Mapping) else list(args) if isinstance(args, tuple) else [args]
     sizes = [budget.weigh(item) for item in given] or [0]
     budget.spend(16 * str(value).count("%"))
     widths = [width for found in _PERCENT.findall(str(value)) for width in found if width]
     if "*" in widths:
-        raise OverLimit("the template formats a text with a width that it computes (%*d)")
+        raise OverLimit("the template formats a text with a computed width (%*d)")
     for width in widths:
         _require_at_most(int(width) if len(width) < 10 else _MAX_WIDTH + 1, _MAX_WIDTH, "a width")
     repeats = str(value).count("%") if isinstance(args, Mapping) else 1
@@ -304,7 +305,7 @@ def _guard_format(budget: Budget, value: Any, args: Arguments, named: Named) -> 
 
 
 def guard_spec(spec: str) -> None:
-    """'{:>1000000000}'."""
+    """Limit the widths in a format specification such as '{:>1000000000}'."""
     for number in re.findall(r"\d+", spec):
         _require_at_most(int(number) if len(number) < 10 else _MAX_WIDTH + 1, _MAX_WIDTH, "a width")
 
@@ -317,7 +318,7 @@ GROWING_METHODS: Mapping[str, Guard] = {
     "count": _guard_search, "find": _guard_search, "index": _guard_search, "rfind": _guard_search,
     "rindex": _guard_search, "partition": _guard_search, "rpartition": _guard_search,
 }  # fmt: skip
-"""Methods of a text whose result may be far larger than the text, or that may take far longer than to go through it."""
+"""Text methods whose result may be far larger than the text, or that may take far longer than one pass over it."""
 
 
 GROWING_FILTERS: Mapping[str, Guard] = {
@@ -342,12 +343,12 @@ def guard_power(left: Any, right: Any) -> None:
 
 
 def require_number(value: int) -> None:
-    """Refuse a whole number that is calculated and larger than any that a template needs."""
+    """Refuse a computed integer that is larger than any template needs."""
     if not -MAX_NUMBER < value < MAX_NUMBER:
-        raise OverLimit("the template computes a whole number of more than 64 bits")
+        raise OverLimit("the template computes an integer of more than 64 bits")
 
 
 def require_date_format(text: Any) -> None:
-    """Refuse the format of a date that is far longer than any date."""
+    """Refuse a date format that is far longer than any date."""
     if isinstance(text, str) and len(text) > _MAX_DATE:
-        raise OverLimit(f"the template formats a date with a format of more than {_MAX_DATE} characters")
+        raise OverLimit(f"the template uses a date format of more than {_MAX_DATE} characters")

@@ -1,7 +1,7 @@
-"""Find out what a chat template does with reasoning and tool calls, by rendering probe chats.
+"""Find out how a chat template writes reasoning and tool calls, by rendering probe chats.
 
-Templates differ in what they read: some concatenate a call's arguments as JSON text, most take an object; some have no
-place for thoughts. The template's source does not tell reliably, so it is tried.
+Templates differ in what they read: some concatenate a call's arguments as JSON text, most take an object; some never
+write reasoning. This cannot be read reliably from the template's source, so it is tested.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from tunesmith.chat_template.template import Renderer
 
 THINK = "<think>"
-_FLAG = re.compile(r"/\w+")  # what else a template takes out of a text is lost
+_FLAG = re.compile(r"/\w+")  # anything else that a template removes from a text counts as lost
 _ASKED, _THOUGHT, _SAID, _TOOL, _KEY, _VALUE, _RESULT, _END, _PARAMETER = (
     "tsasked", "tsthought", "tssaid", "tsprobe", "tskey", "tsvalue", "tsresult", "tsend", "tsparameter",
 )  # fmt: skip
-_ID = "tsmith001"  # Mistral's templates want nine letters and digits
+_ID = "tsmith001"  # Mistral's templates require nine letters and digits
 PROBE_WORDS = (_TOOL, _KEY, _VALUE)
 PROBE_TOOL = {
     "type": "function",
@@ -43,7 +43,7 @@ PROBE_TOOL = {
 
 
 class TemplateRefused(Exception):
-    """The template itself rejects these messages (raise_exception, a missing key)."""
+    """The template rejects these messages (raise_exception, a missing key)."""
 
 
 class TemplateOverLimit(TemplateRefused):
@@ -51,18 +51,18 @@ class TemplateOverLimit(TemplateRefused):
 
 
 def refusal_of(error: Exception) -> TemplateRefused:
-    """What a template's program raised, as a refusal."""
+    """The exception of a template's program as a TemplateRefused."""
     text = cut(str(error) or type(error).__name__)
     return TemplateOverLimit(text) if isinstance(error, OverLimit) else TemplateRefused(text)
 
 
 @dataclass(frozen=True, slots=True)
 class CallForm:
-    """How a template wants turns with tool calls.
+    """The form in which a template expects turns with tool calls.
 
     Attributes:
-        arguments_as_text: a call's arguments as JSON text (DeepSeek-V3 concatenates them), not as an object.
-        empty_is_none: content that is empty beside a call as null.
+        arguments_as_text: a call's arguments are JSON text (DeepSeek-V3 concatenates them), not an object.
+        empty_is_none: empty content next to a call is null.
     """
 
     arguments_as_text: bool = False
@@ -70,7 +70,7 @@ class CallForm:
 
     def apply(self, turn: dict[str, Any]) -> dict[str, Any]:
         if "reasoning_content" in turn:
-            turn = {**turn, "thinking": turn["reasoning_content"]}  # gpt-oss reads this name
+            turn = {**turn, "thinking": turn["reasoning_content"]}  # the name that gpt-oss reads
         if not turn.get("tool_calls"):
             return turn
         calls = [self._apply_to_call(call) for call in turn["tool_calls"]]
@@ -97,14 +97,16 @@ def _object_of(text: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Habits:
-    """Attributes:
-    call_form: the form of tool calls that it writes in full.
-    writes_calls: whether there is one.
-    needs_ids: whether it rejects a call without an id.
-    writes_reasoning: whether it writes the reasoning_content of the turn that ends a chat.
-    closing: what it writes between a thought and what is said then, whether words or a call; None where unknown.
-    opens_thinking: its generation prompt ends in <think>, so that a reply begins with thoughts.
-    removed: texts that it takes out of what it writes (SmolLM3's /no_think).
+    """How a template writes reasoning and tool calls.
+
+    Attributes:
+        call_form: the form in which it writes tool calls in full.
+        writes_calls: whether there is such a form.
+        needs_ids: whether it rejects a call without an id.
+        writes_reasoning: whether it writes the reasoning_content of the last turn of a chat.
+        closing: what it writes between the reasoning and what follows (words or a call); None if unknown.
+        opens_thinking: whether its generation prompt ends in <think>, so that a reply begins with reasoning.
+        removed: texts that it removes from the content (SmolLM3's /no_think).
     """
 
     call_form: CallForm
@@ -132,7 +134,7 @@ def find_habits(renderer: Renderer) -> Habits:
 
 
 def probe_call() -> list[Message]:
-    """A question and the call that answers it; `PROBE_WORDS` are what the call says."""
+    """A question and the tool call that answers it; `PROBE_WORDS` are the words of the call."""
     calls = _reply("", call=True)["tool_calls"]
     return [Message("user", _ASKED), Message("assistant", "", tool_calls=tuple(calls))]
 
@@ -154,7 +156,7 @@ def _reply(content: str, thought: bool = False, call: bool = False) -> dict[str,
 def _try(renderer: Renderer, turns: Sequence[Mapping[str, Any]], tools: bool = False, ask: bool = False) -> str | None:
     try:
         return renderer.render_turns(turns, [PROBE_TOOL] if tools else [], ask)
-    except TemplateOverLimit as error:  # no chat is shorter than these
+    except TemplateOverLimit as error:  # every real chat is longer than these
         raise ModelError(
             f"chat template {renderer.template.source}: {error}, in a chat of {len(turns)} short messages. Correct the "
             "template or name another one with --data.chat_template.",
@@ -165,7 +167,7 @@ def _try(renderer: Renderer, turns: Sequence[Mapping[str, Any]], tools: bool = F
 
 
 def _find_call_form(renderer: Renderer) -> CallForm | None:
-    """The first form in which a call is written in full, neither as Python's repr nor as JSON text inside JSON."""
+    """The first form in which a call is written in full, neither as a Python repr nor as JSON text inside JSON."""
     result = {"role": "tool", "content": _RESULT, "name": _TOOL, "tool_call_id": _ID}
     for empty_is_none in (False, True):
         for as_text in (False, True):
@@ -195,7 +197,7 @@ def _thoughtful(renderer: Renderer, turn: Mapping[str, Any], tools: bool = False
 
 
 def _find_closing(renderer: Renderer, form: CallForm | None) -> str | None:
-    """The text after a thought, whatever follows it: the common start of what precedes words and a call."""
+    """The text after reasoning, whatever follows: the common start of what precedes words and what precedes a call."""
     text = _thoughtful(renderer, _reply(_SAID, thought=True))
     _, thought, behind = text.partition(_THOUGHT)
     if not thought or _SAID not in behind:
@@ -212,7 +214,7 @@ def _find_closing(renderer: Renderer, form: CallForm | None) -> str | None:
 
 
 def shared_length(one: str, other: str) -> int:
-    """Characters that two texts have in common from the start; by halves, since most often one begins the other."""
+    """Length of the common prefix of two texts, by bisection, since usually one is a prefix of the other."""
     low, high = 0, min(len(one), len(other))
     if one[:high] == other[:high]:
         return high
@@ -223,7 +225,7 @@ def shared_length(one: str, other: str) -> int:
 
 
 def _removed(renderer: Renderer) -> Iterator[str]:
-    """Flags for the template itself that it replaces by nothing."""
+    """Flags for the template itself that it removes from the content."""
     for name, texts in find_text_calls(renderer.template.text):
         if name == "replace" and len(texts) == 2 and _FLAG.fullmatch(texts[0]) and texts[1] == "":
             yield texts[0]

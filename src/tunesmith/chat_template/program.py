@@ -31,12 +31,12 @@ from tunesmith.chat_template.sandbox import (
 )  # fmt: skip
 from tunesmith.errors import ModelError
 
-MAX_SOURCE = 1_000_000  # characters of a template; the largest known has 20,000
+MAX_SOURCE = 1_000_000  # characters of a template; the largest known one has 20,000
 _SHALLOW = frozenset({
     "list", "length", "count", "first", "last", "map", "select", "reject", "selectattr", "rejectattr", "items",
     "reverse", "default", "d", "batch", "slice", "attr",
 })  # fmt: skip
-"""Filters that never look below the items of a list."""
+"""Filters that never look into the items of a list."""
 _COMPARING = frozenset({
     "eq", "equalto", "==", "ne", "!=", "gt", "greaterthan", ">", "ge", ">=", "lt", "lessthan", "<", "le", "<=", "in",
     "divisibleby", "sameas",
@@ -46,12 +46,12 @@ _QUICK = frozenset({
     "default", "d", "first", "last", "length", "count", "string", "safe", "attr", "list", "int", "float",
 })  # fmt: skip
 _SLOW = frozenset({"title", "wordcount", "striptags", "urlencode", "forceescape", "indent", "capitalize", "truncate"})
-"""Filters that do not go through a text, and that do so in Python."""
+"""Filters that do not scan a text, and those that scan it in Python."""
 _REFUSED_FILTERS = {
-    "random": "a row would not come out the same each time",
-    "pprint": "it may take the square of a text's length; tojson(indent=2) shows a value as well",
-    "urlize": "it may take the square of a text's length",
-    "wordwrap": "it may take the square of a text's length",
+    "random": "the same row would be rendered differently each time",
+    "pprint": "its time grows with the square of a text's length; use tojson(indent=2)",
+    "urlize": "its time grows with the square of a text's length",
+    "wordwrap": "its time grows with the square of a text's length",
 }
 Made = TypeVar("Made", bound=Sandbox)
 
@@ -96,15 +96,15 @@ def _sum(context: BoundedContext, iterable: Any, attribute: Any = None, start: A
 def _refuse_filter(name: str, reason: str) -> Callable[..., Any]:
     @pass_context
     def refused(context: BoundedContext, *args: Any, **named: Any) -> Any:
-        raise SecurityError(f"the filter {name} of jinja2 is not available to chat templates here: {reason}")
+        raise SecurityError(f"the filter {name} of jinja2 is not available to chat templates: {reason}")
 
     return refused
 
 
 def dated(date: datetime.datetime) -> Helper:
-    """The strftime_now of templates."""
+    """The strftime_now function of chat templates for a date."""
 
-    def write(format: str) -> str:  # transformers' name for it
+    def write(format: str) -> str:  # `format` is the argument's name in transformers
         require_date_format(format)
         return date.strftime(format)
 
@@ -181,11 +181,11 @@ def _raise_exception(message: Any) -> None:
 
 
 def _lipsum(*args: Any, **named: Any) -> None:
-    raise SecurityError("lipsum of jinja2 is not available to chat templates here: it writes random words")
+    raise SecurityError("lipsum of jinja2 is not available to chat templates: it writes random words")
 
 
 def build_environment(kind: type[Made], *extensions: type[jinja2.ext.Extension]) -> Made:
-    """An environment in which unknown templates may run."""
+    """A jinja2 environment in which untrusted templates may run."""
     made = kind(trim_blocks=True, lstrip_blocks=True, extensions=[*extensions, jinja2.ext.loopcontrols])
     found: dict[str, Callable[..., Any]] = {**made.filters, "tojson": _to_json}
     made.filters = {name: _bound_filter(name, function) for name, function in found.items()}
@@ -205,10 +205,10 @@ def run_template(
     variables: Mapping[str, Any],
     watch: Callable[[str, Any, int], None] | None = None,
 ) -> tuple[str, list[int]]:
-    """What a program writes, and how long it was after each piece.
+    """The text that a program writes, and its length after each piece.
 
     Args:
-        watch: told an event of the program, its value, and how many pieces were written before it.
+        watch: called with an event of the program, its value, and the number of pieces written before it.
     """
     context = program.new_context(dict(variables))
     assert isinstance(context, BoundedContext)
@@ -217,7 +217,7 @@ def run_template(
     pieces = [""]
     context.watcher = lambda event, value: watch(event, value, len(pieces))
     for piece in program.root_render_func(context):
-        pieces.append(piece)  # the watcher reads its length on the way
+        pieces.append(piece)  # `watch` reads its length in between
     return context.concat(pieces), list(accumulate(map(len, pieces)))
 
 
@@ -225,8 +225,8 @@ def compile_program(source: str, make: Callable[[str], jinja2.Template], name: s
     """Compile a template's source.
 
     Args:
-        make: parses and compiles it.
-        name: how errors call it.
+        make: parses and compiles the source.
+        name: of the template, for errors.
 
     Raises:
         ModelError: it cannot be compiled.
@@ -234,7 +234,7 @@ def compile_program(source: str, make: Callable[[str], jinja2.Template], name: s
     advice = "Correct the template or name another one with --data.chat_template."
     if len(source) > MAX_SOURCE:
         raise ModelError(
-            f"chat template {name}: has {len(source):,} characters; more than {MAX_SOURCE:,} are not read. {advice}",
+            f"chat template {name}: has {len(source):,} characters; the limit is {MAX_SOURCE:,}. {advice}",
             code="template-too-long",
         )
     try:
@@ -256,5 +256,5 @@ def compile_program(source: str, make: Callable[[str], jinja2.Template], name: s
 
 
 def cut(text: str, length: int = 500) -> str:
-    """A text that a template or row decides, short enough for a message."""
+    """Shorten a text that comes from a template or row for a message."""
     return text if len(text) <= length else f"{text[: length - 4]} ..."

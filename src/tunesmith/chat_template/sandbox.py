@@ -1,11 +1,11 @@
-"""Run chat templates in a sandbox: a template from a hub is unknown code.
+"""Run chat templates in a sandbox: a template from the hub is untrusted code.
 
 Three restrictions on top of jinja2's own sandbox:
-- A template reaches only the attributes listed here, of values that are data, and calls only what it is given. jinja2
-  blocks names that begin with an underscore instead, so it would have to know every way around that.
+- A template can access only the attributes listed here, only on values that are data, and can call only the functions
+  that it is given. jinja2 blocks names that begin with an underscore instead, which must cover every way around that.
 - Loops, macros, calls and all operations whose result may be large are counted (budget.py).
-- Random filters, and filters that take the square of a text's length, are not available; no known chat template uses
-  them.
+- Random filters, and filters whose time grows with the square of a text's length, are not available; no known chat
+  template uses them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from tunesmith.chat_template.budget import (
 )  # fmt: skip
 from tunesmith.chat_template.sandbox_compiler import SHORT, BoundedCompiler
 
-_COUNTED = 256  # shorter texts are not worth counting
+_COUNTED = 256  # shorter texts are not counted
 _LONG_LOOP = 100_000  # steps
 SCALARS = frozenset({str, int, float, bool, type(None)})
 SIZED: tuple[type[Any], ...] = (list, tuple, dict, str, range, *VIEWS)
@@ -64,12 +64,12 @@ _ATTRIBUTES: Mapping[type, frozenset[str]] = {
 }  # fmt: skip
 _SLOW = frozenset({"swapcase", "title", "capitalize", "casefold", "istitle", "islower", "isupper", "isprintable"})
 _INSTANT = frozenset({"startswith", "endswith", "removeprefix", "removesuffix"})
-"""Methods that go through a text a character at a time, and that do not go through it."""
+"""Methods that scan a text one character at a time, and methods that do not scan it."""
 _CALLED = (Macro, LoopContext, Joiner, BlockReference, MethodType)
 
 
 class Helper:
-    """A function that templates may call, and nothing else: it shows none of what Python's functions lead to."""
+    """A function that templates may call; it exposes none of the attributes of a Python function."""
 
     __slots__ = ("_function", "_name")
 
@@ -83,11 +83,11 @@ class Helper:
         return f"<function {self._name}>"
 
 
-Helper.__module__, Helper.__name__ = "builtins", "function"  # what jinja2's messages call it
+Helper.__module__, Helper.__name__ = "builtins", "function"  # the names that jinja2's messages show
 
 
 class DictHelper(Helper):
-    """`dict` without what changes a message that is handed to it: dict.update(message, ...)."""
+    """`dict` without the methods that change a message passed to it: dict.update(message, ...)."""
 
     __slots__ = ()
 
@@ -104,22 +104,22 @@ _EXPOSED = {**_ATTRIBUTES, DictHelper: frozenset({"fromkeys"})}
 
 
 class _FormatHelper(Helper):
-    """`format` of a text; it is given the budget first."""
+    """The `format` method of a text; called with the budget as first argument."""
 
     __slots__ = ()
 
 
 class _Refused(jinja2.StrictUndefined):
-    """What no template reaches, in jinja2's own sandbox neither: it is not defined, and to use it is an error."""
+    """An attribute that templates cannot access: undefined, and an error when used."""
 
     __slots__ = ()
 
 
 class BoundedContext(Context):
-    """One rendering: its variables and its budget. Compiled templates call these methods by the names in `_NAMES`.
+    """Variables and budget of one rendering. Compiled templates call these methods by the names in `_NAMES`.
 
     Attributes:
-        watcher: told what the program passes, as `watcher(event, value)`.
+        watcher: called as `watcher(event, value)` for each event of the program.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -145,7 +145,7 @@ class BoundedContext(Context):
         return self.calculated(left - right)
 
     def calculated(self, made: Any) -> Any:
-        """A number that a template came to is small; those that a row holds may be large."""
+        """A number computed by a template, which must be small; numbers in a row may be large."""
         if isinstance(made, int):
             if not -MAX_NUMBER < made < MAX_NUMBER:
                 require_number(made)
@@ -161,7 +161,7 @@ class BoundedContext(Context):
         return made
 
     def contains(self, item: Any, holder: Any) -> bool:
-        """As `item in holder`, paid for."""
+        """`item in holder`, charged to the budget."""
         if type(item) not in SCALARS:
             self.budget.weigh(item)
             self.budget.weigh(holder)
@@ -173,17 +173,17 @@ class BoundedContext(Context):
         return item in holder
 
     def within(self, holder: Any) -> Any:
-        """What something is looked for in, where it is not known yet what."""
+        """The container of an `in` test whose item is not evaluated yet."""
         if isinstance(holder, str):
             self.budget.search(holder, holder)
         return self.plain(holder)
 
     def text(self, value: Any) -> str:
-        """As `str`; of a list, once it is known to have a bounded length."""
+        """`str(value)`; the size of a list is checked first."""
         return value if type(value) is str else str(self.plain(value))
 
     def plain(self, value: Any) -> Any:
-        """A value that may be compared, hashed and written."""
+        """A value that may safely be compared, hashed and written."""
         if type(value) not in SCALARS:
             self.budget.weigh(value)
         return value
@@ -197,7 +197,7 @@ class BoundedContext(Context):
         return separator.join(texts)
 
     def each(self, value: Any, price: int) -> Any:
-        """What a loop goes through, paid for: at once where that is little, else item by item, as a loop may break."""
+        """What a loop iterates over. Cheap loops are charged at once, others per item, as a loop may break."""
         count = len(value) if isinstance(value, SIZED) else value.total if hasattr(type(value), "unwatched") else None
         if count is not None and count * price < _LONG_LOOP:
             self.budget.spend(count * price)
@@ -243,11 +243,11 @@ class _Formatter(SandboxedFormatter):
 
 
 class _EscapeFormatter(_Formatter, EscapeFormatter):
-    """The same for a text that is marked as HTML."""
+    """The same for a text marked as HTML."""
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox with a list of what may be reached instead of one of what may not."""
+    """jinja2's sandbox with a list of allowed attributes instead of a list of forbidden ones."""
 
     code_generator_class = BoundedCompiler
     context_class = BoundedContext
@@ -262,7 +262,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 raise jinja2.TemplateSyntaxError("a number of more than 64 bits", const.lineno)
         for kind in (nodes.Macro, nodes.CallBlock, nodes.Block):
             for part in source.find_all(kind):
-                body: list[nodes.Node] = part.body  # type: ignore[attr-defined]  # all three have one
+                body: list[nodes.Node] = part.body  # type: ignore[attr-defined]  # all three kinds have a body
                 body.insert(0, call_internal(SPEND, [nodes.Const(_count_nodes(body))], part.lineno))
         for node in source.find_all(nodes.Node):
             node.environment = self
@@ -270,7 +270,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         kind = type(obj)
-        if kind is dict:  # the short way for `message.role`
+        if kind is dict:  # fast path for `message.role`
             if attribute in obj and not hasattr(dict, attribute):
                 return obj[attribute]
             if attribute in _OF_DICT:
@@ -280,7 +280,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super().getattr(obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        if type(argument) not in SCALARS:  # it is hashed or compared
+        if type(argument) not in SCALARS:  # it will be hashed or compared
             require_small(argument)
         return super().getitem(obj, argument)
 
@@ -297,20 +297,20 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return attr in (_OF_LIST if allowed is None and isinstance(obj, Sequence) else allowed or ())
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
-        """What jinja2's own sandbox gives is an error at once: there it has a value, and empty text would be wrong."""
+        """Raise an error at once where jinja2's own sandbox gives a value; empty text would be wrong there."""
         if hasattr(type(obj), "unwatched") and not hasattr(list, attribute):
-            return self.undefined(obj=obj, name=attribute)  # it stands for a list, which has none
-        reason = f"{attribute!r} of a value of type {type(obj).__name__} cannot be reached from a chat template here"
+            return self.undefined(obj=obj, name=attribute)  # WatchedMessages has only the attributes of a list
+        reason = f"{attribute!r} of a value of type {type(obj).__name__} is not accessible to chat templates"
         if super().is_safe_attribute(obj, attribute, None):
             raise SecurityError(reason)
         return _Refused(reason, name=attribute, exc=SecurityError)
 
     def is_safe_callable(self, obj: Any) -> bool:
         if isinstance(obj, (*_CALLED, BuiltinMethodType, Helper, jinja2.Undefined)):
-            return True  # methods come from `getattr` alone, which gives those that are listed
+            return True  # methods come from `getattr` only, which returns listed ones only
         if isinstance(obj, (type, FunctionType)):
             return any(obj is given for given in self.globals.values())
-        return not callable(obj)  # the call itself says that it is none
+        return not callable(obj)  # calling it raises the proper error
 
     def wrap_str_format(self, value: Any) -> Helper | None:
         if not isinstance(value, (MethodType, BuiltinMethodType)) or value.__name__ not in ("format", "format_map"):
@@ -349,12 +349,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise SecurityError(f"{type(__obj).__name__} is not safely callable")
         if isinstance(__obj, LoopContext) and args:  # a recursive loop
             args = (__context.each(args[0], 100), *args[1:])
-        if isinstance(__obj, (type, MethodType)):  # they hash or compare what they are given
+        if isinstance(__obj, (type, MethodType)):  # they hash or compare their arguments
             for given in args:
                 __context.plain(given)
-        budget.spend(100)  # about what jinja2's own way to a macro takes
+        budget.spend(100)  # about the cost of jinja2's own macro call
         if budget.depth >= MAX_DEPTH:
-            raise OverLimit(f"the template's macros call one another more than {MAX_DEPTH} deep")
+            raise OverLimit(f"the template's macro calls are nested more than {MAX_DEPTH} deep")
         budget.depth += 1
         try:
             return __context.counted(__context.call(__obj, *args, **kwargs))
@@ -373,13 +373,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 def _call_method(context: BoundedContext, method: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    """A method of a text, list or dict."""
+    """Call a method of a text, list or dict."""
     of, name = method.__self__, method.__name__
     budget = context.budget
     if args and type(args[0]) not in SCALARS:
         budget.weigh(args)
         if not isinstance(of, (str, dict)):
-            budget.weigh(of)  # it is compared with each
+            budget.weigh(of)  # it is compared with each item
     if isinstance(of, str):
         if name == "join" and len(args) == 1:
             return context.join_by(of, list(context.each(args[0], 1)))
@@ -389,7 +389,7 @@ def _call_method(context: BoundedContext, method: Any, args: tuple[Any, ...], na
             guard(budget, of, args, named)
             made = method(*args, **named)
             if isinstance(made, list):
-                budget.grow_items(3 * len(made))  # texts of their own
+                budget.grow_items(3 * len(made))  # each item is a new text
             return made
     elif name in ("count", "index", "copy"):
         budget.spend(len(of))
@@ -401,7 +401,7 @@ def _count_nodes(body: Iterable[nodes.Node]) -> int:
 
 
 def call_internal(name: str, arguments: list[nodes.Expr], line: int) -> nodes.ExprStmt:
-    """A statement that calls an internal filter, by a name that no template can spell."""
+    """A statement that calls an internal filter, under a name that no template can spell."""
     first = arguments[0] if arguments else nodes.Const(None)
     filtered = nodes.Filter(first, name, arguments[1:], [], None, None, lineno=line)
     return nodes.ExprStmt(filtered, lineno=line)
@@ -409,4 +409,4 @@ def call_internal(name: str, arguments: list[nodes.Expr], line: int) -> nodes.Ex
 
 EACH, SPEND = " each", " spend"
 TURN, OPEN, CLOSE = " turn", " open", " close"
-"""What a program tells its watcher: that a turn is written, and where a {% generation %} block begins and ends."""
+"""Events passed to the watcher: a turn has been written; a {% generation %} block begins or ends."""

@@ -1,4 +1,4 @@
-"""Compile templates so that expensive operations are passed to the sandbox's context."""
+"""Compile templates so that expensive operations are handed to the sandbox's context."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 
-SHORT = 64  # items of a list, or characters of a text, that cost nothing to compare
+SHORT = 64  # list items or characters whose comparison is not charged
 
 _NAMES = {
     "add": "add", "subtract": "subtract", "str_join": "join", "concat": "concat", "text": "text", "plain": "plain",
     "counted": "counted", "contains": "contains", "within": "within",
 }  # fmt: skip
-"""Methods of the context by the names that compiled templates call them."""
+"""Methods of the context, by the names under which compiled templates call them."""
 
 
 class BoundedCompiler(CodeGenerator):
-    """jinja2's compiler, with the operations that may take long or grow large handed to the context."""
+    """jinja2's compiler, with operations that may be slow or build large values handed to the context."""
 
     def write_commons(self) -> None:
         super().write_commons()
@@ -78,7 +78,7 @@ class BoundedCompiler(CodeGenerator):
         for place, item in enumerate(node.items):
             if place:
                 self.write(", ")
-            self._visit_operand(item.key, frame, is_cheap=False)  # a key is hashed
+            self._visit_operand(item.key, frame, is_cheap=False)  # keys are hashed
             self.write(": ")
             self.visit(item.value, frame)
         self.write("}")
@@ -93,7 +93,7 @@ class BoundedCompiler(CodeGenerator):
 
 
 def _is_short(node: nodes.Expr) -> bool:
-    """Whether it is a constant, or a list of a few, so that nothing below another value is compared with it."""
+    """Whether a node is a constant or a short list, so that comparing it with another value is cheap."""
     if isinstance(node, (nodes.List, nodes.Tuple)):
         return len(node.items) <= SHORT and all(isinstance(item, nodes.Const) for item in node.items)
     return isinstance(node, nodes.Const)

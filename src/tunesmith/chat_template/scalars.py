@@ -1,7 +1,7 @@
 """Check that a template writes the numbers, booleans and nulls of tool calls.
 
 Such values cannot carry marks (trace.py), so all values of a turn are rendered once as numbers that occur nowhere else.
-The text that the template writes around these numbers must also surround the values, and between must be each value.
+The text that the template writes around these numbers must also surround the values, with each value in between.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _STAND_IN = re.compile(r"734000000\d{4}")
 def find_lost_scalars(
     text: str, turns: Sequence[Mapping[str, Any]], turn: int, render: Callable[[Sequence[Mapping[str, Any]]], str]
 ) -> str | None:
-    """Which numbers, true, false or null of a turn's tool calls the template does not write; None if it writes all.
+    """The numbers, booleans and nulls of a turn's tool calls that the template does not write; None if it writes all.
 
     Args:
         text: what `render` writes for these turns.
@@ -53,7 +53,7 @@ def _stand_in(value: Any, values: list[Any]) -> Any:
 
 
 def _is_alike(changed: str, text: str, values: Sequence[Any]) -> bool:
-    """Whether `text` is `changed` with the values in place of their stand-ins."""
+    """Whether `text` is `changed` with the values in place of the stand-in numbers."""
     at = behind = 0
     for found in _STAND_IN.finditer(changed):
         number = int(found[0]) - _UNIQUE
@@ -72,5 +72,5 @@ def _is_alike(changed: str, text: str, values: Sequence[Any]) -> bool:
 
 
 def _spellings(value: Any) -> list[str]:
-    """As JSON and as Python, the longest first."""
+    """The value as JSON and as Python, the longest spelling first."""
     return sorted({json.dumps(value), str(value)}, key=len, reverse=True)

@@ -1,7 +1,7 @@
 """Check that a template writes the parameters of tool schemas.
 
 Most templates print a schema as JSON; some rewrite it in a form of their own and leave out what that form cannot
-express. Each text of the parameters gets a mark, and the marks in the rendering show what was written.
+express. Each text in the parameters gets a mark, and the marks in the rendering show what was written.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 from tunesmith.chat_template.habits import TemplateRefused
 
 _FIRST_MARK = 0xF0000  # private use
-_READ = frozenset({"type", "format", "$ref", "title", "$schema"})  # keys whose texts templates go by, or titles
+_READ = frozenset({"type", "format", "$ref", "title", "$schema"})  # titles, and keys that templates only interpret
 _Tools = Sequence[Mapping[str, Any]]
 
 
 def writes_all_parameters(tools: _Tools, render: Callable[[_Tools], str]) -> bool:
-    """Whether all that these schemas say about parameters comes out."""
+    """Whether the template writes everything in the parameters of these schemas."""
     marker = _Marker()
     marked = [marker.mark_tool(tool) for tool in tools]
     if not marker.marks:

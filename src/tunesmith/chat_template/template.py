@@ -1,4 +1,4 @@
-"""Render messages with a chat template as transformers does, under the date of the request."""
+"""Render messages with a chat template as transformers does, with the date of the request."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tunesmith.rows.conversation import Message
 
 BUILT_IN = ("chatml", "alpaca")
 NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
-_MAX_HABITS = 64  # settings whose habits are kept; a server gets many
+_MAX_HABITS = 64  # settings whose habits are cached; a server sees many
 
 
 @lru_cache(maxsize=1)
@@ -38,10 +38,10 @@ def environment() -> Sandbox:
 
 @dataclass(frozen=True, slots=True)
 class RenderSettings:
-    """What a request sets for a chat template besides its messages and tools.
+    """Settings of a request for a chat template, besides its messages and tools.
 
     Attributes:
-        date: what `strftime_now` prints.
+        date: the date that `strftime_now` prints.
         variables: variables of the template, as data.template_kwargs sets them.
     """
 
@@ -50,7 +50,7 @@ class RenderSettings:
 
     @property
     def key(self) -> str:
-        """Equal for settings under which a template treats messages alike: the same variables on the same day."""
+        """Equal for settings with the same variables and day, under which a template renders messages alike."""
         return json.dumps([self.date.date().isoformat(), self.variables], sort_keys=True, default=repr)
 
 
@@ -62,7 +62,7 @@ class ChatTemplate:
         text: the Jinja source; saved with the model unchanged.
         source: its origin, for the summary.
         special_tokens: bos_token, eos_token ... as the template may print them.
-        is_fallback: the model had no template and got a built-in one.
+        is_fallback: the model had no template and a built-in one is used.
     """
 
     text: str
@@ -86,11 +86,11 @@ class ChatTemplate:
     @cached_property
     def reads(self) -> frozenset[str]:
         """Names of the variables that the template reads."""
-        _ = self.program  # says what is wrong with it
+        _ = self.program  # raises an error for a broken template
         return frozenset(jinja2.meta.find_undeclared_variables(environment().parse(self.text)))
 
     def habits_under(self, settings: RenderSettings) -> Habits:
-        """What the template does with reasoning and tool calls, found by rendering a probe conversation once."""
+        """How the template writes reasoning and tool calls, found once per settings by rendering probe chats."""
         if settings.key not in self._habits:
             while len(self._habits) >= _MAX_HABITS:
                 self._habits.pop(next(iter(self._habits)))
@@ -116,10 +116,10 @@ class Renderer:
         """The text of these messages.
 
         Args:
-            variables: the row's own (chat_template_kwargs, documents), which override the settings'.
+            variables: of the row (chat_template_kwargs, documents); they override those of the settings.
 
         Raises:
-            TemplateRefused: with the template's own reason.
+            TemplateRefused: with the template's reason.
         """
         return self.render_turns(self.to_turns(messages), tools, add_generation_prompt, variables)
 
@@ -130,7 +130,7 @@ class Renderer:
         add_generation_prompt: bool = False,
         variables: Mapping[str, Any] = NO_VARIABLES,
     ) -> str:
-        """As `render`, of messages that already have the form that this template reads (`to_turns`)."""
+        """As `render`, for messages already in the form that this template reads (`to_turns`)."""
         program = self.template.program
         given = {**self.variables(tools, add_generation_prompt, variables), "messages": list(turns)}
         try:
@@ -146,7 +146,7 @@ class Renderer:
         add_generation_prompt: bool,
         variables: Mapping[str, Any] = NO_VARIABLES,
     ) -> dict[str, Any]:
-        """All that the template reads besides messages."""
+        """All variables that the template may read, besides the messages."""
         return {
             "tools": list(tools) or None,
             "documents": None,
@@ -168,7 +168,7 @@ class Renderer:
 
     @cached_property
     def tails(self) -> Tails:
-        """What the template writes after the last turn, proven on stand-in chats and the same for every row."""
+        """What the template writes after the last turn, found with stand-in chats, so the same for every row."""
         return find_tails(self)
 
     def watch(
@@ -177,10 +177,10 @@ class Renderer:
         tools: Sequence[Mapping[str, Any]],
         variables: Mapping[str, Any] = NO_VARIABLES,
     ) -> Watched:
-        """The text of all turns, and where each turn ends in it.
+        """The text of all turns, and the end of each turn in it.
 
         Raises:
-            TemplateRefused: with the template's own reason.
+            TemplateRefused: with the template's reason.
         """
         program = self.template.watched_program
         try:
@@ -189,7 +189,7 @@ class Renderer:
             raise
         except OverLimit as error:
             raise refusal_of(error) from None
-        except Exception:  # then it is rendered as it always is, and that says what is wrong
+        except Exception:  # the ordinary rendering below raises the error to show
             return Watched(self.render_turns(turns, tools, False, variables), {}, ())
 
     def render_beginnings(
@@ -201,7 +201,7 @@ class Renderer:
         """The text of these messages, and of each beginning of them.
 
         Raises:
-            TemplateRefused: with the template's own reason.
+            TemplateRefused: with the template's reason.
         """
         turns = self.to_turns(messages)
         return Beginnings(self, turns, tools, variables, self.watch(turns, tools, variables))
@@ -214,7 +214,7 @@ def find_template(
 
     Args:
         choice: data.chat_template: a .jinja path, a built-in name, or None for the model's own.
-        own: what the tokenizer carries, if anything.
+        own: the chat template of the tokenizer, if it has one.
         add_bos: whether the tokenizer starts its texts with BOS; our built-in templates then do too.
     """
     if choice is None:
@@ -242,10 +242,10 @@ def find_template(
 
 
 def _own_text(own: Any) -> str:
-    """Of what tokenizer_config.json holds as chat_template: one text, or several by name.
+    """The chat template of tokenizer_config.json, which may hold one text or several by name.
 
     Raises:
-        ModelError: it is something else, or leaves open which one is meant.
+        ModelError: it is something else, or has several texts and no default.
     """
     text = own
     if isinstance(own, Mapping):
@@ -267,7 +267,7 @@ def _own_text(own: Any) -> str:
 
 
 def require_template_file(folder: str) -> None:
-    """A chat_template.jinja that transformers would pass over without a word.
+    """Check that chat_template.jinja, if present, is a file; transformers silently ignores anything else.
 
     Raises:
         ModelError: it exists and is not a file.

@@ -1,9 +1,9 @@
 """Find where a template writes each part of a conversation, by rendering it with marks.
 
-A reply that happens to contain a word of a tool schema proves nothing about the schema. So each part (content,
-reasoning, the names and arguments of tool calls, schemas) is rendered a second time with a pair of private-use
-characters around it. If the text without the marks is the same, they show where each part went: whether it was written
-at all, between which characters, and whether the text there is what the row says.
+That a reply contains a word of a tool schema does not prove that the schema was written. So each part (content,
+reasoning, the names and arguments of tool calls, schemas) is rendered a second time between a pair of private-use
+characters. If the text without these marks is unchanged, they show for each part whether it was written, between which
+characters, and whether the text there is the row's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tunesmith.rows.conversation import RowRefused
 
 _PRIVATE = (0xF0000, 0x10FFFD)  # the planes for private use
 _BESIDE = frozenset({"id", "doc_id", "document_id", "title", "name", "url", "source", "type", "metadata"})
-"""Keys of a document that stand beside its text."""
+"""Keys of a document besides its text."""
 _RARE = (0x20000, 0x2A6DF)  # rare ideographs: printable, so that they survive a template that prints Python's repr
 
 Turns = Sequence[Mapping[str, Any]]
@@ -31,15 +31,15 @@ Render = Callable[[Turns, Turns, Sequence[Any]], str]  # of turns, tools and doc
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Something that a row says.
+    """One piece of a row's contents.
 
     Attributes:
         turn: index of its message; -1 for tool schemas and documents.
         kind: content, reasoning, name, call_name, call_key, call_value, tool_name, tool_description, document
             or document_key (its id, title and the like).
-        said: its text as the template was given it, without blanks at its ends.
-        label: how errors call it.
-        number: which one of this turn and kind it is.
+        said: its text as given to the template, stripped.
+        label: its name in error messages.
+        number: its index among the parts of this turn and kind.
     """
 
     turn: int
@@ -51,7 +51,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A part at the characters [start, end) of a rendering."""
+    """A part at characters [start, end) of a rendering."""
 
     part: Part
     start: int
@@ -60,13 +60,13 @@ class Place:
 
 @dataclass
 class Trace:
-    """All places of all parts of a rendering.
+    """Where all parts are in a rendering.
 
     Attributes:
-        parts: all that the row says.
-        places: sorted by start. A part may stand in several places, or in none.
+        parts: all parts of the row.
+        places: sorted by start. A part may have several places or none.
         missing: parts that the template did not write.
-        rewritten: parts with another text between their ends.
+        rewritten: parts written with another text.
     """
 
     text: str
@@ -92,10 +92,10 @@ def trace_rendering(
     Args:
         text: what `render` writes for them.
         turns: messages as templates get them.
-        removed: texts that the template takes out of what it writes (SmolLM3's /no_think), which is no loss.
+        removed: texts that the template removes from the content (SmolLM3's /no_think), which is no loss.
 
     Raises:
-        RowRefused: the template looks into a text in such a way that it writes something else once it is marked.
+        RowRefused: the template writes something else once a text is marked.
     """
     for marker in (
         _Marker(_PRIVATE),
@@ -112,17 +112,18 @@ def trace_rendering(
         if marker.marks.sub("", marked) == text:
             return marker.read(marked, text, removed)
     raise RowRefused(
-        "the template reads a text in it in such a way that it cannot be shown where each part is written",
+        "the template's output depends on a text of this row in a way that hides where each part is written. Remove "
+        "the row, or choose another template with --data.chat_template",
         code="parts-not-traced",
     )
 
 
 class _Marker:
-    """Puts marks around parts, and finds them again.
+    """Put marks around parts, and find them in the rendering.
 
     Args:
-        characters: the first and the last of those that serve as marks.
-        in_middle: one mark in the middle of a part instead of two at its ends, for templates that look at how a text
+        characters: the first and the last mark character.
+        in_middle: one mark in the middle of a part instead of two at its ends, for templates that inspect how a text
             begins or ends (Qwen3 at <tool_response>).
     """
 
@@ -132,12 +133,12 @@ class _Marker:
         self._in_middle = in_middle
         self._parts: list[Part] = []
         self._counts: Counter[tuple[int, str]] = Counter()
-        self._called: set[str] = set()  # a tool turn of such a name says nothing new with it
+        self._called: set[str] = set()  # a tool turn's name is no new information if the call has it
         self._asked: set[int] = set()
 
     @property
     def is_free(self) -> bool:
-        """Whether no part holds what serves as a mark."""
+        """Whether no part contains a mark character."""
         return not any(self.marks.search(part.said) for part in self._parts)
 
     def mark(
@@ -175,7 +176,7 @@ class _Marker:
         if isinstance(value, str):
             return self._mark_text(value, number, "call_value", label)
         if isinstance(value, Mapping):
-            # numbered in the order of the keys, so that a template that sorts them writes the same order
+            # numbered in key order, so that a template that sorts the keys writes the same order
             named = {key: self._mark_key(key, number, label) for key in sorted(value, key=str)}
             return {named[key]: self._mark_value(below, number, label) for key, below in value.items()}
         if isinstance(value, (list, tuple)):
@@ -183,7 +184,7 @@ class _Marker:
         return value
 
     def _mark_key(self, key: Any, number: int, label: str) -> Any:
-        """One mark: behind it, or in front of it where keys are sorted and one key begins another."""
+        """One mark: after the key, or before it where keys are sorted and one key is a prefix of another."""
         if not isinstance(key, str) or not key.strip():
             return key
         close = self._add(number, "call_key", key, label)[1]
@@ -224,7 +225,9 @@ class _Marker:
     def _add(self, turn: int, kind: str, said: str, label: str) -> tuple[str, str]:
         number = self._first + 2 * len(self._parts)
         if number >= self._last:
-            raise RowRefused(f"has more than {len(self._parts):,} texts in it", code="too-many-parts")
+            raise RowRefused(
+                f"has more than {len(self._parts):,} texts in it. Split it into several rows", code="too-many-parts"
+            )
         self._parts.append(Part(turn, kind, self._counts[turn, kind], said, label))
         self._counts[turn, kind] += 1
         return chr(number), chr(number + 1)
@@ -255,7 +258,7 @@ class _Marker:
     def _span(
         self, number: int, start: int | None, at: int, text: str, removed: frozenset[str]
     ) -> tuple[int, int] | None:
-        """Characters of a part whose closing mark is at `at`; None where another text is there."""
+        """Characters of a part whose closing mark is at `at`; None if another text is there."""
         part = self._parts[number]
         if self._in_middle or part.kind == "call_key":
             middle = max(1, len(part.said) // 2)
@@ -295,11 +298,11 @@ def _jinja_escaped(text: str) -> str:
 _WRITERS: tuple[Callable[[str], str], ...] = (
     str, _json_escaped, _ascii_escaped, _repr_escaped, html.escape, _html_escaped, _jinja_escaped,
 )  # fmt: skip
-"""How templates spell a text: unchanged, inside JSON, in Python's repr, inside HTML."""
+"""How templates may spell a text: unchanged, in JSON, in a Python repr, in HTML."""
 
 
 def is_same(written: str, said: str, removed: frozenset[str] = frozenset()) -> bool:
-    """Whether a template wrote the text: unchanged, inside JSON or HTML, or without what it always removes."""
+    """Whether a template wrote the text unchanged, in JSON or HTML, or without what it always removes."""
     if any(written == write(said) for write in _WRITERS):
         return True
     for text in removed:

@@ -1,10 +1,10 @@
-"""Find in one rendering where each turn ends, to know how the template begins a shorter chat.
+"""Find where each turn ends in one rendering, to know what the template writes for a shorter chat.
 
-The prompt of a reply is the rendering of the turns before it. Rendering every prompt costs the square of the number of
-turns. But what a template has written before it first looks at message k is what it would have written if the chat
-ended there. So one rendering with messages that record how far they were read gives all beginnings, for templates that
-go through the messages once and then end with text that no message decides. Where the program looks ahead, or back
-from the end, the beginning is rendered by itself.
+The prompt of a reply is the rendering of the turns before it. Rendering every prompt separately costs quadratic time.
+But what a template has written before it first reads message k is what it would have written if the chat ended there.
+So one rendering, with messages that record how far they were read, gives the prompts of all replies, for templates that
+iterate over the messages once and then end with text that no message affects. Where the program reads ahead, or from
+the end, the shorter chat is rendered separately.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _WRITES = (nodes.Output, nodes.ExprStmt, nodes.CallBlock, nodes.FilterBlock, nod
 
 
 class WatchedMessages(Sequence[Any]):
-    """Messages that remember how far a template has looked: `seen` of them, or beyond their end."""
+    """Messages that record how many of them a template has read: `seen`, or all where it reads the length."""
 
     def __init__(self, turns: Sequence[Any], start: int = 0, watch: list[int] | None = None) -> None:
         self._turns, self._start = turns, start
@@ -38,7 +38,7 @@ class WatchedMessages(Sequence[Any]):
 
     @property
     def total(self) -> int:
-        """Their number, without a look at them."""
+        """Number of messages; does not count as reading."""
         return max(0, len(self._turns) - self._start)
 
     def unwatched(self) -> list[Any]:
@@ -67,7 +67,7 @@ class WatchedMessages(Sequence[Any]):
         return self._turns[self._start + key]
 
     def __getattr__(self, name: str) -> Any:
-        """A list's other attributes, so that a template finds here what it finds in a list."""
+        """Other attributes of a list, so that templates find what they find in a list."""
         if name.startswith("_"):
             raise AttributeError(name)
         found = getattr([], name)
@@ -94,7 +94,7 @@ class WatchedMessages(Sequence[Any]):
 
 
 class GenerationTag(jinja2.ext.Extension):
-    """{% generation %}...{% endgeneration %} marks what the assistant says; it renders as its body."""
+    """{% generation %}...{% endgeneration %} marks the assistant's text; it renders as its body."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -106,10 +106,10 @@ class GenerationTag(jinja2.ext.Extension):
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """A rendering and what was seen on the way.
+    """A rendering, and what was recorded meanwhile.
 
     Attributes:
-        ends: {k: characters that the first k turns and nothing else decided}.
+        ends: {k: number of characters that depend on the first k turns only}.
         marks: characters [start, end) between {% generation %} and {% endgeneration %}.
     """
 
@@ -125,7 +125,7 @@ def render_watched(
 
     Args:
         template: made by `compile_watched`.
-        variables: all that the template reads besides messages.
+        variables: all variables of the template besides messages.
     """
     places = {id(turn): index for index, turn in enumerate(turns)}
     messages, done = WatchedMessages(turns), {}
@@ -145,13 +145,13 @@ def render_watched(
     text, lengths = run_template(template, {**variables, "messages": messages}, watch)
     ends = {count: lengths[written - 1] for count, written in done.items()}
     pairs = zip(opened, closed, strict=True) if len(opened) == len(closed) else ()
-    # a mark inside a macro is met before its text is written, so it comes out empty, and says nothing
+    # a mark inside a macro is reached before its text is written, so it comes out empty and is ignored
     marks = tuple((lengths[a - 1], lengths[b - 1]) for a, b in pairs if lengths[b - 1] > lengths[a - 1])
     return Watched(text, ends, marks)
 
 
 def compile_watched(environment: jinja2.Environment, text: str) -> jinja2.Template:
-    """The template with a mark at the end of each turn, unless its end may depend on what the messages say."""
+    """The template with a mark at the end of each turn, unless its end may depend on the messages."""
     tree = environment.parse(text)
     _drop_idle(tree)
     loops = [node for node in tree.body if isinstance(node, nodes.For) and _writes(node)]
@@ -174,7 +174,7 @@ def _writes(node: nodes.Node) -> bool:
 
 
 def _drop_idle(tree: nodes.Template) -> None:
-    """Takes out what writes nothing and sets only what nobody reads (MiniMind has such a loop from Qwen3)."""
+    """Remove statements that write nothing and set only unused variables (MiniMind has such a loop from Qwen3)."""
     for node in [*tree.body]:
         if isinstance(node, nodes.For) and not _writes(node):
             sets = {ref.name for ref in node.find_all(nodes.NSRef)}

@@ -1,4 +1,4 @@
-"""A run's data on disk: all rows labelled into token stores, with a ledger of what became of each."""
+"""Write a run's data to disk: label all rows into token stores, with a ledger of each row's outcome."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tunesmith.files import sha256_file, sha256_text
 from tunesmith.runfolder import RunFolder
 from tunesmith.sources.read import Sources, find_sources, read_rows
 
-StoreHashes = Mapping[str, Mapping[str, str]]  # folder of a store -> its files -> SHA-256 of what was written
+StoreHashes = Mapping[str, Mapping[str, str]]  # folder of a store -> file -> SHA-256 of the bytes written
 
 
 @dataclass(frozen=True, slots=True)
 class DataSources:
-    """What data.train and data.eval stand for, looked up once: what is hashed is what is read."""
+    """The files behind data.train and data.eval, resolved once, so that what is hashed is what is read."""
 
     train: Sources
     eval: Sources
@@ -38,21 +38,23 @@ class DataSources:
 
 
 def find_data(data: DataSection, given: Collection[str] = ()) -> DataSources:
-    """Resolve the names of the data.
+    """Resolve the names in data.train and data.eval.
 
     Args:
-        given: "train", "eval": rows that are given in Python and have no source yet.
+        given: which of "train" and "eval" are rows given in Python, which have no source yet.
 
     Raises:
-        DataError: a name refers to nothing.
+        DataError: a name matches nothing.
     """
     train = Sources() if "train" in given else find_sources(data.train)
     return DataSources(train, Sources() if "eval" in given else find_sources(data.eval or []))
 
 
 def refuse_shared_files(sources: DataSources) -> None:
-    """Raises:
-    TunesmithError: a file or a hub data set is read twice.
+    """Check that no file is read twice.
+
+    Raises:
+        TunesmithError: a file or a hub data set is in both data.train and data.eval, or twice in data.train.
     """
     train, held_out = sources.train, sources.eval
     train_files = [path.resolve() for path in train.files]
@@ -61,26 +63,27 @@ def refuse_shared_files(sources: DataSources) -> None:
         first = next(iter(both))
         name = first[0] if isinstance(first, tuple) else first
         raise TunesmithError(
-            f"{name}: is in both data.train and data.eval; rows that are trained on cannot be evaluated on. Give other "
+            f"{name}: is in both data.train and data.eval; evaluation needs rows that are not trained on. Give other "
             "files, or data.eval_split to hold some rows out.",
             code="eval-is-trained",
         )
     twice = [str(path) for path in train_files if train_files.count(path) > 1]
     if twice:
         raise TunesmithError(
-            f"{twice[0]}: is named twice in data.train, so its rows would count twice.", code="file-named-twice"
+            f"{twice[0]}: is listed twice in data.train, so its rows would count twice. Remove one.",
+            code="file-named-twice",
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Data on disk, ready to train.
+    """Data on disk, ready for training.
 
     Attributes:
-        train_samples: sample numbers of `train`; those that data.eval_split holds out are not among them.
-        eval: what is evaluated on: a store of its own or `train` again; None where nothing is.
+        train_samples: sample numbers of `train`, without those held out by data.eval_split.
+        eval: store used for evaluation: a separate one, or `train` again; None without evaluation.
         eval_samples: sample numbers of `eval`.
-        sha256: what the stores' files must hold.
+        sha256: expected hashes of the stores' files.
     """
 
     train: TokenStore
@@ -96,7 +99,7 @@ class Dataset:
         template, store = encoder.template, self.train
         trained = set(self.train_samples.tolist())
         return {
-            # rows of the training files that data.eval_split holds out (pieces of rows, where one long text was split)
+            # rows of the training files that data.eval_split holds out (pieces of a row where one long text was split)
             "held_out": [store.where(index) for index in range(len(store)) if index not in trained],
             "train": self.ledger.to_json(),
             "eval": self.eval_ledger.to_json() if self.eval_ledger else None,
@@ -115,10 +118,10 @@ def write_dataset(
     """Label all rows into stores in `folder`.
 
     Args:
-        seed: of data.eval_split.
+        seed: for data.eval_split.
 
     Raises:
-        DataError: too many rows are bad, or a file changed while it was read.
+        DataError: too many rows are refused, or a file changed while it was read.
     """
     store, ledger, hashes = _label_into(folder.tokens, sources.train, data, encoder, max_seq_len)
     if not data.eval:
@@ -134,7 +137,7 @@ def write_dataset(
 def open_dataset(
     data: DataSection, seed: int, folder: RunFolder, hashes: StoreHashes, ledger: Ledger, eval_ledger: Ledger | None
 ) -> Dataset:
-    """What `write_dataset` left in `folder`; `find_store_damage` says whether it still is that."""
+    """Open what `write_dataset` wrote to `folder`, without verifying it (see `find_store_damage`)."""
     eval_store = open_store(folder.eval_tokens) if folder.eval_tokens.name in hashes else None
     return _split(data, seed, open_store(folder.tokens), ledger, eval_store, eval_ledger, hashes)
 
@@ -159,7 +162,7 @@ def _split(
 def _label_into(
     folder: Path, sources: Sources, data: DataSection, encoder: Encoder, max_seq_len: int
 ) -> tuple[TokenStore, Ledger, dict[str, str]]:
-    """All rows of the sources in a store, what became of them, and the hashes of the store's files."""
+    """Label all rows of the sources into a store; returns the store, the ledger and the hashes of its files."""
     before = _stamps(sources.files)
     ledger = Ledger(passed_over=[str(path) for path in sources.passed_over])
     writer = StoreWriter(folder)
@@ -171,13 +174,14 @@ def _label_into(
     for path, stamp in _stamps(sources.files).items():
         if stamp != before[path]:
             raise DataError(
-                f"{path}: changed while it was read. Train when nothing writes to it any more.", code="file-changed"
+                f"{path}: changed while it was read. Stop the program that writes to it, or train on a copy.",
+                code="file-changed",
             )
     return open_store(folder), ledger, writer.sha256
 
 
 def _stamps(files: Sequence[Path]) -> dict[Path, tuple[int, int] | None]:
-    """Size and time of each file; None where it is gone."""
+    """Size and modification time of each file; None if it does not exist."""
     stats = ((path, path.stat()) if path.exists() else (path, None) for path in files)
     return {path: (stat.st_size, stat.st_mtime_ns) if stat else None for path, stat in stats}
 
@@ -188,7 +192,7 @@ def hash_store(folder: Path) -> dict[str, str]:
 
 
 def find_store_damage(folder: RunFolder, hashes: StoreHashes) -> str:
-    """The first file of the run's tokens that is not what was written; empty where all are."""
+    """The first file of the run's token stores that is missing or changed, with the reason; "" if none is."""
     for name, files in hashes.items():
         store = folder.path / name
         now = hash_store(store) if store.is_dir() else {}
@@ -200,11 +204,11 @@ def find_store_damage(folder: RunFolder, hashes: StoreHashes) -> str:
 
 
 def build_feed(dataset: Dataset, train: TrainSection, capacity: int, is_packed: bool) -> Feed:
-    """The steps of a run over a data set.
+    """The feed of a run over a data set.
 
     Args:
-        capacity: tokens of one pack.
-        is_packed: whether a pack is one forward.
+        capacity: tokens per pack.
+        is_packed: whether one forward computes a whole pack.
     """
     lengths, packs_per_step, seed = dataset.train.lengths_of(dataset.train_samples), train.grad_accum_steps, train.seed
     total = train.max_steps or count_steps(lengths, capacity, packs_per_step, seed, train.epochs)

@@ -1,4 +1,4 @@
-"""The steps of a run: batches, their rows, and the place after each. The loop gets its data here."""
+"""Steps of a run: batches, their rows, and the place after each step. The loop's only access to data."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from tunesmith.data.pack import Batch, build_batch, count_epoch, plan_epoch
 from tunesmith.data.store import TokenStore
 
 Pack = npt.NDArray[np.int64]
-Place = Any  # JSON: where the next step begins, opaque to everything but the feed
+Place = Any  # JSON value: where the next step begins; opaque outside the feed
 FIRST_PLACE: Place = (0, 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batches:
-    """Packs of a store as batches, each built when it is asked for.
+    """Packs of a store as batches, each built on demand.
 
     Attributes:
-        packs: sample numbers, by pack.
-        is_packed: a pack is one batch; else each of its samples is (for models that mix packed documents).
+        packs: sample numbers of each pack.
+        is_packed: one batch per pack; otherwise one batch per sample (for models that mix packed documents).
     """
 
     store: TokenStore
@@ -52,11 +52,11 @@ class Batches:
         return sum(int(self.store.num_targets[pack].sum()) for pack in self.packs)
 
     def rows(self) -> list[str]:
-        """file:row of every sample, in the order of the batches."""
+        """FILE:ROW of every sample, in batch order."""
         return [self.store.where(int(index)) for pack in self.packs for index in pack]
 
     def share(self, rank: int, size: int) -> Batches:
-        """Every size-th pack from the rank-th on: what one of several processes computes."""
+        """Every size-th pack starting at `rank`: the share of one of `size` processes."""
         return replace(self, packs=self.packs[rank::size])
 
 
@@ -65,7 +65,7 @@ class Step:
     """The data of one optimizer update.
 
     Attributes:
-        epoch: epochs done after it.
+        epoch: epochs completed after this step.
         place: where the next step begins.
     """
 
@@ -79,14 +79,14 @@ class Step:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Feed:
-    """Packs every epoch of a store and deals the packs to steps.
+    """Pack every epoch of a store and distribute the packs to steps.
 
     Attributes:
-        store, samples: what is trained on.
-        capacity: tokens of one pack.
+        store, samples: the training data.
+        capacity: tokens per pack.
         packs_per_step: train.grad_accum_steps.
-        total_steps: of the run.
-        held_out: what is evaluated on, if anything is.
+        total_steps: optimizer steps of the run.
+        held_out: evaluation data, if any.
     """
 
     store: TokenStore
@@ -99,7 +99,7 @@ class Feed:
     is_packed: bool = True
 
     def steps(self, place: Place = FIRST_PLACE, rank: int = 0, size: int = 1) -> Iterator[Step]:
-        """The steps from a place on, without end; of each, the packs of one of `size` processes."""
+        """Endless steps starting at a place, each with the packs of one of `size` processes."""
         epoch, first = place
         while True:
             packs = plan_samples(self.store, self.samples, self.capacity, self.seed, epoch)
@@ -130,7 +130,7 @@ def plan_samples(store: TokenStore, samples: Pack, capacity: int, seed: int, epo
 
 
 def count_steps(lengths: npt.NDArray[np.int64], capacity: int, packs_per_step: int, seed: int, epochs: float) -> int:
-    """Optimizer steps of so many epochs; epochs may differ by a pack or two."""
+    """Optimizer steps of this many epochs; their numbers of packs may differ by one or two."""
     total = 0.0
     for epoch in range(math.ceil(epochs)):
         num_packs = count_epoch(lengths, capacity, seed, epoch)

@@ -16,16 +16,16 @@ from tunesmith.rows.conversation import RowRefused
 _MAX_THOUGHTS = 512  # tokens
 
 NOTE_CUT_REPLY = "its last reply is cut before the stop token"
-NOTE_TURN_LOST = "one of its turns lies beyond data.max_seq_len and is left out"
+NOTE_TURN_LOST = "one of its turns is beyond data.max_seq_len and is left out"
 NOTE_PIECE_LOST = "a piece of it without trained tokens is left out"
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """The samples of a row as they are trained.
+    """The samples of a row after fitting.
 
     Attributes:
-        tokens_lost: tokens of the row that no sample holds; what several samples have in common counts once.
+        tokens_lost: tokens of the row that are in no sample; tokens shared by several samples count once.
         reason: "truncated", "split" or "".
     """
 
@@ -36,14 +36,14 @@ class Fitted:
 
 
 def fit_samples(samples: Sequence[Sample], overlong: str, max_seq_len: int, where: str) -> Fitted:
-    """Samples within max_seq_len.
+    """Fit samples to max_seq_len.
 
     Args:
         overlong: data.overlong: truncate, drop, split or error.
-        where: file:row, for the error.
+        where: FILE:ROW, for the error.
 
     Raises:
-        RowRefused: nothing trained would be left, or the row is dropped.
+        RowRefused: no trained token would be left, or data.overlong is drop.
         DataError: data.overlong is error.
     """
     longest = max(len(sample.input_ids) for sample in samples)
@@ -57,7 +57,9 @@ def fit_samples(samples: Sequence[Sample], overlong: str, max_seq_len: int, wher
         )
     if overlong == "drop":
         raise RowRefused(
-            f"is {longest} tokens long and data.max_seq_len is {max_seq_len}", by_choice=True, code="row-too-long"
+            f"is {longest} tokens long and data.max_seq_len is {max_seq_len} (data.overlong drop)",
+            by_choice=True,
+            code="row-too-long",
         )
     kept, lost, notes = [], 0, Counter[str]()
     for sample, own_from in zip(samples, _own_starts(samples), strict=True):
@@ -75,14 +77,15 @@ def fit_samples(samples: Sequence[Sample], overlong: str, max_seq_len: int, wher
         lost += int((~is_held[own_from:]).sum())
     if not kept:
         raise RowRefused(
-            f"is {longest} tokens long, and every trained token lies beyond data.max_seq_len {max_seq_len}",
+            f"is {longest} tokens long, and all trained tokens are beyond data.max_seq_len {max_seq_len}. Raise it, "
+            "or choose --data.overlong split",
             code="targets-beyond-length",
         )
     return Fitted(tuple(kept), lost, "split" if overlong == "split" else "truncated", tuple(notes))
 
 
 def _own_starts(samples: Sequence[Sample]) -> Iterator[int]:
-    """Where each sample's own tokens begin: samples of one chat (unrolled) begin with the same turns."""
+    """Where each sample's own tokens begin: unrolled samples of one chat share their first turns."""
     before = np.empty(0, dtype=np.uint32)
     for sample in samples:
         length = min(len(before), len(sample.input_ids))
@@ -93,7 +96,7 @@ def _own_starts(samples: Sequence[Sample]) -> Iterator[int]:
 
 
 def _repeated(reply: npt.NDArray[np.uint32], following: npt.NDArray[np.uint32]) -> int:
-    """Tokens of the reply before that stand in this sample as history, without the thoughts that it began with."""
+    """Tokens of the previous reply that appear in this sample as history, without its leading reasoning."""
     for thoughts in range(min(_MAX_THOUGHTS, len(reply))):
         said = reply[thoughts:]
         if np.array_equal(said, following[: len(said)]):
@@ -102,14 +105,14 @@ def _repeated(reply: npt.NDArray[np.uint32], following: npt.NDArray[np.uint32]) 
 
 
 def _cuts_reply(sample: Sample, max_seq_len: int) -> bool:
-    """Trained on both sides of the cut means that it goes through a reply: stop tokens end a run of 1s."""
+    """Whether the cut is inside a reply: both neighbours are trained, and a run of 1s ends with the stop token."""
     return len(sample.input_ids) > max_seq_len and bool(
         sample.loss_mask[max_seq_len - 1] and sample.loss_mask[max_seq_len]
     )
 
 
 def _places(sample: Sample, max_seq_len: int) -> list[slice]:
-    """Consecutive pieces; each later one begins with the last token of the one before, as context for its first."""
+    """Consecutive pieces; each later one starts with the last token of the piece before, as context."""
     starts = range(0, max(1, len(sample.input_ids) - 1), max_seq_len - 1)
     return [slice(start, start + max_seq_len) for start in starts]
 

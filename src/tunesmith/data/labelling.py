@@ -1,4 +1,4 @@
-"""Label rows in batches, which the tokenizer encodes on all cores at once."""
+"""Label rows in batches, so that the tokenizer encodes them on all cores."""
 
 from __future__ import annotations
 
@@ -32,22 +32,24 @@ from tunesmith.encode.render import RenderedChat, render_chat
 from tunesmith.errors import DataError
 from tunesmith.rows.conversation import Conversation, Parsed, RawText, RowRefused, Segments, UnknownFormat
 from tunesmith.rows.formats import parse_row
-from tunesmith.rows.hints import find_rendered_template
+from tunesmith.rows.textmarks import find_rendered_template
 from tunesmith.sources.read import RawRow
 from tunesmith.sources.rowsize import RowTooLarge
 
 _BATCH_ROWS = 256
 
-NOTE_RENDERED = "raw text that already holds a rendered chat template; every token of it is trained, the questions too"
+NOTE_RENDERED = (
+    "raw text that already contains a rendered chat template; all of its tokens are trained, questions included"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """A row on its way: parsed, and rendered or planned, or already refused.
+    """A row before encoding: parsed and rendered or planned, or already refused.
 
     Attributes:
-        texts: what has to be encoded for it, stretches of a plan excepted.
-        conversation: of a planned row, in the form that is rendered.
+        texts: texts to encode for it, except the stretches of a plan.
+        conversation: of a planned row, as it is rendered.
     """
 
     row: RawRow
@@ -70,13 +72,13 @@ def label_rows(
     max_seq_len: int,
     settings: RenderSettings | None = None,
 ) -> Iterator[LabelledRow]:
-    """Every row with its outcome, in order. The outcome of a row does not depend on the rows before it.
+    """Yield every row with its outcome, in order. A row's outcome does not depend on the rows before it.
 
     Args:
-        settings: the date and template variables; the encoder's defaults otherwise.
+        settings: date and template variables; by default the encoder's.
 
     Raises:
-        DataError: the first row of a file has no known format.
+        DataError: the first row of a file has an unknown format.
     """
     seen_files: set[str] = set()
     rows = itertools.islice(rows, data.limit) if data.limit else iter(rows)
@@ -92,7 +94,7 @@ def label_rows(
 
 
 class _Labeller:
-    """Rows -> labelled rows: an encoder, the config, the template under the run's settings, and its plans."""
+    """Label rows with one encoder, config, template (under the run's settings) and its plans."""
 
     def __init__(self, encoder: Encoder, data: DataSection, max_seq_len: int, renderer: Renderer | None) -> None:
         self.encoder, self.data, self.max_seq_len, self.renderer = encoder, data, max_seq_len, renderer
@@ -106,7 +108,7 @@ class _Labeller:
             parsed = parse_row(row.value, self.data.format, self.data.fields, self.data.ignore_columns)
             return replace(self._draft_parsed(row, parsed), source=parsed)
         except UnknownFormat as refusal:
-            if is_first:  # the whole file is of a kind that we cannot train on
+            if is_first:  # then the whole file has a format that cannot be trained on
                 raise DataError(f"{row.where}: {refusal.reason}", code="format-unknown") from None
             return _Draft(row, refusal=refusal)
         except RowRefused as refusal:
@@ -140,7 +142,7 @@ class _Labeller:
         return render_chat(conversation, self.renderer, self.encoder.stops, history, self.data.train_reasoning)
 
     def finish(self, drafts: list[_Draft]) -> Iterator[LabelledRow]:
-        """Rows of a batch, all of its texts encoded together."""
+        """Label the rows of a batch; all of its texts are encoded together."""
         encodings = iter(self.encoder.encode_texts([text for draft in drafts for text in draft.texts]))
         planned = (text for draft in drafts if draft.planned for text in draft.planned.stretches)
         stretches = self.planner.encode(planned) if self.planner else {}
@@ -165,14 +167,13 @@ class _Labeller:
             fitted = fit_samples(labelled, self.data.overlong, self.max_seq_len, draft.row.where)
         except RowRefused as refusal:
             by_choice, loses = refusal.by_choice, refusal.loses_context
-            return LabelledRow(
-                file, number, "refused", "", refusal.reason, notes=notes, is_by_choice=by_choice, loses_context=loses
-            )
+            return LabelledRow(file, number, "refused", "", refusal.reason, notes=notes, is_by_choice=by_choice,
+                               loses_context=loses, code=refusal.code)  # fmt: skip
         notes, lost = (*notes, *fitted.notes), fitted.tokens_lost
         return LabelledRow(file, number, "used", how, fitted.reason, fitted.samples, lost, notes, source=draft.source)
 
     def _label(self, draft: _Draft, encodings: list[Encoding], stretches: Stretches) -> tuple[str, list[Sample]]:
-        """How the row's samples came about, and they themselves."""
+        """How the row's samples were made ("as_rendered", ...), and the samples."""
         if isinstance(draft.source, RawText):
             return "text", list(label_text(encodings[0], self.encoder, self.max_seq_len))
         if isinstance(draft.source, Segments):
@@ -185,7 +186,7 @@ class _Labeller:
         return label_rendered(draft.rendered, encodings, self.encoder)
 
     def _label_alone(self, draft: _Draft) -> tuple[str, list[Sample]]:
-        """Without its plan, which does not hold for this row's tokens."""
+        """Label the row without its plan, which does not hold for this row's tokens."""
         assert draft.conversation is not None
         rendered = self._render(draft.conversation)
         encodings = self.encoder.encode_texts([part.text for part in rendered.parts])
@@ -193,11 +194,11 @@ class _Labeller:
 
 
 def _segment_texts(segments: Segments, encoder: Encoder) -> Iterator[str]:
-    """The pieces of a rendered text. They spell control tokens on purpose, which a person has to say."""
+    """The pieces of a rendered text. They contain control tokens on purpose, which data.control_text must allow."""
     for text, _ in segments.parts:
         if encoder.control_text != "allow" and encoder.shield.mark(text) != text:
             raise RowRefused(
-                "its segments spell control tokens; --data.control_text allow lets them be these tokens",
+                "its segments spell control tokens. To encode them as such: --data.control_text allow",
                 code="segments-control-text",
             )
         yield text

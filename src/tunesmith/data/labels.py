@@ -1,7 +1,7 @@
-"""Decide which tokens are trained: the assistant's reply and its stop token, nothing else.
+"""Decide which tokens are trained: the assistant's reply and its stop token, and nothing else.
 
-If the ids before a reply are not the ids of its prompt, the row is refused: its labels would teach something that never
-happens at inference.
+If the ids before a reply are not the ids of its prompt, the row is refused: it would train the model on a prompt that
+it never gets at inference.
 """
 
 from __future__ import annotations
@@ -18,28 +18,30 @@ from tunesmith.encode.encoder import Encoder, Encoding
 from tunesmith.encode.render import Rendered, RenderedChat, Span
 from tunesmith.rows.conversation import Conversation, RowRefused, Segments
 
-NOTE_UNKNOWN = "trains the tokenizer's unknown token, which stands for characters that it cannot write"
-REFUSED_INEXACT = "spells a control token in a place where this tokenizer cannot be shown to keep it as plain text"
+NOTE_UNKNOWN = "trains the tokenizer's unknown token, which replaces characters that it cannot encode"
+REFUSED_INEXACT = "spells a control token where this tokenizer may not keep it as plain text. Remove it from the text"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """Token ids and which of them are trained (1) or context (0), equally long."""
+    """Token ids and a loss_mask of the same length: 1 = trained, 0 = context."""
 
     input_ids: npt.NDArray[np.uint32]
     loss_mask: npt.NDArray[np.uint8]
 
     @property
     def num_targets(self) -> int:
-        """Trained tokens that have a token before them to be predicted from."""
+        """Number of trained tokens, without a trained first token, which has nothing to be predicted from."""
         return int(self.loss_mask[1:].sum())
 
 
 class BorderGlued(RowRefused):
-    """A reply's first token is glued to the prompt, so that the model would meet other ids when asked."""
+    """A token spans the end of the prompt and the start of the reply, so inference would see other ids."""
 
     def __init__(self, turn: int) -> None:
-        super().__init__(f"turn {turn} (assistant): a token spans the border between the prompt and the reply")
+        super().__init__(
+            f"turn {turn} (assistant): a token spans the border between the prompt and the reply", code="border-glued"
+        )
 
 
 def label_chat(rendered: Rendered, whole: Encoding, encoder: Encoder) -> Sample:
@@ -49,8 +51,8 @@ def label_chat(rendered: Rendered, whole: Encoding, encoder: Encoder) -> Sample:
         whole: encoding of `rendered.text`.
 
     Raises:
-        BorderGlued: then `label_reply` gives each reply a sample of its own.
-        RowRefused: a reply's stop token is not a token of its own, or what the row says became a control token.
+        BorderGlued: a token spans prompt and reply; `label_reply` then gives each reply a separate sample.
+        RowRefused: a reply's stop text is not one token, or text of the row became a control token.
     """
     _refuse_control_tokens(whole, rendered.places, 0, encoder)
     loss_mask = np.zeros(len(whole.ids), dtype=np.uint8)
@@ -61,7 +63,9 @@ def label_chat(rendered: Rendered, whole: Encoding, encoder: Encoder) -> Sample:
         stop_at = _find_stop(whole, start, span, encoder)
         if stop_at is None:
             raise RowRefused(
-                f"turn {span.turn} (assistant): its stop token is not a token of its own", code="stop-not-a-token"
+                f"turn {span.turn} (assistant): the tokenizer joins its stop token with other text. Choose another "
+                "template",
+                code="stop-not-a-token",
             )
         if span.start > len(span.prompt):
             start += sum(whole.span(index)[1] <= span.start for index in range(start, stop_at))
@@ -72,7 +76,7 @@ def label_chat(rendered: Rendered, whole: Encoding, encoder: Encoder) -> Sample:
 
 
 def label_rendered(rendered: RenderedChat, encodings: Sequence[Encoding], encoder: Encoder) -> tuple[str, list[Sample]]:
-    """A row's samples and how they came about.
+    """A row's samples and how they were made.
 
     Args:
         encodings: of the texts of `rendered.parts`.
@@ -90,7 +94,7 @@ def label_rendered(rendered: RenderedChat, encodings: Sequence[Encoding], encode
 def _unmask(
     loss_mask: npt.NDArray[np.uint8], encoding: Encoding, start: int, stop_at: int, context: tuple[int, int]
 ) -> None:
-    """Makes context of the tokens from `start` to before the stop token that have a character in `context`."""
+    """Untrain the tokens from `start` to before the stop token that have a character in `context`."""
     for index in range(start, stop_at):
         first, last = encoding.span(index)
         if first < context[1] and last > context[0]:
@@ -98,11 +102,11 @@ def _unmask(
 
 
 def _refuse_control_tokens(encoding: Encoding, places: Sequence[Place], shift: int, encoder: Encoder) -> None:
-    """Promise 8 on the ids themselves: no control token in the characters of the row's texts, unless allowed.
+    """Check promise 8 on the ids: no control token within the row's texts, unless data.control_text allows it.
 
     Args:
-        places: in the whole text, sorted by start.
-        shift: where the encoded text begins in it.
+        places: of the row's parts in the whole text, sorted by start.
+        shift: where the encoded text begins in the whole text.
     """
     if encoder.control_text == "allow":
         return
@@ -112,16 +116,17 @@ def _refuse_control_tokens(encoding: Encoding, places: Sequence[Place], shift: i
         near = bisect.bisect_left(starts, last) - 1
         if near >= 0 and places[near].end > first and last > first:
             raise RowRefused(
-                "spells a control token in its text, which this tokenizer does not keep as plain text",
+                "spells a control token in its text, which this tokenizer does not keep as plain text. Remove it "
+                "from the text",
                 code="control-token-in-text",
             )
 
 
 def label_reply(rendered: Rendered, span: Span, encoder: Encoder) -> Sample:
-    """One reply behind its prompt, the two encoded apart, as they are when the model is asked and answers.
+    """One reply after its prompt, encoded separately, as at inference.
 
     Raises:
-        RowRefused: the tokenizer writes a text otherwise once it is cut there (SentencePiece puts a blank in front).
+        RowRefused: the tokenizer encodes a text differently when it is cut there (SentencePiece prepends a space).
     """
     text = rendered.text[len(span.prompt) : span.end]
     prompt, reply = encoder.encode_texts([span.prompt, text])
@@ -134,7 +139,9 @@ def label_reply(rendered: Rendered, span: Span, encoder: Encoder) -> Sample:
     stop_at = len(reply.ids) - 1
     if reply.ids[-1] != encoder.stop_id(span.stop) or reply.span(stop_at)[1] != len(text):
         raise RowRefused(
-            f"turn {span.turn} (assistant): its stop token is not a token of its own", code="stop-not-a-token"
+            f"turn {span.turn} (assistant): the tokenizer joins its stop token with other text. Choose another "
+            "template",
+            code="stop-not-a-token",
         )
     ids = np.array([*prompt.ids, *reply.ids], dtype=np.uint32)
     first = span.start - len(span.prompt)
@@ -147,7 +154,7 @@ def label_reply(rendered: Rendered, span: Span, encoder: Encoder) -> Sample:
 
 
 def trains_unknown(samples: Sequence[Sample], encoder: Encoder) -> bool:
-    """Whether the token for unknown text is trained."""
+    """Whether the unknown token is trained."""
     unknown = encoder.shield.unknown_id
     return unknown is not None and any(
         bool(((sample.input_ids == unknown) & (sample.loss_mask == 1)).any()) for sample in samples
@@ -155,12 +162,12 @@ def trains_unknown(samples: Sequence[Sample], encoder: Encoder) -> bool:
 
 
 def train_all(sample: Sample) -> Sample:
-    """Every token of a chat trained, the questions too (data.train_on all)."""
+    """The sample with every token trained, questions included (data.train_on all)."""
     return Sample(sample.input_ids, np.ones_like(sample.loss_mask))
 
 
 def _find_stop(encoding: Encoding, start: int, span: Span, encoder: Encoder) -> int | None:
-    """Index of the stop token at the end of a reply that starts at a token."""
+    """Index of the stop token at the end of a reply that begins at token `start`."""
     index = encoding.first_from(span.end - len(span.stop))
     is_stop = start <= index < len(encoding.ids) and encoding.ids[index] == encoder.stop_id(span.stop)
     return index if is_stop and encoding.span(index)[1] == span.end else None
@@ -171,7 +178,7 @@ def join_completion(conversation: Conversation) -> tuple[str, str]:
     *context, reply = conversation.messages
     if len(context) > 1 or any(m.role != "user" for m in context) or reply.tool_calls or reply.reasoning_content:
         raise RowRefused(
-            "data.chat_template none joins one prompt and one completion; this row has more turns than that",
+            "data.chat_template none joins one prompt and one completion; this row has more turns. Use a chat template",
             code="needs-template",
         )
     if conversation.tools or conversation.documents or conversation.template_kwargs:
@@ -187,7 +194,7 @@ def join_completion(conversation: Conversation) -> tuple[str, str]:
 
 
 def label_completion(prompt: Encoding, whole: Encoding, encoder: Encoder) -> Sample:
-    """prompt + completion + EOS, the completion and EOS trained.
+    """prompt + completion + EOS, with completion and EOS trained.
 
     Args:
         prompt: encoding of the prompt alone.
@@ -206,22 +213,22 @@ def label_completion(prompt: Encoding, whole: Encoding, encoder: Encoder) -> Sam
 
 
 def label_segments(segments: Segments, encodings: Sequence[Encoding], encoder: Encoder) -> Sample:
-    """A text in pieces, each encoded by itself, and trained or not as the row says; only a missing BOS is added."""
+    """Pieces of a text, encoded separately, each trained or not as the row says; only a missing BOS is added."""
     bos = encoder.bos_ids if list(encodings[0].ids[:1]) != encoder.bos_ids else []
     ids, mask = [*bos], [0] * len(bos)
     for (_, is_trained), encoding in zip(segments.parts, encodings, strict=True):
         ids += encoding.ids
         mask += [int(is_trained)] * len(encoding.ids)
     if not any(mask):
-        raise RowRefused("no segment of it is trained", by_choice=True, code="nothing-trained")
+        raise RowRefused("none of its segments is trained", by_choice=True, code="nothing-trained")
     return Sample(np.array(ids, dtype=np.uint32), np.array(mask, dtype=np.uint8))
 
 
 def label_text(encoding: Encoding, encoder: Encoder, max_seq_len: int) -> Iterator[Sample]:
-    """A document with BOS and EOS where the tokenizer has them, every token trained once, split without loss.
+    """A document with BOS and EOS (where the tokenizer has them), every token trained once, split without loss.
 
-    BOS comes first even where the tokenizer adds none to prompts: it is what the first token is predicted from.
-    For the same reason each later piece begins with the last token of the piece before, as context.
+    BOS is added even where the tokenizer adds none to prompts: the first token is predicted from it. For the same
+    reason each later piece begins with the last token of the piece before, as context.
     """
     bos = [encoder.bos_id] if encoder.bos_id is not None else []
     eos = [encoder.eos_id] if encoder.eos_id is not None else []

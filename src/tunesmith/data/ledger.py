@@ -29,6 +29,7 @@ class LabelledRow:
         source: what was read, before it became tokens; None where it could not be.
         loses_context: refused because nothing reads something that its replies may depend on.
         is_by_choice: refused by a rule or a setting, not because the row is bad.
+        code: cause of a refusal in kebab-case, which stays the same when the reason is reworded.
     """
 
     file: str
@@ -42,6 +43,7 @@ class LabelledRow:
     is_by_choice: bool = False
     loses_context: bool = False
     source: Parsed | None = None
+    code: str = ""
 
     @property
     def where(self) -> str:

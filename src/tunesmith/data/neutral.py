@@ -1,10 +1,10 @@
 """Find out whether a template treats all chats with the same turns alike, whatever their texts.
 
-A template is a program, and most only copy what a turn says. This is shown by running it on stand-in texts and watching
-each operation on them: writing a text, joining it and asking for its type have the same effect for every text;
-searching it for `</think>` has the same effect for every text without `</think>`; its length, its first letter or its
-upper case do not, and then no plan is made (patterns.py). A text that no operation looked into cannot have decided
-anything, so any other text takes the same path through the program.
+A template is a program, and most templates only copy the text of a turn. This is shown by running the template on
+stand-in texts and recording every operation on them: writing or joining a text and asking for its type have the same
+effect for every text; searching it for `</think>` has the same effect for every text without `</think>`; its length,
+first letter or upper case do not, and then no plan is made (patterns.py). A text that no operation inspected cannot
+have affected anything, so any other text takes the same path through the program.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ _EMPTY_OR_NOT = {("gt", 0), ("lteq", 0), ("eq", 0), ("ne", 0), ("gteq", 1), ("lt
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """Texts that a template treats as it treats stand-ins.
+    """Conditions under which a template treats a text like the stand-ins.
 
     Attributes:
-        sought: what they must not hold.
-        edges: characters that they must not begin or end with.
-        largest_number: of those that the template reckons with; it may tell a chat of more turns from a shorter one.
+        sought: texts that it must not contain.
+        edges: characters that it must not begin or end with.
+        largest_number: largest number that the template computes with; it may distinguish longer from shorter chats.
     """
 
     sought: tuple[str, ...]
@@ -65,7 +65,7 @@ class Terms:
     @classmethod
     def of(cls, sought: Iterable[str], edges: Iterable[str], largest_number: float) -> Terms:
         texts = tuple(sorted(set(sought)))
-        # a template may join texts before it looks, so that half of what it looks for would do
+        # a template may join texts before it searches them, so half of a searched text is enough
         begins = tuple(text[i:] for text in texts for i in range(1, len(text)))
         ends = tuple(text[:i] for text in texts for i in range(1, len(text)))
         return cls(texts, frozenset(edges), largest_number, begins, ends)
@@ -78,16 +78,16 @@ class Terms:
         return not any(sought in text or text in sought for sought in self.sought)
 
 
-class _Looked(Exception):
-    """The template looks into a text in such a way that another text may lead elsewhere."""
+class _Inspected(Exception):
+    """The template inspects a text such that another text may be treated differently."""
 
 
 class _Length(int):
-    """The length of a stand-in: that it is not empty is all that other texts share."""
+    """The length of a stand-in; other texts share only that it is not 0."""
 
 
 def _is_watched(value: Any) -> bool:
-    """Whether a value holds what a turn says."""
+    """Whether a value contains text of a turn."""
     if isinstance(value, str):
         return _STAND_IN.search(value) is not None
     if isinstance(value, _Length):
@@ -103,11 +103,11 @@ def _is_watched(value: Any) -> bool:
 
 def _refuse_if(is_bad: bool) -> None:
     if is_bad:
-        raise _Looked
+        raise _Inspected
 
 
 class _Watching(Sandbox):
-    """An environment that watches each operation on a stand-in."""
+    """An environment that records each operation on a stand-in."""
 
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "**", "%"])
     intercepted_unops = frozenset(["+", "-"])
@@ -118,14 +118,14 @@ class _Watching(Sandbox):
         self.forget()
 
     def forget(self) -> None:
-        """Drop what was seen, so that the next rendering shows its own operations only."""
+        """Discard the record, so that the next rendering shows its own operations only."""
         self.sought: set[str] = set()
         self.edges: set[str] = set()
         self.largest_number = 0.0
 
     def watch(self) -> None:
-        """To be called once all filters are there."""
-        own = {name: found for name, found in self.filters.items() if name.startswith(" ")}  # look at nothing
+        """Wrap filters and tests; to be called once all of them are registered."""
+        own = {name: found for name, found in self.filters.items() if name.startswith(" ")}  # inspect nothing
         self.filters = {name: self._watch_filter(name, found) for name, found in self.filters.items()} | own
         tests: Mapping[str, Any] = self.tests
         self.tests = {name: _watch_test(name, found) for name, found in tests.items()}
@@ -159,7 +159,7 @@ class _Watching(Sandbox):
         if not is_free:
             named = {
                 key: value for key, value in kwargs.items() if key not in ("_loop_vars", "_block_vars")
-            }  # jinja2's
+            }  # jinja2's own
             __self._watch_call(__obj, args, named)
         return super().call(__context, __obj, *args, **kwargs)
 
@@ -267,7 +267,7 @@ def _watch_test(name: str, found: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _written(value: Any) -> Any:
-    _refuse_if(not isinstance(value, str) and _is_watched(value))  # a list's repr quotes each text in its own way
+    _refuse_if(not isinstance(value, str) and _is_watched(value))  # a list's repr depends on the characters in it
     return value
 
 
@@ -294,7 +294,7 @@ def _holds_text(value: Any) -> bool:
 
 
 class _Instrument(NodeTransformer):
-    """Operations that jinja2 compiles to Python's own become calls that are watched."""
+    """Replace operations that jinja2 compiles to plain Python by calls that can be recorded."""
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
@@ -323,7 +323,7 @@ class _Instrument(NodeTransformer):
         return _call("tunesmith_number", [node], node.lineno) if is_number else node
 
     def visit_Pair(self, node: nodes.Pair) -> nodes.Node:  # noqa: N802
-        _refuse_if(not isinstance(node.key, nodes.Const))  # texts as keys: equal ones become one
+        _refuse_if(not isinstance(node.key, nodes.Const))  # equal texts as keys would become one key
         self.generic_visit(node)
         return node
 
@@ -333,7 +333,7 @@ def _call(name: str, args: list[Any], line: int) -> nodes.Call:
 
 
 class Watcher:
-    """A template's program, watched."""
+    """A template's program with every operation recorded."""
 
     def __init__(self, renderer: Renderer) -> None:
         self._renderer = renderer
@@ -343,22 +343,22 @@ class Watcher:
         try:
             tree = _Instrument().visit(self._made.parse(renderer.template.text))
             self._program = self._made.from_string(tree)
-        except (_Looked, jinja2.TemplateError, RecursionError, SyntaxError):
+        except (_Inspected, jinja2.TemplateError, RecursionError, SyntaxError):
             pass
 
     def find_terms(self, messages: Sequence[Message]) -> Terms | None:
-        """Which texts the template treats as it treats these stand-ins; None if it looks into them.
+        """Conditions under which the template treats texts like these stand-ins; None if it inspects them.
 
-        Seen on the finished chat, on each reply at its end, and on each prompt.
+        Recorded for the finished chat, each reply at its end, and each prompt.
         """
         self._made.forget()
         try:
             is_alike = all(self._is_alike(messages, count) for count in range(1, len(messages) + 1))
-        except (_Looked, TemplateRefused):
+        except (_Inspected, TemplateRefused):
             return None
         except MemoryError:
             raise
-        except Exception:  # what the template's own program does, ours does not: then it shows nothing
+        except Exception:  # the recording program fails where the original does not: no conclusion
             return None
         if not is_alike:
             return None
@@ -368,7 +368,7 @@ class Watcher:
         return Terms.of(self._made.sought, self._made.edges, max([self._made.largest_number, *numbers]))
 
     def _is_alike(self, messages: Sequence[Message], count: int) -> bool:
-        """Whether the watched program writes the first `count` messages as the template's own does."""
+        """Whether the recording program writes the first `count` messages as the original one does."""
         asks = messages[count - 1].role != "assistant"
         if self._program is None or (asks and (count == len(messages) or messages[count].role != "assistant")):
             return self._program is not None

@@ -1,7 +1,7 @@
-"""Best-fit packing: samples joined to packs of micro_batch_tokens, without padding or cutting.
+"""Best-fit packing: join samples into packs of micro_batch_tokens without padding or cutting.
 
 Best-fit decreasing (Johnson 1974; for LM training: Ding et al. 2024, "Fewer Truncations Improve Language Modeling")
-over windows of shuffled samples, so that any pack may hold any sample and the order is random between windows.
+over windows of shuffled samples, so that any pack may contain any sample of its window in random order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from tunesmith.data.store import TokenStore
 
-WINDOW = 8192  # samples packed together; large enough for over 99 % fill, small enough to be quick
+WINDOW = 8192  # samples packed together; over 99 % fill, and still fast
 
 
 def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -54,10 +54,10 @@ def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def count_packs(lengths: npt.NDArray[np.int64], capacity: int) -> int:
-    """len(pack_lengths(lengths, capacity)), from how often each length occurs: no sample is placed by itself.
+    """len(pack_lengths(lengths, capacity)), computed from the count of each length, without placing samples one by one.
 
-    Items of one length that fit into a pack several times go there together: after the first of them that pack has
-    less room than before, so it is still the fullest one.
+    If several items of one length fit into a pack, they go there together: after the first one the pack has less room
+    than before, so it is still the fullest one that fits.
     """
     rooms: list[int] = []  # distinct amounts of free room, ascending
     how_many: Counter[int] = Counter()  # free room -> packs that have it
@@ -79,7 +79,7 @@ def count_packs(lengths: npt.NDArray[np.int64], capacity: int) -> int:
             per_pack = room // length
             there = -(-left // per_pack) if is_new else how_many[room]
             full = min(there, left // per_pack)
-            rest = left - full * per_pack if full < there else 0  # they share one more pack
+            rest = left - full * per_pack if full < there else 0  # the rest shares one more pack
             used = full + bool(rest)
             if is_new:
                 num_packs += used
@@ -98,7 +98,7 @@ def too_long(length: int, capacity: int) -> ValueError:
 
 
 def plan_epoch(lengths: npt.NDArray[np.int64], capacity: int, seed: int, epoch: int) -> list[npt.NDArray[np.int64]]:
-    """The packs of an epoch, each an array of sample numbers; the same arguments give the same plan."""
+    """The packs of an epoch, each an array of sample numbers; equal arguments give equal plans."""
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
     packs = []
@@ -109,7 +109,7 @@ def plan_epoch(lengths: npt.NDArray[np.int64], capacity: int, seed: int, epoch: 
 
 
 def count_epoch(lengths: npt.NDArray[np.int64], capacity: int, seed: int, epoch: int) -> int:
-    """len(plan_epoch(...)) of the same arguments."""
+    """len(plan_epoch(...)) for the same arguments."""
     if len(lengths) <= WINDOW:  # one window: the order changes nothing
         return count_packs(lengths, capacity)
     order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
@@ -118,12 +118,12 @@ def count_epoch(lengths: npt.NDArray[np.int64], capacity: int, seed: int, epoch:
 
 
 class Documents:
-    """Layout of a batch: documents one behind another, each of which attends to itself alone.
+    """Layout of a batch of consecutive documents, each of which attends only to itself.
 
-    An object rather than a list, so that torch.compile does not compile again for each.
+    A class rather than a list, so that torch.compile does not recompile for each batch.
 
     Attributes:
-        lens: tokens of each document, in order; they add up to the batch.
+        lens: tokens of each document, in order; their sum is the length of the batch.
     """
 
     __slots__ = ("lens",)
@@ -134,11 +134,11 @@ class Documents:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """What one forward computes. The shift is made here: nothing after it moves labels.
+    """Input of one forward. Labels are shifted here and nowhere else.
 
     Attributes:
-        input_ids, position_ids: int64 [1, tokens]; positions count from 0 in each document.
-        targets: int64 [targets], the tokens to predict. A document's first token is never one: it has no context.
+        input_ids, position_ids: int64 [1, tokens]; positions start at 0 in each document.
+        targets: int64 [targets], the tokens to predict. Never the first token of a document, which has no context.
         target_at: int64 [targets], the positions whose outputs predict them, ascending.
         layout: which tokens attend to which.
     """
@@ -159,7 +159,7 @@ class Batch:
 
 
 def build_batch(store: TokenStore, samples: Sequence[int] | npt.NDArray[np.int64]) -> Batch:
-    """Join samples, given by number, to one forward."""
+    """Join samples, given by their numbers, into one batch."""
     documents = [store[int(index)] for index in samples]
     lens = [len(document.input_ids) for document in documents]
     input_ids = np.concatenate([document.input_ids for document in documents]).astype(np.int64)

@@ -1,16 +1,16 @@
-"""Label chats of questions and answers from a plan: one rendering and one encoding a row.
+"""Label chats of questions and answers from a plan, with one rendering and one encoding per row.
 
-A template that drops earlier thoughts needs a rendering for each reply, so a long chat would cost the square of its
-length. But such chats are alike: [system] question answer question answer ... For chats of a few turns, made of
-stand-ins, labels are proven as for any other (render.py), and the text that the template writes around the stand-ins
-becomes a plan. The plan of a longer chat repeats its middle. Each control token and each stretch between two of them is
-an item of the plan; a stretch is encoded once, however many samples contain it.
+A template that drops earlier reasoning needs a rendering for each reply, so a long chat would take quadratic time. But
+such chats are alike: [system] question answer question answer ... Chats of a few turns, made of stand-in texts, are
+labelled with the ordinary proof (render.py), and the text that the template writes around the stand-ins becomes a plan.
+The plan of a longer chat repeats its middle. Each control token and each stretch between two of them is an item of the
+plan; a stretch is encoded once, however many samples contain it.
 
-Three checks show that a plan holds for a row. The template was watched while it rendered the stand-ins and the prompts
-of their replies, and looked into none of their texts except for what this row's texts do not contain (neutral.py). The
-finished chat of the row is rendered by the template itself, and must be the plan's own text. And plans of a few lengths
-are filled with sample texts and compared with labelling without a plan, before any is used; if anything differs, none
-is. All of this depends on the template and the tokenizer alone, so a row's outcome does not depend on other rows.
+Three checks show that a plan holds for a row. While the template rendered the stand-ins and the prompts of their
+replies, it inspected none of their texts except for strings that this row's texts do not contain (neutral.py). The
+finished chat of the row, rendered by the template itself, must equal the plan's text. And before any plan is used,
+plans of a few lengths are filled with sample texts and compared with ordinary labelling; if anything differs, no plan
+is used. All of this depends on the template and the tokenizer only, so a row's outcome does not depend on other rows.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from tunesmith.encode.shield import MARK
 from tunesmith.encode.thoughts import has_thoughts
 from tunesmith.rows.conversation import Conversation, Message, RowRefused
 
-_SMALL = 6  # pairs of which plans are proven one by one; plans of more repeat the middle of these
+_SMALL = 6  # up to this many pairs, plans are proven one by one; larger plans repeat their middle
 _BEYOND = 3
-_LARGE = 16  # a template that holds a larger number may tell long chats from those that are proven
+_LARGE = 16  # a template with a larger number may distinguish long chats from the proven ones
 _SAMPLES = (
     "Hello, world.",
     "你好，世界。",
@@ -47,18 +47,18 @@ _SAMPLES = (
     "Ünï?",
 )
 
-Text = str | int  # of a stretch: text of the template, or the number of the message whose content goes there
+Text = str | int  # part of a stretch: text of the template, or the number of a message (its content)
 Item = int | tuple[Text, ...]  # a control token, or a stretch of text between two
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """Where a reply is trained.
+    """Position of a trained reply.
 
     Attributes:
         item: index of the item in which it begins.
-        lead: text of the template in that item which still belongs to the prompt.
-        stop: index of its stop token's item.
+        lead: text of the template in that item that belongs to the prompt.
+        stop: index of the item of its stop token.
     """
 
     item: int
@@ -80,7 +80,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All samples of a chat; the last one shares nothing, and holds the finished chat."""
+    """All samples of a chat; the last one shares nothing and contains the finished chat."""
 
     how: str
     parts: tuple[Part, ...]
@@ -88,10 +88,10 @@ class Plan:
 
 @dataclass(slots=True)
 class Planned:
-    """A row on its way.
+    """A row with its plan.
 
     Attributes:
-        stretches: what has to be encoded.
+        stretches: texts to encode.
     """
 
     plan: Plan
@@ -100,7 +100,7 @@ class Planned:
 
 
 class Planner:
-    """Makes plans for one encoder, and samples from them."""
+    """Make plans for one encoder, and samples from them."""
 
     def __init__(self, encoder: Encoder, renderer: Renderer, train_reasoning: bool) -> None:
         self.encoder, self.renderer, self.train_reasoning = encoder, renderer, train_reasoning
@@ -112,7 +112,7 @@ class Planner:
         self._may_plan = not _has_greedy_tokens(encoder.tokenizer)
 
     def plan(self, conversation: Conversation) -> Planned | None:
-        """The plan of a chat; None where it has to be labelled as any other."""
+        """The plan of a chat; None if it must be labelled without one."""
         if not self._may_plan or not self._is_plain(conversation):
             return None
         has_system = conversation.messages[0].role == "system"
@@ -135,7 +135,7 @@ class Planner:
         return planned if self._is_as_rendered(planned, conversation) else None
 
     def _compare(self, has_system: bool) -> bool:
-        """Whether plans of a few lengths, filled with sample texts, give the samples of labelling without plans."""
+        """Whether plans of a few lengths, filled with sample texts, give the same samples as ordinary labelling."""
         few = self._find_small(has_system)
         for pairs in (1, 2, few, few + 2):
             if self._find(has_system, pairs) is None:
@@ -181,7 +181,7 @@ class Planner:
         return self._plans[key]
 
     def _prove(self, has_system: bool, pairs: int) -> Plan | None:
-        """The plan of a few pairs of stand-ins, labelled as any other chat."""
+        """The plan of a few pairs of stand-ins, from ordinary labelling."""
         conversation = _stand_in(has_system, pairs)
         terms = self._watcher.find_terms(conversation.messages)
         if terms is None:
@@ -200,7 +200,7 @@ class Planner:
         return Plan(rendered.how, (*(_share(part, last) for part in earlier), last))
 
     def _read(self, rendered: Rendered) -> Part | None:
-        """A labelled text of stand-ins as items."""
+        """A labelled text of stand-ins as items of a plan."""
         [encoding] = self.encoder.encode_texts([rendered.text])
         controls = np.flatnonzero(self.encoder.is_control[encoding.ids]).tolist()
         items: list[Item] = []
@@ -233,7 +233,7 @@ class Planner:
         return Part(0, tuple(items), tuple(replies))
 
     def _extend(self, has_system: bool, pairs: int) -> Plan | None:
-        """The plan of more pairs: that of a few, with the pairs in its middle repeated."""
+        """The plan of more pairs: that of a few, with its middle pairs repeated."""
         few = self._small[has_system]
         smaller, small = self._find(has_system, few - 1), self._find(has_system, few)
         if smaller is None or small is None or small.how != smaller.how:
@@ -243,7 +243,7 @@ class Planner:
         return _repeat(small, has_system, pairs - few)
 
     def _find_small(self, has_system: bool) -> int:
-        """Pairs to prove one by one: enough for the template to reach the largest number that it calculates with."""
+        """Number of pairs to prove one by one: enough to reach the largest number that the template computes with."""
         if has_system not in self._small:
             terms = self._watcher.find_terms(_stand_in(has_system, _SMALL).messages)
             is_far = terms is None or terms.largest_number > _LARGE
@@ -252,7 +252,7 @@ class Planner:
         return self._small[has_system]
 
     def _is_as_rendered(self, planned: Planned, conversation: Conversation) -> bool:
-        """Whether the template itself writes the finished chat as the plan does."""
+        """Whether the template writes the finished chat as the plan does."""
         try:
             text = self.renderer.render(conversation.messages)
         except TemplateRefused:
@@ -264,19 +264,19 @@ class Planner:
             yield self.encoder.added_text(item) if isinstance(item, int) else _fill(item, planned.contents)
 
     def encode(self, stretches: Iterable[str]) -> dict[str, npt.NDArray[np.uint32]]:
-        """Ids of each stretch that is plain text to the tokenizer, not of those in which it finds control tokens."""
+        """Ids of each stretch, except stretches in which the tokenizer finds control tokens."""
         texts = list(dict.fromkeys(stretches))
         ids = {t: np.array(i, dtype=np.uint32) for t, i in zip(texts, self.encoder.encode_ids(texts), strict=True)}
         return {text: found for text, found in ids.items() if not self.encoder.is_control[found].any()}
 
     def label(self, planned: Planned, ids: Mapping[str, npt.NDArray[np.uint32]]) -> list[Sample] | None:
-        """The samples of a row; None where it has to be labelled as any other.
+        """The samples of a row; None if it must be labelled without the plan.
 
         Args:
-            ids: of stretches (`encode`).
+            ids: of the stretches, from `encode`.
         """
         if not all(stretch in ids for stretch in planned.stretches):
-            return None  # a text in which the tokenizer finds a control token
+            return None  # the tokenizer finds a control token in a text
         last = planned.plan.parts[-1]
         pieces = [self._ids_of(item, planned, ids) for item in last.items]
         whole = np.concatenate(pieces)
@@ -302,7 +302,7 @@ class Planner:
         return np.array([item], dtype=np.uint32) if isinstance(item, int) else ids[_fill(item, planned.contents)]
 
     def _border(self, item: Item, lead: str, planned: Planned, ids: Mapping[str, npt.NDArray[np.uint32]]) -> int | None:
-        """Tokens of an item that belong to the prompt; None if they are not those of the prompt encoded alone."""
+        """Number of tokens of an item that belong to the prompt; None if they differ from the prompt encoded alone."""
         if not lead:
             return 0
         alone = self.encoder.encode_tail(lead)
@@ -339,7 +339,7 @@ def _fill(item: tuple[Text, ...], contents: Sequence[str]) -> str:
 
 
 def _share(part: Part, last: Part) -> Part:
-    """The part without the items that the last sample begins with too."""
+    """The part without the leading items that it shares with the last sample."""
     shared = 0
     for one, other in zip(part.items[: part.replies[0].item], last.items, strict=False):
         if one != other:
@@ -362,8 +362,8 @@ def _place_of(items: Sequence[Item], turn: int) -> int:
 def _repeat(plan: Plan, has_system: bool, times: int) -> Plan:
     """A plan with its third pair repeated.
 
-    In the last sample the items from the third question to the fourth stand once more for each pair; what follows them
-    speaks of later messages. The samples of further replies are those of the last but one, moved on.
+    In the last sample the items from the third question to the fourth are repeated for each added pair; the items after
+    them refer to later messages. The samples of the added replies are those of the last but one, shifted.
     """
     last = plan.parts[-1]
     first, second = (_place_of(last.items, has_system + 2 * pair) for pair in (2, 3))
@@ -389,6 +389,6 @@ def _repeat(plan: Plan, has_system: bool, times: int) -> Plan:
 
 
 def _has_greedy_tokens(tokenizer: Any) -> bool:
-    """Whether control tokens eat blanks around them, so that a stretch does not encode alone as it does there."""
+    """Whether control tokens strip whitespace around them, so that a stretch encodes differently alone."""
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
     return any(token.lstrip or token.rstrip or token.single_word for token in added)

@@ -1,4 +1,4 @@
-"""A run's data set replaced atomically: a kill leaves the old one or the new one."""
+"""Replace a run's data set atomically: after a kill, either the old one or the new one is there."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from tunesmith.files import sync_path, sync_tree
 from tunesmith.reading import read_text
 from tunesmith.runfolder import RunFolder
 
-_NEW = ".data.new"  # complete, about to take its place
+_NEW = ".data.new"  # complete, about to replace the old one
 
 
 def replace_dataset(folder: RunFolder, staging: RunFolder) -> None:
     """Put stores and ledger of `staging`, a folder inside `folder`, in place of those of the run.
 
-    One rename decides; what follows it can be repeated by `finish_replacing`.
+    The rename commits; the steps after it can be repeated by `finish_replacing`.
     """
     sync_tree(staging.path)
     staging.path.rename(folder.path / _NEW)
@@ -24,11 +24,11 @@ def replace_dataset(folder: RunFolder, staging: RunFolder) -> None:
 
 
 def finish_replacing(folder: RunFolder) -> None:
-    """Move what `replace_dataset` has decided on; nothing where it has not."""
+    """Complete a committed `replace_dataset`; does nothing if there is none."""
     new = RunFolder(folder.path / _NEW)
     if not new.path.is_dir():
         return
-    if new.ledger.exists():  # it moves last
+    if new.ledger.exists():  # moved last
         has_eval = json.loads(read_text(new.ledger))["eval"] is not None
         for store, target in ((new.tokens, folder.tokens), (new.eval_tokens, folder.eval_tokens)):
             if store.is_dir():

@@ -1,4 +1,4 @@
-"""The script in which a text is written, for the statistics of `check`."""
+"""Detect the script in which a text is written, for the statistics of `check`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NAMES = {"CJK": "Chinese", "LATIN": "Latin script", "CYRILLIC": "Cyrillic", "HI
 
 
 def script_of(line: str) -> str:
-    """The script of most letters at the start of a line; Japanese wherever kana occur."""
+    """The script of most letters at the start of a line; Japanese if there are any kana."""
     scripts = Counter(
         _NAMES.get(unicodedata.name(char, "").split(" ")[0], "other") for char in line[:400] if char.isalpha()
     )

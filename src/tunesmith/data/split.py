@@ -1,4 +1,4 @@
-"""Which samples are trained and which are evaluated on."""
+"""Split samples into training and evaluation."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Numbers = npt.NDArray[np.int64]
 
 
 def split_eval(store: TokenStore, share: float, seed: int) -> tuple[Numbers, Numbers]:
-    """Sample numbers to train and to evaluate on; all samples of a row go to one side.
+    """Sample numbers for training and for evaluation; all samples of a row are on the same side.
 
-    Where there are too few rows to hold any out (one long text), its pieces are split instead.
+    If there are too few rows to hold any out (one long text), its pieces are split instead.
 
     Raises:
-        TunesmithError: there are not even enough pieces.
+        TunesmithError: there are too few pieces as well.
     """
     everything = np.arange(len(store))
     if not share:

@@ -1,6 +1,6 @@
-"""The token store: all samples on disk, written once in order, read back through memory maps.
+"""Token store: all samples on disk, written once in order, read through memory maps.
 
-A store is a folder with tokens.bin (uint32), loss_mask.bin (uint8), index.npz (for each sample: offset, number of
+A store is a folder with tokens.bin (uint32), loss_mask.bin (uint8), index.npz (per sample: offset, number of
 targets, file and row it came from) and files.json (the names for the file numbers).
 """
 
@@ -25,12 +25,12 @@ from tunesmith.reading import open_file, read_text
 
 @dataclass(frozen=True, eq=False)
 class TokenStore:
-    """Samples by number.
+    """Samples by their number.
 
     Attributes:
         offsets: int64 [num_samples + 1], where each sample starts in the token file.
         num_targets: int64 [num_samples].
-        file_numbers, row_numbers: int64 [num_samples], the row that each sample comes from.
+        file_numbers, row_numbers: int64 [num_samples], source of each sample.
     """
 
     tokens: npt.NDArray[np.uint32]
@@ -58,15 +58,15 @@ class TokenStore:
         return lengths
 
     def where(self, index: int) -> str:
-        """file:row of a sample, for messages."""
+        """FILE:ROW of a sample, for messages."""
         return f"{self.files[self.file_numbers[index]]}:{self.row_numbers[index]}"
 
 
 class StoreWriter:
-    """Appends samples; the store is readable once the `with` block has ended.
+    """Append samples to a store, which is readable after the `with` block.
 
     Attributes:
-        sha256: file name -> hash of the bytes that were meant, after the block; the files were read back and compared.
+        sha256: file name -> hash of the written bytes; set after the block, once the files have been read back.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -121,9 +121,9 @@ class StoreWriter:
 
 
 class _Appended:
-    """A file that grows, and the hash of what it is meant to hold.
+    """A growing file, and the hash of the bytes written.
 
-    Not `ndarray.tofile`: where the disk is full it drops data without an error, and continues once there is room.
+    Not `ndarray.tofile`, which silently drops data when the disk is full and continues once there is room again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -136,13 +136,13 @@ class _Appended:
         self._digest.update(data)
 
     def close(self) -> str:
-        """The hash, once the file was read back and is what was meant."""
+        """Read the file back, compare, and return the hash."""
         self._file.close()
         require_written(self.path, self._digest.hexdigest())
         return self._digest.hexdigest()
 
     def abandon(self) -> None:
-        with contextlib.suppress(OSError):  # the earlier error is the one to report
+        with contextlib.suppress(OSError):  # the earlier error is reported
             self._file.close()
 
 
@@ -150,7 +150,7 @@ def open_store(folder: Path) -> TokenStore:
     with open_file(folder / "index.npz") as file, np.load(file, allow_pickle=False) as index:
         arrays = {name: index[name] for name in index.files}
     files = json.loads(read_text(folder / "files.json"))
-    if arrays["offsets"][-1] == 0:  # an empty file cannot be mapped
+    if arrays["offsets"][-1] == 0:  # an empty file cannot be memory-mapped
         empty = np.zeros(0, np.uint32), np.zeros(0, np.uint8)
         return TokenStore(*empty, **arrays, files=files)
     with open_file(folder / "tokens.bin") as ids, open_file(folder / "loss_mask.bin") as mask:

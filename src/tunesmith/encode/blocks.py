@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from tunesmith.chat_template.habits import Habits
 from tunesmith.rows.conversation import Message, RowRefused
-from tunesmith.rows.turns import parse_tool_calls
+from tunesmith.rows.tools import parse_tool_calls
 
 _THINK = re.compile(r"\s*<think>\n?(?P<reasoning>.*?)\n?</think>\s*", re.DOTALL)
 _CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
@@ -17,13 +17,13 @@ _CALLS_AT_END = re.compile(r"(?:\s*<tool_call>\s*\{(?:(?!</?tool_call>).)*\}\s*<
 
 
 def read_blocks(messages: Sequence[Message], habits: Habits) -> tuple[Message, ...]:
-    """Assistant turns with a leading well-formed <think> block, or whole <tool_call> blocks at their end, parsed.
+    """Parse assistant turns with a leading well-formed <think> block, or whole <tool_call> blocks at their end.
 
-    Only where the template writes such fields, or its generation prompt opens the thinking: elsewhere they are trained
-    as the text they are.
+    Done only where the template writes such fields, or its generation prompt opens the thinking; elsewhere the blocks
+    are trained as text.
 
     Raises:
-        RowRefused: a thought is part of a prefill.
+        RowRefused: reasoning is part of a prefill.
     """
     if not any(m.role == "assistant" and ("<think>" in m.content or "<tool_call>" in m.content) for m in messages):
         return tuple(messages)
@@ -40,7 +40,8 @@ def _read_turn(message: Message, thinks: bool, calls: bool) -> Message:
         if "<think>" not in reasoning:
             if _is_context(message, 0, found.end()):
                 raise RowRefused(
-                    "has thoughts in its prefill, which this template writes in a place of their own",
+                    "has reasoning in its prefill, which this template writes separately. Move it into the trained "
+                    "part of the reply",
                     code="thoughts-in-prefill",
                 )
             message = _cut(replace(message, reasoning_content=reasoning.strip() or None), found.end(), len(text))
@@ -48,7 +49,7 @@ def _read_turn(message: Message, thinks: bool, calls: bool) -> Message:
         try:
             parsed = [call for block in _CALL.findall(found[0]) for call in parse_tool_calls(json.loads(block))]
         except (json.JSONDecodeError, RowRefused):
-            return message  # not a call, so text
+            return message  # not a call, so it stays text
         if _is_context(message, found.start(), len(message.content)):
             return message
         message = _cut(replace(message, tool_calls=tuple(parsed)), 0, len(message.content[: found.start()].rstrip()))
@@ -56,12 +57,12 @@ def _read_turn(message: Message, thinks: bool, calls: bool) -> Message:
 
 
 def _is_context(message: Message, start: int, end: int) -> bool:
-    """Whether characters of the content are not trained, which a field of its own could not say."""
+    """Whether these characters of the content are untrained, which a separate field could not express."""
     return any(a < end and b > start for a, b in message.context_spans)
 
 
 def _cut(message: Message, start: int, end: int) -> Message:
-    """The message with these characters of its content only, and its context spans moved with them."""
+    """The message with only these characters of its content, and its context spans shifted accordingly."""
     spans = ((max(a, start) - start, min(b, end) - start) for a, b in message.context_spans)
     kept = tuple((a, b) for a, b in spans if a < b)
     return replace(message, content=message.content[start:end], context_spans=kept)

@@ -9,15 +9,15 @@ from typing import Any
 
 from tunesmith.rows.conversation import Conversation, Message
 
-NOTE_IDS = "its tool calls get ids, which the template asks for and the row does not give"
+NOTE_IDS = "its tool calls got ids, which the template requires and the row lacks"
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LENGTH = 9
 
 
 def add_call_ids(conversation: Conversation) -> Conversation:
-    """The conversation with an id on every call, and on every tool turn that of the call it answers.
+    """The conversation with an id on every tool call, and on every tool turn the id of the call that it answers.
 
-    An id follows from the call's place and words, so that it is the same in every run. Ids of the row stay.
+    An id is derived from the call's position and contents, so that it is the same in every run. The row's ids stay.
     """
     messages: list[Message] = []
     open_ids: list[str] = []
@@ -46,7 +46,7 @@ def _with_id(call: dict[str, Any], turn: int, number: int) -> dict[str, Any]:
 
 
 def _answer(message: Message, open_ids: Sequence[str]) -> tuple[Message, list[str]]:
-    """A tool turn with the id of the call that it answers: the first that is still open."""
+    """A tool turn with the id of the first call that is still unanswered, and the remaining open ids."""
     if message.tool_call_id:
         return message, [call_id for call_id in open_ids if call_id != message.tool_call_id]
     if not open_ids:

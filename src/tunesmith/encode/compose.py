@@ -1,8 +1,8 @@
 """Build a reply for a template whose finished turn does not begin with its generation prompt.
 
-The body is what the template itself writes for this turn, from the point where its generation prompt ends. The only
-text added is the end of the thinking, where the prompt opens it and the template writes no thoughts (DeepSeek-R1, QwQ
-and their distilled models): it is closed as these models close it.
+The body is what the template writes for this turn after the point where its generation prompt ends. The only text added
+is the end of the thinking, where the prompt opens it and the template writes no reasoning (DeepSeek-R1, QwQ and their
+distilled models): it is closed as these models close it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _STAND_IN = "tsthought"
 
 @dataclass(frozen=True, slots=True)
 class Composed:
-    """A reply without its stop token, and where the parts of its turn stand in it."""
+    """A reply without its stop token, and the places of its parts in it."""
 
     body: str
     places: tuple[Place, ...]
@@ -33,10 +33,10 @@ class Finished:
     """A turn as the template writes it at the end of a chat.
 
     Attributes:
-        prompt: what the model is given to answer.
+        prompt: text that the model gets before the reply.
         own: places of the turn's parts in `text`.
         end: where the reply ends in `text`.
-        others: characters of `text` where parts of other turns begin.
+        others: starts of the parts of other turns in `text`.
     """
 
     prompt: str
@@ -46,13 +46,16 @@ class Finished:
     others: tuple[int, ...] = ()
 
     def cut(self, start: int, lead: str = "") -> Composed:
-        """The reply from a character of the text on, behind `lead`.
+        """The reply from a character of the text on, with `lead` in front.
 
         Raises:
-            RowRefused: the template writes other turns there too.
+            RowRefused: the template writes other turns there as well.
         """
         if any(start <= at < self.end for at in self.others):
-            raise RowRefused("the template writes what others say into a reply", code="others-in-reply")
+            raise RowRefused(
+                "the template writes other turns into a reply. Choose another template with --data.chat_template",
+                code="others-in-reply",
+            )
         shift = len(lead) - start
         places = (replace(p, start=p.start + shift, end=p.end + shift) for p in self.own if p.start >= start)
         return Composed(lead + self.text[start : self.end], tuple(places))
@@ -76,13 +79,13 @@ def compose_reply(
         stop: text of the stop token.
 
     Raises:
-        RowRefused: its thoughts could never be said behind this prompt.
+        RowRefused: its reasoning can never be written after this prompt.
     """
     opens = prompt.rstrip().endswith(THINK)
     if prompt.rstrip().endswith(END_THINK) and message.reasoning_content:
         raise RowRefused(
-            "the template's generation prompt has closed the thinking before the reply, so its reasoning_content could "
-            "never be said; open it with the template's own variable (--data.template_kwargs.enable_thinking true, "
+            "the template's generation prompt closes the thinking before the reply, so its reasoning_content could "
+            "never be generated; open it with a template variable (--data.template_kwargs.enable_thinking true, "
             "open_thinking true)",
             code="thinking-closed",
         )
@@ -102,7 +105,7 @@ def compose_reply(
 
 
 def _find_end(text: str, own: Sequence[Place], message: Message, stop: str) -> int:
-    """Index of the stop token after a turn; the end of the turn's text where the template writes no stop token."""
+    """Index of the stop token after a turn, or the end of the turn's text if the template writes no stop token."""
     if not own:
         return -1
     end = own[-1].end
@@ -118,7 +121,7 @@ def _find_end(text: str, own: Sequence[Place], message: Message, stop: str) -> i
 def _behind_opened(
     habits: Habits, message: Message, turn: int, done: Finished, beginnings: Beginnings, stop: str
 ) -> Composed | None:
-    """A reply behind a prompt that ends where thoughts begin: its thought, or none, and what is written then."""
+    """A reply after a prompt that opens the thinking: its reasoning, or none, and what the template writes next."""
     thoughts = [place for place in done.own if place.part.kind == "reasoning"]
     if thoughts:
         begins_there = done.text[: thoughts[0].start].rstrip() == done.prompt.rstrip()
@@ -136,7 +139,7 @@ def _behind_opened(
 
 
 def _as_r1(message: Message, turn: int, done: Finished, trace: Trace) -> Composed | None:
-    """Thoughts, "</think>" and an empty line, then what the template writes without its own thinking."""
+    """Reasoning, "</think>" and an empty line, then what the template writes without its own thinking."""
     thought = (message.reasoning_content or "").strip()
     head = done.prompt.rstrip().removesuffix(THINK)
     words = [place for place in done.own if place.part.kind != "reasoning"]
@@ -155,10 +158,10 @@ def _as_r1(message: Message, turn: int, done: Finished, trace: Trace) -> Compose
 
 
 def _aligned(habits: Habits, done: Finished, before: Trace, unasked: str, trace: Trace, turn: int) -> Composed | None:
-    """What the template writes behind the place where its generation prompt ends, seen from the last part before it.
+    """What the template writes after the position where its generation prompt ends, relative to the last part before.
 
     Args:
-        unasked: the prompt's turns without the generation prompt.
+        unasked: the same turns rendered without the generation prompt.
     """
     first = done.own[0].start
     earlier = [place for place in trace.places if place.end <= first and place.part.turn != turn]

@@ -1,8 +1,8 @@
-"""Find spellings of added tokens that only the tokenizer itself recognizes.
+"""Find spellings of added tokens that only the tokenizer itself recognizes (after normalization).
 
-A normalizer rewrites a text before added tokens with `normalized=True` are matched, and before the model's vocabulary
-is applied, which may contain the same token: under NFKC or a lowercasing normalizer, `<TAS\\u212a>` (KELVIN SIGN) and
-`<ta\\xadsk>` can become `<TASK>`. The set of such texts cannot be listed, so the tokenizer is run on each text.
+A normalizer rewrites a text before added tokens with `normalized=True` are matched and before the model's vocabulary,
+which may contain the same token, is applied: under NFKC or a lowercasing normalizer, `<TAS\\u212a>` (KELVIN SIGN) and
+`<ta\\xadsk>` can become `<TASK>`. Such texts cannot be enumerated, so the tokenizer is run on each text.
 """
 
 from __future__ import annotations
@@ -12,41 +12,41 @@ from typing import Any
 
 from tunesmith.rows.conversation import RowRefused
 
-CODE = "control-token-disguised"  # of the refusal of a text that marks cannot keep as text
-_ROUNDS = 4  # one finds the disguises, one shows that none is left; overlapping tokens need a few more
+CODE = "control-token-disguised"  # refusal code for texts that marks cannot keep as text
+_ROUNDS = 4  # one round finds disguises, one confirms that none is left; overlapping tokens need a few more
 
 
 class Disguises:
-    """Finds and breaks the disguises of a tokenizer's added tokens.
+    """Find and break up disguised spellings of a tokenizer's added tokens.
 
     Args:
         backend: a `tokenizers.Tokenizer` that neither truncates nor pads.
-        tokens: the added tokens to look for, by id, from `find_at_risk`.
-        neighbour: text of an added token that templates write beside messages; "" where there is none.
+        tokens: added tokens to look for, by id, from `find_at_risk`.
+        neighbour: text of an added token that templates write next to messages; "" if there is none.
     """
 
     def __init__(self, backend: Any, tokens: dict[int, Any], neighbour: str = "") -> None:
         self._backend, self._ids = backend, frozenset(tokens)
-        self._normalise = backend.normalizer.normalize_str if backend.normalizer else str
+        self._normalize = backend.normalizer.normalize_str if backend.normalizer else str
         self._cores = {self._core(token.content) for token in tokens.values()}
-        # some normalisers and pre-tokenizers treat the beginning of a text in their own way
+        # some normalizers and pre-tokenizers treat the beginning of a text differently
         self._contexts = list(dict.fromkeys(["", "\n", neighbour]))
 
     def _core(self, content: str) -> str:
-        """What a normalised text must hold to become this token; "" where that is not known."""
-        core = self._normalise(content).strip(" \u2581")
-        return core if core.isascii() and " " not in core else ""  # a pre-tokenizer rewrites other characters
+        """A text that anything normalized to this token must contain; "" if unknown."""
+        core = self._normalize(content).strip(" \u2581")
+        return core if core.isascii() and " " not in core else ""  # a pre-tokenizer may rewrite other characters
 
     def _may_hold(self, text: str) -> bool:
-        """Whether the tokenizer need be asked; its normaliser alone is several times faster."""
-        normal = self._normalise(f"\n{text}\n") + self._normalise(text)
+        """Cheap test whether the tokenizer must be run; the normalizer alone is several times faster."""
+        normal = self._normalize(f"\n{text}\n") + self._normalize(text)
         return any(core in normal for core in self._cores)
 
     def mark(self, text: str, mark: str) -> str:
-        """The text with marks between the characters of each disguise.
+        """The text with marks between the characters of each disguised token.
 
         Raises:
-            RowRefused: marks do not break it, as where one character is normalised to a whole token.
+            RowRefused: marks do not break it up, as when one character is normalized to a whole token.
         """
         if not self._may_hold(text):
             return text
@@ -58,13 +58,13 @@ class Disguises:
             text = "".join(f"{mark}{char}" if place in inside else char for place, char in enumerate(text))
         _, _, token = spans[0]
         raise RowRefused(
-            f"holds characters that this tokenizer turns into the control token {self._backend.id_to_token(token)!r}, "
-            "and that cannot be kept as text",
+            f"contains characters that this tokenizer turns into the control token "
+            f"{self._backend.id_to_token(token)!r}, whatever is done to keep them as text. Remove these characters",
             code="control-token-disguised",
         )
 
     def _find(self, text: str) -> list[tuple[int, int, int]]:
-        """[start, end) of each disguise in the text, and its token."""
+        """[start, end) of each disguised token in the text, with its id."""
         found = []
         for context in self._contexts:
             encoding = self._backend.encode(f"{context}{text}{context}", add_special_tokens=False)
@@ -78,10 +78,10 @@ class Disguises:
 
 
 def find_at_risk(backend: Any, tokens: dict[int, Any]) -> dict[int, Any]:
-    """The added tokens that texts other than their own spelling may become; none for most tokenizers.
+    """Added tokens that texts other than their own spelling may become; none for most tokenizers.
 
     Args:
-        tokens: id -> `tokenizers.AddedToken`, without the one for unknown text, which any text may become.
+        tokens: id -> `tokenizers.AddedToken`, without the unknown token, which any text may become.
     """
     is_rewritten = backend.normalizer is not None
     return {
@@ -92,14 +92,14 @@ def find_at_risk(backend: Any, tokens: dict[int, Any]) -> dict[int, Any]:
 
 
 def _spelled_by_model(backend: Any, content: str) -> set[int]:
-    """Ids that the model's own vocabulary writes a token's text with."""
+    """Ids with which the model's own vocabulary writes the text of a token."""
     if backend.model.token_to_id(content) is None:
         return set()
-    normalise = backend.normalizer.normalize_str if backend.normalizer else str
+    normalize = backend.normalizer.normalize_str if backend.normalizer else str
     texts = {content, f" {content}", f"a {content} a"}
     return {
         token.id
-        for text in texts | {normalise(text) for text in texts}
+        for text in texts | {normalize(text) for text in texts}
         for piece in _split(backend, text)
         for token in backend.model.tokenize(piece)
     }

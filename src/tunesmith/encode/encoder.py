@@ -20,18 +20,18 @@ from tunesmith.encode.unknown import drops_text
 from tunesmith.errors import ModelError
 from tunesmith.rows.conversation import Message, RowRefused, find_lone_surrogate
 
-_SHORT_TAIL = 64  # characters; longer ones are no generation prompt, and seldom met twice
+_SHORT_TAIL = 64  # characters; longer ones are not generation prompts and seldom repeat
 _STAND_INS = ("Hello, world.", "你好 🙂 שלום", "  x = 1\n\n", "12 e\u0301", "\n- a\tb ", "A")
 
 
 class Encoding:
-    """Token ids of a text, and the characters [start, end) of each.
+    """Token ids of a text, and the characters [start, end) of each token.
 
-    Byte-level pieces of one character share that character's span. `is_exact` is False where text that spells a
-    control token could not be shown to encode as it would in the whole; nothing may be trained on it then.
+    Byte-level pieces of one character share that character's span. If `is_exact` is False, text that spells a control
+    token could not be shown to encode as it would within the whole text, and nothing in it may be trained.
 
     Args:
-        source: what the tokenizer made of the text, where it is exactly these ids; it answers without a list of spans.
+        source: the tokenizer's own result for exactly these ids, used instead of a list of spans.
     """
 
     __slots__ = ("_offsets", "_source", "ids", "is_exact")
@@ -57,7 +57,7 @@ class Encoding:
         return span or self.offsets[index]
 
     def first_from(self, char: int) -> int:
-        """Index of the first token that begins at a character or behind it."""
+        """Index of the first token that begins at a character or after it."""
         if self._offsets is None:
             index = self._source.char_to_token(char)
             if index is not None and self._source.token_to_chars(index)[0] == char:
@@ -66,17 +66,17 @@ class Encoding:
 
 
 class Encoder:
-    """A tokenizer and a chat template, bound together.
+    """A tokenizer and its chat template.
 
     Args:
-        tokenizer: a transformers tokenizer with a Rust backend (it knows offsets).
-        template: None joins prompt + completion + EOS without any template.
-        defaults: date and template variables of requests that give none; a run's own.
+        tokenizer: a transformers tokenizer with a Rust backend (needed for character offsets).
+        template: the chat template; with None, prompt, completion and EOS are concatenated.
+        defaults: date and template variables for requests that give none; those of the run.
         control_text: data.control_text; with "allow", spellings of control tokens become these tokens.
 
     Raises:
-        ModelError: no offsets, no EOS where one is needed, or a template whose replies end without a token that
-            generation could stop at.
+        ModelError: the tokenizer has no offsets or lacks a required EOS, or the template ends replies without a token
+            that generation could stop at.
     """
 
     def __init__(
@@ -89,18 +89,19 @@ class Encoder:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ModelError(
-                f"the tokenizer ({type(tokenizer).__name__}) has no fast backend, so no character offsets to prove "
-                "labels with. Save it with a tokenizer.json (AutoTokenizer.from_pretrained(..., use_fast=True)).",
+                f"the tokenizer ({type(tokenizer).__name__}) has no fast backend and so no character offsets, which "
+                "are needed to prove labels with. Save it with a tokenizer.json (AutoTokenizer.from_pretrained(..., "
+                "use_fast=True)).",
                 code="tokenizer-not-fast",
             )
-        backend.no_truncation()  # a tokenizer.json may carry settings that would cut or pad texts silently
+        backend.no_truncation()  # tokenizer.json may contain settings that silently truncate or pad
         backend.no_padding()
         self._backend = backend
         self._added_texts = {number: token.content for number, token in backend.get_added_tokens_decoder().items()}
         self.added_ids = frozenset(self._added_texts)
         self.shield = Shield(backend)
-        self._borders = self.added_ids - {self.shield.unknown_id}  # text may be unknown, marks too
-        self._tails: dict[str, list[int]] = {}  # texts from the last control token to a reply: few differ
+        self._borders = self.added_ids - {self.shield.unknown_id}  # text and marks may encode to the unknown token
+        self._tails: dict[str, list[int]] = {}  # texts from the last control token to a reply; there are few
         self.bos_ids = bos_ids(tokenizer)
         self.eos_id: int | None = tokenizer.eos_token_id
         self.bos_id: int | None = tokenizer.bos_token_id
@@ -109,7 +110,7 @@ class Encoder:
         self.stop, self.call_stop = find_stops(self, self.renderer())
 
     def encode_texts(self, texts: Sequence[str]) -> list[Encoding]:
-        """Ids of rendered texts; nothing is added in front or behind."""
+        """Ids of rendered texts; no special tokens are added."""
         if any(len(text) > 2 * PIECE for text in texts):
             return [self._encode_alone(text) for text in texts]
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
@@ -119,7 +120,7 @@ class Encoder:
         ]
 
     def encode_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts without marks of the shield, without the characters that they stand for, which is faster."""
+        """Ids of texts without shield marks; faster, since no character spans are computed."""
         if any(len(text) > 2 * PIECE for text in texts):
             return [list(encoding.ids) for encoding in self.encode_texts(texts)]
         return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -131,7 +132,7 @@ class Encoder:
         return self._encode_marked(text, encoding) if MARK in text else Encoding(encoding.ids, source=encoding)
 
     def encode_tail(self, text: str) -> list[int]:
-        """Ids of a short text between a control token and a reply; cached, since few differ."""
+        """Ids of a short text between a control token and a reply; cached, since there are few of them."""
         ids = self._tails.get(text) or list(self.encode_texts([text])[0].ids)
         if len(text) <= _SHORT_TAIL:
             self._tails[text] = ids
@@ -149,9 +150,9 @@ class Encoder:
         return without_added_tokens(self._backend)
 
     def _encode_marked(self, text: str, with_marks: Any) -> Encoding:
-        """Control tokens where the template wrote them; the text between them, without marks, as plain text.
+        """Encode control tokens where the template wrote them, and the unmarked text between them as plain text.
 
-        That a stretch encodes alone as it does between control tokens is seen on the marked text itself.
+        The marked text itself shows that each stretch encodes alone as it does between control tokens.
         """
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
@@ -174,10 +175,10 @@ class Encoder:
         return Encoding(ids, offsets, is_exact)
 
     def find_border(self, whole: Encoding, prompt: str) -> int | None:
-        """Index of the first token behind a prompt that a text begins with; None if its ids are not the prompt's.
+        """Index of the first token after a prompt that a text begins with; None if its ids are not the prompt's.
 
-        Encoding splits at control tokens, so the prompt is encoded from its last one on. Where that does not give the
-        text's own ids, or stand-in chats show that this tokenizer does not split there, the whole prompt is encoded.
+        Encoding splits at control tokens, so the prompt is encoded from its last one on. The whole prompt is encoded
+        if this does not give the text's ids, or if stand-in chats show that this tokenizer does not split there.
         """
         if self._splits_at_controls and (border := self._find_border_from_control(whole, prompt)) is not None:
             return border
@@ -198,9 +199,9 @@ class Encoder:
 
     @cached_property
     def _splits_at_controls(self) -> bool:
-        """Whether a prompt encoded from its last control token on gives the border of the whole prompt.
+        """Whether encoding from the last control token on finds the border of the whole prompt.
 
-        Seen on stand-in chats, so that it is the same for every row.
+        Tested with stand-in chats, so that the answer is the same for every row.
         """
         found = [
             (self._find_border_from_control(whole, prompt), self._find_border_from_start(whole, prompt))
@@ -210,7 +211,7 @@ class Encoder:
         return bool(borders) and all(one == other for one, other in borders)
 
     def _stand_in_prompts(self) -> Iterator[tuple[str, Encoding]]:
-        """Prompts of stand-in chats, each with the encoding of the finished chat that it begins."""
+        """Prompts of stand-in chats, each with the encoding of the finished chat that begins with it."""
         renderer = self.renderer()
         if renderer is None:
             return
@@ -228,7 +229,7 @@ class Encoder:
                         yield prompt, self.encode_texts([text])[0]
 
     def joins(self, prompt: Sequence[int], reply: Sequence[int], text: str) -> bool:
-        """Whether ids of a prompt and of a reply, encoded apart, spell the prompt and then the reply's text."""
+        """Whether separately encoded ids of a prompt and a reply decode to the prompt followed by the reply's text."""
         control = next((i for i in range(len(prompt) - 1, -1, -1) if prompt[i] in self.added_ids), -1)
         tail = list(prompt[control + 1 :])
         before = self._backend.decode(tail, skip_special_tokens=False)
@@ -236,7 +237,7 @@ class Encoder:
         return bool(both == before + text.replace(MARK, ""))
 
     def renderer(self, settings: RenderSettings | None = None) -> Renderer | None:
-        """The template under the settings of a request; None where there is no template."""
+        """The template under the settings of a request; None if there is no template."""
         return self.template.with_settings(settings or self.defaults) if self.template else None
 
     def encode_prompt(
@@ -247,11 +248,11 @@ class Encoder:
         date: datetime.datetime | None = None,
         variables: Mapping[str, Any] = NO_VARIABLES,
     ) -> list[int]:
-        """What the model is given to answer these messages: rendered up to where its reply begins.
+        """Ids of the prompt for an answer to these messages: rendered up to where the reply begins.
 
         Args:
-            date: what the template prints as today's; the default date otherwise.
-            variables: variables of the template, on top of the default ones.
+            date: today's date for the template; by default that of `defaults`.
+            variables: template variables, added to the default ones.
         """
         settings = RenderSettings(date or self.defaults.date, {**self.defaults.variables, **variables})
         renderer = self.renderer(settings)
@@ -259,7 +260,9 @@ class Encoder:
             habits = renderer.habits if renderer else None
             chat = prepare_messages(messages, habits, self.shield, self.control_text, tools)
         except RowRefused as refusal:
-            raise ModelError(f"the conversation {refusal.reason}. Leave it out.", code="conversation-refused") from None
+            raise ModelError(
+                f"the conversation {refusal.reason}. Change the conversation.", code="conversation-refused"
+            ) from None
         if renderer is None:
             return self.bos_ids + self._encode_typed("".join(message.content for message in chat.messages))
         try:
@@ -274,22 +277,22 @@ class Encoder:
         half = find_lone_surrogate(text)
         if half:
             raise ModelError(
-                f"the conversation holds the lone surrogate {half!r}, half of a character, which no tokenizer can "
+                f"the conversation contains the lone surrogate {half!r} (half a character), which no tokenizer can "
                 "encode. Type the text again.",
                 code="lone-surrogate",
             )
         encoding = self.encode_texts([text])[0]
         if not encoding.is_exact:
             raise ModelError(
-                "the conversation spells a control token, which this tokenizer cannot be shown to keep as text. "
-                "Leave it out.",
+                "the conversation spells a control token, which this tokenizer may not keep as text. Remove the "
+                "control token.",
                 code="control-text-inexact",
             )
         return list(encoding.ids)
 
     @cached_property
     def drops_text(self) -> bool:
-        """Whether the tokenizer leaves out characters that it cannot write, with no token in their place."""
+        """Whether the tokenizer drops characters that it cannot encode, without a token in their place."""
         return bool(drops_text(self._backend))
 
     @property
@@ -299,7 +302,7 @@ class Encoder:
 
     @property
     def stop_ids(self) -> list[int]:
-        """Where generation stops."""
+        """Ids of the tokens at which generation stops."""
         return list(dict.fromkeys([self.stop.id, self.call_stop.id]))
 
     def stop_id(self, text: str) -> int:
@@ -307,6 +310,6 @@ class Encoder:
 
 
 def bos_ids(tokenizer: Any) -> list[int]:
-    """What the tokenizer itself puts in front of a plain text: [bos], or nothing."""
+    """Ids that the tokenizer adds before a plain text: [bos], or nothing."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []

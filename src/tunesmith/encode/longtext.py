@@ -1,6 +1,6 @@
 """Encode long texts in pieces, so that memory stays a small multiple of the text.
 
-A tokenizer's result takes about 300 bytes a token, of which training needs 12. A long text is cut only where a cut
+A tokenizer's result takes about 300 bytes per token, of which training needs 12. A long text is cut only where the cut
 changes nothing: the text around each cut is encoded whole and in two parts, and the ids must be equal.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 PIECE = 1 << 18  # characters
-_AROUND = 512  # characters on either side of a cut that are encoded together and apart
+_AROUND = 512  # characters on each side of a cut that are encoded together and separately
 _TRIES = 32
 
 
@@ -21,8 +21,8 @@ class LongIds:
     """Ids and character spans of a long text, in arrays.
 
     Attributes:
-        ids: one a token.
-        starts, ends: the characters [start, end) of each.
+        ids: one per token.
+        starts, ends: the characters [start, end) of each token.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class LongIds:
         return self.starts[index], self.ends[index]
 
     def char_to_token(self, char: int) -> int:
-        """The first token that begins at a character or behind it."""
+        """The first token that begins at a character or after it."""
         return int(np.searchsorted(np.frombuffer(self.starts, dtype=np.uint32), char))
 
     @property
@@ -47,7 +47,7 @@ class LongIds:
 
 
 def encode_long(backend: Any, text: str) -> LongIds | None:
-    """A long text in pieces; None where no cut can be shown to change nothing.
+    """Encode a long text in pieces; None if some cut cannot be shown to change nothing.
 
     Args:
         backend: a `tokenizers.Tokenizer`.
@@ -63,7 +63,7 @@ def encode_long(backend: Any, text: str) -> LongIds | None:
 
 
 def _find_cuts(backend: Any, text: str) -> Iterator[int | None]:
-    """The ends of pieces; None and no more where one cannot be found."""
+    """Ends of the pieces; yields None and stops where no cut can be found."""
     end = 0
     while end < len(text):
         wanted = end + PIECE
@@ -79,7 +79,7 @@ def _find_cuts(backend: Any, text: str) -> Iterator[int | None]:
 
 
 def _places(text: str, start: int, end: int) -> Iterator[int]:
-    """A few places behind the end of a line or in front of a blank, where words are least likely to be cut."""
+    """A few positions after a line break or before a space, where cutting is least likely to split a word."""
     for mark, shift in (("\n", 1), (" ", 0), ("。", 1), ("<", 0)):
         at = start
         for _ in range(_TRIES):

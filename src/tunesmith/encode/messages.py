@@ -1,4 +1,4 @@
-"""Prepare conversations for rendering: blocks, call ids and control text, for rows and prompts."""
+"""Prepare conversations for rendering: blocks, call ids and control text; the same for rows and prompts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tunesmith.encode.call_ids import add_call_ids, lacks_call_ids
 from tunesmith.encode.shield import Shield
 from tunesmith.rows.conversation import Conversation, Message, RowRefused
 
-NOTE_CONTROL = "spells control tokens in its text, kept as plain text (other programs would read control tokens)"
+NOTE_CONTROL = "spells control tokens in its text, kept as plain text (other programs may encode control tokens)"
 NOTE_CONTROL_ALLOWED = "spells control tokens in its text, which become these tokens (data.control_text allow)"
 REFUSED_CONTROL = "spells a control token in its text (data.control_text refuse)"
 
@@ -25,15 +25,16 @@ def prepare_messages(
     control_text: str = "plain",
     tools: Sequence[dict[str, Any]] = (),
 ) -> Conversation:
-    """The conversation with blocks read, call ids added and control text marked, as `Renderer` is given it.
+    """The conversation with blocks parsed, call ids added and control text marked, ready for `Renderer`.
 
     Args:
-        chat: a row's conversation, or the messages that a model has to answer, with `tools`.
-        habits: of the chat template; None where there is none.
+        chat: a row's conversation, or the messages to answer, with `tools`.
+        habits: of the chat template; None if there is no template.
         control_text: data.control_text.
 
     Raises:
-        RowRefused: data.control_text refuse, a spelling that marks do not break, or thoughts in a prefill.
+        RowRefused: control text under data.control_text refuse, a spelling that marks do not break up, or reasoning
+            in a prefill.
     """
     conversation = chat if isinstance(chat, Conversation) else Conversation(tuple(chat), tuple(tools))
     if habits is not None:

@@ -1,7 +1,7 @@
 """Render a chat as the texts to train on, and find each reply in them.
 
-A reply begins after its prompt: the turns before it, rendered with the generation prompt, which is what the model is
-given. It ends with the stop token after the last part of the turn. The parts of a turn are known from a trace
+A reply begins after its prompt: the turns before it, rendered with the generation prompt, exactly as the model will get
+them. It ends with the stop token after the last part of the turn. The parts of a turn are known from a trace
 (trace.py), so nothing is found by searching for its words.
 
 One rendering of the finished chat serves all replies if it contains each of them after its exact prompt and unchanged
@@ -30,9 +30,9 @@ from tunesmith.encode.thoughts import find_context
 from tunesmith.rows.conversation import Conversation, Message, RowRefused
 
 _NEVER = sys.maxsize
-_STOPS_INSIDE = "the template writes a stop token inside it, where generation would end"
+_STOPS_INSIDE = "the template writes a stop token inside it, where generation would end. Choose another template"
 
-NOTE_GREETING = "begins with a reply that nothing asks for; it is context"
+NOTE_GREETING = "begins with a reply to no question; it is context"
 NOTE_NAME = "the name of a turn is not written by the template"
 NOTE_SCHEMA = "the description of a tool is not written by the template"
 NOTE_PARAMETERS = "parts of the parameters of a tool are not written by the template"
@@ -45,12 +45,12 @@ class Span:
     """A reply in a rendered text.
 
     Attributes:
-        prompt: everything before it, as the model will be given it.
-        start: the character from which it is trained; behind the prompt only where the template's {% generation %}
-            mark begins there.
-        end: the character behind its stop token.
+        prompt: all text before it, as the model will get it.
+        start: the first trained character; after the prompt only where the template's {% generation %} mark begins
+            later.
+        end: the character after its stop token.
         stop: the text of that token.
-        turn: index of its message, for messages to people.
+        turn: index of its message, for error messages.
         context: characters [start, end) between `start` and `end` that are not trained.
     """
 
@@ -67,7 +67,7 @@ class Rendered:
     """A text to train on, and its replies.
 
     Attributes:
-        places: where the parts of the row stand, sorted; no control token may stand in them.
+        places: of the row's parts, sorted; no control token may be inside them.
     """
 
     text: str
@@ -77,7 +77,7 @@ class Rendered:
 
 @dataclass(frozen=True, slots=True)
 class RenderedChat:
-    """A row's texts and how they came about: as_rendered (one for all turns), unrolled or composed (one a turn)."""
+    """A row's texts and how they were made: as_rendered (one for all turns), unrolled or composed (one per turn)."""
 
     how: str
     parts: tuple[Rendered, ...]
@@ -86,7 +86,7 @@ class RenderedChat:
 
 @dataclass
 class _Chat:
-    """A conversation, and all that its rendering depends on."""
+    """A conversation and everything that its rendering depends on."""
 
     conversation: Conversation
     renderer: Renderer
@@ -110,7 +110,7 @@ def render_chat(
     history: str = "auto",
     train_reasoning: bool = True,
 ) -> RenderedChat:
-    """The chat as it is trained.
+    """The texts to train on for a chat.
 
     Args:
         history: data.history.
@@ -140,7 +140,7 @@ def variables_of(conversation: Conversation, template: ChatTemplate) -> dict[str
     """The row's own variables for the template.
 
     Raises:
-        RowRefused: the template reads none of that name, so that what the row says would be lost.
+        RowRefused: the template does not read a variable, so that its contents would be lost.
     """
     variables = dict(conversation.template_kwargs)
     if conversation.documents:
@@ -148,16 +148,21 @@ def variables_of(conversation: Conversation, template: ChatTemplate) -> dict[str
     for name in variables:
         if name in ("messages", "tools", "add_generation_prompt"):
             raise RowRefused(
-                f"chat_template_kwargs sets {name}, which tunesmith sets itself. Remove it", code="variable-reserved"
+                f"chat_template_kwargs sets {name}, which tunesmith sets itself. Remove it from the row",
+                code="variable-reserved",
             )
         if name not in template.reads:
             what = "documents" if name == "documents" else f"{name} of chat_template_kwargs"
-            raise RowRefused(f"the template does not read {what}", code="variable-not-read")
+            raise RowRefused(
+                f"the template does not read {what}. Leave it out with --data.ignore_columns, or choose another "
+                "template",
+                code="variable-not-read",
+            )
     return variables
 
 
 def _find_trained(chat: _Chat) -> list[int]:
-    """Turns to train. A greeting that opens a chat is context where the template cannot ask for it."""
+    """Turns to train. A greeting that opens a chat is context if the template cannot render a prompt for it."""
     trained = [turn for turn, m in enumerate(chat.messages) if m.role == "assistant" and m.is_trained]
     first = trained[0]
     if any(message.role != "system" for message in chat.messages[:first]):
@@ -167,7 +172,9 @@ def _find_trained(chat: _Chat) -> list[int]:
         return trained
     except TemplateRefused as refusal:
         if len(trained) == 1:
-            reason = f"turn {first} (assistant): nothing asks for it, and the template cannot ask for a first reply"
+            reason = (
+                f"turn {first} (assistant): no turn precedes it, and the template renders no prompt for a first reply"
+            )
             raise RowRefused(f"{reason} ({refusal})", code="reply-unasked") from None
         chat.notes[NOTE_GREETING] = None
         return trained[1:]
@@ -191,7 +198,7 @@ def _render_whole(chat: _Chat, trained: list[int]) -> Rendered:
 
 
 def _unroll(chat: _Chat, trained: list[int], first: RowRefused | None = None) -> RenderedChat:
-    """One text a turn. `first`: why one rendering of all turns would not do; the better reason where this fails too."""
+    """One text per turn. `first`: why one rendering of all turns fails; raised where it explains more."""
     how, parts = "unrolled", []
     for turn in trained:
         beginnings = chat.begin(turn + 1)
@@ -205,14 +212,14 @@ def _unroll(chat: _Chat, trained: list[int], first: RowRefused | None = None) ->
             how = "composed"
             parts.append(_compose(chat, turn, beginnings, prompt, trace, first or refusal))
     if how == "unrolled" and len(chat.messages) - 1 == trained[0]:
-        how = "as_rendered"  # a single reply at the end is the finished conversation itself
+        how = "as_rendered"  # for a single reply at the end, this is the finished conversation
     return RenderedChat(how, tuple(parts))
 
 
 def _compose(
     chat: _Chat, turn: int, beginnings: Beginnings, prompt: str, trace: Trace, refusal: RowRefused
 ) -> Rendered:
-    """Prompt, reply and stop token put together.
+    """Concatenate prompt, reply and stop token.
 
     Raises:
         RowRefused: `refusal`, where no rule fits.
@@ -237,29 +244,27 @@ def _compose(
 
 
 def _find_span(chat: _Chat, turn: int, beginnings: Beginnings, trace: Trace) -> Span:
-    """The reply of a turn in the rendering of `beginnings`."""
+    """The span of a turn's reply in the rendering of `beginnings`."""
     text, prompt = beginnings.text, beginnings.until(turn, add_generation_prompt=True)
     message, stop = chat.messages[turn], chat.stops.of(chat.messages[turn])
     _refuse_unaskable(chat, turn, prompt, beginnings)
     if not text.startswith(prompt):
         raise RowRefused(
-            f"turn {turn} (assistant): the template's generation prompt is not how it begins the turn in the finished "
-            "conversation",
+            f"turn {turn} (assistant): the template begins the turn in the finished conversation differently than with "
+            "its generation prompt. Choose another template with --data.chat_template",
             code="generation-prompt-differs",
         )
     own = [place for place in trace.of_turn(turn) if place.start >= len(prompt)]
     if not own:
         _refuse_lost_reply(turn, chat, own, trace, len(prompt), len(text), beginnings)
-    # The turn ends where rendering up to it and rendering everything part; some templates write more at the very end.
+    # The turn ends where its rendering and that of all turns diverge; some templates write more at the very end.
     shared = shared_length(beginnings.until(turn + 1), text)
     stop_at = text.find(stop, own[-1].end, shared) if own else -1
     others = [place.part.turn for place in trace.places if len(prompt) <= place.start < stop_at]
     if stop_at >= 0 and chat.stops.stand_in(text[len(prompt) : stop_at]):
         raise RowRefused(f"turn {turn} (assistant): {_STOPS_INSIDE}", code="stop-token-inside")
     if any(other < turn for other in others):
-        raise RowRefused(
-            f"turn {turn} (assistant): the template writes what others say into it", code="others-in-reply"
-        )
+        raise RowRefused(f"turn {turn} (assistant): the template writes other turns into it", code="others-in-reply")
     if stop_at < 0 or any(other > turn for other in others):
         raise RowRefused(
             f"turn {turn} (assistant): the template writes it differently once other turns follow",
@@ -277,7 +282,7 @@ def _find_span(chat: _Chat, turn: int, beginnings: Beginnings, trace: Trace) -> 
 
 
 def _shift_start(span: Span, text: str) -> Span:
-    """A prefill is part of the prompt, since that is how the model is given it."""
+    """Count a prefill as part of the prompt, since the model will get it that way."""
     if span.context and span.context[0][0] == span.start == len(span.prompt):
         (_, said_from), *rest = span.context
         return replace(span, prompt=text[:said_from], start=said_from, context=tuple(rest))
@@ -285,15 +290,16 @@ def _shift_start(span: Span, text: str) -> Span:
 
 
 def _refuse_unaskable(chat: _Chat, turn: int, prompt: str, beginnings: Beginnings) -> None:
-    """A reply right behind another, where the generation prompt adds nothing: no model is ever asked there."""
+    """Refuse a reply directly after another where the generation prompt is empty: no model is prompted there."""
     if turn and chat.messages[turn - 1].role == "assistant" and prompt == beginnings.until(turn):
         raise RowRefused(
-            f"turn {turn} (assistant): the template cannot ask for a second reply in a row", code="second-reply-unasked"
+            f"turn {turn} (assistant): the template renders no prompt for a second reply in a row. Join the two",
+            code="second-reply-unasked",
         )
 
 
 def _marked(marks: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
-    """What the template's {% generation %} marks leave of the characters [start, end); all of it without marks."""
+    """The part of characters [start, end) inside the template's {% generation %} marks; all of it without marks."""
     inside = [(max(start, a), min(end, b)) for a, b in marks if a < end and b > start]
     if not inside:
         return (start, start) if marks else (start, end)
@@ -303,7 +309,7 @@ def _marked(marks: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int
 def _refuse_lost_reply(
     turn: int, chat: _Chat, own: Sequence[Place], trace: Trace, start: int, end: int, beginnings: Beginnings
 ) -> None:
-    """Everything that the row says the assistant said must stand in its reply, as it was said."""
+    """Refuse a row where a part of the assistant's turn is missing or changed in the rendered reply."""
     written = {place.part for place in own if start <= place.start and place.end <= end}
     for part in trace.parts:
         if part.turn != turn or part in written:
@@ -325,10 +331,10 @@ def _refuse_lost_reply(
 def _refuse_lost_context(chat: _Chat, trace: Trace, asked: Sequence[tuple[int, int]]) -> None:
     """Refuse a row with parts before a reply that are missing before it in the text.
 
-    Thoughts of earlier replies are excepted: most templates drop them, and the model never sees them again.
+    Reasoning of earlier replies is excepted: most templates drop it, and the model never sees it again.
 
     Args:
-        asked: (turn, characters of its prompt) of every reply that is trained on this rendering, in order.
+        asked: (turn, characters of its prompt) of every reply trained on this rendering, in order.
     """
     ends: dict[Part, int] = {}
     for place in trace.places:

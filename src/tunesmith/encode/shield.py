@@ -1,9 +1,9 @@
 """Mark control tokens spelled in messages, so that text never becomes a control token.
 
-A tokenizer matches its added tokens anywhere in a text, also in the middle of a message. Before a chat is rendered,
-every such spelling in a message gets a mark inside it, which no token matches. The template writes its own control
-tokens around the marked text, and the encoder removes the marks after it has found the real tokens. Spellings that
-become a token only after normalization are handled in disguise.py.
+A tokenizer matches its added tokens anywhere in a text, including inside messages. Before a chat is rendered, every
+such spelling in a message gets a mark inside it, so that no token matches. The template writes its own control tokens
+around the marked text, and the encoder removes the marks after it has found the real tokens. Spellings that become a
+token only after normalization are handled in disguise.py.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from tunesmith.encode.disguise import Disguises, find_at_risk
 from tunesmith.encode.unknown import unknown_id
 from tunesmith.rows.conversation import Conversation, Message, RowRefused
 
-MARK = "\ufdd0"  # one of the code points that Unicode keeps free for a program's inner use
+MARK = "\ufdd0"  # a noncharacter, reserved by Unicode for internal use
 
 
 class Shield:
-    """Marks the spellings of a tokenizer's added tokens.
+    """Mark spellings of a tokenizer's added tokens.
 
-    Tokens of white space alone or of one character are left: they only write texts shorter (indented code, an emoji).
+    Tokens of whitespace only or of one character are skipped: they only shorten texts (indented code, an emoji).
 
     Args:
         backend: a `tokenizers.Tokenizer`.
 
     Attributes:
-        ids: the tokens that no text may become.
-        unknown_id: the token that represents text the vocabulary cannot write, if there is one.
+        ids: ids of the tokens that no text may become.
+        unknown_id: the token that represents text that the vocabulary cannot encode, if there is one.
     """
 
     def __init__(self, backend: Any) -> None:
@@ -39,7 +39,7 @@ class Shield:
         self.unknown_id = unknown_id(backend)
         self.ids = frozenset(tokens) - {self.unknown_id}
         texts = {token.content for token in tokens.values()}
-        # looked for without consuming, so that tokens that overlap are all found
+        # a lookahead consumes nothing, so that overlapping tokens are all found
         spellings = "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
         self._spelling = re.compile(f"(?={spellings})") if texts else None
         self._starts = frozenset(text[:2] for text in texts)
@@ -48,22 +48,22 @@ class Shield:
         self._disguises = Disguises(backend, at_risk, neighbour) if at_risk else None
 
     def holds(self, text: str) -> bool:
-        """Whether a text spells an added token, letter for letter."""
-        # some tokenizers have a thousand added tokens, which begin in three or four ways
+        """Whether a text contains the exact spelling of an added token."""
+        # some tokenizers have a thousand added tokens, which share a few first characters
         if self._spelling is None or not any(start in text for start in self._starts):
             return False
         return self._spelling.search(text) is not None
 
     def mark(self, value: Any) -> Any:
-        """A text, or JSON of texts, with a mark inside every spelling.
+        """A text, or JSON of texts, with a mark inside every spelling of an added token.
 
         Raises:
-            RowRefused: the text holds the mark itself, or a spelling that marks do not break.
+            RowRefused: the text contains the mark, or a spelling that marks do not break up.
         """
         if isinstance(value, str):
             if MARK in value:
                 raise RowRefused(
-                    "holds U+FDD0, a code point that is not a character and that tunesmith marks text with",
+                    "contains the noncharacter U+FDD0, which tunesmith uses to mark text. Remove it",
                     code="mark-in-text",
                 )
             marked = self._mark_spellings(value)
@@ -75,14 +75,14 @@ class Shield:
         return value
 
     def _mark_spellings(self, text: str) -> str:
-        """The text with a mark behind the first character of every spelling."""
+        """The text with a mark after the first character of every spelling."""
         if self._spelling is None or not self.holds(text):
             return text
         places = [match.start() + 1 for match in self._spelling.finditer(text)]
         return MARK.join(text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True))
 
     def mark_message(self, message: Message) -> Message:
-        """The message marked; the very same object where it needed no mark."""
+        """The message with its texts marked; the same object if no mark was needed."""
         said = (message.content, message.reasoning_content, message.tool_calls, message.name, message.tool_call_id)
         marked = tuple(map(self.mark, said))
         if marked == said:
@@ -94,7 +94,7 @@ class Shield:
                        tool_call_id=call_id, context_spans=spans)  # fmt: skip
 
     def mark_conversation(self, conversation: Conversation) -> tuple[Conversation, bool]:
-        """The conversation marked, and whether anything in it needed a mark."""
+        """The conversation with its texts marked, and whether any mark was needed."""
         messages = tuple(self.mark_message(message) for message in conversation.messages)
         tools, documents = self.mark(conversation.tools), self.mark(conversation.documents)
         variables = self.mark(conversation.template_kwargs)
@@ -107,7 +107,7 @@ def _is_guarded(token: Any) -> bool:
 
 
 def without_added_tokens(backend: Any) -> Any:
-    """The same tokenizer, blind to its added tokens: every text is ordinary text to it."""
+    """A copy of the tokenizer without its added tokens: every text is ordinary text to it."""
     from tokenizers import Tokenizer
 
     settings = json.loads(backend.to_str())
@@ -116,7 +116,7 @@ def without_added_tokens(backend: Any) -> Any:
 
 
 def unmark_offsets(marked: str, offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Offsets into a text without its marks -> offsets into the marked text."""
+    """Convert offsets into the unmarked text to offsets into the marked text."""
     places = [place for place, char in enumerate(marked) if char != MARK]
     return [(places[a], places[b - 1] + 1) if b > a else (places[a] if a < len(places) else len(marked),) * 2
             for a, b in offsets]  # fmt: skip

@@ -18,7 +18,7 @@ _PROBE, _ASKED = "tunesmith-probe-reply", "tunesmith-probe-question"
 
 @dataclass(frozen=True, slots=True)
 class StopToken:
-    """What ends an assistant's turn: trained at the end of every reply, and where generation stops."""
+    """The token that ends an assistant turn: trained at the end of every reply; generation stops at it."""
 
     id: int
     text: str
@@ -26,7 +26,7 @@ class StopToken:
 
 @dataclass(frozen=True, slots=True)
 class Stops:
-    """Texts of the tokens that end a reply: in words, and in a tool call where the template ends those otherwise."""
+    """Texts of the stop tokens: after words, and after a tool call where the template ends those differently."""
 
     words: str
     call: str
@@ -40,11 +40,11 @@ class Stops:
 
 
 def find_stops(encoder: Encoder, renderer: Renderer | None) -> tuple[StopToken, StopToken]:
-    """What ends words, and what ends a tool call.
+    """The stop token after words, and the one after a tool call.
 
     Raises:
-        ModelError: no EOS where one is needed, or a template whose replies end without a token that generation could
-            stop at.
+        ModelError: the tokenizer lacks a required EOS, or the template ends replies without a token that generation
+            could stop at.
     """
     if renderer is None:
         eos = _eos_of(encoder)
@@ -57,18 +57,18 @@ def find_stops(encoder: Encoder, renderer: Renderer | None) -> tuple[StopToken, 
 def _eos_of(encoder: Encoder) -> StopToken:
     if encoder.eos_id is None:
         raise ModelError(
-            "data.chat_template none ends each completion with EOS, but the tokenizer has no eos_token. "
-            "Use a chat template, or a tokenizer with one.",
+            "data.chat_template none ends each completion with EOS, but the tokenizer has no eos_token. Use a chat "
+            "template, or a tokenizer with one.",
             code="no-eos-token",
         )
     return StopToken(encoder.eos_id, encoder.tokenizer.eos_token)
 
 
 def _find_stop(encoder: Encoder, renderer: Renderer) -> int:
-    """The last added token after a reply that is also there when the user speaks next; EOS where there is none.
+    """The last added token after a reply that is also there when a user turn follows; EOS if there is none.
 
-    Some templates write more at the very end of a chat (EOS behind <|im_end|>), some less (Apertus closes a turn
-    when the next one begins).
+    Some templates write more at the end of a chat (EOS after <|im_end|>), some less (Apertus closes a turn when the
+    next one begins).
     """
     tail = _tail_of_reply(renderer)
     between, head = _between_turns(encoder, renderer)
@@ -76,23 +76,23 @@ def _find_stop(encoder: Encoder, renderer: Renderer) -> int:
     if found:
         both = [token for token in found if token in between]
         return (both or found)[-1]
-    while between and head and between[-1] == head[-1]:  # the next turn's own beginning
+    while between and head and between[-1] == head[-1]:  # the beginning of the next turn
         between, head = between[:-1], head[:-1]
     if between:
         return between[-1]
-    ends_in_nothing = not tail.strip() and _asks(renderer)  # GLM's; its samples get EOS there
+    ends_in_nothing = not tail.strip() and _asks(renderer)  # GLM; its samples get EOS there
     if ends_in_nothing and encoder.eos_id is not None and encoder.eos_id in encoder.added_ids:
         return encoder.eos_id
     raise ModelError(
-        f"the chat template ({renderer.template.source}) ends a reply with {tail!r}, which holds no special token of "
-        "this tokenizer, so generation could never stop there. Use a template that ends replies with eos_token "
+        f"the chat template ({renderer.template.source}) ends a reply with {tail!r}, which contains no special token "
+        "of this tokenizer, so generation could never stop there. Use a template that ends replies with eos_token "
         "(--data.chat_template alpaca does).",
         code="no-stop-token",
     )
 
 
 def _asks(renderer: Renderer) -> bool:
-    """Whether the template knows a generation prompt, so that a model can be asked at all."""
+    """Whether the template writes a generation prompt, so that a model can be prompted at all."""
     question = [Message("user", "Hi")]
     try:
         return renderer.render(question) != renderer.render(question, add_generation_prompt=True)
@@ -105,24 +105,26 @@ def _tail_of_reply(renderer: Renderer) -> str:
     try:
         try:
             text = renderer.render(said)
-        except TemplateRefused:  # some templates are for chats with tools only
+        except TemplateRefused:  # some templates only render chats with tools
             text = renderer.render(said, [PROBE_TOOL])
     except TemplateRefused as refusal:
         raise ModelError(
-            f"the chat template ({renderer.template.source}) cannot render a question and its answer: {refusal}",
+            f"the chat template ({renderer.template.source}) cannot render a question and its answer: {refusal}. "
+            "Choose another one with --data.chat_template.",
             code="template-rejects",
         ) from None
     _, found, tail = text.rpartition(_PROBE)
     if not found:
         raise ModelError(
-            f"the chat template ({renderer.template.source}) does not write what a reply says. Name another one.",
+            f"the chat template ({renderer.template.source}) does not write the text of a reply. Choose another one "
+            "with --data.chat_template.",
             code="template-drops-replies",
         )
     return tail
 
 
 def _between_turns(encoder: Encoder, renderer: Renderer) -> tuple[list[int], list[int]]:
-    """Added tokens between a reply and the next question, and those in front of the first question."""
+    """Added tokens between a reply and the next user turn, and those before the first user turn."""
     said = [Message("user", _ASKED), Message("assistant", _PROBE), Message("user", _ASKED)]
     try:
         text = renderer.render(said)
@@ -134,7 +136,7 @@ def _between_turns(encoder: Encoder, renderer: Renderer) -> tuple[list[int], lis
 
 
 def _find_call_stop(encoder: Encoder, renderer: Renderer, stop: int) -> int:
-    """What ends a tool call, where that is not what ends words (gpt-oss writes <|call|>)."""
+    """The token that ends a tool call, where it differs from the one that ends words (gpt-oss writes <|call|>)."""
     if not renderer.habits.writes_calls:
         return stop
     try:

@@ -1,4 +1,4 @@
-"""Find the parts of a reply that are context: untrained thoughts, and what the row leaves out."""
+"""Find the untrained parts of a reply: reasoning under data.train_reasoning false, and spans excluded by the row."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _END_THINK = "</think>"
 
 
 def has_thoughts(text: str) -> bool:
-    """Whether a text has the tags of any family of reasoning models."""
+    """Whether a text has the reasoning tags of any known model family."""
     return _TAG.search(text.replace(MARK, "")) is not None
 
 
@@ -37,7 +37,7 @@ def find_context(
         start: where the reply begins.
 
     Raises:
-        RowRefused: it cannot be told which characters these are.
+        RowRefused: these characters cannot be determined.
     """
     spans = list(_spans_of_content(message, own, turn))
     if spans and spans[0][0] == own[0].start:
@@ -48,7 +48,7 @@ def find_context(
 
 
 def _said_from(message: Message, own: Sequence[Place], text: str, start: int, habits: Habits, turn: int) -> int:
-    """The character where a reply begins behind its thoughts."""
+    """The character where the reply continues after its reasoning."""
     thoughts = [place for place in own if place.part.kind == "reasoning"]
     words = [place for place in own if place.part.kind != "reasoning"]
     if thoughts:
@@ -57,7 +57,8 @@ def _said_from(message: Message, own: Sequence[Place], text: str, start: int, ha
             closing = text[end : text.index(_END_THINK, end) + len(_END_THINK)]
         if closing is None or not text.startswith(closing, end) or any(p.start < end for p in words):
             raise RowRefused(
-                f"turn {turn} (assistant): it cannot be told where its thoughts end (data.train_reasoning false)",
+                f"turn {turn} (assistant): the end of its reasoning cannot be found, as data.train_reasoning false "
+                "requires",
                 code="thoughts-end-unknown",
             )
         content = next((place for place in words if place.part.kind == "content"), None)
@@ -68,7 +69,7 @@ def _said_from(message: Message, own: Sequence[Place], text: str, start: int, ha
     if in_text is not None:
         return in_text
     first = words[0].start if words else len(text)
-    for closing in (habits.closing or "", _END_THINK):  # an empty block of thoughts that the template wrote
+    for closing in (habits.closing or "", _END_THINK):  # an empty reasoning block written by the template
         at = text.rfind(closing.strip(), start, first) if closing.strip() else -1
         if at >= 0:
             end = at + len(closing.strip())
@@ -77,10 +78,10 @@ def _said_from(message: Message, own: Sequence[Place], text: str, start: int, ha
 
 
 def _thoughts_in(text: str, content: Place, turn: int) -> int | None:
-    """Where the thoughts end that a turn's own text begins with, for templates that have no place for them.
+    """Where the reasoning at the start of the turn's own text ends, for templates without a separate field for it.
 
     Raises:
-        RowRefused: there are tags of thoughts in it elsewhere.
+        RowRefused: there are reasoning tags elsewhere in the text.
     """
     said = text[content.start : content.end].replace(MARK, "")
     if not _TAG.search(said):
@@ -91,14 +92,15 @@ def _thoughts_in(text: str, content: Place, turn: int) -> int | None:
         at = block.end()
     if _TAG.search(said, at):
         raise RowRefused(
-            f"turn {turn} (assistant): it cannot be told which of its words are thoughts (data.train_reasoning false)",
+            f"turn {turn} (assistant): its reasoning cannot be told from its answer, as data.train_reasoning false "
+            "requires",
             code="thoughts-not-told-apart",
         )
     return places[at] if at < len(places) else content.end
 
 
 def _blanks(text: str, at: int, words: Sequence[Place]) -> int:
-    """White space between the end of the thoughts and the first word."""
+    """White space between the end of the reasoning and the first word."""
     end = min((place.start for place in words if place.start >= at), default=at)
     return len(text[at:end]) - len(text[at:end].lstrip())
 
@@ -111,8 +113,7 @@ def _spans_of_content(message: Message, own: Sequence[Place], turn: int) -> Iter
     said = message.content.strip()
     if place is None or place.end - place.start != len(said):
         raise RowRefused(
-            f"turn {turn} (assistant): the template rewrites its content, so that the part of it that is not trained "
-            "cannot be found",
+            f"turn {turn} (assistant): the template rewrites its content, so that its untrained part cannot be found",
             code="context-not-found",
         )
     lead = len(message.content) - len(message.content.lstrip())

@@ -1,8 +1,7 @@
-"""Per-document attention for stock transformers models: each document of a pack attends to itself alone.
+"""Per-document attention for stock transformers models: each document of a pack attends only to itself.
 
-Registered under a name of our own in transformers' AttentionInterface only, so that no mask is ever built: neither
-transformers nor we make a [tokens, tokens] matrix of a pack. The documents' lengths reach this function as the
-keyword `documents` of model.forward.
+Registered only in transformers' AttentionInterface, not as a mask function, so that no [tokens, tokens] mask of a pack
+is ever built. The lengths of the documents reach this function as the keyword `documents` of model.forward.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from transformers import AttentionInterface
 from tunesmith.data.pack import Documents
 
 PACKED_ATTENTION = "tunesmith_packed"
-_QUERY_BLOCK = 1024  # queries of one block where scores are computed by hand
+_QUERY_BLOCK = 1024  # queries per block where scores are computed explicitly
 
 
 def packed_attention(
@@ -40,8 +39,8 @@ def packed_attention(
 
     Args:
         query: [1, heads, tokens, head_dim]; key, value: [1, kv_heads, tokens, head_dim].
-        attention_mask: always None, because the name has no mask function.
-        sliding_window: a token sees this many tokens, itself included.
+        attention_mask: always None, since no mask function is registered.
+        sliding_window: number of tokens that a token sees, itself included.
         softcap: scores are capped to softcap * tanh(scores / softcap) (Gemma 2).
         s_aux: [heads], the logit of an attention sink per head (gpt-oss).
 
@@ -70,7 +69,7 @@ def packed_attention(
 
 
 def _band(start: int, stop: int, first_key: int, window: int | None, device: torch.device) -> Tensor:
-    """[stop - start, stop - first_key] bool: which keys from first_key on the queries start..stop see."""
+    """[stop - start, stop - first_key] bool: which keys from first_key on are visible to queries start..stop."""
     queries = torch.arange(start, stop, device=device)[:, None]
     keys = torch.arange(first_key, stop, device=device)[None]
     seen = keys <= queries
@@ -78,7 +77,7 @@ def _band(start: int, stop: int, first_key: int, window: int | None, device: tor
 
 
 def _attend_in_window(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, window: int) -> Tensor:
-    """Blocks of `window` queries against the at most 2 * window keys that they can see."""
+    """Attention of blocks of `window` queries to the at most 2 * window keys that they can see."""
     outputs = []
     for start in range(0, q.shape[2], window):
         stop = min(start + window, q.shape[2])
@@ -108,7 +107,7 @@ def _attend_by_hand(
     softcap: float | None,
     s_aux: Tensor | None,
 ) -> Tensor:
-    """Softmax attention in blocks of queries, for what torch's kernel does not know (softcap, sinks)."""
+    """Softmax attention in blocks of queries, for features that torch's kernel lacks (softcap, sinks)."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     outputs = []
@@ -130,5 +129,5 @@ def _attend_by_hand(
 
 
 def register_packed_attention() -> None:
-    """Make the name known to transformers; harmless when repeated."""
+    """Register the attention with transformers; may be called repeatedly."""
     AttentionInterface.register(PACKED_ATTENTION, torch.compiler.disable(packed_attention))

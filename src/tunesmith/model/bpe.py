@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer on texts (after Sennrich and others, 2016)."""
+"""Train a byte-level BPE tokenizer on texts (Sennrich et al. 2016)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE (Sennrich et al. 2016) with ChatML control tokens and template; any text round-trips."""
+    """A byte-level BPE tokenizer with ChatML control tokens and template; every text round-trips."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     core = Tokenizer(models.BPE())
-    # each digit by itself, so that a number is read and written as it is spelled
+    # one token per digit, so that numbers are encoded as they are spelled
     digits = pre_tokenizers.Split(Regex(r" ?\p{N}"), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])

@@ -1,4 +1,4 @@
-"""Where a model computes."""
+"""Choose the device that a model runs on."""
 
 from __future__ import annotations
 

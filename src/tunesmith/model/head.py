@@ -1,4 +1,4 @@
-"""The head of a language model: hidden states to logits, and how to apply it at supervised positions only."""
+"""The head of a language model: hidden states to logits, at supervised positions only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tunesmith.model.probe import in_fp32
 
 
 def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """[targets, hidden] -> [targets, vocab], with what the model's forward does to its logits."""
+    """[targets, hidden] -> [targets, vocab], including what the model's forward does to its logits."""
     config = model.config.get_text_config()
     logits: Tensor = model.get_output_embeddings()(hidden)
     scale = getattr(config, "logit_scale", None)  # Cohere
@@ -30,13 +30,14 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 def choose_head_path(model: PreTrainedModel, is_packed: bool) -> str:
-    """ "decoder" where decoder and head_logits give the model's own logits, else the cheapest way through its forward.
+    """How to compute logits: "decoder" where decoder and head_logits give the model's own logits, else the cheapest
+    option through its forward.
 
-    Compared on a document of eight tokens: a model may scale, cap or bias its logits in ways unknown to us.
+    Compared on a document of eight tokens: a model may scale, cap or bias its logits in ways that we do not know.
 
     Args:
         model: from probe_model.
-        is_packed: whether its attention takes documents.
+        is_packed: whether its attention takes `documents`.
     """
     device = next(model.parameters()).device
     vocab = model.config.get_text_config().vocab_size
@@ -50,6 +51,6 @@ def choose_head_path(model: PreTrainedModel, is_packed: bool) -> str:
             ours = head_logits(model, model.get_decoder()(**inputs).last_hidden_state[0])
             if ours.shape == reference.shape and torch.allclose(ours, reference, rtol=1e-4, atol=1e-5):
                 return "decoder"
-        except (AttributeError, TypeError):  # no decoder of the usual shape
+        except (AttributeError, TypeError):  # no decoder with the usual interface
             pass
     return "logits_to_keep" if "logits_to_keep" in inspect.signature(type(model).forward).parameters else "logits"

@@ -1,7 +1,7 @@
-"""Proof at start that documents of a pack do not see each other, on the model at hand.
+"""Test at start that documents of a pack do not see each other in this model.
 
-Attention is ours, but a model may mix documents elsewhere: convolutions and state-space layers run across the border,
-and rope that looks at the longest position of a pack (longrope, dynamic NTK) changes for all documents in it.
+The attention is ours, but a model may mix documents elsewhere: convolutions and state-space layers run across document
+borders, and rope that depends on the longest position of a pack (longrope, dynamic NTK) changes for all its documents.
 """
 
 from __future__ import annotations
@@ -16,32 +16,20 @@ from transformers import PreTrainedModel
 from tunesmith.data.pack import Documents
 from tunesmith.errors import ModelError
 from tunesmith.model.attention import PACKED_ATTENTION, register_packed_attention
-from tunesmith.model.probe import in_fp32, probe_model
+from tunesmith.model.probe import in_fp32
 
 _SHORT_DOCS = [7, 33, 5, 20]
-# Allowed difference relative to the channel's largest value. Measured in fp32 even where training will not be: rounding
-# there is near 1e-6, and a leak that hides in bf16's rounding would be trained all the same.
+# Allowed difference relative to the channel's largest value. Measured in fp32 even where training uses less: rounding
+# errors are near 1e-6 there, while in bf16 they could hide a leak.
 _TOLERANCE = 5e-5
 
 
 @dataclass(frozen=True, slots=True)
 class Isolation:
-    """Whether packs are safe, and in words what was seen."""
+    """Whether packs are safe, and a description of the measurement."""
 
     is_isolated: bool
     report: str
-
-
-def set_up_attention(model: PreTrainedModel, max_seq_len: int, micro_batch_tokens: int) -> Isolation:
-    """Probe packed attention and switch the model to it where that is safe.
-
-    Raises:
-        ModelError: the model is not causal.
-    """
-    isolation = probe_isolation(probe_model(model), max_seq_len, micro_batch_tokens)
-    if isolation.is_isolated:
-        use_packed_attention(model)
-    return isolation
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
@@ -50,13 +38,13 @@ def use_packed_attention(model: PreTrainedModel) -> None:
 
 
 def probe_isolation(model: PreTrainedModel, max_seq_len: int, micro_batch_tokens: int) -> Isolation:
-    """Compare packed attention with the model's own attention on single documents; the model stays as it was.
+    """Compare packed attention with the model's own attention on single documents; the model is left unchanged.
 
     Args:
         model: from probe_model.
 
     Raises:
-        ModelError: a token's hidden state depends on later tokens, so next-token training would teach nothing.
+        ModelError: a token's hidden state depends on later tokens, so next-token training is useless.
     """
     own = model.config._attn_implementation
     doc_lens = choose_doc_lens(model.config.get_text_config(), max_seq_len, micro_batch_tokens)
@@ -72,14 +60,14 @@ def probe_isolation(model: PreTrainedModel, max_seq_len: int, micro_batch_tokens
             difference = measure_difference(model, own, doc_lens)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a model may fail in any way with an attention that it does not know
-            return Isolation(False, f"one document a forward: packing fails on this model ({_first_line(error)})")
+        except Exception as error:  # models may fail in any way with an unknown attention function
+            return Isolation(False, f"one document per forward: packing fails on this model ({_first_line(error)})")
         finally:
             model.set_attn_implementation(own)
     seen = f"packed and solo differ by {difference:.1e} (documents of {', '.join(map(str, doc_lens))} tokens)"
     if difference <= _TOLERANCE:
         return Isolation(True, f"packed: {seen}")
-    return Isolation(False, f"one document a forward: {seen}, so this model mixes packed documents")
+    return Isolation(False, f"one document per forward: {seen}, so this model mixes packed documents")
 
 
 def _first_line(error: Exception) -> str:
@@ -89,7 +77,7 @@ def _first_line(error: Exception) -> str:
 def choose_doc_lens(config: Any, max_seq_len: int, micro_batch_tokens: int) -> list[int]:
     """Short documents, one longer than the sliding window, and one longer than the original context.
 
-    Each long one only where a training pack could hold it too, beside at least one short one.
+    A long document is included only if a training pack could hold it along with a short one.
     """
     lens = [n for n in _SHORT_DOCS if n <= max_seq_len]
     rope = getattr(config, "rope_parameters", None) or {}
@@ -113,19 +101,19 @@ def _random_docs(model: PreTrainedModel, lens: list[int]) -> list[Tensor]:
 
 
 def hidden_states(model: PreTrainedModel, **inputs: Any) -> Tensor:
-    """Final hidden states [1, tokens, hidden]; equal ones give equal logits, and a vocabulary's width is spared."""
+    """Final hidden states [1, tokens, hidden]; equal ones give equal logits, without computing the whole vocabulary."""
     hidden: Tensor = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
     return hidden
 
 
 def sees_later_tokens(model: PreTrainedModel) -> bool:
-    """Whether changing the last token moves what the model computed before it."""
+    """Whether changing the last token changes the hidden states before it."""
     (one,) = _random_docs(model, [12])
     two = one.clone()
     two[0, -1] = (two[0, -1] + 1) % model.config.get_text_config().vocab_size
     try:
         first, second = (hidden_states(model, input_ids=ids)[0, :-1] for ids in (one, two))
-    except (AttributeError, TypeError):  # no decoder of the usual shape: ask for logits instead
+    except (AttributeError, TypeError):  # no decoder with the usual interface: compare logits instead
         first, second = (model(input_ids=ids).logits[0, :-1] for ids in (one, two))
     return _relative_difference(first, second) > _TOLERANCE
 
@@ -142,6 +130,6 @@ def measure_difference(model: PreTrainedModel, own: str, doc_lens: list[int]) ->
 
 
 def _relative_difference(one: Tensor, two: Tensor) -> float:
-    """[tokens, channels] each; a channel with large values must not hide what happens in the others."""
+    """Of [tokens, channels] tensors, per channel: large values of one channel must not hide differences in others."""
     scale = one.abs().amax(0).clamp_min(1e-30)
     return float(((one - two).abs().amax(0) / scale).max())

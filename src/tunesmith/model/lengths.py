@@ -1,4 +1,4 @@
-"""How long a sample and a forward may be, for a model and a config; the same for train, preview and check."""
+"""Choose the length limits of samples and forwards; the same for train, preview and check."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ MIN_MICRO_BATCH_TOKENS = 2048
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Attributes:
-    max_seq_len: tokens of the longest sample.
-    capacity: tokens of one packed forward.
-    remark: where max_seq_len comes from, if that is worth telling.
+    """Limits for a model and a config.
+
+    Attributes:
+        max_seq_len: tokens of the longest sample.
+        capacity: tokens of one packed forward.
+        remark: the reason for max_seq_len, if it is not the configured value.
     """
 
     max_seq_len: int
@@ -30,22 +32,22 @@ def choose_lengths(
 ) -> Lengths:
     """Lengths for data.max_seq_len and train.micro_batch_tokens.
 
-    A forward smaller than the default max_seq_len lowers it; config/schema.py refuses one smaller than a max_seq_len
-    that was asked for.
+    train.micro_batch_tokens lowers the default max_seq_len; config/schema.py refuses it below a max_seq_len that is set
+    explicitly.
     """
     chosen, remark = choose_max_seq_len(model_config, max_seq_len)
     if micro_batch_tokens is None:
         return Lengths(chosen, max(chosen, MIN_MICRO_BATCH_TOKENS), remark)
     if max_seq_len is None and micro_batch_tokens < chosen:
-        return Lengths(micro_batch_tokens, micro_batch_tokens, "that of train.micro_batch_tokens")
+        return Lengths(micro_batch_tokens, micro_batch_tokens, "from train.micro_batch_tokens")
     return Lengths(chosen, micro_batch_tokens, remark)
 
 
 def choose_max_seq_len(config: PretrainedConfig, wanted: int | None) -> tuple[int, str]:
-    """max_seq_len, and a remark where the model was made for less.
+    """max_seq_len, and a remark if it exceeds the context of the model.
 
     Raises:
-        ModelError: the model has one learnt vector for each position, and none that far out.
+        ModelError: the model has learned position embeddings, and not enough of them.
     """
     text_config = config.get_text_config()
     context = getattr(text_config, "max_position_embeddings", None)

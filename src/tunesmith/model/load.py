@@ -20,14 +20,14 @@ from tunesmith.errors import ModelError
 from tunesmith.model.presets import build_preset_config, explain_overrides
 from tunesmith.model.source import ModelSource, explain_load_error, find_model
 
-_LOADING = threading.Lock()  # from_pretrained patches torch while it loads; two at once leave the patch behind
+_LOADING = threading.Lock()  # from_pretrained patches torch while it loads; two concurrent calls would leave it patched
 
 
 def load_config(section: ModelSection, tokenizer: Any, source: ModelSource | None = None) -> PretrainedConfig:
-    """The transformers config: cheap, so that its errors come before any data is read.
+    """The transformers config; cheap to load, so that its errors are raised before any data is read.
 
     Args:
-        source: what find_model made of section.path, where that was asked before.
+        source: result of find_model(section.path), if already known.
     """
     source = source or find_model(section.path)
     if source.kind == "preset":
@@ -43,10 +43,10 @@ def load_config(section: ModelSection, tokenizer: Any, source: ModelSource | Non
 
 
 def _refuse_odd_dropout(name: str, config: PretrainedConfig) -> None:
-    """transformers takes any number here and fails in the first forward, some architectures in the first training one.
+    """Refuse an invalid dropout, which transformers accepts and fails on in the first forward or training step.
 
     Raises:
-        ModelError: a dropout of the config is no probability.
+        ModelError: a dropout of the config is not a probability.
     """
     for key, value in config.get_text_config().to_dict().items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -64,13 +64,13 @@ def load_model(
     quantization: Any = None,
     source: ModelSource | None = None,
 ) -> nn.Module:
-    """Weights on the CPU in `dtype`; those of an adapter are its base's, with the adapter merged into them.
+    """Load weights on the CPU in `dtype`; for an adapter, those of its base with the adapter merged.
 
     Args:
-        config: from load_config; copied, because the attention implementation is written into it.
-        seed: decides the weights of a new:PRESET model.
-        quantization: transformers' config for 4 or 8 bits.
-        source: what find_model made of section.path, where that was asked before.
+        config: from load_config; copied, because the attention implementation is written to it.
+        seed: for the random weights of a new:PRESET model.
+        quantization: transformers' quantization config for 4 or 8 bits.
+        source: result of find_model(section.path), if already known.
     """
     source = source or find_model(section.path)
     logging.disable_progress_bar()
@@ -79,13 +79,13 @@ def load_model(
         try:
             new: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
             return new
-        except Exception as error:  # most of all a model that is larger than the memory
+        except Exception as error:  # most often, the model is larger than the memory
             raise explain_overrides(source.name, section.config, error) from None
     folder = (
         Path(source.name) if source.kind == "local" else hub_folder(source.name, source.revision or section.revision)
     )
     if folder is not None:
-        weight_files(folder)  # a damaged index, which transformers would fail on without naming it
+        weight_files(folder)  # raises an error that names a damaged index, unlike transformers
     try:
         with _LOADING:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -95,7 +95,7 @@ def load_model(
                 revision=source.revision or section.revision,
                 trust_remote_code=section.trust_remote_code,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told below by name; transformers' own error names none
+                ignore_mismatched_sizes=True,  # reported below by name, unlike transformers' error
                 **({"quantization_config": quantization} if quantization is not None else {}),
             )
     except Exception as error:
@@ -114,14 +114,16 @@ def load_model(
 
 
 def require_all_weights(path: str, report: Any) -> None:
-    """Raises:
-    ModelError: transformers' loading report names tensors that are missing or have other shapes.
+    """Check that all weights were loaded.
+
+    Raises:
+        ModelError: transformers' loading report lists tensors that are missing or have other shapes.
     """
     if report["mismatched_keys"]:
         key, found, wanted = min(report["mismatched_keys"])
         raise ModelError(
-            f"{path}: {len(report['mismatched_keys'])} tensors have shapes that differ from config.json: "
-            f"{key} is {list(found)}, expected {list(wanted)}. The config.json belongs to another model.",
+            f"{path}: {len(report['mismatched_keys'])} tensors have shapes that differ from config.json: {key} is "
+            f"{list(found)}, expected {list(wanted)}. The config.json belongs to another model.",
             code="wrong-shapes",
         )
     missing = sorted(report["missing_keys"])
@@ -135,10 +137,10 @@ def require_all_weights(path: str, report: Any) -> None:
 
 
 def require_token_ids(path: str, generation_config: Any) -> None:
-    """transformers takes whatever generation_config.json says, and fails once a reply is to end.
+    """Check the token ids in generation_config.json, which transformers does not until a reply ends.
 
     Raises:
-        ModelError: one of its ids is no number of a token.
+        ModelError: one of them is not a token id.
     """
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(generation_config, name, None)
@@ -151,16 +153,14 @@ def require_token_ids(path: str, generation_config: Any) -> None:
             )
 
 
-_ON_CHANGED = (
-    "To train on this one all the same, merge first: tunesmith merge ADAPTER --allow-changed-base --output MERGED."
-)
+_ON_CHANGED = "To use this base anyway, merge first: tunesmith merge ADAPTER --allow-changed-base --output MERGED."
 
 
 def require_own_base(source: ModelSource, is_allowed: bool, advice: str) -> str:
-    """Refuse an adapter whose base, loaded just now, is not the one that it was trained on; a remark for the person.
+    """Check that an adapter's base is the one that it was trained on; returns a remark to print.
 
     Raises:
-        ModelError: it is another base.
+        ModelError: it is a different base.
     """
     assert source.adapter is not None
     folder = Path(source.name) if source.kind == "local" else hub_folder(source.name, source.revision)
@@ -169,7 +169,7 @@ def require_own_base(source: ModelSource, is_allowed: bool, advice: str) -> str:
 
 @torch.no_grad()
 def extend_vocabulary(model: Any, tokenizer: Any, tokens: list[str]) -> list[int]:
-    """Rows for added tokens, each the mean of all rows before; the tokens' ids."""
+    """Add embedding rows for added tokens, each the mean of all earlier rows; returns the tokens' ids."""
     if not tokens:
         return []
     ids = tokenizer.convert_tokens_to_ids(tokens)
@@ -184,7 +184,7 @@ def extend_vocabulary(model: Any, tokenizer: Any, tokens: list[str]) -> list[int
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
-    """Every token id must have a row in the embedding."""
+    """Check that every token id has a row in the embedding."""
     rows = model.get_input_embeddings().num_embeddings
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
@@ -196,7 +196,7 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """All and trainable parameters; tied ones count once, those packed into 4 bits as what they stand for."""
+    """Numbers of all and of trainable parameters; tied weights count once, 4-bit weights by their unpacked size."""
     sizes = [(_numel(p), p.requires_grad) for p in model.parameters()]
     return sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
 

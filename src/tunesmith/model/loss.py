@@ -1,6 +1,6 @@
-"""The supervised loss: a sum over trained positions, the head applied to those positions alone, in chunks.
+"""The supervised loss: a sum over trained positions; the head is applied only there, in chunks.
 
-A batch names its targets and the positions whose outputs predict them (data/pack.py), so nothing is shifted here.
+A batch has its targets and the positions whose outputs predict them (data/pack.py), so nothing is shifted here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from tunesmith.data.pack import Batch, Documents
 from tunesmith.model.head import head_logits
 
-_CHUNK_BYTES = 256 * 2**20  # fp32 logits that may exist at once
+_CHUNK_BYTES = 256 * 2**20  # of fp32 logits in memory at once
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,10 +27,10 @@ class LossSums:
     """Sums of one forward.
 
     Attributes:
-        loss: scalar, cross-entropy summed over targets, with gradient.
-        router_loss: scalar, the load balancing loss of a mixture of experts, with gradient; None for other models.
-        num_correct: targets that were the most likely token; only counted without gradient.
-        expert_counts: [experts], how often each was chosen, over all tokens and layers; None for other models.
+        loss: scalar, cross-entropy summed over targets; differentiable.
+        router_loss: scalar, the load balancing loss of a mixture of experts; differentiable. None for other models.
+        num_correct: targets that were the most likely token; counted only without gradient.
+        expert_counts: [experts], how often each was chosen over all tokens and layers; None for other models.
     """
 
     loss: Tensor
@@ -40,19 +40,19 @@ class LossSums:
 
 
 class SupervisedLM(nn.Module):
-    """Decoder, head at trained positions, loss sum: one module, so that data parallel wrappers see one forward.
+    """Decoder, head at trained positions, and loss sum as one module, so that data-parallel wrappers see one forward.
 
     Args:
         model: a transformers causal LM.
-        is_packed: whether its attention is ours and takes the layout; else a batch has one document.
+        is_packed: whether the model uses our attention and takes the layout; otherwise a batch has one document.
         head_path: from choose_head_path.
-        adapter: peft's PeftModel around the model, where only an adapter is trained.
+        adapter: peft's PeftModel around the model, if only an adapter is trained.
     """
 
     def __init__(self, model: PreTrainedModel, is_packed: bool, head_path: str, adapter: Any = None) -> None:
         super().__init__()
         self.model = model
-        self._adapter = (adapter,)  # in a tuple: as a submodule it would register every weight a second time
+        self._adapter = (adapter,)  # in a tuple: as a submodule, it would register every weight twice
         self.is_packed = is_packed
         self.router = find_router(model)
         self.head_path = head_path
@@ -64,8 +64,8 @@ class SupervisedLM(nn.Module):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, targets: Tensor, target_at: Tensor, layout: Documents
     ) -> LossSums:
-        """Loss sums of a batch; its arrays as tensors."""
-        # alone, a document gets the positions that the model gives it itself (RoBERTa's begin at 2)
+        """Loss sums of a batch, given as tensors (see `to_tensors`)."""
+        # a single document gets the model's own positions (RoBERTa's start at 2)
         extra = {"position_ids": position_ids, "documents": layout} if self.is_packed else {}
         inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False, **extra}
         if self.router:
@@ -83,7 +83,7 @@ class SupervisedLM(nn.Module):
         return LossSums(loss, router_loss, None if torch.is_grad_enabled() else num_correct, expert_counts)
 
     def _model_logits(self, inputs: dict[str, Any], at: Tensor) -> tuple[Any, Tensor]:
-        """The model's output, and its own [targets, vocab] logits."""
+        """The model's output, and its [targets, vocab] logits."""
         if self.head_path == "logits_to_keep":
             output = self.model(**inputs, logits_to_keep=at)
             return output, output.logits[0]
@@ -91,7 +91,7 @@ class SupervisedLM(nn.Module):
         return output, output.logits[0, at]
 
     def _chunked_loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss sum and correct count without ever holding all logits; chunks are recomputed in the backward."""
+        """Loss sum and number of correct targets without holding all logits; chunks are recomputed in the backward."""
 
         def chunk_loss(hidden_chunk: Tensor, target_chunk: Tensor) -> tuple[Tensor, Tensor]:
             return token_loss_sum(head_logits(self.model, hidden_chunk), target_chunk)
@@ -109,7 +109,7 @@ class SupervisedLM(nn.Module):
 
 
 def token_loss_sum(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy of [n, vocab] logits against [n] targets, and how many argmaxes were right."""
+    """Summed cross-entropy of [n, vocab] logits and [n] targets, and the number of correct argmaxes."""
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     with torch.no_grad():
@@ -119,7 +119,7 @@ def token_loss_sum(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """A mixture of experts' load balancing loss, by the model's own function (Fedus et al. 2022)."""
+    """Load balancing loss of a mixture of experts, computed by the model's own function (Fedus et al. 2022)."""
 
     function: Any
     coefficient: float
@@ -127,20 +127,20 @@ class Router:
     top_k: int
 
     def loss(self, router_logits: Any) -> Tensor:
-        """coefficient * the mean over layers, of one forward."""
+        """coefficient * loss averaged over layers, for one forward."""
         value: Tensor = self.function(router_logits, self.num_experts, self.top_k)
         return self.coefficient * value
 
     @torch.no_grad()
     def count_choices(self, router_logits: Any) -> Tensor:
-        """[experts], over all tokens and layers of one forward."""
+        """[experts] counts over all tokens and layers of one forward."""
         chosen = torch.cat([layer.topk(self.top_k, -1).indices.reshape(-1) for layer in router_logits])
         counts = torch.zeros(self.num_experts, dtype=torch.int64, device=chosen.device)
-        return counts.scatter_add_(0, chosen, torch.ones_like(chosen))  # bincount would wait for the device
+        return counts.scatter_add_(0, chosen, torch.ones_like(chosen))  # bincount would synchronize with the device
 
 
 def find_router(model: PreTrainedModel) -> Router | None:
-    """The router loss that belongs to this architecture, or None."""
+    """The router loss of this architecture; None if it has none."""
     config = model.config.get_text_config()
     function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
     coefficient = getattr(config, "router_aux_loss_coef", None)
@@ -154,10 +154,10 @@ Objective = Callable[[nn.Module, Batch], LossSums]
 
 
 def supervised_loss(lm: nn.Module, batch: Batch) -> LossSums:
-    """The objective of supervised fine-tuning and of pre-training; another objective is another such function.
+    """Objective of supervised fine-tuning and pre-training; other objectives are functions of the same signature.
 
     Args:
-        lm: a SupervisedLM, or a data parallel wrapper around one.
+        lm: a SupervisedLM, or a data-parallel wrapper around one.
     """
     sums: LossSums = lm(**to_tensors(batch, next(lm.parameters()).device))
     return sums

@@ -1,7 +1,7 @@
 """Presets of new:PRESET models: transformers configs with random weights, which other tools can open.
 
-Weights are drawn as transformers does for the architecture: normal with std initializer_range (0.02), norms at 1,
-biases at 0, from train.seed.
+Weights are initialized as in transformers: normal with std initializer_range (0.02), norms 1, biases 0, seeded with
+train.seed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MINIMIND: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     "tie_word_embeddings": True,
 }
-# Parameter counts are with MiniMind's vocabulary of 6,400.
+# Parameter counts assume MiniMind's vocabulary of 6,400 tokens.
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {  # about 1M
         "model_type": "qwen3",
@@ -91,10 +91,10 @@ def build_preset_config(name: str, overrides: dict[str, Any], tokenizer: Any) ->
     """The config of new:NAME for this tokenizer.
 
     Args:
-        overrides: model.config.*, any field of the transformers config.
+        overrides: model.config.*, any fields of the transformers config.
 
     Raises:
-        ModelError: no such preset or field, or no model can be built with it.
+        ModelError: unknown preset or field, or no model can be built with these values.
     """
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=1)
@@ -118,7 +118,7 @@ def build_preset_config(name: str, overrides: dict[str, Any], tokenizer: Any) ->
     if isinstance(wanted, int) and wanted < num_ids:
         raise ModelError(
             f"model.config.vocab_size {wanted}: the tokenizer has ids up to {num_ids - 1}; the minimum is {num_ids}. "
-            "Remove the key or use a smaller tokenizer.",
+            "Remove the key, or use a smaller tokenizer.",
             code="vocab-too-small",
         )
     special = {
@@ -131,18 +131,18 @@ def build_preset_config(name: str, overrides: dict[str, Any], tokenizer: Any) ->
         config = AutoConfig.for_model(model_type, **{**values, **special, **overrides})
         if overrides:
             _try_shapes(config)
-    except Exception as error:  # each library below has its own kinds
+    except Exception as error:  # the libraries below raise various classes
         raise explain_overrides(name, overrides, error) from None
     return config
 
 
 def _try_shapes(config: PretrainedConfig) -> None:
-    """Two tokens through the model on the meta device: shapes without memory or arithmetic."""
+    """Run two tokens through the model on the meta device: checks shapes without memory or arithmetic."""
     heads, shared = config.num_attention_heads, config.num_key_value_heads
     if heads < 1 or shared < 1 or heads % shared:
         raise ValueError(f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({shared})")
     with torch.device("meta"), torch.no_grad():
-        # bf16: the experts' kernel has no other on this device
+        # bf16: the experts' kernel supports only bf16 on this device
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16)
         model(torch.zeros(1, 2, dtype=torch.long))
 

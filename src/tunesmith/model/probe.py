@@ -1,4 +1,4 @@
-"""The model that is probed at start: the one at hand, or a small one of its config."""
+"""Choose the model for the tests at start: the loaded one, or a small one with the same config."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-MAX_PARAMETERS = 3_000_000_000  # of a model that is itself run twice in fp32
+MAX_PARAMETERS = 3_000_000_000  # limit for a model to be run twice in fp32
 _MIN_LAYERS = 2
 
 
 def probe_model(model: PreTrainedModel, max_parameters: int = MAX_PARAMETERS) -> PreTrainedModel:
-    """The model itself where it is whole, on one device and not too large; else a small one of its config.
+    """The model itself if it is whole, on one device and not too large; otherwise a small one with its config.
 
-    The small one has random weights and the first layers, as many as it takes to have every type of layer.
+    The small model has random weights and as many of the first layers as are needed to have every type of layer.
     """
     parameters = list(model.parameters())
-    is_whole = not any(p.is_meta or hasattr(p, "full_tensor") for p in parameters)  # full_tensor: a shard (DTensor)
+    is_whole = not any(p.is_meta or hasattr(p, "full_tensor") for p in parameters)  # full_tensor: DTensor (sharded)
     is_in_one_place = len({p.device for p in parameters}) == 1
     if is_whole and is_in_one_place and sum(p.numel() for p in parameters) <= max_parameters:
         return model
@@ -32,12 +32,12 @@ def probe_model(model: PreTrainedModel, max_parameters: int = MAX_PARAMETERS) ->
         small: PreTrainedModel = type(model)(config)
     small.set_attn_implementation(model.config._attn_implementation)
     small.float()
-    nn.Module.to(small, device)  # transformers' own has no types
+    nn.Module.to(small, device)  # transformers' `to` is untyped
     return small
 
 
 def shorten(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy with the first layers only; lists with an entry for each layer are cut to the same length."""
+    """A copy of the config with the first layers only; lists with one entry per layer are shortened accordingly."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -52,7 +52,7 @@ def shorten(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _num_layers_of_all_types(text: Any) -> int:
-    """How many of the first layers have every type of layer, dense and sparse ones included."""
+    """Number of first layers that include every type of layer, dense and sparse ones among them."""
     types = list(getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or [])
     first_of_type = [types.index(kind) + 1 for kind in set(types)]
     sparse = getattr(text, "decoder_sparse_step", None) or 0
@@ -63,7 +63,7 @@ def _num_layers_of_all_types(text: Any) -> int:
 
 @contextmanager
 def in_fp32(model: PreTrainedModel) -> Iterator[None]:
-    """No gradient, no dropout, and fp32 for weights that are kept in half precision; all as before afterwards."""
+    """Evaluation mode without gradients, with half-precision weights in fp32; restored afterwards."""
     tensors = [*model.parameters(), *model.buffers()]
     halves = [(t, t.dtype) for t in tensors if t.dtype in (torch.bfloat16, torch.float16)]
     was_training = model.training
@@ -75,5 +75,5 @@ def in_fp32(model: PreTrainedModel) -> Iterator[None]:
             yield
     finally:
         for tensor, dtype in halves:
-            tensor.data = tensor.data.to(dtype)  # exact: it came from there
+            tensor.data = tensor.data.to(dtype)  # exact: the values came from this dtype
         model.train(was_training)

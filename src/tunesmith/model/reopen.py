@@ -1,7 +1,7 @@
 """Check before training that the saved tokenizer will be reopened as the same tokenizer.
 
-AutoTokenizer does not always open tokenizer.json as it stands. For some classes and model types it takes the vocabulary
-out of it and builds the rest anew: beside `model_type: qwen2`, any tokenizer gets Qwen2's pre-tokenizer and NFC.
+AutoTokenizer does not always use all of tokenizer.json. For some classes and model types it takes only the vocabulary
+from it and rebuilds the rest: with `model_type: qwen2`, any tokenizer gets Qwen2's pre-tokenizer and NFC.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tunesmith.model.save import write_tokenizer
 from tunesmith.model.source import telling_text
 from tunesmith.model.tokenizer import TokenizerSource, find_tokenizer
 
-# ordinary content: no control token, no white space at the ends, every character composed (NFC)
+# ordinary content: no control tokens, no white space at the ends, NFC
 PLAIN_TEXTS = (
     "Hello, world!", "It's what we've got, I'LL say; don't they'd", "In 2026, 12345 x 67.89 = 838205.05", "a1b22c333",
     "one  two   three    four", "first\nsecond\n\nthird\n\n\nfourth", "tabs\tand\r\nlines", "naïve café über",
@@ -32,7 +32,7 @@ PLAIN_TEXTS = (
     "def f(x):\n    if x >= 10:\n\t\treturn x ** 2  # why?", '{"key": [1, 2.5, null], "b": "c\\n"}',
     "https://example.com/a?b=c&d=%20", "$\\frac{a}{b}$ ~ <b>...</b> --- !!! ###",
 )  # fmt: skip
-# where readings of one tokenizer.json often part, and models live with it: compared only with what we save ourselves
+# texts on which loaders of one tokenizer.json often differ without harm: compared only for the tokenizer that we save
 _OTHER_TEXTS = (
     "  two in front",
     "two behind  ",
@@ -59,16 +59,16 @@ def require_one_reading(
     is_adapter: bool = False,
     source: TokenizerSource | None = None,
 ) -> None:
-    """Show that whoever opens the tokenizer gets the ids that training will see.
+    """Check that everyone who opens the tokenizer gets the ids used in training.
 
     Args:
-        source: from find_tokenizer, where that was asked before.
+        source: from find_tokenizer, if already known.
 
     Raises:
-        ModelError: the given tokenizer.json is read in two ways, or the saved one would be.
+        ModelError: libraries read the given tokenizer.json differently, or would do so with the saved one.
     """
     _require_as_given(source or find_tokenizer(section), encoder.tokenizer)
-    # an adapter's tokenizer is opened beside adapter_config.json, and beside config.json once it is merged
+    # an adapter's tokenizer is opened next to adapter_config.json, and next to config.json after merging
     for config in [None, model_config] if is_adapter else [model_config]:
         differences = find_reopened_differences(encoder, config, section.trust_remote_code)
         if differences:
@@ -81,12 +81,12 @@ def require_one_reading(
 
 
 def _explain_class(config: PretrainedConfig | None) -> str:
-    beside = f" beside model_type {config.model_type}" if config is not None else ""
-    return f"transformers' AutoTokenizer does not open its tokenizer.json as it stands{beside}."
+    given = f" with model_type {config.model_type}" if config is not None else ""
+    return f"transformers' AutoTokenizer changes its tokenizer.json when it opens it{given}."
 
 
 def _require_as_given(source: TokenizerSource, tokenizer: Any) -> None:
-    """tokenizer.json read as it stands (by tokenizers, vLLM, llama.cpp) gives the ids that AutoTokenizer gives."""
+    """Check that tokenizer.json as read by tokenizers, vLLM and llama.cpp gives the same ids as AutoTokenizer."""
     path = _find_file(source)
     if path is None:
         return
@@ -100,22 +100,22 @@ def _require_as_given(source: TokenizerSource, tokenizer: Any) -> None:
             raise ModelError(
                 f"{source.folder}: libraries read its tokenizer.json differently. transformers opens it as "
                 f"{type(tokenizer).__name__} and reads {text!r} as {_part(opened, read)}; tokenizers, vLLM and "
-                f"llama.cpp read {_part(read, opened)}. A model that is trained with one and used with the other is "
-                f"worse. {_how_to_settle(source.folder)}",
+                f"llama.cpp read {_part(read, opened)}. A model trained with one and used with the other is worse. "
+                f"{_how_to_settle(source.folder)}",
                 code="tokenizer-ambiguous",
             )
 
 
 def _read(backend: Any, text: str) -> list[str]:
-    """Its tokens behind another word: whether a text's very first word gets a blank in front is no matter here, since
-    many folders leave that to the program, and in a chat a control token stands there."""
+    """Tokens of a text after another word. A space that some folders prepend to the very first word does not matter,
+    since a control token comes first in a chat."""
     tokens = backend.encode(f"a {text}", add_special_tokens=False).tokens
     first = [token.removeprefix("\u2581") for token in tokens[:1]]
     return [*filter(None, first), *tokens[1:]]
 
 
 def _find_file(source: TokenizerSource) -> str | None:
-    """tokenizer.json in a folder, or where AutoTokenizer has just put a hub model's."""
+    """Path of tokenizer.json in a folder, or in the hub cache after AutoTokenizer has downloaded it."""
     return cached_file(
         source.folder,
         "tokenizer.json",
@@ -128,15 +128,15 @@ def _find_file(source: TokenizerSource) -> str | None:
 
 def _how_to_settle(folder: str) -> str:
     return (
-        "If the model was made with transformers' reading, write that into a folder: python -c \"from transformers "
-        f"import AutoTokenizer; AutoTokenizer.from_pretrained('{folder}').save_pretrained('FIXED')\" and add "
-        "--tokenizer FIXED. If it was made with tokenizer.json, transformers cannot open it beside the model_type in "
-        "config.json; use the tokenizer that the model_type stands for."
+        "If the model was trained with transformers' ids, save that tokenizer to a folder: python -c \"from "
+        f"transformers import AutoTokenizer; AutoTokenizer.from_pretrained('{folder}').save_pretrained('FIXED')\" and "
+        "add --tokenizer FIXED. If it was trained with tokenizer.json's ids, transformers cannot open it with the "
+        "model_type in config.json; use the tokenizer that belongs to that model_type."
     )
 
 
 def _written_texts(backend: Any) -> Iterator[str]:
-    """What tokens all over the vocabulary stand for, inside a word: a token that one reading never writes shows."""
+    """Texts of tokens from all over the vocabulary, inside a word; finds tokens that one loader never writes."""
     size = backend.get_vocab_size(with_added_tokens=False)
     for token in range(0, size, max(1, size // _NUM_TOKENS)):
         text = f"a{backend.decode([token], skip_special_tokens=False)}b"
@@ -145,16 +145,16 @@ def _written_texts(backend: Any) -> Iterator[str]:
 
 
 def _part(tokens: Sequence[str], others: Sequence[str]) -> str:
-    """A few tokens from the first that differs on."""
+    """A few tokens, from the first difference on."""
     start = next((i for i, pair in enumerate(zip(tokens, others, strict=False)) if pair[0] != pair[1]), 0)
     return " ".join(tokens[start : start + 4])
 
 
 def find_reopened_differences(encoder: Encoder, config: PretrainedConfig | None, trust: bool) -> list[str]:
-    """What differs once the tokenizer is saved as a finished model's is, and opened again; nothing in most cases.
+    """Differences after the tokenizer is saved as for a finished model and opened again; usually none.
 
     Args:
-        config: the model's, saved beside it; None as in an adapter's folder.
+        config: of the model, saved along with it; None as in an adapter's folder.
         trust: model.trust_remote_code.
     """
     with tempfile.TemporaryDirectory() as name:
@@ -176,7 +176,7 @@ def _compare(ours: Any, theirs: Any) -> Iterator[str]:
             yield f"{name} differs" if part != "added_tokens" else f"{name} differ"
     for text in [*PLAIN_TEXTS, *_OTHER_TEXTS, *_around_control(ours)]:
         if ours(text)["input_ids"] != theirs(text)["input_ids"]:
-            yield f"{text!r} gets other ids"
+            yield f"{text!r} gets different ids"
             break
     for special in _SPECIAL:
         if getattr(ours, special) not in (None, getattr(theirs, special)):
@@ -191,7 +191,7 @@ def _around_control(tokenizer: Any) -> Iterator[str]:
 
 
 def _settings(tokenizer: Any) -> dict[str, Any]:
-    """What decides the ids, without what is empty: an empty suffix and none are the same."""
+    """Settings that determine the ids; empty values are dropped, since an empty suffix equals none."""
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
     settings["model"] = {name: value for name, value in settings["model"].items() if value}
     return {part: settings[part] for part in _PARTS}

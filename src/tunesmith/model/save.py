@@ -1,4 +1,4 @@
-"""Write a model folder that other tools open: weights, tokenizer, template, stop tokens, model card."""
+"""Write a model folder that other tools can open: weights, tokenizer, template, stop tokens, model card."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tunesmith.tensors import require_tensors
 def write_trained(
     model: nn.Module, adapter: Any, encoder: Encoder, folder: Path, weights: Mapping[str, Tensor] | None = None
 ) -> None:
-    """What a run trains: the adapter in PEFT form where there is one, else the model; with the tokenizer.
+    """Write what a run trains: the adapter in PEFT form if there is one, else the model; with the tokenizer.
 
     Args:
-        weights: a state dict of what is trained, instead of its own.
+        weights: state dict of the trained weights, instead of the current ones.
     """
     if adapter is None:
         write_model(model, encoder, folder, weights)
@@ -35,7 +35,7 @@ def write_trained(
 
 
 def _write_beside_adapter(model: nn.Module, encoder: Encoder, folder: Path) -> None:
-    """Tokenizer, template, and the stop token that was trained, for the model that the adapter is merged into."""
+    """Write tokenizer, template and the trained stop token, for the model into which the adapter will be merged."""
     write_tokenizer(encoder, folder)
     set_stop_token(model, encoder)
     generation_config: Any = model.generation_config
@@ -45,10 +45,10 @@ def _write_beside_adapter(model: nn.Module, encoder: Encoder, folder: Path) -> N
 def save_adapter(
     model: nn.Module, adapter: Any, encoder: Encoder, card: str, folder: Path, initial: Path | None = None
 ) -> None:
-    """Write the folder whole or not at all.
+    """Write the adapter's folder atomically.
 
     Args:
-        initial: where the first matrices of PiSSA or OLoRA lie.
+        initial: folder with the initial matrices of PiSSA or OLoRA.
     """
     with atomic_directory(folder, replaces=True) as partial:
         write_adapter(adapter, partial, initial=initial)
@@ -57,18 +57,20 @@ def save_adapter(
 
 
 def save_model(model: nn.Module, encoder: Encoder, card: str, folder: Path) -> None:
-    """Write the folder whole or not at all."""
+    """Write the model's folder atomically."""
     with atomic_directory(folder, replaces=True) as partial:
         write_model(model, encoder, partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 
 def write_model(model: Any, encoder: Encoder, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
-    """Args:
-    weights: a state dict to write instead of the model's own.
+    """Write the files of a model.
+
+    Args:
+        weights: state dict to write, instead of the model's own.
     """
     set_stop_token(model, encoder)
-    logging.disable_progress_bar()  # a bar of its own would cut through ours
+    logging.disable_progress_bar()  # it would interfere with our progress bar
     meant = dict(weights) if weights is not None else model.state_dict()
     model.save_pretrained(folder, state_dict=dict(meant))
     _compare_saved(model, meant, folder)
@@ -76,14 +78,14 @@ def write_model(model: Any, encoder: Encoder, folder: Path, weights: Mapping[str
 
 
 def _compare_saved(model: Any, meant: Mapping[str, Tensor], folder: Path) -> None:
-    """Each tensor in the files against the one it was made of.
+    """Compare each tensor in the files with the one in memory.
 
     Raises:
         OSError: a write was lost without an error.
     """
     files = sorted(folder.glob("model*.safetensors"))
     others = [file for file in files if require_tensors(file, meant) - set(meant)]
-    if others:  # a mixture's experts lie in files one by one, as transformers turns them
+    if others:  # transformers splits fused experts into separate tensors
         turned = revert_weight_conversion(model, dict(meant))
         for file in others:
             require_tensors(file, turned)
@@ -91,14 +93,14 @@ def _compare_saved(model: Any, meant: Mapping[str, Tensor], folder: Path) -> Non
 
 def write_tokenizer(encoder: Encoder, folder: Path) -> None:
     tokenizer = encoder.tokenizer
-    # a template that was not trained with must not be found beside the weights
+    # do not save a template that was not used in training
     tokenizer.chat_template = encoder.template.text if encoder.template is not None else None
     tokenizer.save_pretrained(folder)
     _complete_config(tokenizer, folder / "tokenizer_config.json")
 
 
 def _complete_config(tokenizer: Any, file: Path) -> None:
-    """What save_pretrained leaves out, or writes for transformers 5 alone."""
+    """Complete tokenizer_config.json with what save_pretrained omits, or writes for transformers 5 only."""
     config = json.loads(file.read_text(encoding="utf-8"))
     # LlamaTokenizer reads `legacy`, on which its ids depend, and does not save it
     for name in inspect.signature(type(tokenizer).__init__).parameters:
@@ -110,7 +112,7 @@ def _complete_config(tokenizer: Any, file: Path) -> None:
 
 
 def set_stop_token(model: Any, encoder: Encoder) -> None:
-    """The stop token that was trained goes first into generation_config, before any the model had."""
+    """Put the trained stop token first in generation_config, before those that the model had."""
     config: Any = model.generation_config
     had = config.eos_token_id
     had = had if isinstance(had, list) else [] if had is None else [had]
@@ -121,6 +123,6 @@ def set_stop_token(model: Any, encoder: Encoder) -> None:
         config.pad_token_id = pad if pad is not None else stops[0]
     try:
         config.validate(strict=True)
-    except ValueError:  # a hub model's own settings that transformers loads but will not save
+    except ValueError:  # transformers loads such settings of hub models but refuses to save them
         kept = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model.generation_config = GenerationConfig(**kept)

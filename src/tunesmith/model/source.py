@@ -1,4 +1,4 @@
-"""Resolve model.path: a folder, a RUN, a hub id or new:PRESET; explain what is wrong with it."""
+"""Resolve model.path: a folder, a RUN, a hub id or new:PRESET; explain why it cannot be used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tunesmith.files import is_out_of_memory, lacking_memory
 from tunesmith.runfolder import RunFolder
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# what transformers passes over without a word where it is no file, or then speaks of something else
+# files that transformers silently ignores, or reports misleadingly, if they are not regular files
 _READ_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja",
@@ -25,11 +25,13 @@ _NO_NETWORK = ("couldn't connect", "offline", "name or service", "connection", "
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Attributes:
-    kind: "local", "hub" or "preset".
-    name: the folder, hub id or preset name; of an adapter, its base's.
-    adapter: the PEFT folder that goes onto it.
-    revision: of the hub base that the adapter was trained on.
+    """What model.path refers to.
+
+    Attributes:
+        kind: "local", "hub" or "preset".
+        name: the folder, hub id or preset name; for an adapter, that of its base.
+        adapter: the PEFT folder to add to it, if any.
+        revision: of the hub base that the adapter was trained on.
     """
 
     kind: str
@@ -42,7 +44,7 @@ def find_model(path: str) -> ModelSource:
     """Resolve `path` without loading anything.
 
     Raises:
-        ModelError: the folder has no model, or the name refers to nothing.
+        ModelError: the folder has no model, or the name matches nothing.
     """
     if path.startswith("new:"):
         return ModelSource("preset", path.removeprefix("new:"))
@@ -78,9 +80,15 @@ def _find_base(adapter: Path) -> ModelSource:
     config, record = read_adapter_config(adapter), read_record(adapter)
     base = config.base_model_name_or_path
     if not base:
-        raise ModelError(f"{adapter}: {ADAPTER_CONFIG} has no base_model_name_or_path.", code="adapter-without-base")
+        raise ModelError(
+            f"{adapter}: {ADAPTER_CONFIG} has no base_model_name_or_path. Add it: the folder or hub id of the base.",
+            code="adapter-without-base",
+        )
     if base.startswith("new:"):
-        raise ModelError(f"{adapter}: its base {base} had random weights, which were not saved.", code="base-not-saved")
+        raise ModelError(
+            f"{adapter}: its base {base} had random weights, which were not saved. Train on a saved model.",
+            code="base-not-saved",
+        )
     try:
         folder = open_path(base)
         if folder.is_dir() and find_adapter(folder):
@@ -88,7 +96,7 @@ def _find_base(adapter: Path) -> ModelSource:
         source = find_model(base)
     except ModelError as error:
         raise ModelError(f"{adapter}: its base model cannot be found: {error}", code=error.code) from None
-    # the main branch of a hub model may change; use the commit that was trained on
+    # the main branch of a hub model may change; use the commit that the adapter was trained on
     revision = (record or {}).get("commit") or config.revision
     return ModelSource(source.kind, source.name, adapter, revision if source.kind == "hub" else None)
 
@@ -108,7 +116,7 @@ def require_plain_files(folder: Path) -> None:
 
 
 def open_path(path: str) -> Path:
-    """The path, checked to be usable: the name is not too long, the user after ~ exists."""
+    """The path, checked to be usable: the name is not too long, and the user after ~ exists."""
     try:
         folder = Path(path).expanduser()
         folder.is_dir()
@@ -138,7 +146,7 @@ def _explain_folder(folder: Path) -> ModelError:
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """The error and what it was raised from; transformers wraps the hub's own errors."""
+    """The error and its causes; transformers wraps the hub's errors."""
     chain: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in chain:
@@ -158,7 +166,7 @@ def telling_text(error: BaseException) -> str:
 def explain_load_error(
     name: str, what: str, error: Exception, trust_flag: str = "--model.trust_remote_code true"
 ) -> TunesmithError:
-    """Turn an error of transformers or huggingface_hub into ours: what is wrong and what to do."""
+    """Convert an error of transformers or huggingface_hub: what is wrong and what to do."""
     if is_out_of_memory(error):
         return RunError(
             f"{name}: {what} do not fit into the memory of {lacking_memory(error)}. End other programs or use a "

@@ -18,10 +18,12 @@ from tunesmith.model.source import ModelSource, explain_load_error, find_model, 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerSource:
-    """Attributes:
-    folder: a folder or a hub id.
-    revision: of a hub id.
-    is_models: whether it comes with a model's config.json, which transformers then reads as well.
+    """Where a tokenizer is loaded from.
+
+    Attributes:
+        folder: a folder or a hub id.
+        revision: of a hub id.
+        is_models: whether it comes with a model's config.json, which transformers then reads as well.
     """
 
     folder: str
@@ -30,10 +32,10 @@ class TokenizerSource:
 
 
 def find_tokenizer(section: ModelSection, model: ModelSource | None = None) -> TokenizerSource:
-    """Where the tokenizer of the run lies: model.tokenizer, else beside the model or its adapter.
+    """Where the tokenizer of the run is: model.tokenizer, else with the model or its adapter.
 
     Args:
-        model: what find_model made of section.path, where that was asked before.
+        model: result of find_model(section.path), if already known.
     """
     name = section.tokenizer or section.path
     if name.startswith("new:"):
@@ -42,7 +44,7 @@ def find_tokenizer(section: ModelSection, model: ModelSource | None = None) -> T
             code="tokenizer-missing",
         )
     revision = section.revision if name == section.path else None
-    if section.tokenizer and open_path(name).is_dir():  # a tokenizer's folder needs no config.json
+    if section.tokenizer and open_path(name).is_dir():  # a tokenizer folder needs no config.json
         require_plain_files(open_path(name))
         return TokenizerSource(str(open_path(name)), revision, is_models=False)
     source = model if model and name == section.path else find_model(name)
@@ -52,10 +54,10 @@ def find_tokenizer(section: ModelSection, model: ModelSource | None = None) -> T
 
 
 def load_tokenizer(section: ModelSection, source: TokenizerSource | None = None) -> Any:
-    """The tokenizer of the run, with model.add_tokens.
+    """Load the tokenizer of the run, with model.add_tokens.
 
     Args:
-        source: from find_tokenizer, where that was asked before.
+        source: from find_tokenizer, if already known.
     """
     source = source or find_tokenizer(section)
     name, trust = section.tokenizer or section.path, section.trust_remote_code
@@ -64,16 +66,17 @@ def load_tokenizer(section: ModelSection, source: TokenizerSource | None = None)
         if source.is_models:
             AutoConfig.from_pretrained(
                 source.folder, revision=source.revision, trust_remote_code=trust
-            )  # one file: fails at once without a network
+            )  # a single file: fails at once without a network
         tokenizer = AutoTokenizer.from_pretrained(source.folder, revision=source.revision, trust_remote_code=trust)
         is_usable = len(tokenizer) > 0 and bool(tokenizer("a")["input_ids"])
     except Exception as error:
         raise explain_load_error(name, "its config or tokenizer", error) from None
     if not is_usable:
         raise ModelError(
-            f"{name}: the folder holds no usable tokenizer (tokenizer.json or vocab files).", code="tokenizer-unusable"
+            f"{name}: the folder has no usable tokenizer (tokenizer.json or vocab files). Give one with --tokenizer.",
+            code="tokenizer-unusable",
         )
-    # matched as spelled: a normaliser must not turn other texts into them
+    # matched literally: no other text may be normalized to them
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in section.add_tokens])
     return tokenizer
 
@@ -81,10 +84,10 @@ def load_tokenizer(section: ModelSection, source: TokenizerSource | None = None)
 def load_encoder(
     model: ModelSection, data: DataSection, date: datetime.datetime, source: TokenizerSource | None = None
 ) -> Encoder:
-    """Tokenizer and chat template as one run uses them, for training and preview alike.
+    """Load tokenizer and chat template of a run, for training and preview alike.
 
     Args:
-        source: from find_tokenizer, where that was asked before.
+        source: from find_tokenizer, if already known.
     """
     return build_encoder(
         load_tokenizer(model, source), data.chat_template, data.template_kwargs, date, data.control_text

@@ -37,7 +37,7 @@ def complete_mapping(
 
     Args:
         parts: part -> column, where already known.
-        beside: names that the format reads without a flag.
+        beside: columns that the format reads without a flag.
         allowed: parts that other columns may take.
     """
     chosen = dict(parts)
@@ -97,7 +97,7 @@ def _is_json_object(value: Any) -> bool:
 
 
 def explain_lost_columns(row: Row, columns: Sequence[str], format_name: str, fields: FieldsSection) -> str:
-    """Why a row with unread context columns is refused, and the flags that read them."""
+    """Why a row with unread context columns is refused, and the flags that would read them."""
     allowed = _parts_of(row, format_name, fields)
     chosen: dict[str, str] = {}
     left = []

@@ -28,7 +28,10 @@ def parse_messages(keys: Keys, fields: FieldsSection) -> Draft:
     if isinstance(turns, str) and (messages := parse_transcript(turns)):
         return finish_draft(keys, fields, messages)
     if not isinstance(turns, list):
-        raise RowRefused(not_json_hint(name, turns) or f"{name} is not a list of turns", code="turns-not-list")
+        raise RowRefused(
+            not_json_hint(name, turns) or f"{name} is not a list of turns. Write it as [{{role, content}}]",
+            code="turns-not-list",
+        )
     if turns and all(isinstance(turn, str) for turn in turns):  # LIMA
         speakers = ("user", "assistant")
         return finish_draft(keys, fields, [Message(speakers[i % 2], text) for i, text in enumerate(turns)])
@@ -41,7 +44,7 @@ def parse_xtuner(keys: Keys, fields: FieldsSection) -> Draft:
     name, pairs = read_column(keys, fields.messages, ("conversation",))
     pairs = parse_json_list(pairs)
     if not isinstance(pairs, list):
-        raise RowRefused(f"{name} is not a list of turns", code="turns-not-list")
+        raise RowRefused(f"{name} is not a list of turns. Write it as [{{input, output}}]", code="turns-not-list")
     messages: list[Message] = []
     first_system = ""
     for number, value in enumerate(pairs):
@@ -57,7 +60,7 @@ def parse_xtuner(keys: Keys, fields: FieldsSection) -> Draft:
             messages.append(Message("system", system))
         if system.strip() and system != first_system:
             raise RowRefused(
-                f"turn {number} of {name} has a different system prompt than the first turn",
+                f"turn {number} of {name} has a different system prompt than the first turn. Keep one per row",
                 code="system-prompt-differs",
             )
         messages += _read_pair(pair, f"turn {number} of {name}")
@@ -70,7 +73,7 @@ def _read_pair(pair: Keys, where: str) -> list[Message]:
     asked, question = pair.first(PAIR_ASKED)
     answered, answer = pair.first(PAIR_ANSWERED)
     if not answered:
-        raise RowRefused(f"{where} has no output", code="reply-missing")
+        raise RowRefused(f"{where} has no output. Write one, or remove the row", code="reply-missing")
     text = as_text(question, asked)
     thoughts = read_reasoning(pair, ("reasoning_content", "reasoning", "thinking"))
     is_trained = read_flag(pair, ("output_with_loss", "loss", "loss_weight", "weight", "train"), "assistant")
@@ -109,7 +112,7 @@ def parse_text(keys: Keys, fields: FieldsSection) -> RawText:
         value = "\n".join(value)
     text = as_text(value, name)
     if not text.strip():
-        raise RowRefused(f"{name} is empty", code="text-empty")
+        raise RowRefused(f"{name} is empty. Remove the row", code="text-empty")
     return RawText(text)
 
 

@@ -74,7 +74,7 @@ def _system_text(value: Any, name: str, reading: Reading) -> str:
         return as_text(value, name)
     content = read_content(value, reading)
     if content.calls or content.results or content.reasoning:
-        raise RowRefused(f"{name} has parts that are not text", code="parts-not-text")
+        raise RowRefused(f"{name} has parts that are not text. Write the system prompt as text", code="parts-not-text")
     return "\n\n".join(text for text in content.texts if text.strip())
 
 
@@ -142,7 +142,11 @@ def read_past(keys: Keys, fields: FieldsSection) -> list[Message]:
     if isinstance(items, list) and all(isinstance(item, Mapping) for item in items):
         return _past_of_objects(items, fields, keys.reading)
     if not isinstance(items, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in items):
-        raise RowRefused(f"{name} is not a list of [question, answer] pairs", code="history-not-pairs")
+        raise RowRefused(
+            f"{name} is not a list of [question, answer] pairs. Write it so, or leave it out with "
+            "--data.ignore_columns",
+            code="history-not-pairs",
+        )
     messages = []
     for question, answer in items:
         messages += [Message("user", as_text(question, name)), Message("assistant", as_text(answer, name))]

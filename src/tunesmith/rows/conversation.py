@@ -57,7 +57,7 @@ class Conversation:
 
     Attributes:
         tools: schemas as {"type": "function", "function": {...}}.
-        notes: oddities of a used row that are counted, unread keys among them.
+        notes: peculiarities of a used row, counted in the ledger (unread keys among them).
         template_kwargs: template variables of the row (chat_template_kwargs); they override the config's.
         documents: texts for templates that read `documents` (retrieval), as in the row.
     """
@@ -92,10 +92,10 @@ class RowRefused(Exception):
     """This row cannot be trained on. The reason goes into the ledger.
 
     Args:
-        reason: why, in words.
-        by_choice: the user asked for it, or rows of this kind are never trained; such rows do not count against
-            data.max_refused.
-        loses_context: the row has a key that its replies may depend on and that no format reads; `check` reports an
+        reason: where, what, why and what to do.
+        by_choice: the user asked to leave such rows out, or rows of this kind are never trained on; they do not count
+            against data.max_refused.
+        loses_context: no format reads a key of the row that its replies may depend on; `check` reports this as an
             error.
         code: cause of the refusal in kebab-case ("empty-reply"); it stays the same when the reason is reworded.
     """
@@ -109,7 +109,7 @@ class RowRefused(Exception):
 
 
 class UnknownFormat(RowRefused):
-    """The keys of the row fit no known format."""
+    """The keys of the row match no known format."""
 
 
 def find_lone_surrogate(text: str) -> str | None:

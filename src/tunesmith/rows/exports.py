@@ -1,4 +1,4 @@
-"""Parse ChatGPT's data export (conversations.json): the branch of the message tree that was last shown."""
+"""Parse ChatGPT's data export (conversations.json): the last shown branch of each message tree."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def parse_chatgpt_export(keys: Keys, fields: FieldsSection) -> Draft:
     """{"mapping": {node: {"message", "parent"}}, "current_node"}."""
     mapping, current = keys.get("mapping"), keys.get("current_node")
     if not isinstance(mapping, Mapping):
-        raise RowRefused("mapping must be an object of nodes", code="export-broken")
+        raise RowRefused("mapping must be an object of nodes. Use conversations.json as exported", code="export-broken")
     keys.drop(*ABOUT_THE_CHAT)
     messages: list[Message] = []
     thoughts = ""
@@ -43,7 +43,7 @@ def parse_chatgpt_export(keys: Keys, fields: FieldsSection) -> Draft:
                 message, thoughts = replace(message, reasoning_content=thoughts), ""
             messages.append(message)
     if not messages:
-        raise RowRefused("has no messages", code="no-messages")
+        raise RowRefused("has no messages. Remove the row", code="no-messages")
     return Draft(messages)
 
 

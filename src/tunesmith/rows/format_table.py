@@ -42,7 +42,7 @@ FORMAT_TABLE: tuple[Shape, ...] = (
             {"role": "assistant", "content": "No", "loss_weight": 1},
         ], "tools": [_TOOL], "chat_template_kwargs": {"style": "plain"},
          "documents": [{"title": "Sky", "text": "Blue"}]},
-        "as it stands; also under `conversations` (MiniMind) and `conversation` (LMSYS)",
+        "unchanged; also under `conversations` (MiniMind) and `conversation` (LMSYS)",
     ),
     Shape(
         "messages", "MiniMind",
@@ -95,7 +95,7 @@ FORMAT_TABLE: tuple[Shape, ...] = (
                 {"type": "tool_result", "tool_use_id": "call_1", "content": "sunny"}, {"type": "text", "text": "So?"}]},
             {"role": "assistant", "content": "No"},
         ], "tools": [{"name": "weather", "description": "Tells the weather.", "input_schema": {"type": "object"}}]},
-        "tool results become turns of their own",
+        "tool results become separate turns",
     ),
     Shape(
         "messages", "Gemini, Vertex AI",
@@ -220,7 +220,7 @@ FORMAT_TABLE: tuple[Shape, ...] = (
                 "id": "c", "author": {"role": "assistant"}, "content": {"content_type": "text", "parts": ["Good day"]},
                 "weight": 1.0, "recipient": "all"}},
         }},
-        "the branch that the person last saw",
+        "the branch shown last",
     ),
     Shape(
         "segments", "Axolotl's input_output",

@@ -79,7 +79,7 @@ FORMATS: dict[str, Parser] = {
 MEDIA_COLUMNS = ("images", "image", "videos", "video", "audios", "audio")
 
 
-def recognise_format(row: Row, fields: FieldsSection) -> str | None:
+def detect_format(row: Row, fields: FieldsSection) -> str | None:
     """Name of the format, from the mapped columns or else from the keys of the row; None if unknown."""
     if fields.prompt or fields.completion:
         return "prompt_completion"
@@ -92,8 +92,8 @@ def recognise_format(row: Row, fields: FieldsSection) -> str | None:
         return "alpaca"
     name, turns = _find_turns(row)
     if turns:
-        return _recognise_turns(turns, fields)
-    return _recognise_columns(row) or ("messages" if name else None)
+        return _detect_turns(turns, fields)
+    return _detect_columns(row) or ("messages" if name else None)
 
 
 def _find_turns(row: Row) -> tuple[str, list[Any]]:
@@ -107,7 +107,7 @@ def _find_turns(row: Row) -> tuple[str, list[Any]]:
     return empty, []
 
 
-def _recognise_turns(turns: list[Any], fields: FieldsSection) -> str | None:
+def _detect_turns(turns: list[Any], fields: FieldsSection) -> str | None:
     if turns and all(isinstance(turn, str) for turn in turns):
         return "messages"  # LIMA
     keys = (fields.role,) if fields.role else (*ROLE_KEYS, "type")
@@ -116,7 +116,7 @@ def _recognise_turns(turns: list[Any], fields: FieldsSection) -> str | None:
     return "xtuner" if are_pairs(turns) else None
 
 
-def _recognise_columns(row: Row) -> str | None:
+def _detect_columns(row: Row) -> str | None:
     """Format by the names of the columns, the most specific first."""
     for name, columns in (
         ("alpaca", ("instruction", "output")),
@@ -149,7 +149,7 @@ def parse_row(row: Any, format_name: str, fields: FieldsSection, ignore_columns:
 
     Raises:
         RowRefused: this row cannot be trained on.
-        UnknownFormat: its keys fit no known format; the message suggests a mapping.
+        UnknownFormat: its keys match no known format; the message suggests a mapping.
     """
     if isinstance(row, list) and row and all(isinstance(turn, Mapping) for turn in row):
         row = {"messages": row}  # JSON Lines of message lists
@@ -163,7 +163,7 @@ def parse_row(row: Any, format_name: str, fields: FieldsSection, ignore_columns:
     _refuse_doubled_columns(fields)
     _refuse_absent_columns(row, fields, ignore_columns)
     try:
-        name = recognise_format(row, fields) if format_name == "auto" else format_name
+        name = detect_format(row, fields) if format_name == "auto" else format_name
         if hint := chosen_side_hint(row, fields) or rejected_label_hint(row, fields, name):
             raise UnknownFormat(hint, code="preference-data")
         may_be_turn = name in (None, "text") and not fields.text and format_name == "auto"
@@ -175,7 +175,7 @@ def parse_row(row: Any, format_name: str, fields: FieldsSection, ignore_columns:
             raise UnknownFormat(describe_unknown(row), code="unknown-format")
         return _parse(row, name, fields, ignore_columns)
     except RecursionError:
-        raise RowRefused("is nested too deeply", code="nested-too-deeply") from None
+        raise RowRefused("is nested too deeply. Flatten it, or remove the row", code="nested-too-deeply") from None
 
 
 def _parse(row: Row, name: str, fields: FieldsSection, ignore_columns: Sequence[str]) -> Parsed:
@@ -205,19 +205,20 @@ def _parse(row: Row, name: str, fields: FieldsSection, ignore_columns: Sequence[
 
 
 def _refuse_doubled_columns(fields: FieldsSection) -> None:
-    """Refuse one column for two parts: the model would learn to repeat its question."""
+    """Refuse a column mapped to two parts: the model would learn to repeat its question."""
     parts: dict[str, str] = {}
     for part, column in fields:
         if column and part not in ("role", "content"):
             if column in parts:
                 raise UnknownFormat(
-                    f"data.fields.{parts[column]} and data.fields.{part} both name {column}", code="column-mapped-twice"
+                    f"data.fields.{parts[column]} and data.fields.{part} both name {column}. Map each column once",
+                    code="column-mapped-twice",
                 )
             parts[column] = part
 
 
 def _refuse_absent_columns(row: Row, fields: FieldsSection, ignored: Sequence[str]) -> None:
-    """Refuse a mapped column that the row does not have: most likely a typing error."""
+    """Refuse a mapped column that the row does not have: most likely a typo."""
     for part, column in fields:
         if column and part not in ("role", "content") and not find_column(row, column)[0]:
             if column in ignored:
@@ -254,8 +255,8 @@ def _refuse_other_media(row: Row) -> None:
     for key in MEDIA_COLUMNS:
         if key in row and not is_missing(row[key]) and row[key] not in ([], "", {}):
             raise UnknownFormat(
-                f"the row has {key}, but tunesmith trains on text only; training on the text alone would "
-                "teach answers about something that the model cannot see. Leave such rows out.",
+                f"the row has {key}, but tunesmith trains on text only; training on the text alone would teach "
+                "answers about something that the model cannot see. Leave such rows out.",
                 code="media-not-supported",
             )
 
@@ -265,7 +266,9 @@ def _finish_chat(draft: Draft, reading: Reading) -> Conversation:
     messages = draft.messages
     last_reply = max((i for i, m in enumerate(messages) if m.role == "assistant"), default=-1)
     if last_reply < 0:
-        raise RowRefused("no assistant turn; nothing to train", code="no-assistant-turn")
+        raise RowRefused(
+            "no assistant turn; nothing to train. Add a reply, or remove the row", code="no-assistant-turn"
+        )
     kept = messages[: last_reply + 1]
     trained = [(i, m) for i, m in enumerate(kept) if m.role == "assistant" and m.is_trained]
     if not trained:
@@ -298,12 +301,12 @@ def _note_oddities(draft: Draft, kept: list[Message], reading: Reading) -> None:
 
 def _refuse_bad_reply(index: int, message: Message) -> None:
     if not message.content.strip() and not message.tool_calls:
-        raise RowRefused(f"turn {index} (assistant) is empty", code="reply-empty")
+        raise RowRefused(f"turn {index} (assistant) is empty. Write a reply, or remove the turn", code="reply-empty")
     placeholder = find_placeholder(message.content)
     if placeholder:
         raise RowRefused(
-            f"turn {index} (assistant) contains the unfilled placeholder {placeholder}, which the model would "
-            "learn to write",
+            f"turn {index} (assistant) contains the unfilled placeholder {placeholder}, which the model would learn "
+            "to write",
             by_choice=True,
             code="placeholder-in-reply",
         )

@@ -18,7 +18,6 @@ from tunesmith.rows.advice import (
 )
 from tunesmith.rows.columns import REASONING_NAMES, parse_transcript
 from tunesmith.rows.keys import NAMING_WORDS, find_column, find_fate, is_context, is_irrelevant, words_of
-from tunesmith.rows.textmarks import find_rendered_template as find_rendered_template  # prepare.py takes it from here
 from tunesmith.rows.textmarks import is_transcript
 from tunesmith.rows.turns import ROLE_KEYS, ROLES, is_lines, normal_role
 from tunesmith.rows.values import holds_content, show
@@ -26,9 +25,9 @@ from tunesmith.rows.values import holds_content, show
 Row = Mapping[str, Any]
 
 FORMATS_KNOWN = (
-    "Formats known: messages [{role, content}], conversations [{role, content} or {from, value}], "
-    "prompt + completion, instruction + input + output, query + response, input + output, "
-    "conversation [{system, input, output}], contents [{role, parts}], segments [{text, label}], text."
+    "Formats known: messages [{role, content}], conversations [{role, content} or {from, value}], prompt + "
+    "completion, instruction + input + output, query + response, input + output, conversation [{system, input, "
+    "output}], contents [{role, parts}], segments [{text, label}], text."
 )
 NAME_THE_COLUMNS = (
     "Map the columns: data.fields.prompt and data.fields.completion (with data.fields.system, history, input, "
@@ -66,8 +65,8 @@ def chosen_side_hint(row: Row, fields: FieldsSection) -> str | None:
     if not holds_content([row["chosen"], row["rejected"]]):  # columns that only other rows fill
         return None
     return (
-        f"preference data (keys {list_keys(row)}): training on it unchanged would also teach the rejected "
-        f"replies. To train the chosen side: {_chosen_mapping(row)}"
+        f"preference data (keys {list_keys(row)}): training on it unchanged would also teach the rejected replies. To "
+        f"train the chosen side: {_chosen_mapping(row)}"
     )
 
 
@@ -88,9 +87,9 @@ def rejected_label_hint(row: Row, fields: FieldsSection, format_name: str | None
         is_bit = isinstance(said, (str, int, float)) and said in (0, 1, "0", "1")
         if is_truth or (is_bit and (has_chat or column == "kto_tag")):
             return (
-                f"preference data (keys {list_keys(row)}): rows with {column} false have rejected replies. "
-                f"To train only the rows with {column} true: --data.fields.label {column} "
-                f"(if {column} means something else: --data.ignore_columns {column})"
+                f"preference data (keys {list_keys(row)}): rows with {column} false have rejected replies. To train "
+                f"only the rows with {column} true: --data.fields.label {column} (if {column} means something else: "
+                f"--data.ignore_columns {column})"
             )
     return None
 
@@ -170,7 +169,7 @@ def _roleless_turns(row: Row) -> str | None:
                 parts = {"messages": name, "role": str(key), "content": content}
                 return f"Train it with {complete_mapping(row, parts, '', BESIDE_CHATS, CHAT_PARTS)}."
         return (
-            f"The turns in {name} have the keys {list_keys(turns[0])}, and none says who speaks; add a role "
+            f"The turns in {name} have the keys {list_keys(turns[0])}, and none of them gives the speaker; add a role "
             "(user or assistant) to each turn."
         )
     return None
@@ -244,7 +243,7 @@ def _question_and_answer(row: Row) -> str | None:
         return None
     worked = texts.get("solution")
     if worked and answer == texts.get("answer") and len(row[worked]) > len(row[answer]):
-        answer = worked  # MATH: the answer is the solution's last word
+        answer = worked  # MATH: the answer is the last word of the solution
     if question == "instruction":
         return f"Train it with {complete_mapping(row, {'output': answer}, 'alpaca', BESIDE_ALPACA, PAIR_PARTS)}."
     parts = {"prompt": question, "completion": answer}

@@ -62,16 +62,16 @@ NO_OP_FLAGS = _names("loss loss_weight loss_weights weight weights train trained
 FLAG_TEXTS = _names("""
     true false yes no on off none all 0 1 system user human assistant gpt model tool prompt completion last turn turns
 """)
-"""Values that make a column such as `train` or `mask` a flag; others ("Ultra", a split's name) are only named."""
+"""Values that make a column such as `train` or `mask` a flag; others ("Ultra", a split's name) only cause a note."""
 
 NOT_FLAG_WORDS = _names("attention padding pad special causal runtime step steps epoch epochs samples")
-"""Words that give a flag's word another meaning: attention_mask, train_samples."""
+"""Words beside which a flag word has another meaning: attention_mask, train_samples."""
 
 NAMING_WORDS = _names("name names title titles label labels choice effort budget mode window method")
-"""Last words of names that are only named, not refused as context: tool_name, tool_choice, reasoning_effort."""
+"""Last words of names that cause a note but are not refused as context: tool_name, tool_choice, reasoning_effort."""
 
 LONG_TEXT = 80
-"""Characters above which a text of several words under an irrelevant name (source, type) is still named."""
+"""Characters above which a text of several words causes a note even under an irrelevant name (source, type)."""
 
 _INDEX_NAME = re.compile(r"(?:Unnamed: \d+|__index_level_\d+__)(?:\.\d+)*")  # row numbers of pandas
 _NUMBERS = re.compile(r"\s*[\[{]?\s*[-+]?\.?\d")  # a weight, or a list of them, as text
@@ -164,7 +164,7 @@ def _holds_long_text(value: Any) -> bool:
 
 
 def _repeats(value: Any, said: set[str]) -> bool:
-    """Whether the texts in a value (at least one, without ids and roles) were all read elsewhere."""
+    """Whether all texts in a value (at least one, ids and roles aside) were read elsewhere."""
     if isinstance(value, str):
         return value.strip() in said
     texts: list[str] = []
@@ -215,8 +215,8 @@ class Reading:
         """Add notes for unread keys, or refuse the row.
 
         Args:
-            texts: contents that were read; a column that repeats one of them, or is a list of such, is not lost
-                (UltraChat's prompt, OpenRouter's reasoning_details).
+            texts: contents that were read; a column that only repeats them is not lost (UltraChat's prompt,
+                OpenRouter's reasoning_details).
 
         Raises:
             UnknownFormat: a column of the row looks like context.
@@ -241,8 +241,8 @@ class Reading:
             named = ", ".join(f"key {key} of {place}" for place, key in dict.fromkeys(lost))
             ignored = " ".join(map(shlex.quote, dict.fromkeys(key for _, key in lost)))
             raise RowRefused(
-                f"{named} would not be read, but the replies may depend on it. "
-                f"To leave it out: --data.ignore_columns {ignored}",
+                f"{named} would not be read, but the replies may depend on it. To leave it out: --data.ignore_columns "
+                f"{ignored}",
                 loses_context=True,
                 code="unread-context",
             )
@@ -261,7 +261,7 @@ class Keys:
 
     Attributes:
         values: the mapping itself, for access that does not count as reading.
-        place: what it is ("a turn"), for notes.
+        place: what kind of object it is ("a turn"), for notes.
     """
 
     __slots__ = ("_paths", "_unread", "place", "reading", "values")
@@ -290,9 +290,9 @@ class Keys:
         return found, None if is_missing(value) else value
 
     def first(self, names: Sequence[str]) -> tuple[str, Any]:
-        """The first of these keys that holds something, read, with its value; ("", None) where none does.
+        """The first of these keys that has content, with its value, counted as read; ("", None) if none has.
 
-        The others stay unread. Empty values count only where no name holds more.
+        The other keys stay unread. An empty value is returned only where no key has content.
         """
         empty: tuple[str, Any] = ("", None)
         for name in names:
@@ -307,18 +307,18 @@ class Keys:
         return path in self._paths or not (path in self._unread or path.partition(".")[0] in self._unread)
 
     def drop(self, *names: str) -> None:
-        """Take keys as read that a format's own definition makes irrelevant."""
+        """Count keys as read that the format defines as irrelevant."""
         self._unread.difference_update(names)
 
     def close(self) -> None:
-        """Hand over what was not read."""
+        """Report the unread keys to the reading."""
         if self._paths:
             for head in dict.fromkeys(path.partition(".")[0] for path in self._paths):
-                self._hand_over(_leftovers(head, self.values[head], self._paths))
+                self._report_unread(_leftovers(head, self.values[head], self._paths))
         if self._unread:
-            self._hand_over((str(name), self.values[name]) for name in self.values if name in self._unread)
+            self._report_unread((str(name), self.values[name]) for name in self.values if name in self._unread)
 
-    def _hand_over(self, items: Iterable[tuple[str, Any]]) -> None:
+    def _report_unread(self, items: Iterable[tuple[str, Any]]) -> None:
         for name, value in items:
             if name in self.reading.ignored or find_fate(name.rpartition(".")[2], value) == "irrelevant":
                 continue

@@ -1,4 +1,4 @@
-"""A question and its answer in columns of their own -> Conversation: prompt_completion, alpaca and their kin."""
+"""Parse rows with a question and its answer in separate columns: prompt_completion, alpaca and similar formats."""
 
 from __future__ import annotations
 
@@ -54,12 +54,14 @@ def parse_input_output(keys: Keys, fields: FieldsSection) -> Draft:
 
 
 def parse_xlam(keys: Keys, fields: FieldsSection) -> Draft:
-    """{"query", "answers", "tools"}: the answer is the calls, as JSON text."""
+    """{"query", "answers", "tools"}: the answer is a JSON text of tool calls."""
     question_name, question = read_column(keys, fields.prompt, ("query",))
     answer_name, answers = read_column(keys, fields.completion, ("answers",))
     calls = parse_json(answers, answer_name)
     if not isinstance(calls, list):
-        raise RowRefused(f"{answer_name} is not a list of tool calls", code="calls-not-list")
+        raise RowRefused(
+            f"{answer_name} is not a list of tool calls. Correct it, or remove the row", code="calls-not-list"
+        )
     reply = Message("assistant", "", read_thoughts(keys, fields), parse_tool_calls(calls, keys.reading))
     return _ask(keys, fields, [as_text(question, question_name), _mapped_text(keys, fields.input)], [reply])
 

@@ -37,7 +37,7 @@ class Result:
 
 @dataclass(slots=True)
 class Content:
-    """The content of a turn by kind of part."""
+    """The content of a turn, sorted by kind of part."""
 
     texts: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
@@ -100,7 +100,7 @@ def _read_part(keys: Keys, content: Content, reading: Reading) -> None:
 
 
 def _kind_of(keys: Keys) -> Any:
-    """Type of a part; Gemini's parts have none and are recognised by their key."""
+    """Type of a part; Gemini's parts have none and are recognized by their key."""
     kind = keys.get("type")
     if kind is not None:
         return kind

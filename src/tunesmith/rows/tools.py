@@ -20,7 +20,7 @@ def parse_tool_calls(value: Any, reading: Reading | None = None) -> tuple[dict[s
     The arguments stay an object or the JSON text of the row, unchanged.
 
     Args:
-        reading: collects unread keys; None: an unread key refuses the call.
+        reading: collects unread keys; if None, an unread key refuses the call.
     """
     loaded = parse_json(value, CALL)
     noticed = Reading() if reading is None else reading
@@ -31,7 +31,7 @@ def parse_tool_calls(value: Any, reading: Reading | None = None) -> tuple[dict[s
 
 
 def _parse_call(call: Any, reading: Reading) -> dict[str, Any]:
-    call = parse_json(call, CALL)  # a column of type list[str]
+    call = parse_json(call, CALL)  # in a column of type list[str]
     if not isinstance(call, Mapping):
         raise RowRefused(f"{CALL} is {type(call).__name__}, not an object with a name", code="call-not-object")
     outer = Keys(call, CALL, reading)
@@ -92,7 +92,10 @@ def _parse_tool(tool: Any) -> list[dict[str, Any]]:
         return [{"type": "function", **tool}]
     kind = tool.get("type")
     if "name" in tool and isinstance(kind, str) and kind not in ("function", "custom", "object"):
-        raise RowRefused(f"a tool of type {kind!r} runs at its vendor and has no schema", code="tool-without-schema")
+        raise RowRefused(
+            f"a tool of type {kind!r} runs on its vendor's servers and has no schema. Remove it from the row's tools",
+            code="tool-without-schema",
+        )
     schema = {
         ("parameters" if key == "input_schema" and "parameters" not in tool else key): below
         for key, below in tool.items()

@@ -10,8 +10,7 @@ from typing import Any
 from tunesmith.rows.conversation import Message, RowRefused, UnknownFormat
 from tunesmith.rows.keys import Keys, Reading
 from tunesmith.rows.parts import Content, as_json, is_object, read_content
-from tunesmith.rows.tools import parse_tool_calls as parse_tool_calls  # blocks.py takes it from here
-from tunesmith.rows.tools import parse_tools
+from tunesmith.rows.tools import parse_tool_calls, parse_tools
 from tunesmith.rows.values import as_text, is_missing, show
 
 ROLE_KEYS = ("role", "from")
@@ -80,7 +79,7 @@ def parse_turns(
 ) -> tuple[list[Message], tuple[dict[str, Any], ...]]:
     """Messages of a chat, and the tool schemas found in its turns."""
     if not turns:
-        raise RowRefused("the list of turns is empty", code="no-turns")
+        raise RowRefused("the list of turns is empty. Remove the row", code="no-turns")
     messages: list[Message] = []
     tools: tuple[dict[str, Any], ...] = ()
     is_open = False
@@ -142,7 +141,7 @@ def _stand_ins(turn: Mapping[str, Any]) -> list[str]:
 
 
 def _read_role(keys: Keys, role_key: str | None) -> tuple[str, str]:
-    """The role as in the turn (lower case), and the standard role it maps to."""
+    """The role as written in the turn (lower case), and the standard role it maps to."""
     _, said = keys.first((role_key,) if role_key else ROLE_KEYS)
     if said is None and not role_key:
         kind = keys.values.get("type")
@@ -161,7 +160,7 @@ def _read_role(keys: Keys, role_key: str | None) -> tuple[str, str]:
 
 
 def normal_role(said: Any) -> str:
-    """A role normalised as in ROLES ("Human", "function-call"), "" if it is not text."""
+    """A role normalized as in ROLES ("Human", "function-call"), "" if it is not text."""
     return said.strip().lower().replace("-", "_").replace(" ", "_") if isinstance(said, str) else ""
 
 

@@ -42,7 +42,7 @@ def show(value: Any) -> str:
 
 
 def parse_json(value: Any, what: str) -> Any:
-    """The value of a JSON text; a value that is not text stays.
+    """The value of a JSON text; other values are returned unchanged.
 
     Raises:
         RowRefused: the text is not JSON.
@@ -56,7 +56,7 @@ def parse_json(value: Any, what: str) -> Any:
 
 
 def plain_numbers(value: Any) -> Any:
-    """JSON with ordinary floats, as templates get them in serving; a JsonFloat would print as spelled."""
+    """JSON with ordinary floats, as chat templates get them in serving; a JsonFloat would keep its spelling."""
     if isinstance(value, float):
         return float(value)
     if isinstance(value, Mapping):

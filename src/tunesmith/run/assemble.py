@@ -1,4 +1,4 @@
-"""From a session and its data to what the loop needs: the model with its probes, and the steps."""
+"""Build what the loop needs from a session and its data: the probed model, and the feed of steps."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def assemble(session: Session, dataset: Dataset, checkpoint: Path | None = None)
     """Load the model and plan the steps.
 
     Args:
-        checkpoint: where the weights of a resumed run come from, if all of them are trained.
+        checkpoint: with the weights of a resumed run, if all weights are trained.
     """
     config = session.config
     if session.is_adapter:
@@ -54,8 +54,10 @@ def assemble(session: Session, dataset: Dataset, checkpoint: Path | None = None)
 
 
 def require_real_base(path: str, source: ModelSource) -> None:
-    """Raises:
-    ModelError: the adapter could not be loaded later, because its base is an adapter or is not saved.
+    """Check that an adapter trained on this base can be loaded later.
+
+    Raises:
+        ModelError: the base is itself an adapter, or has random weights that are not saved.
     """
     if source.adapter:
         raise ModelError(
@@ -72,7 +74,7 @@ def require_real_base(path: str, source: ModelSource) -> None:
 
 
 def load_weights(session: Session, checkpoint: Path | None) -> PreTrainedModel:
-    """The model on its device, with rows for added tokens, every weight finite."""
+    """The model on its device, with embedding rows for added tokens, and finite weights."""
     config, tokenizer = session.config, session.encoder.tokenizer
     section, source, model_config = config.model, session.model, session.model_config
     if checkpoint is not None:
@@ -82,11 +84,11 @@ def load_weights(session: Session, checkpoint: Path | None) -> PreTrainedModel:
     dtype = weights_dtype(session)
     quantization = quantization_config(config.lora, dtype)
     model = cast(PreTrainedModel, load_model(section, model_config, dtype, config.train.seed, quantization, source))
-    if checkpoint is None:  # a checkpoint has the added rows already, trained
+    if checkpoint is None:  # a checkpoint already contains the added rows
         extend_vocabulary(model, tokenizer, config.model.add_tokens)
     check_vocabulary(model, tokenizer)
     if quantization is None:
-        nn.Module.to(model, session.device)  # transformers' own has no types
+        nn.Module.to(model, session.device)  # transformers' `to` is untyped
     own_memory(model)
     refuse_not_finite(config.model.path, model)
     return model
@@ -94,18 +96,18 @@ def load_weights(session: Session, checkpoint: Path | None) -> PreTrainedModel:
 
 def weights_dtype(session: Session) -> torch.dtype:
     precision = session.precision
-    # frozen weights need no fp32 copy: autocast computes with their half precision anyway
+    # frozen weights need no fp32 copy, since autocast uses half precision anyway
     return precision.autocast if session.is_adapter and precision.autocast else precision.weights
 
 
 def add_new_adapter(session: Session, model: PreTrainedModel) -> Any:
-    """peft's wrapper around the model; the adapter's first weights depend on the seed alone."""
+    """peft's wrapper around the model; the adapter's initial weights depend only on the seed."""
     config, source = session.config, session.model
     torch.manual_seed(config.train.seed)
     new_ids = session.encoder.tokenizer.convert_tokens_to_ids(list(config.model.add_tokens))
     base = record_base(source.kind, source.name, config.model.revision)
     path = config.model.path
-    name = str(Path(path).expanduser().resolve()) if source.kind == "local" else path  # into adapter_config.json
+    name = str(Path(path).expanduser().resolve()) if source.kind == "local" else path  # for adapter_config.json
     adapter = add_adapter(model, config.lora, name, new_ids, config.model.revision, base)
     if session.precision.autocast:
         cast_trained(model, session.precision.weights)
@@ -113,7 +115,7 @@ def add_new_adapter(session: Session, model: PreTrainedModel) -> Any:
 
 
 def wrap(session: Session, model: PreTrainedModel, adapter: Any) -> tuple[Isolation, SupervisedLM]:
-    """Probe the model, then switch it to what the probes allow."""
+    """Probe the model, then configure it by the results."""
     config, lengths = session.config, session.lengths
     probe = probe_model(model)
     isolation = probe_isolation(probe, lengths.max_seq_len, lengths.capacity)
@@ -135,15 +137,17 @@ def wrap(session: Session, model: PreTrainedModel, adapter: Any) -> tuple[Isolat
 
 
 def own_memory(model: PreTrainedModel) -> None:
-    """Every weight in memory that torch aligned: a file's view may begin anywhere, and sums then round otherwise."""
+    """Copy every weight into memory aligned by torch: mapped files may start anywhere, which changes rounding."""
     for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.is_floating_point():  # others are quantised, and keep references of their own
+        if tensor.is_floating_point():  # others are quantized, and have other references to them
             tensor.data = tensor.data.clone()
 
 
 def refuse_not_finite(name: str, model: PreTrainedModel) -> None:
-    """Raises:
-    ModelError: the model's weights contain NaN or infinity.
+    """Check that all weights are finite.
+
+    Raises:
+        ModelError: the model's weights contain NaN or infinity.
     """
     if found := find_not_finite(model.state_dict()):
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Failures of a run as errors that name the last good checkpoint and the command to continue."""
+"""Convert failures of a run to errors that name the last good checkpoint and the command to continue."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tunesmith.training.progress import Progress
 
 @contextmanager
 def explained_failures(run: RunFolder, config: RunConfig, capacity: int, progress: Progress) -> Iterator[None]:
-    """Turn failures into errors that name the last good checkpoint and the command to continue.
+    """Convert failures to errors that name the last good checkpoint and the command to continue.
 
     Args:
         capacity: tokens of one forward.
-        progress: of the run; read when something fails.
+        progress: of the run; read when an error occurs.
     """
 
     def where() -> str:
@@ -49,7 +49,7 @@ def explained_failures(run: RunFolder, config: RunConfig, capacity: int, progres
 
 
 def explain_system(error: OSError, run: RunFolder, where: str) -> RunError:
-    """What the system refused, to which file, and when."""
+    """The error for a failed system call: the reason, the file, and when."""
     file = os.fspath(error.filename) if isinstance(error.filename, (str, os.PathLike)) else run.path
     advice = how_to_continue(run)
     if error.errno in NO_ROOM:
@@ -59,14 +59,14 @@ def explain_system(error: OSError, run: RunFolder, where: str) -> RunError:
 
 def how_to_continue(run: RunFolder) -> str:
     if not run.record.exists():
-        return "Nothing was kept."
+        return "No files were kept."
     last, _ = newest_valid(run)
     state = f"Last good checkpoint: {last.folder}." if last else "No checkpoint yet: resume starts at step 0."
     return f"{state} Continue with: tunesmith resume {run.path}"
 
 
 def explain_memory(config: RunConfig, capacity: int) -> str:
-    """What to lower and by how much; half the forward with twice the accumulation is the same step."""
+    """What to lower and by how much; half the tokens per forward with twice the accumulation is the same step."""
     train = config.train
     half, longest = capacity // 2, config.data.max_seq_len or capacity
     advice = []

@@ -1,4 +1,4 @@
-"""The end of a run: RUN/model or RUN/adapter, with a card."""
+"""The end of a run: write RUN/model or RUN/adapter, with a model card."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tunesmith.training.progress import Progress
 
 
 def finish_run(ready: ReadyRun, progress: Progress, record: RunRecord) -> Path:
-    """Write the last step's weights, or the best evaluated ones where those came earlier; returns their folder."""
+    """Write the last step's weights, or those of the best evaluated step if that was earlier; returns their folder."""
     session, lm = ready.session, ready.lm
     folder = session.folder
     model = take_best(ready, progress)
@@ -29,23 +29,26 @@ def finish_run(ready: ReadyRun, progress: Progress, record: RunRecord) -> Path:
         saved = folder.adapter
         initial = require_initial(folder, record.adapter_init) if changes_base(session.config.lora) else None
         save_adapter(model, lm.adapter, session.encoder, card, saved, initial)
-    # only now: until here, the folder of a run that is made longer has the model of before
+    # only now: until here, the folder of an extended run has its earlier model
     record.updated(finished_at_step=progress.step).write(folder.record)
     tell_end(ready, progress, saved.name)
     return saved
 
 
 def take_best(ready: ReadyRun, progress: Progress) -> Any:
-    """The model with the weights to save; those of the best step go into the adapter, where one is trained."""
+    """The model with the weights to save; those of the best step are loaded into it or into the adapter."""
     lm, note = ready.lm, ready.session.reporter.note
     if progress.best_step is None or progress.best_step == progress.step:
         return lm.model
     what = "model" if lm.adapter is None else "adapter"
     best = find_best(ready.session.folder, progress.best_step)
     if best is None:
-        note(f"the checkpoint of the best step, {progress.best_step}, is gone: the last step's {what} is saved")
+        note(
+            f"the checkpoint of the best step, {progress.best_step}, is missing or damaged: saving the last step's "
+            f"{what}"
+        )
         return lm.model
-    note(f"best eval_loss {progress.best_eval_loss:.4f} was at step {progress.best_step}: that {what} is saved")
+    note(f"best eval_loss {progress.best_eval_loss:.4f} was at step {progress.best_step}: saving that {what}")
     if lm.adapter is None:
         kind: Any = type(lm.model)
         return kind.from_pretrained(best.folder, dtype=ready.session.precision.weights)
@@ -54,7 +57,7 @@ def take_best(ready: ReadyRun, progress: Progress) -> Any:
 
 
 def find_best(folder: RunFolder, step: int) -> Checkpoint | None:
-    """The best evaluated step's checkpoint, if it verifies."""
+    """The checkpoint of the best evaluated step, if it is valid."""
     try:
         checkpoint = read_checkpoint(folder.checkpoint(step))
     except DamagedError:
@@ -65,10 +68,10 @@ def find_best(folder: RunFolder, step: int) -> Checkpoint | None:
 def tell_end(ready: ReadyRun, progress: Progress, what: str) -> None:
     note = ready.session.reporter.note
     if progress.step < ready.feed.total_steps:
-        note(f"stopped early at step {progress.step}: eval_loss no longer fell")
+        note(f"stopped early at step {progress.step}: eval_loss stopped falling")
     if progress.skipped:
-        note(f"{progress.skipped} steps were left out, their loss was not finite (metrics.jsonl names the rows)")
-    named = Path(ready.session.config.train.output_dir)  # as the person wrote it
+        note(f"{progress.skipped} steps were skipped because of a non-finite loss (metrics.jsonl names the rows)")
+    named = Path(ready.session.config.train.output_dir)  # as the user wrote it
     note(f"{what} saved: {named / what}\ntalk to it: tunesmith chat {named}")
     if what == "adapter":
         note(f"merge it into its base: tunesmith merge {named} --output {named}-merged")

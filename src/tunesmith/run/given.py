@@ -1,4 +1,4 @@
-"""Rows given in Python: written to RUN/rows, and from there on data like any other."""
+"""Rows given in Python: written to RUN/rows, then treated as any other data file."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _ARGUMENTS = {"train": "data", "eval": "eval_data"}
 
 
 def name_rows(config: RunConfig, folder: RunFolder, rows: Rows) -> RunConfig:
-    """The config with the files that the rows will be in, so that resume finds them."""
+    """The config with the names of the files that the rows will be written to, so that resume finds them."""
     names = {part: [str(folder.rows / f"{part}.jsonl")] for part in rows}
     return config.model_copy(update={"data": config.data.model_copy(update=names)})
 
 
 def keep_rows(session: Session, rows: Rows, staging: RunFolder) -> Session:
-    """Write the rows into the folder that becomes RUN; they are named after the place that they will have there.
+    """Write the rows into the staging folder; they are named after their final location.
 
     Raises:
-        DataError: there are no rows, or one has a value that JSON does not have.
+        DataError: there are no rows, or a row has a value that JSON cannot represent.
     """
     assert session.sources is not None
     sources = {"train": session.sources.train, "eval": session.sources.eval}
@@ -44,13 +44,13 @@ def keep_rows(session: Session, rows: Rows, staging: RunFolder) -> Session:
 
 
 def own_names(config: RunConfig, folder: RunFolder) -> RunConfig:
-    """The config of a run that may have been moved: rows that were given in Python are in its own folder."""
+    """The config of a run that may have been moved: files of rows given in Python are looked up in its own folder."""
     names = {part: [_own(name, folder) for name in getattr(config.data, part) or []] or None for part in _ARGUMENTS}
     return config.model_copy(update={"data": config.data.model_copy(update=names)})
 
 
 def own_files(fingerprint: Fingerprint, folder: RunFolder) -> Fingerprint:
-    """The same for the files that the run began with."""
+    """The same for the files in the fingerprint."""
     data = {
         part: [entry | {"path": _own(entry["path"], folder)} if "path" in entry else entry for entry in entries]
         for part, entries in fingerprint.data.items()

@@ -1,6 +1,6 @@
 """Fingerprint of a run (data, tokenizer, model, config, versions). Resume refuses changes that would alter training.
 
-Changes that do not alter it (log lines, trackers, how often it saves) are taken over.
+Changes that do not (log_steps, trackers, save_steps and the like) are accepted.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from tunesmith.run.session import Session
 RELABELS = ("data", "template", "tokenizer")  # parts that decide the tokens on disk
 _WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "pytorch_model*.bin")
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft")
-_FREE = (  # keys that do not alter training
+_FREE = (  # config keys that do not alter training
     "train.output_dir", "train.log_steps", "train.eval_steps", "train.save_steps", "train.save_minutes",
     "train.keep_checkpoints", "train.early_stop_patience", "train.on_nonfinite", "train.trackers",
     "train.gradient_checkpointing", "train.epochs", "train.max_steps",
 )  # fmt: skip
-_BY_HASH = (  # names of things that are compared by their content
+_BY_HASH = (  # config keys whose files are compared by content
     "model.path", "model.tokenizer", "model.add_tokens", "model.revision", "model.config", "model.trust_remote_code",
     "data.train", "data.eval", "data.chat_template", "data.template_kwargs",
 )  # fmt: skip
@@ -51,11 +51,11 @@ _KEYS = {
 
 
 def take_fingerprint(session: Session, files: FileRecords, store: StoreHashes) -> Fingerprint:
-    """Hashes, settings and versions of a run.
+    """The fingerprint of a run.
 
     Args:
         files: from `describe_files`.
-        store: hashes of its tokens.
+        store: hashes of its token stores.
     """
     encoder, template = session.encoder, session.encoder.template
     own = {k: v for k, v in session.model_config.to_dict().items() if not k.startswith("_") and k not in _VOLATILE}
@@ -85,7 +85,7 @@ def _version(package: str) -> str | None:
 
 
 def describe_weights(source: ModelSource, revision: str | None) -> dict[str, Any]:
-    """The files of a local model, by size, time and SHA-256 of their ends; the commit of a hub model."""
+    """Size, time and SHA-256 of the ends of a local model's files, or the commit of a hub model."""
     if source.kind == "preset":
         return {}
     if source.kind == "hub":
@@ -104,7 +104,7 @@ FileRecords = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def describe_files(data: DataSources) -> dict[str, list[dict[str, Any]]]:
-    """Every file that is read, in order, with its size, time and SHA-256; hub data by name."""
+    """Every data file, in order, with its size, time and SHA-256; hub data by name."""
     described: dict[str, list[dict[str, Any]]] = {}
     for part, sources in (("train", data.train), ("eval", data.eval)):
         described[part] = [_describe_file(path, sources.name_of(path)) for path in sources.files]
@@ -123,13 +123,13 @@ def _describe_file(path: Path, name: str) -> dict[str, Any]:
 
 
 def compare_files(before: FileRecords, sources: DataSources | None) -> tuple[list[str], list[str]]:
-    """Files that are no longer what they were when the run began: reasons to refuse, and remarks.
+    """Data files that have changed since the run began: reasons to refuse, and remarks.
 
-    A file with the same size and time is not read again. A missing file is only remarked on, since the run has its
-    tokens.
+    A file with the same size and time is not hashed again. A missing file causes only a remark, since the run has its
+    own tokens.
 
     Args:
-        sources: what the names mean today; None where one of them is gone.
+        sources: the files that the names match now; None if one is missing.
     """
     refusals, notes = [], []
     for part in ("train", "eval"):
@@ -138,7 +138,7 @@ def compare_files(before: FileRecords, sources: DataSources | None) -> tuple[lis
                 continue
             path = Path(entry["path"])
             if not path.is_file():
-                notes.append(f"{path} does not exist any more; the run's own copy of its tokens is used")
+                notes.append(f"{path} no longer exists; the run's own copy of its tokens is used")
                 continue
             stat = path.stat()
             if (stat.st_size, stat.st_mtime_ns) == (entry["size"], entry["mtime_ns"]):
@@ -150,18 +150,18 @@ def compare_files(before: FileRecords, sources: DataSources | None) -> tuple[lis
     had = {(part, entry["path"]) for part in ("train", "eval") for entry in before[part] if "path" in entry}
     if given and given != {(part, path) for part, path in had if Path(path).exists()}:
         part, other = (sorted(given - had) or sorted(had - given))[0]
-        refusals.append(f"data: other files are named than when the run began (data.{part}: {other})")
+        refusals.append(f"data: the list of files differs from that at the start of the run (data.{part}: {other})")
     return refusals, notes
 
 
 def compare_runs(before: Fingerprint, now: Fingerprint) -> tuple[list[str], list[str]]:
-    """(reasons to refuse, each beginning with its part, as in "template: ..."; remarks)."""
+    """(reasons to refuse, each starting with the part of the fingerprint: "template: ..."; remarks)."""
     refusals = list(_compare_weights(before.weights, now.weights))
     notes: list[str] = []
     for part in ("template", "tokenizer", "model"):
         if getattr(before, part) != getattr(now, part):
             what = {"template": "the chat template", "tokenizer": "the tokenizer", "model": "the model's config"}[part]
-            refusals.append(f"{part}: {what} is not the one that the run began with")
+            refusals.append(f"{part}: {what} has changed since the run began")
     old, new = flatten(before.config), flatten(now.config)
     for key in sorted(set(old) | set(new)):
         if old.get(key) == new.get(key) or any(f"{key}.".startswith(f"{name}.") for name in _BY_HASH):
@@ -169,7 +169,7 @@ def compare_runs(before: Fingerprint, now: Fingerprint) -> tuple[list[str], list
         change = f"{key} {_show(old.get(key))} -> {_show(new.get(key))}"
         if key in _FREE:
             if key not in ("train.output_dir", "train.epochs", "train.max_steps"):
-                notes.append(f"taken over: {change}")
+                notes.append(f"accepted: {change}")
         else:
             sections = {"optim": "optimizer", "lora": "lora", "data": "data", "model": "model"}
             refusals.append(f"{_KEYS.get(key) or sections.get(key.split('.')[0], 'batch')}: {change}")
@@ -178,12 +178,12 @@ def compare_runs(before: Fingerprint, now: Fingerprint) -> tuple[list[str], list
         if _minor(version) != _minor(current):
             refusals.append(f"versions: {name} {version} -> {current}")
         elif version != current:
-            notes.append(f"{name} {version} -> {current}: a patch release, taken over")
+            notes.append(f"{name} {version} -> {current}: a patch release, accepted")
     return refusals, notes
 
 
 def _compare_weights(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """By the files' content: the model's folder may have moved."""
+    """Compare by content: the model's folder may have moved."""
     names = {os.path.basename(name) for name in now}
     for name, was in before.items():
         if isinstance(was, Mapping):
@@ -191,8 +191,8 @@ def _compare_weights(before: Mapping[str, Any], now: Mapping[str, Any]) -> Itera
                 is_there = os.path.basename(name) in names
                 what = "has changed since the run began" if is_there else "is missing from the model"
                 yield f"model: {name} {what}"
-        elif was is not None and now.get(name) != was:  # None: earlier versions did not know a hub model's commit
-            yield f"model: {name} has changed since the run began (--model.revision {was} is what it was)"
+        elif was is not None and now.get(name) != was:  # None: earlier versions did not record a hub model's commit
+            yield f"model: {name} has changed since the run began (restore it with --model.revision {was})"
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -212,20 +212,20 @@ def _show(value: Any) -> str:
 
 
 def refuse_changes(refusals: Sequence[str], allowed: Sequence[str], run: Path, again: str) -> list[str]:
-    """The parts that are changed and allowed to be.
+    """Check the changes; returns the changed parts that are allowed.
 
     Args:
-        again: the command as it was typed.
+        again: the command as typed.
 
     Raises:
-        TunesmithError: for the others, all of them at once.
+        TunesmithError: for all changes that are not allowed.
     """
     forbidden = [line for line in refusals if line.split(":")[0] not in allowed]
     if forbidden:
         parts = " ".join(dict.fromkeys(line.split(":")[0] for line in forbidden))
         lines = "\n".join(f"  {line}" for line in forbidden)
         raise TunesmithError(
-            f"{run}: resume would alter training:\n{lines}\n"
+            f"{run}: resume would alter training, since:\n{lines}\n"
             f"Restore what has changed, or allow it: {again} --allow {parts}",
             code="run-changed",
         )
@@ -233,5 +233,5 @@ def refuse_changes(refusals: Sequence[str], allowed: Sequence[str], run: Path, a
 
 
 def run_id(output: Path, date: datetime.datetime) -> str:
-    """A name for trackers; a resumed run keeps it."""
+    """A run id for trackers; a resumed run keeps it."""
     return hashlib.sha256(f"{os.fspath(output)}{date.isoformat()}".encode()).hexdigest()[:12]

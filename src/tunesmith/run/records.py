@@ -1,4 +1,4 @@
-"""run.json and the fingerprint in it, as types: what resume reads is checked field by field."""
+"""run.json and its fingerprint as typed records; every field is checked when resume reads them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ class _Record(BaseModel):
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], path: Path) -> Self:
-        """Args:
-            path: the file that the content comes from, for the error.
+        """The record from parsed JSON.
+
+        Args:
+            path: the file that the content was read from, for the error.
 
         Raises:
-            TunesmithError: a field is missing or wrong; it is named.
+            TunesmithError: a field is missing or invalid; the message names it.
         """
         try:
             return cls.model_validate(content)
@@ -38,7 +40,7 @@ class _Record(BaseModel):
             raise TunesmithError(f"{path}: is damaged: {what}. {WITHOUT_IT}", code="run-file-damaged") from None
 
     def to_json(self) -> dict[str, Any]:
-        """Fields that are not set are left out."""
+        """The record as JSON, without fields that are not set."""
         content = self.model_dump(mode="json")
         return {name: value for name, value in content.items() if value is not None}
 
@@ -50,16 +52,16 @@ class Fingerprint(_Record):
         data: "train" and "eval" -> their files, each with path, size, time and SHA-256; hub data by name.
         template, tokenizer, model: SHA-256 of the template with its variables, of the tokenizer, of the model's config.
         weights: the model's files with size and SHA-256 of their ends, or a hub model's commit.
-        config: the run's config, resolved.
-        threads: of torch; sums round differently for another number of them.
-        store: folder of a token store -> its files -> SHA-256.
+        config: the run's resolved config.
+        threads: number of torch threads; sums are rounded differently with another number.
+        store: folder of a token store -> file -> SHA-256.
     """
 
     data: dict[str, list[dict[str, Any]]]
     template: str
     tokenizer: str
     model: str
-    weights: dict[str, Any] = Field(default_factory=dict)  # runs of earlier versions have none
+    weights: dict[str, Any] = Field(default_factory=dict)  # missing in runs of earlier versions
     config: dict[str, Any]
     threads: int
     versions: dict[str, str | None]
@@ -67,16 +69,16 @@ class Fingerprint(_Record):
 
 
 class RunRecord(_Record):
-    """run.json.
+    """Contents of run.json.
 
     Attributes:
-        id: under which trackers find the run again.
-        date: when it began.
-        cwd: the folder that names in config.yaml are relative to.
-        guard: what the run trains with.
-        adapter_init: SHA-256 of the first matrices of a PiSSA or OLoRA adapter.
-        finished_at_step: whose model the folder has.
-        extended_from_step: the step that a finished run was made longer from.
+        id: the run's id in trackers.
+        date: when the run began.
+        cwd: the folder to which names in config.yaml are relative.
+        guard: the fingerprint.
+        adapter_init: SHA-256 of the initial matrices of a PiSSA or OLoRA adapter.
+        finished_at_step: step of the model in the folder.
+        extended_from_step: step at which a finished run was extended.
     """
 
     id: str
@@ -95,10 +97,10 @@ class RunRecord(_Record):
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A JSON file that the run wrote.
+    """Read a JSON file written by the run.
 
     Raises:
-        TunesmithError: it is gone or damaged.
+        TunesmithError: the file is missing or damaged.
     """
     try:
         return read_sealed(path)

@@ -24,9 +24,9 @@ from tunesmith.run.finish import finish_run
 from tunesmith.run.given import own_files, own_names
 from tunesmith.run.position import check_steps, describe_position, find_position, keep_threads
 from tunesmith.run.records import RunRecord, read_record
+from tunesmith.run.reopen import Allowed, reopen_adapter, reopen_data
 from tunesmith.run.session import open_session, require_packages
 from tunesmith.run.summary import summary_lines
-from tunesmith.run.takeup import Allowed, take_up_adapter, take_up_data
 from tunesmith.run.training import build_trainer, train_to_end, write_run_files
 from tunesmith.runfolder import RUN_FILE, RunFolder
 from tunesmith.staging import locked
@@ -46,9 +46,9 @@ def run_resume(
     """Continue a run, or extend a finished one; returns the folder of the finished model.
 
     Args:
-        flags: dotted key -> value as typed, over RUN/config.yaml.
+        flags: dotted key -> value as typed; they override RUN/config.yaml.
         allowed: parts of the fingerprint that may change.
-        reporter: shows the run; on the console where none is given.
+        reporter: shows the run; the console by default.
     """
     folder, reporter = find_run(name), reporter or ConsoleReporter()
     record = RunRecord.from_json(read_record(folder.record), folder.record)
@@ -61,18 +61,18 @@ def run_resume(
         position = replace(position, fingerprint=own_files(position.fingerprint, folder))
         if position.is_finished and "train.max_steps" not in flags and "train.epochs" not in flags:
             reporter.note(
-                f"{name} is finished ({position.progress.step:,} steps); nothing to do. "
-                f"To train it longer: tunesmith resume {name} --train.max_steps N"
+                f"{name} is finished ({position.progress.step:,} steps); nothing to do. To train it longer: tunesmith "
+                f"resume {name} --train.max_steps N"
             )
             return folder.path
         keep_threads(position.fingerprint.threads, reporter)
         model = require_model(name, config)
         session = open_session(config, folder, reporter, record.date, find_data_or_none(config), model)
         with explained_failures(folder, config, session.lengths.capacity, position.progress):
-            dataset, guard = take_up_data(session, position.fingerprint, allow)
+            dataset, guard = reopen_data(session, position.fingerprint, allow)
             ready = assemble(session, dataset, None if session.is_adapter else position.weights)
             if session.is_adapter:
-                take_up_adapter(ready, position.checkpoint, record, allow)
+                reopen_adapter(ready, position.checkpoint, record, allow)
             check_steps(name, ready, position, allow)
             reporter.summary([("resume", describe_position(name, position, ready)), *summary_lines(ready)])
             record = position.update(record).updated(guard=guard)
@@ -86,21 +86,28 @@ _NAMES = ("data.train", "data.eval", "data.chat_template", "model.path", "model.
 
 
 def find_run(name: str) -> RunFolder:
-    """Raises:
-    TunesmithError: the folder has no run.
+    """The run in a folder.
+
+    Raises:
+        TunesmithError: the folder does not exist or has no run.
     """
     run = RunFolder(Path(name).expanduser())
     if not run.path.is_dir():
         raise TunesmithError(
-            f"{name}: no such folder. Give the RUN folder that tunesmith train had as --output.", code="run-not-found"
+            f"{name}: no such folder. Give the folder that was passed to tunesmith train as --output.",
+            code="run-not-found",
         )
     if not run.is_run:
-        raise TunesmithError(f"{name}: is not a run (it has no {RUN_FILE}), so it cannot be resumed.", code="not-a-run")
+        raise TunesmithError(
+            f"{name}: is not a run (it has no {RUN_FILE}), so it cannot be resumed. Give the folder that was passed "
+            "to tunesmith train as --output.",
+            code="not-a-run",
+        )
     return RunFolder(run.path.resolve())
 
 
 def read_config(name: str, folder: RunFolder, flags: Mapping[str, Any], unknown: Sequence[str]) -> RunConfig:
-    """RUN/config.yaml under the flags."""
+    """RUN/config.yaml overridden by the flags."""
     if "train.output_dir" in flags:
         raise TunesmithError(
             f"--output: a run is resumed in its own folder, {name}. Remove the flag.", code="output-on-resume"
@@ -111,14 +118,14 @@ def read_config(name: str, folder: RunFolder, flags: Mapping[str, Any], unknown:
 
 
 def absolute(value: Any) -> Any:
-    """Names typed now are relative to this folder, those in config.yaml to where the run began."""
+    """Make a path absolute: names typed now are relative to the working directory, not to where the run began."""
     if isinstance(value, list):
         return [absolute(item) for item in value]
     return os.path.abspath(value) if isinstance(value, str) and os.path.exists(value) else value
 
 
 def as_typed(name: str, flags: Mapping[str, Any]) -> str:
-    """The command with the person's flags, to be shown with one more."""
+    """The command with the user's flags, for advice that adds one more."""
     words = ["tunesmith", "resume", name]
     for key, value in flags.items():
         words += [f"--{key}", *([str(item) for item in value] if isinstance(value, list) else [str(value)])]
@@ -126,7 +133,7 @@ def as_typed(name: str, flags: Mapping[str, Any]) -> str:
 
 
 def absolute_names(config: RunConfig, folder: str) -> RunConfig:
-    """Names in config.yaml are relative to where the run began."""
+    """The config with absolute paths; names in config.yaml are relative to where the run began."""
     sections: dict[str, dict[str, Any]] = {}
     for key in _NAMES:
         section, name = key.split(".")
@@ -138,7 +145,7 @@ def absolute_names(config: RunConfig, folder: str) -> RunConfig:
 
 
 def _from(folder: str, value: Any) -> Any:
-    """A name that means something there: a file, a folder, FOLDER:SPLIT, or a pattern of files."""
+    """Make a name absolute if it exists in the folder: a file, a folder, FOLDER:SPLIT, or a glob pattern."""
     if isinstance(value, list):
         return [_from(folder, item) for item in value]
     if not isinstance(value, str) or os.path.isabs(value) or value.startswith("~"):
@@ -149,15 +156,17 @@ def _from(folder: str, value: Any) -> Any:
 
 
 def remove_leftovers(folder: RunFolder) -> None:
-    """What a killed process left: a complete data set takes its place, everything else is deleted."""
+    """Complete a committed data set replacement, and delete everything else that a killed process left."""
     finish_replacing(folder)
     for path in leftovers(folder):
         path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
 
 
 def require_model(name: str, config: RunConfig) -> ModelSource:
-    """Raises:
-    ModelError: the base model is not where it was.
+    """The base model of the run.
+
+    Raises:
+        ModelError: it is no longer where it was.
     """
     try:
         return find_model(config.model.path)
@@ -166,7 +175,7 @@ def require_model(name: str, config: RunConfig) -> ModelSource:
 
 
 def find_data_or_none(config: RunConfig) -> DataSources | None:
-    """None where a file is gone, which a run with its own tokens need not mind."""
+    """The data files; None if one is missing, since a run with its own tokens does not need them."""
     try:
         return find_data(config.data)
     except TunesmithError:

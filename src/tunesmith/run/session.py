@@ -1,4 +1,4 @@
-"""What a config comes to on this machine, before any data is read."""
+"""Resolve a config on this machine, before any data is read."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from tunesmith.training.world import OneProcess, World
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """Everything that a config names, looked up once and passed on: what was hashed is what is trained.
+    """Everything that a config refers to, resolved once, so that what was hashed is what is trained.
 
     Attributes:
-        sources: None where a resumed run's files are gone; it has its own copy of their tokens.
-        model: where the base model is; a resumed run may load its weights from a checkpoint instead.
-        date: when the run began; templates may show it.
+        sources: None if files of a resumed run are missing; it has its own copy of their tokens.
+        model: location of the base model; a resumed run may load its weights from a checkpoint instead.
+        date: when the run began; templates may print it.
         model_config: of the base model.
     """
 
@@ -56,8 +56,10 @@ class Session:
 
 
 def require_packages(config: RunConfig) -> None:
-    """Raises:
-    ConfigError: a package that the config needs is not installed.
+    """Check the optional packages.
+
+    Raises:
+        ConfigError: a package that the config needs is not installed.
     """
     require_trackers(list(config.train.trackers))
     require_quantization(config.lora)

@@ -1,4 +1,4 @@
-"""One whole run, from a config to RUN/model: prepare data, load the model, check both, train, save."""
+"""One run, from a config to RUN/model: prepare the data, load the model, check both, train, save."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from tunesmith.training.randomness import unchanged_process
 
 @unchanged_process()
 def run_training(config: RunConfig, reporter: Reporter | None = None, rows: Rows | None = None) -> Path:
-    """Train as the config says; returns the folder of the finished model.
+    """Train with a config; returns the folder of the finished model.
 
     Args:
-        reporter: shows the run; on the console where none is given.
+        reporter: shows the run; the console by default.
         rows: data given in Python, in place of the config's names.
     """
     folder = RunFolder(resolve_output(config.train.output_dir))

@@ -1,4 +1,4 @@
-"""The loop built and run to its end, from step 0 or from a checkpoint."""
+"""Build the training loop and run it to its end, from step 0 or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tunesmith.training.saver import Saver
 
 
 def write_run_files(folder: RunFolder, ready: ReadyRun, record: RunRecord) -> None:
-    """data_ledger.json, config.yaml, and run.json, which makes the folder a run that can be resumed."""
+    """Write data_ledger.json, config.yaml, and run.json, which makes the folder a resumable run."""
     session = ready.session
     write_text_atomic(folder.ledger, sealed(ready.dataset.ledger_json(session.encoder, session.date)))
     write_text_atomic(folder.config, dump_yaml(session.config))
@@ -35,9 +35,11 @@ def build_trainer(
     checkpoint: Checkpoint | None = None,
     state: TrainState | None = None,
 ) -> Trainer:
-    """Args:
-    progress: new, or that of `state`.
-    checkpoint, state: that the run continues from.
+    """The loop with its optimizer, saver, metrics and trackers.
+
+    Args:
+        progress: new, or that of `state`.
+        checkpoint, state: to continue from.
     """
     session, lm = ready.session, ready.lm
     config, folder = session.config, session.folder
@@ -48,7 +50,7 @@ def build_trainer(
     if session.world.is_main:
         trackers = start_trackers(names, folder, config.model_dump(mode="json"), record.id, last_step)
     saver = Saver(folder, lm, session.encoder, record.guard.to_json(), config.train.keep_checkpoints)
-    seed_all(config.train.seed)  # dropout does not depend on how the model was loaded
+    seed_all(config.train.seed)  # so that dropout does not depend on how the model was loaded
     if checkpoint and state:
         restore_optimizer(lm.model, optimizer, checkpoint.load_optimizer())
         scaler.load_state_dict(dict(state.scaler))
@@ -72,7 +74,7 @@ def build_trainer(
 
 
 def train_to_end(ready: ReadyRun, trainer: Trainer) -> None:
-    """Run the loop; trackers and the saver end with it, whatever happens."""
+    """Run the loop; trackers and the saver are closed in any case."""
     reporter = ready.session.reporter
     reporter.begin(ready.feed.total_steps, trainer.progress.step)
     trainer.stop.defer()
@@ -80,9 +82,9 @@ def train_to_end(ready: ReadyRun, trainer: Trainer) -> None:
         trainer.train()
     except BaseException:
         with contextlib.suppress(Exception):
-            trainer.saver.wait()  # a snapshot taken before is still worth keeping
+            trainer.saver.wait()  # an earlier snapshot is still worth keeping
         for tracker in trainer.trackers:
-            with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
+            with contextlib.suppress(OSError):  # a full disk must not hide the original error
                 tracker.finish()
         raise
     else:

@@ -1,4 +1,4 @@
-"""Read rows from one file of any supported format, told by its name and first bytes."""
+"""Read rows from one file of any supported format, detected from its name and first bytes."""
 
 from __future__ import annotations
 
@@ -50,17 +50,19 @@ def read_file(path: Path, encoding: str = "utf-8", max_row_mb: float = DEFAULT_M
             f"{path}: unreadable{place} (damaged gzip: {error}). Download or copy the file again.", code="file-damaged"
         ) from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}.", code="file-unreadable") from None
+        raise DataError(
+            f"{path}: cannot be read: {error.strerror or error}. Check the file's permissions.", code="file-unreadable"
+        ) from None
     except MemoryError:
         raise DataError(
             f"{path}: does not fit into memory. Split the file or save it as JSON Lines.", code="out-of-memory"
         ) from None
     if number == 0:
-        raise DataError(f"{path}: the file has no rows.", code="file-without-rows")
+        raise DataError(f"{path}: the file has no rows. Give a file with data.", code="file-without-rows")
 
 
 def _read_text(file: DataFile) -> Iterator[NumberedRow]:
-    """A text file is one document; it is split into samples of max_seq_len later."""
+    """A text file is one document; it is later split into samples of max_seq_len tokens."""
     with file.open_text(newline="") as text:
         yield 1, {"text": text.read()}
 

@@ -1,4 +1,4 @@
-"""Read rows from a file of comma, semicolon or tab separated values."""
+"""Read rows from comma-, semicolon- or tab-separated files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NumberedRow = tuple[int, Any]
 
 
 def read_csv(file: DataFile) -> Iterator[NumberedRow]:
-    """Every row below the header, with the number of its first line."""
+    """Every row below the header, numbered by its first line."""
     csv.field_size_limit(1 << 30)
     with file.open_text(newline="") as text:
         lines_above = 0
@@ -52,7 +52,7 @@ def check_header(where: str, names: list[str]) -> list[str]:
     """The names of the columns.
 
     Raises:
-        DataError: two columns have the same name; a row would keep only one of them.
+        DataError: two columns have the same name, so that a row would keep only one of them.
     """
     repeated = find_repeated(names)
     if repeated is None:
@@ -67,7 +67,7 @@ def check_header(where: str, names: list[str]) -> list[str]:
 def _check_width(where: str, fields: list[str], header: list[str], delimiter: str) -> None:
     if len(fields) != len(header):
         raise DataError(
-            f"{where}: the row has {len(fields)} fields, the header has {len(header)}. "
-            f"Quote fields that contain {delimiter!r}.",
+            f"{where}: the row has {len(fields)} fields, the header has {len(header)}. Quote fields that contain "
+            f"{delimiter!r}.",
             code="wrong-field-count",
         )

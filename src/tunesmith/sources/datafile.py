@@ -20,7 +20,7 @@ SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv", 
 _PIECE = 1 << 20
 _HEAD = 4096
 _DAMAGED = (OSError, EOFError, zlib.error)
-_UNDECODED = "\udfff"  # half a character, which no codec produces: marks what could not be decoded
+_UNDECODED = "\udfff"  # a lone surrogate, which no codec produces; marks undecodable bytes
 
 
 def container_of(path: Path) -> str | None:
@@ -95,7 +95,7 @@ def _byte_order_mark(encoding: str) -> bytes:
 
 
 def explain_undecodable(file: DataFile, error: UnicodeError) -> DataError:
-    """The error for a file that is not text in its encoding: the place and the likely encodings."""
+    """The error for a file that is not text in its encoding: where it fails, and the likely encodings."""
     number, line = _find_undecodable(file)
     place = f" in line {number}" if number else ""
     byte = f"byte 0x{error.object[error.start]:02x}" if isinstance(error, UnicodeDecodeError) else str(error)

@@ -37,7 +37,7 @@ class Entry:
     """One data set of a dataset_info.json.
 
     Attributes:
-        where: file and name, for messages.
+        where: file and entry name, for error messages.
         hub: (id, config, split) where the rows are on the hub, else None.
         file_name: file or folder, beside dataset_info.json.
         is_chat: the rows have a list of turns; else prompt and response.
@@ -56,7 +56,7 @@ class Entry:
 
 
 def list_entries(folder: Path) -> dict[str, Any]:
-    """The entries by name; empty where dataset_info.json is missing or of another kind."""
+    """The entries by name; empty where dataset_info.json is missing or is not a list of data sets."""
     entries = load_object(folder / "dataset_info.json")
     is_ours = all(isinstance(entry, dict) and any(place in entry for place in _PLACES) for entry in entries.values())
     return entries if is_ours else {}
@@ -113,7 +113,8 @@ def _parse_entry(where: str, said: dict[str, Any]) -> Entry:
     num_samples = said.get("num_samples")
     if num_samples is not None and (type(num_samples) is not int or not 1 <= num_samples <= sys.maxsize):
         raise DataError(
-            f"{where}: num_samples is {str(num_samples)[:40]}, not a positive number.", code="bad-num-samples"
+            f"{where}: num_samples is {str(num_samples)[:40]}, not a positive number. Correct or remove it.",
+            code="bad-num-samples",
         )
     return Entry(
         where=where,
@@ -129,7 +130,7 @@ def _parse_entry(where: str, said: dict[str, Any]) -> Entry:
 def _names_of(where: str, said: dict[str, Any], key: str, known: Iterable[str]) -> dict[str, str]:
     names = said.get(key) or {}
     if not isinstance(names, dict) or not all(isinstance(name, str) or name is None for name in names.values()):
-        raise DataError(f"{where}: {key} must be an object of column names.", code="entry-not-names")
+        raise DataError(f"{where}: {key} must be an object whose values are column names.", code="entry-not-names")
     unknown = [name for name in names if name not in known]
     if unknown:
         raise DataError(
@@ -147,8 +148,8 @@ def _hub_of(where: str, said: dict[str, Any]) -> tuple[str, str | None, str] | N
     if place is None:
         raise DataError(f"{where}: file_name is empty. Name the file with the rows.", code="entry-without-file")
     raise DataError(
-        f"{where}: the rows are at {place} {said[place]}, which tunesmith does not read. "
-        "Download them into the folder and set file_name.",
+        f"{where}: the rows are at {place} {said[place]}, which tunesmith does not read. Download them into the "
+        "folder and set file_name.",
         code="entry-place-unsupported",
     )
 
@@ -165,15 +166,15 @@ def convert_rows(rows: Iterable[tuple[int, Any]], entry: Entry) -> Iterator[tupl
                 column = entry.columns.get(part)
                 if column is not None and column not in row:
                     raise DataError(
-                        f"{entry.where}: the first row has no column {column} (columns.{part}). "
-                        f"Keys found: {', '.join(map(str, row))}. Correct columns in dataset_info.json.",
+                        f"{entry.where}: the first row has no column {column} (columns.{part}). Keys found: "
+                        f"{', '.join(map(str, row))}. Correct columns in dataset_info.json.",
                         code="entry-column-missing",
                     )
         yield number, convert_row(row, entry)
 
 
 def convert_row(row: Any, entry: Entry) -> Any:
-    """The row in the form that rows/formats.py reads; a value that is not an object stays."""
+    """The row in the form that rows/formats.py reads; a value that is not an object is returned unchanged."""
     if not isinstance(row, dict):
         return row
     columns = entry.columns

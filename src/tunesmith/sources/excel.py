@@ -33,8 +33,8 @@ def read_excel(file: DataFile) -> Iterator[NumberedRow]:
         import openpyxl  # noqa: F401
     except ImportError:
         raise DataError(
-            f"{file.path}: Excel files need openpyxl, which is not installed: pip install 'tunesmith[excel]'. "
-            "Or save the sheet as CSV.",
+            f"{file.path}: Excel files need openpyxl, which is not installed: pip install 'tunesmith[excel]'. Or save "
+            "the sheet as CSV.",
             code="openpyxl-missing",
         ) from None
     if file.is_gzip:
@@ -52,7 +52,9 @@ def read_excel(file: DataFile) -> Iterator[NumberedRow]:
     except Exception as error:  # openpyxl passes on any exception of its parsers
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"{file.path}: is not a readable Excel workbook ({first[:200]}). Save it again.", code="file-damaged"
+            f"{file.path}: is not a readable Excel workbook ({first[:200]}). Open it in Excel or LibreOffice and "
+            "save it again.",
+            code="file-damaged",
         ) from None
 
 
@@ -60,7 +62,7 @@ def _open(file: DataFile, data_only: bool) -> Any:
     """The workbook with computed values (data_only), or with the formulas."""
     import openpyxl
 
-    with warnings.catch_warnings(action="ignore"):  # about styles and extensions, not data
+    with warnings.catch_warnings(action="ignore"):  # they concern styles and extensions, not data
         return openpyxl.load_workbook(file.path, read_only=True, data_only=data_only)
 
 
@@ -72,12 +74,12 @@ def _only_sheet(file: DataFile, book: Any) -> str:
             code="several-sheets",
         )
     if not filled:
-        raise DataError(f"{file.path}: the file has no rows.", code="file-without-rows")
+        raise DataError(f"{file.path}: the file has no rows. Give a file with data.", code="file-without-rows")
     return str(filled[0])
 
 
 def _refuse_merged_rows(file: DataFile, sheet: Any) -> None:
-    """Cells merged over several rows have their text in the first row only; the other rows would lack it."""
+    """Refuse cells merged over several rows: only the first row has their text, the other rows would lack it."""
     with zipfile.ZipFile(file.path) as book, book.open(sheet._worksheet_path) as opened:
         before = b""
         while piece := opened.read(_PIECE):
@@ -106,8 +108,8 @@ def _read_sheet(file: DataFile, values: Any, formulas: Any) -> Iterator[Numbered
         if header:
             if any(text not in (None, "") for text in texts[len(header) :]):
                 raise DataError(
-                    f"{where}: a cell is beyond the last column of the header. "
-                    "Name its column, or remove the rows above the header.",
+                    f"{where}: a cell is beyond the last column of the header. Name its column, or remove the rows "
+                    "above the header.",
                     code="cell-beyond-header",
                 )
             yield number, bound_row(dict(itertools.zip_longest(header, texts[: len(header)])), file.max_row_mb)
@@ -122,8 +124,8 @@ def _plain(where: str, cell: Any, source: Any) -> Any:
     value = cell.value
     if source.data_type == "f" and value is None:
         raise DataError(
-            f"{where}: cell {source.coordinate} has a formula without a computed value. "
-            "Open the workbook in Excel or LibreOffice and save it, or save the sheet as CSV.",
+            f"{where}: cell {source.coordinate} has a formula without a computed value. Open the workbook in Excel or "
+            "LibreOffice and save it, or save the sheet as CSV.",
             code="formula-not-computed",
         )
     if cell.data_type == "e":

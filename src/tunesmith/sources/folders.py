@@ -1,4 +1,4 @@
-"""Find the data files of a folder: splits, hub layouts, and what `datasets.save_to_disk` wrote."""
+"""Find the data files of a folder: splits, hub layouts, and folders written by `datasets.save_to_disk`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read_folder(folder: Path, split: str | None) -> tuple[list[Path], list[Path]
     """Files to read, and the other files of the folder.
 
     Raises:
-        DataError: no data, no such split, or only evaluation splits and none named.
+        DataError: the folder has no data or no such split, or only evaluation splits and none was named.
     """
     if is_run(folder):
         raise DataError(
@@ -129,12 +129,14 @@ def _list_folder(folder: Path, depth: int = 0) -> tuple[list[Path], list[Path]]:
             else:
                 subfolders.append(path)
     except OSError as error:
-        raise DataError(f"{folder}: cannot be read: {error.strerror}.", code="folder-unreadable") from None
+        raise DataError(
+            f"{folder}: cannot be read: {error.strerror}. Check the folder's permissions.", code="folder-unreadable"
+        ) from None
     return files, subfolders
 
 
 def pick_data_files(files: list[Path]) -> list[Path]:
-    """Data files of a list; text files count only where there are no others (beside rows they are notes)."""
+    """Data files of a list; text files count only where there are no others (next to rows they are notes)."""
     data = [
         p
         for p in files
@@ -172,6 +174,6 @@ def _choose_split(files: list[Path], folder: Path, split: str | None) -> list[Pa
 
 
 def _split_named_by(path: Path) -> str | None:
-    """The split in the name of a file or of a folder above it; the outermost counts."""
+    """The split in the name of a file or of a folder above it; the outermost folder wins."""
     words = (_SPLIT_WORD.search(part.lower()) for part in path.parts)
     return next((_SPLITS[word[1]] for word in words if word), None)

@@ -1,4 +1,4 @@
-"""Rows given in Python, written to a JSON Lines file: hashed, named and resumed as rows of any file."""
+"""Write rows given in Python to a JSON Lines file, to be hashed, named and resumed like rows of any file."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _MAX_DEPTH = 200
 
 
 def is_rows(data: Any) -> bool:
-    """Whether a data argument holds rows: a `datasets` data set, or an iterable that begins with no name of a file.
+    """Whether a data argument holds rows (a `datasets` data set, or an iterable of dicts) rather than file names.
 
-    An iterator is not looked into: its rows would be gone.
+    Iterators are not inspected, since that would consume their first row.
 
     Raises:
-        DataError: it is a DatasetDict, which holds several splits.
+        DataError: it is a DatasetDict, which has several splits.
     """
     if type(data).__name__ in ("DatasetDict", "IterableDatasetDict"):
         splits = ", ".join(map(str, data))
@@ -46,20 +46,20 @@ def is_rows(data: Any) -> bool:
 
 
 def write_rows(name: str, rows: Iterable[Any], path: Path) -> None:
-    """Write one JSON object a line.
+    """Write one JSON object per line.
 
     Args:
         name: the argument that the rows were given as, for errors.
 
     Raises:
-        DataError: there are no rows, or one has a value that JSON does not have.
+        DataError: there are no rows, or a row has a value that JSON cannot represent.
     """
     count = 0
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for count, row in enumerate(_iterate(name, rows), 1):
             file.write(_to_line(f"{name}, row {count}", row))
     if not count:
-        raise DataError(f"{name}: holds no rows. Give a list of dicts, a data set, or names of files.", code="no-rows")
+        raise DataError(f"{name}: holds no rows. Give a list of dicts, a data set, or file names.", code="no-rows")
 
 
 def sources_of(path: Path, shown: str) -> Sources:
@@ -107,8 +107,8 @@ def _to_line(where: str, row: Any) -> str:
 
 
 def _plain(where: str, value: Any, depth: int = 0) -> Any:
-    """The value as JSON has it. NaN, which pandas writes for a missing value, becomes null; dates become ISO text."""
-    if type(value).__module__.split(".")[0] == "numpy":  # what pandas puts into records
+    """The value as JSON represents it. NaN (a missing value in pandas) becomes null, dates become ISO text."""
+    if type(value).__module__.split(".")[0] == "numpy":  # as in pandas records
         value = value.tolist()
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return None
@@ -132,7 +132,7 @@ def _plain(where: str, value: Any, depth: int = 0) -> Any:
     elif isinstance(value, Mapping):
         what = "a dict with a key that is not text"
     raise DataError(
-        f"{where}: holds {what}, which JSON does not have. Use str, int, float, bool, None, "
+        f"{where}: holds {what}, which JSON cannot represent. Use str, int, float, bool, None, "
         "list and dict, or remove the column.",
         code="row-not-json",
     )

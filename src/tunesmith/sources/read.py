@@ -24,7 +24,7 @@ _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))??(?::(?P<
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """A row as it is in the file, or as an entry of dataset_info.json converts it.
+    """A row as in the file, or as converted by an entry of dataset_info.json.
 
     `number` is 1-based: the first line of a JSON Lines or CSV row, else the item. `value` is a RowTooLarge where the
     row is larger than data.max_row_mb.
@@ -48,7 +48,7 @@ class Sources:
         hub: (path or id, config, split) for `datasets`, read after the files.
         entries: index in `files` -> entry of dataset_info.json that says how to read the file.
         hub_entries: the same for `hub`.
-        passed_over: other contents of a folder: other splits, pictures, licences, subfolders that are not searched.
+        passed_over: contents of a folder that are not read: other splits, pictures, licences, unsearched subfolders.
         names: file -> the name of its rows, where that is not its path (rows given in Python).
     """
 
@@ -60,12 +60,12 @@ class Sources:
     names: dict[Path, str] = field(default_factory=dict)
 
     def name_of(self, path: Path) -> str:
-        """What the rows of a file are named after: its path, unless `names` has another name."""
+        """What the rows of a file are named after: its entry in `names`, else its path."""
         return self.names.get(path, str(path))
 
 
 def find_sources(names: Iterable[str]) -> Sources:
-    """Resolve every name before a row is read.
+    """Resolve every name before any row is read.
 
     Raises:
         DataError: a name refers to nothing; the message offers similar names.
@@ -193,7 +193,7 @@ def _read_hub(hub_id: str, config: str | None, split: str, max_row_mb: float) ->
     datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(hub_id, config, split=split)
-    except Exception as error:  # the library raises many classes; the first line of the text says why
+    except Exception as error:  # datasets raises many classes; the first line of the message says why
         raise _explain_hub(hub_id, split, error) from None
     yield from read_batches(f"{hub_id}:{split}", rows.with_format("arrow").iter(batch_size=1024), max_row_mb)
 
@@ -210,7 +210,10 @@ def _explain_hub(hub_id: str, split: str, error: Exception) -> DataError:
     if "split" in first.lower():
         return DataError(f"{hub_id}: {first} Name one as {hub_id}:SPLIT", code="hub-split-missing")
     if Path(hub_id).is_dir():
-        return DataError(f"{hub_id}: cannot be read as a data set folder: {first}", code="folder-unreadable")
+        return DataError(
+            f"{hub_id}: cannot be read as a data set folder: {first} Check the folder's README.md and its files.",
+            code="folder-unreadable",
+        )
     return DataError(
         f"{hub_id}: not a local file or folder, and loading it from the hub failed: {first}\n"
         "Check the name and the network; for a private data set, log in with: hf auth login",

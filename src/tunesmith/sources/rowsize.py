@@ -25,8 +25,8 @@ class RowTooLarge:
     def reason(self) -> str:
         size_mb = self.size_bytes / BYTES_PER_MB
         return (
-            f"is larger than data.max_row_mb {self.max_row_mb:g} (at least {size_mb:.3g} MB). "
-            "Split it into several rows or raise data.max_row_mb"
+            f"is larger than data.max_row_mb {self.max_row_mb:g} (at least {size_mb:.3g} MB). Split it into several "
+            "rows or raise data.max_row_mb"
         )
 
 
@@ -36,13 +36,13 @@ def count_bytes(text: str) -> int:
 
 
 def bound_row(value: Any, max_row_mb: float) -> Any:
-    """The value of a row, or a RowTooLarge."""
+    """The value of a row, or a RowTooLarge if it exceeds the limit."""
     size = measure_row(value, int(max_row_mb * BYTES_PER_MB))
     return RowTooLarge(size, max_row_mb) if size > max_row_mb * BYTES_PER_MB else value
 
 
 def measure_row(value: Any, max_bytes: int) -> int:
-    """Size of the texts and numbers of a row in bytes; counting stops above max_bytes."""
+    """Size in bytes of a row's texts and numbers; counting stops above max_bytes."""
     size = 0
     left = [value]
     while left and size <= max_bytes:

@@ -1,8 +1,8 @@
-"""Checkpoints that verify or do not exist.
+"""Checkpoints that are either complete and verified or do not exist.
 
-A checkpoint is a model folder with the optimizer, the random states and the run's progress. It is written under another
-name in the same folder: files, then fsync of each, then manifest.json with the size and SHA-256 of every file, fsync,
-fsync of the folder, one rename, fsync of the parent folder. A folder without a manifest that matches its files is not a
+A checkpoint is a model folder with the optimizer, the random states and the run's progress. It is written under a
+temporary name in the same folder: files, fsync of each, then manifest.json with size and SHA-256 of every file, fsync,
+fsync of the folder, rename, fsync of the parent folder. A folder without a manifest that matches its files is not a
 checkpoint.
 """
 
@@ -44,11 +44,11 @@ class Snapshot:
     """A copy of everything that training changes, at the end of a step.
 
     Attributes:
-        weights: what is trained, in training precision: the model's state dict, where tied tensors share their copy, or
-            an adapter's.
+        weights: the trained weights, in training precision: the model's state dict (tied tensors share one copy) or an
+            adapter's.
         optimizer: "parameter/key" -> tensor.
         random: states of torch's generators.
-        state: TrainState as JSON, taken at the end of that step.
+        state: TrainState as JSON, at the end of that step.
     """
 
     weights: dict[str, Tensor]
@@ -63,7 +63,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A folder whose manifest could be read; `find_damage` says whether its files match."""
+    """A folder with a readable manifest; `find_damage` compares its files with it."""
 
     folder: Path
     step: int
@@ -71,14 +71,17 @@ class Checkpoint:
     guard: Mapping[str, Any]
 
     def load_state(self) -> TrainState:
-        """Raises:
-        TunesmithError: it lacks a field, so another version wrote it.
+        """The saved TrainState.
+
+        Raises:
+            TunesmithError: a field is missing, so another version wrote it.
         """
         try:
             return TrainState.from_json(json.loads(read_text(self.folder / _STATE)))
         except KeyError as error:
             raise TunesmithError(
-                f"{self.folder / _STATE}: has no {error}; another version of tunesmith wrote it.",
+                f"{self.folder / _STATE}: has no {error}; another version of tunesmith wrote it. Resume with that "
+                "version.",
                 code="state-incomplete",
             ) from None
 
@@ -93,7 +96,7 @@ class Checkpoint:
 
 
 def copy_weights(lm: SupervisedLM) -> dict[str, Tensor]:
-    """What is trained, on the CPU, apart from the model; tensors that share memory still do."""
+    """The trained weights, copied to the CPU; tensors that share memory still do."""
     if lm.adapter is not None:
         return adapter_weights(lm.adapter)
     copies: dict[tuple[Any, ...], Tensor] = {}
@@ -107,19 +110,19 @@ def copy_weights(lm: SupervisedLM) -> dict[str, Tensor]:
 
 
 def copy_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name, so that reading it back needs no order."""
+    """The optimizer's state by parameter name, so that it can be restored in any order."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors = {}
     for parameter, entries in optimizer.state.items():
         for key, value in entries.items():
-            kind = "" if isinstance(value, Tensor) else _NUMBER  # bitsandbytes counts its steps in Python
+            kind = "" if isinstance(value, Tensor) else _NUMBER  # bitsandbytes keeps its step count as a Python number
             tensor = torch.as_tensor(value).detach()
             tensors[f"{names[id(parameter)]}/{key}{kind}"] = tensor.to("cpu", copy=True).contiguous()
     return tensors
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """What `copy_optimizer` took, into a new optimizer of the same parameters."""
+    """Load the result of `copy_optimizer` into a new optimizer of the same parameters."""
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
         parameter_name, _, key = name.rpartition("/")
@@ -133,10 +136,10 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
 def write_checkpoint(
     run: RunFolder, snapshot: Snapshot, lm: SupervisedLM, encoder: Encoder, guard: Mapping[str, Any]
 ) -> Path:
-    """Write checkpoints/step-NNNNNN, complete or not at all.
+    """Write checkpoints/step-NNNNNN atomically.
 
     Args:
-        lm: for configs and the names under which weights are saved; its weights are not read.
+        lm: for configs and names of the saved weights; its weights are not read.
         guard: the run's fingerprint as JSON (run/records.py), kept in the manifest.
     """
     folder = run.checkpoint(snapshot.step)
@@ -166,14 +169,14 @@ def _names(folder: Path) -> list[str]:
 
 
 class DamagedError(Exception):
-    """Why a folder is not a checkpoint."""
+    """Why a folder is not a valid checkpoint."""
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """What the manifest says.
+    """The checkpoint in a folder, by its manifest.
 
     Raises:
-        DamagedError: it is missing, unreadable, changed, or of a later format.
+        DamagedError: the manifest is missing, unreadable, changed, or of a later format.
     """
     try:
         content = json.loads(read_text(folder / MANIFEST))
@@ -194,7 +197,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def find_damage(checkpoint: Checkpoint) -> str:
-    """The first file that does not match the manifest, and how; empty where all do."""
+    """The first file that does not match the manifest, with the reason; "" if all match."""
     for name, wanted in checkpoint.files.items():
         path = checkpoint.folder / name
         try:
@@ -213,7 +216,7 @@ def find_damage(checkpoint: Checkpoint) -> str:
 
 
 def list_checkpoints(run: RunFolder) -> tuple[list[Checkpoint], dict[Path, str]]:
-    """Those whose manifest can be read, oldest first, and the folders that have none that can, with the reason."""
+    """Checkpoints with a readable manifest, oldest first, and the other folders with the reason for each."""
     found, damaged = [], {}
     root = run.checkpoints
     for folder in sorted(root.iterdir()) if root.is_dir() else []:
@@ -226,7 +229,7 @@ def list_checkpoints(run: RunFolder) -> tuple[list[Checkpoint], dict[Path, str]]
 
 
 def newest_valid(run: RunFolder) -> tuple[Checkpoint | None, dict[Path, str]]:
-    """The newest checkpoint that verifies, and what is wrong with those that do not."""
+    """The newest valid checkpoint, and the reason for each invalid one."""
     found, damaged = list_checkpoints(run)
     for checkpoint in reversed(found):
         damage = find_damage(checkpoint)
@@ -237,9 +240,9 @@ def newest_valid(run: RunFolder) -> tuple[Checkpoint | None, dict[Path, str]]:
 
 
 def prune_checkpoints(run: RunFolder, keep: int, best_step: int | None, newest_step: int) -> None:
-    """Of those up to the newest one that was just verified, delete the oldest beyond `keep`; the best one stays.
+    """Delete the oldest checkpoints beyond `keep`, counting up to the one just verified; the best one stays.
 
-    Later ones are damaged, or the run would have continued from them; they are written again in time.
+    Later ones are damaged (otherwise the run would have continued from them) and will be overwritten.
     """
     found = [checkpoint for checkpoint in list_checkpoints(run)[0] if checkpoint.step <= newest_step]
     for old in found[:-keep]:
@@ -248,21 +251,21 @@ def prune_checkpoints(run: RunFolder, keep: int, best_step: int | None, newest_s
 
 
 def remove_folder(folder: Path) -> None:
-    """Rename, then delete: a kill in between leaves no partial folder under the old name."""
+    """Rename, then delete, so that a kill in between leaves no partial folder under the old name."""
     hidden = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
     folder.rename(hidden)
     shutil.rmtree(hidden)
 
 
 def leftovers(run: RunFolder) -> Iterator[Path]:
-    """Hidden files and folders that a killed writer left."""
+    """Hidden files and folders left by a killed process."""
     for root in (run.path, run.checkpoints):
         for pattern in (".*.partial", ".*.old"):
             yield from root.glob(pattern)
 
 
 def estimate_bytes(lm: SupervisedLM) -> tuple[int, int]:
-    """Bytes of a checkpoint (weights, and two averages of each), and of the weights alone."""
+    """Size in bytes of a checkpoint (weights and two averages for each), and of the weights alone."""
     trained = sum(p.numel() * p.element_size() for p in lm.model.parameters() if p.requires_grad)
     kept = trained if lm.adapter is not None else sum(p.numel() * p.element_size() for p in lm.model.parameters())
     return kept + 2 * trained, kept

@@ -31,7 +31,7 @@ def evaluate(
     world: World | None = None,
     objective: Objective = supervised_loss,
 ) -> EvalResult:
-    """Means over all supervised tokens, dropout off. The host waits for the device once, at the end."""
+    """Means over all supervised tokens, without dropout. Synchronizes with the device only once, at the end."""
     world = world or OneProcess()
     batches = batches.share(world.rank, world.size)
     device = next(lm.parameters()).device

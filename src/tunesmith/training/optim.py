@@ -1,4 +1,4 @@
-"""AdamW with decay groups, and the learning rate as a plain function of the step."""
+"""AdamW with weight decay groups, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_
 
 
 def require_optimizer(name: str) -> None:
-    """Fail before any work where bitsandbytes is not installed."""
+    """Fail early if the optimizer needs bitsandbytes and it is not installed."""
     if name in _BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             "optim.name",
@@ -26,13 +26,13 @@ def require_optimizer(name: str) -> None:
 
 
 def build_optimizer(model: nn.Module, optim: OptimSection, b_ratio: float = 1.0) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) over the trainable parameters; 8-bit averages after Dettmers et al. 2022.
+    """AdamW (Loshchilov and Hutter 2019) over the trainable parameters; 8-bit averages as in Dettmers et al. 2022.
 
-    Weight decay pulls on matrices only: biases and norms set scales, and an embedding row that no batch touches
-    should not shrink.
+    Weight decay applies to matrices only: biases and norms are scales, and embedding rows that no batch contains should
+    not shrink.
 
     Args:
-        b_ratio: learning rate of an adapter's B matrices over the others' (LoRA+, Hayou et al. 2024).
+        b_ratio: ratio of the learning rate of an adapter's B matrices to that of the others (LoRA+, Hayou et al. 2024).
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     faster = {id(p) for name, p in model.named_parameters() if ".lora_B." in name} if b_ratio != 1.0 else set()
@@ -59,8 +59,8 @@ def build_optimizer(model: nn.Module, optim: OptimSection, b_ratio: float = 1.0)
 def lr_at(step: int, total_steps: int, optim: OptimSection) -> float:
     """Learning rate of update number `step`, counted from 0.
 
-    Warmup rises linearly and reaches optim.lr at its end; then the schedule falls towards min_lr_ratio * lr, which the
-    step after the last would have (cosine: Loshchilov and Hutter 2017).
+    It rises linearly to optim.lr during warmup, then falls by optim.schedule to min_lr_ratio * lr, which it would reach
+    one step after the last (cosine: Loshchilov and Hutter 2017).
     """
     warmup = optim.warmup_steps if optim.warmup_steps is not None else math.ceil(optim.warmup_ratio * total_steps)
     if step < warmup:
@@ -68,7 +68,7 @@ def lr_at(step: int, total_steps: int, optim: OptimSection) -> float:
     if optim.schedule == "constant":
         return optim.lr
     progress = (step - warmup) / max(1, total_steps - warmup)
-    if optim.schedule == "minimind":  # get_lr of its training scripts
+    if optim.schedule == "minimind":  # get_lr in MiniMind's training scripts
         return optim.lr * (0.1 + 0.5 * (1 + math.cos(math.pi * progress)))
     left = 0.5 * (1 + math.cos(math.pi * progress)) if optim.schedule == "cosine" else 1 - progress
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * left)

@@ -1,4 +1,4 @@
-"""What train.precision means on a device: the dtype of weights, of autocast, and whether losses are scaled."""
+"""Resolve train.precision on a device: dtypes of weights and autocast, and whether losses are scaled."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from tunesmith.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Attributes:
-    name: the resolved train.precision.
-    weights: dtype of parameters, gradients and optimizer state.
-    autocast: dtype of the matrix products, None without autocast.
+    """Dtypes of a run.
+
+    Attributes:
+        name: the resolved train.precision.
+        weights: dtype of parameters, gradients and optimizer state.
+        autocast: dtype of matrix products; None without autocast.
     """
 
     name: str
@@ -27,7 +29,7 @@ class Precision:
         return torch.autocast(device.type, dtype=self.autocast) if self.autocast else nullcontext()
 
     def scaler(self, device: torch.device) -> torch.amp.GradScaler:
-        """fp16 gradients underflow without it; for the others it does nothing."""
+        """A GradScaler; fp16 gradients would underflow without it, for other dtypes it does nothing."""
         return torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
 
 
@@ -44,6 +46,6 @@ def choose_precision(name: str, device: torch.device) -> Precision:
 
 
 def make_deterministic() -> None:
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS for deterministic results
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

@@ -1,4 +1,4 @@
-"""Global state of the process: random generators, threads, determinism; taken and put back."""
+"""Save and restore global state of the process: random generators, threads, determinism."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def seed_all(seed: int) -> None:
 
 
 def take_random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """torch's states as tensors; Python's and NumPy's as JSON."""
+    """torch's random states as tensors; those of Python and NumPy as JSON."""
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -47,7 +47,7 @@ def restore_random_states(tensors: Mapping[str, Tensor], others: Mapping[str, An
 
 @contextmanager
 def unchanged_process() -> Iterator[None]:
-    """Whatever the block does, a caller from Python finds its process as it was."""
+    """Restore the caller's global state after the block."""
     states = take_random_states()
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()

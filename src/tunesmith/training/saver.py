@@ -1,4 +1,4 @@
-"""Checkpoints written beside training, from a snapshot, one at a time."""
+"""Write checkpoints in the background, from a snapshot, one at a time."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from tunesmith.training.checkpoint import (
 
 
 class Saver:
-    """Writes snapshots in a thread of its own.
+    """Write snapshots in a thread.
 
-    A write that fails does not end the run: `failure` then says what could not be saved, why, and which checkpoint is
-    the last good one, and the next snapshot is tried. Weights that are not finite do end it: their checkpoint would
+    A failed write does not end the run: `failure` then says what could not be saved, why, and which checkpoint is the
+    last good one, and the next snapshot is tried. Weights that are not finite do end the run: their checkpoint would
     replace a good one.
     """
 
@@ -37,14 +37,14 @@ class Saver:
         self._error: BaseException | None = None
 
     def save(self, snapshot: Snapshot, best_step: int | None) -> None:
-        """Begin to write; waits only for the snapshot before, if that is not on disk yet."""
+        """Start writing; waits for the previous snapshot if that is not on disk yet."""
         self.wait()
-        # a daemon: a second Ctrl-C must not wait for the disk
+        # daemon: a second Ctrl-C must not wait for the disk
         self._thread = threading.Thread(target=self._write, args=(snapshot, best_step), name="saver", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Until the last snapshot is on disk; what went wrong there, other than room, is raised here."""
+        """Wait until the last snapshot is on disk; raises errors of its thread other than a full disk."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -56,7 +56,7 @@ class Saver:
         try:
             require_finite(snapshot)
             folder = write_checkpoint(self._run, snapshot, self._lm, self._encoder, self._guard)
-            damage = find_damage(read_checkpoint(folder))  # before an older one is deleted
+            damage = find_damage(read_checkpoint(folder))  # verify before an older one is deleted
             if damage:
                 self.failure = f"checkpoint of step {snapshot.step} does not verify ({damage}); older ones are kept"
                 return
@@ -79,8 +79,10 @@ class Saver:
 
 
 def require_finite(snapshot: Snapshot) -> None:
-    """Raises:
-    RunError: a weight or an average of the optimizer is NaN or infinite, which later steps cannot repair.
+    """Check that weights and optimizer averages are finite.
+
+    Raises:
+        RunError: one of them is NaN or infinite, which later steps cannot repair.
     """
     name = find_not_finite(snapshot.weights)
     what = f"the weights are not finite ({name})"

@@ -1,4 +1,4 @@
-"""What concerns all processes of a run: sums over them, decisions that they take together, files that one writes."""
+"""Operations that involve all processes of a run: sums, joint decisions, files that only one process writes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class World(Protocol):
     Every process calls `sum`, `agree` and `barrier` in the same order.
 
     Attributes:
-        rank: of this process, from 0.
-        size: how many there are.
+        rank: rank of this process, from 0.
+        size: number of processes.
     """
 
     @property
@@ -23,16 +23,16 @@ class World(Protocol):
     def size(self) -> int: ...
     @property
     def is_main(self) -> bool:
-        """Whether this process prints, logs and writes the files of which there is one."""
+        """Whether this process prints, logs and writes shared files."""
 
     def sum(self, values: Tensor) -> Tensor:
-        """Elementwise over all processes, on the tensor's own device; counts on the CPU wait for no GPU."""
+        """Elementwise sum over all processes, on the tensor's device; counts on the CPU do not wait for a GPU."""
 
     def agree(self, wish: bool) -> bool:
-        """Whether any process wishes it; the same answer in all of them."""
+        """Whether any process passed True; all processes get the same answer."""
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process has reached this call."""
 
 
 class OneProcess:

@@ -1,4 +1,4 @@
-"""Generate tokens for a batch of prompts: the one loop behind chat, reports and the demo."""
+"""Generate tokens for a batch of prompts: the loop used by chat, reports and the demo."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tunesmith.model.source import telling_text
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a reply is sampled.
+    """Settings for sampling a reply.
 
     Attributes:
-        max_new_tokens: tokens of the reply, its stop token included.
-        temperature: None takes the model's generation_config; 0 is greedy.
-        seed: of the row's own random generator, so that a row's reply does not depend on the rows beside it.
+        max_new_tokens: limit in tokens, the stop token included.
+        temperature: 0 is greedy; None uses the model's generation_config.
+        seed: of the row's own random generator, so that its reply does not depend on the other rows of the batch.
     """
 
     max_new_tokens: int = 512
@@ -33,8 +33,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raises:
-        UsageError: a value that cannot be meant.
+        """Check the values.
+
+        Raises:
+            UsageError: a value is out of range or of the wrong type.
         """
         for name, value, is_right in (
             ("max_new_tokens", self.max_new_tokens, _is_count(self.max_new_tokens)),
@@ -42,7 +44,9 @@ class Sampling:
             ("seed", self.seed, _is_count(self.seed) and self.seed < 2**63),
         ):
             if not is_right:
-                raise UsageError(f"{name}: {value!r} is not possible; see tunesmith.load.", code="sampling-value")
+                raise UsageError(
+                    f"{name}: {value!r} is not allowed; see the help of tunesmith.Model.", code="sampling-value"
+                )
 
 
 def _is_count(value: Any) -> bool:
@@ -67,7 +71,7 @@ class Token:
 
     Attributes:
         row: index of its prompt.
-        is_last: it is a stop token, or the last that its prompt may get.
+        is_last: whether it is a stop token or reaches max_new_tokens.
     """
 
     row: int
@@ -77,13 +81,13 @@ class Token:
 
 @torch.no_grad()
 def generate_tokens(model: nn.Module, prompts: Sequence[Prompt], stop_ids: Collection[int]) -> Iterator[Token]:
-    """Tokens of all replies as they come, one of each unfinished row at a time.
+    """Tokens of all replies as they are generated, one per unfinished row in turn.
 
     The model's generation_config decides what `Sampling` does not: do_sample, top_k, top_p, repetition_penalty and all
     other settings that choose one token at a time. `unapplied_settings` names those that are ignored.
 
     Raises:
-        ModelError: a generation_config that cannot be used, or logits that are not numbers.
+        ModelError: the generation_config cannot be used, or logits are not finite.
     """
     rows = [_Row(model, i, prompt, stop_ids) for i, prompt in enumerate(prompts) if prompt.sampling.max_new_tokens > 0]
     if not rows:
@@ -103,7 +107,7 @@ def generate_tokens(model: nn.Module, prompts: Sequence[Prompt], stop_ids: Colle
 
 
 class _Batch:
-    """Token ids of all rows, padded on the left, with the model's cache of what it has computed."""
+    """Left-padded token ids of all rows, with the model's key-value cache."""
 
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
         self._model, self._cache = model, None
@@ -140,7 +144,7 @@ class _Batch:
 
 
 class _Row:
-    """A prompt being continued: its rules, its random generator and the tokens that it may still get."""
+    """A prompt being continued: its logits processors, its random generator and its remaining tokens."""
 
     def __init__(self, model: nn.Module, index: int, prompt: Prompt, stop_ids: Collection[int]) -> None:
         self.index, self.prompt, self.left = index, prompt, prompt.sampling.max_new_tokens
@@ -157,14 +161,14 @@ class _Row:
         self._generator = torch.Generator().manual_seed(prompt.sampling.seed)
 
     def draw(self, scores: Tensor) -> int:
-        """A token by its probability, by one random number in [0, 1)."""
+        """Draw a token by its probability, using one random number in [0, 1)."""
         totals = torch.softmax(scores, dim=-1).double().cpu().cumsum(dim=-1)
         number = torch.rand(1, generator=self._generator, dtype=torch.float64) * totals[-1]
         return min(int(torch.searchsorted(totals, number, right=True)), len(totals) - 1)
 
 
 def _choose(rows: Sequence[_Row], logits: Tensor, batch: _Batch, unfinished: Collection[int]) -> list[int]:
-    """A token of each row; of finished rows any."""
+    """The next token of each row; arbitrary for finished rows."""
     chosen = logits.argmax(dim=-1).tolist()
     is_number = logits.isfinite().any(dim=-1) & ~logits.isnan().any(dim=-1)
     for place, is_usable in enumerate(is_number.tolist()):
@@ -173,7 +177,8 @@ def _choose(rows: Sequence[_Row], logits: Tensor, batch: _Batch, unfinished: Col
             continue
         if not is_usable and not row.repairs:
             raise ModelError(
-                "the model computes no probabilities (inf or nan): its weights are damaged.", code="logits-not-finite"
+                "the model's logits are inf or nan: its weights are damaged. Use another checkpoint or model.",
+                code="logits-not-finite",
             )
         if not row.rules and not row.is_sampled:
             continue
@@ -186,7 +191,7 @@ def _choose(rows: Sequence[_Row], logits: Tensor, batch: _Batch, unfinished: Col
 
 
 def _settings(model: nn.Module, sampling: Sampling) -> GenerationConfig:
-    """The model's generation_config with what `sampling` says on top, and transformers' defaults below."""
+    """The model's generation_config, overridden by `sampling`, with transformers' defaults for the rest."""
     own = getattr(model, "generation_config", None)
     config = copy.deepcopy(own) if own is not None else GenerationConfig()
     if sampling.temperature == 0:
@@ -198,7 +203,7 @@ def _settings(model: nn.Module, sampling: Sampling) -> GenerationConfig:
     return config
 
 
-_DEFAULT_TOP_K = 50  # of transformers, where a model names none
+_DEFAULT_TOP_K = 50  # transformers' default
 
 
 # settings that choose by more than one token's scores, or that need more than a row's own tokens
@@ -216,7 +221,7 @@ def unapplied_settings(config: GenerationConfig | None) -> list[str]:
 
 
 def _rules(config: GenerationConfig, prompt: Prompt, stop_ids: Collection[int], device: str) -> list[Any]:
-    """transformers' processors of logits for these settings, in the order in which `generate` applies them."""
+    """transformers' logits processors for these settings, in the order in which `generate` applies them."""
     length, stops = len(prompt.ids), sorted(stop_ids)
     rules: list[Any] = []
     if config.sequence_bias:

@@ -1,4 +1,4 @@
-"""Combine several adapters into one by peft's add_weighted_adapter, without the base's weights."""
+"""Combine several adapters into one with peft's add_weighted_adapter, without loading the base's weights."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from tunesmith.errors import ModelError, RunError, UsageError
 _NOT_COMBINED = {
     "use_dora": "is a DoRA adapter",
     "trainable_token_indices": "has rows of added tokens",
-    "modules_to_save": "has modules trained whole",
+    "modules_to_save": "has modules trained in full (modules_to_save)",
     "bias": "has trained biases",
 }
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What is merged.
+    """Inputs of a merge.
 
     Attributes:
         base: folder of the base's files.
         adapters: PEFT folders, in order.
         method: one of config.choices.MERGE_METHODS.
-        weights: of each adapter.
-        density: share of the values that TIES, DARE and pruning keep.
-        seed: of DARE's choice.
-        trust_remote_code: run Python code in the base's folder.
+        weights: one per adapter.
+        density: share of values kept by TIES, DARE and pruning, in (0, 1].
+        seed: for DARE's random choice.
+        trust_remote_code: whether to run Python code in the base's folder.
     """
 
     base: Path
@@ -97,13 +97,14 @@ def deltas_of(plan: MergePlan) -> Iterator[tuple[list[Delta], list[Path]]]:
 
 
 def combine(plan: MergePlan, folder: Path) -> Path:
-    """One adapter out of several, by peft's add_weighted_adapter, on a model without weights."""
+    """Combine several adapters into one with peft's add_weighted_adapter, on a model without weights."""
     for adapter in plan.adapters:
         own = read_adapter_config(adapter)
         for key, what in _NOT_COMBINED.items():
             if getattr(own, key) not in (None, False, "none", [], {}):
                 raise ModelError(
-                    f"{adapter}: {what}, which peft cannot combine. Merge one after another: --method sequential",
+                    f"{adapter}: {what}, which peft cannot combine. Merge the adapters one after another: --method "
+                    "sequential.",
                     code="not-combinable",
                 )
     config = AutoConfig.from_pretrained(plan.base, trust_remote_code=plan.trust_remote_code)
@@ -123,7 +124,7 @@ def combine(plan: MergePlan, folder: Path) -> Path:
             )
             made = wrapped.peft_config["default"]
             made.base_model_name_or_path = str(plan.base)
-            made.use_rslora = False  # its alpha is its rank already
+            made.use_rslora = False  # its alpha equals its rank already
             from peft import get_peft_model_state_dict
 
             state = get_peft_model_state_dict(wrapped, adapter_name="default", save_embedding_layers=False)
@@ -138,7 +139,7 @@ def combine(plan: MergePlan, folder: Path) -> Path:
 
 
 def _compare_sum(plan: MergePlan, folder: Path) -> None:
-    """Concatenated adapters are the weighted sum of their changes, which can be known without peft."""
+    """Compare the concatenated adapters with the weighted sum of their changes, computed without peft."""
     combined, singles = Delta(folder), [Delta(adapter) for adapter in plan.adapters]
     for name, parts in combined.parts.items():
         wanted = torch.zeros(len(parts["lora_B"]), parts["lora_A"].shape[1])
@@ -153,7 +154,7 @@ def _compare_sum(plan: MergePlan, folder: Path) -> None:
 
 
 def weightless(model: nn.Module) -> None:
-    """Every weight a single zero shown in all places: on the CPU, where peft adds adapters up, but without memory."""
+    """Replace every weight by an expanded scalar zero: on the CPU, where peft adds adapters, but without memory."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             zeros = torch.zeros(1, dtype=parameter.dtype).expand(parameter.shape)

@@ -1,4 +1,4 @@
-"""Open a model folder for use, and turn its tokens into text."""
+"""Open a model folder for generation, and decode its tokens to text."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Speaker:
-    """A loaded model that answers; it encodes with the same code as training.
+    """A loaded model with its encoder, which is the one used in training.
 
     Attributes:
-        context: tokens that a prompt and its reply may have together; None: no limit is known.
-        adapter: peft's PeftModel around the model, where adapters were opened.
-        adapters: name of an opened adapter, as it is shown -> its name in peft.
+        context: largest number of tokens of a prompt and its reply together; None if unknown.
+        adapter: peft's PeftModel around the model, if adapters were opened.
+        adapters: displayed name of an opened adapter -> its name in peft.
     """
 
     model: nn.Module
@@ -50,7 +50,7 @@ class Speaker:
         return list(self.adapters)
 
     def switch(self, name: str) -> None:
-        """Answer with another of the opened adapters; "base": with none."""
+        """Use another of the opened adapters; "base" uses none."""
         if name == "base":
             self.adapter.base_model.disable_adapter_layers()
         else:
@@ -58,39 +58,40 @@ class Speaker:
             self.adapter.set_adapter(self.adapters[name])
 
     def room_for_reply(self, prompt_tokens: int, wanted: int) -> int:
-        """New tokens that still fit behind a prompt, at most `wanted`.
+        """Number of new tokens that fit after a prompt, at most `wanted`.
 
         Raises:
-            ModelError: none does.
+            ModelError: none fits.
         """
         if self.context is None:
             return wanted
         if prompt_tokens >= self.context:
             raise ModelError(
-                f"the conversation has {prompt_tokens:,} tokens and the model's context {self.context:,}, so no reply "
-                "fits. Start a new conversation or write less.",
+                f"the conversation has {prompt_tokens:,} tokens and the model's context is {self.context:,}, so no "
+                "reply fits. Start a new conversation or write less.",
                 code="context-full",
             )
         return min(wanted, self.context - prompt_tokens)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Where generation stops: the template's stop tokens, and those of the model's generation_config."""
+        """Ids at which generation stops: the template's stop tokens, and those of the model's generation_config."""
         config = getattr(self.model, "generation_config", None)
         own = config.eos_token_id if config is not None else None
         models = own if isinstance(own, list) else [own] if own is not None else []
         if not all(isinstance(token, int) for token in models):
             raise ModelError(
-                f"the model's generation_config.json cannot be used: eos_token_id is {own!r}, not ids. Correct it.",
+                f"the model's generation_config.json cannot be used: eos_token_id is {own!r}, not token ids. Correct "
+                "or remove it.",
                 code="generation-config",
             )
         return frozenset([*self.encoder.stop_ids, *models])
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Token]:
-        """Tokens of the replies to some prompts' ids as they come, stop tokens included.
+        """Tokens of the replies to prompts (as ids) as they are generated, stop tokens included.
 
         Raises:
-            ModelError: no reply fits the context, or the model's own settings or weights cannot be used.
+            ModelError: no reply fits the context, or the model's generation_config or weights cannot be used.
         """
         rows = [
             Prompt(ids, replace(sampling, max_new_tokens=self.room_for_reply(len(ids), sampling.max_new_tokens)))
@@ -105,22 +106,22 @@ def load_speaker(
     more: Sequence[str] = (),
     allow_changed_base: bool = False,
 ) -> Speaker:
-    """Open a model for talking; a run is talked to with the template and its variables that it was trained with.
+    """Open a model for generation; a run is opened with the template and the variables that it was trained with.
 
     Args:
-        more: further adapters of the same base, to switch to.
-        allow_changed_base: open adapters on a base that is not the one they were trained on any more.
+        more: further adapters of the same base, for `switch`.
+        allow_changed_base: open adapters even if their base has changed since they were trained.
     """
     if section.path.startswith("new:"):
         raise ModelError(
-            f"{section.path}: has random weights. Chat needs a trained model: a run, a model folder or "
-            f"a hub id. To make some: tunesmith train --model {section.path} --tokenizer T --data D --output RUN",
+            f"{section.path}: has random weights. Chat needs a trained model: a run, a model folder or a hub id. To "
+            f"train one: tunesmith train --model {section.path} --tokenizer T --data D --output RUN",
             code="random-weights",
         )
     tokenizer = load_tokenizer(section)
     trained = _trained_data_section(Path(section.path).expanduser())
     if chat_template is None and trained.get("chat_template") == "none":
-        chat_template = "none"  # any other template was saved beside the weights
+        chat_template = "none"  # any other template is saved with the weights
     encoder = build_encoder(tokenizer, chat_template, trained.get("template_kwargs") or {}, datetime.datetime.now())
     config = load_config(section, tokenizer)
     device = pick_device()
@@ -138,15 +139,15 @@ def load_speaker(
     if ignored := unapplied_settings(getattr(model, "generation_config", None)):
         logger.warning("note: %s: generation_config.json sets %s, which is ignored here: replies are sampled one token "
                        "at a time.", section.path, ", ".join(ignored))  # fmt: skip
-    learnt = getattr(config.get_text_config(), "max_position_embeddings", None)
-    context = max(learnt, trained.get("max_seq_len") or 0) if learnt else None  # a run may have gone beyond
+    learned = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = max(learned, trained.get("max_seq_len") or 0) if learned else None  # a run may have used longer samples
     return Speaker(model, encoder, context, adapter, names)
 
 
 def open_all(
     model: nn.Module, first: ModelSource, paths: Sequence[str], allow_changed_base: bool = False
 ) -> tuple[Any, dict[str, str]]:
-    """(peft's PeftModel with adapters of one base, the first active; name of its run or folder -> peft's name of it).
+    """(PeftModel with adapters of one base, the first one active; displayed name of each adapter -> its name in peft).
 
     Raises:
         ModelError: one of them is not an adapter, or has another base.
@@ -168,7 +169,7 @@ def open_all(
         folder = source.adapter.resolve()
         name = folder.parent.name if folder.name == "adapter" else folder.name
         name = name if name not in (*names, "base") else f"{name}-{len(names) + 1}"
-        # a name of ours inside: peft looks for it in names of parameters, where "bias" or "lora" stand already
+        # peft searches parameter names for the adapter's name, so a run named "bias" or "lora" would match others
         names[name] = f"adapter_{len(names) + 1}_of_chat"
         wrapped = open_adapter(model, source.adapter, names[name], onto=wrapped)
     assert wrapped is not None
@@ -176,11 +177,11 @@ def open_all(
     return wrapped, names
 
 
-_ON_CHANGED = "To talk to the adapter on this one all the same: --allow-changed-base."
+_ON_CHANGED = "To use the changed base anyway: --allow-changed-base."
 
 
 def _trained_data_section(path: Path) -> dict[str, Any]:
-    """data: of a run's own config; empty for a model outside of a run."""
+    """The data section of a run's config; empty for a model outside of a run."""
     path = path.resolve()
     for folder in (path, *path.parents[:2]):  # RUN, RUN/model, RUN/checkpoints/step-N
         run = RunFolder(folder)
@@ -193,11 +194,11 @@ def _data_section(file: Path) -> dict[str, Any]:
     try:
         return DataSection.model_validate({"train": ["?"]} | dict(read_yaml(file).get("data") or {})).model_dump()
     except (ValueError, TypeError) as error:  # pydantic's is a ValueError
-        raise ConfigError(str(file), [f"data: is not what a run writes there: {telling_text(error)}"]) from None
+        raise ConfigError(str(file), [f"data: is not as written by tunesmith: {telling_text(error)}"]) from None
 
 
 class PieceDecoder:
-    """Tokens to printable pieces: holds back bytes of an unfinished character."""
+    """Decode tokens to printable pieces; holds back the bytes of an unfinished character."""
 
     def __init__(self, encoder: Encoder) -> None:
         self._backend = encoder.tokenizer.backend_tokenizer
@@ -206,20 +207,20 @@ class PieceDecoder:
         self._shown = ""
 
     def push(self, token_id: int) -> str:
-        """The text that a token completes."""
+        """The text completed by a token."""
         self._ids.append(token_id)
         if self._stream is None:
             return ""
         try:
             piece = self._stream.step(self._backend, token_id) or ""
-        except Exception:  # a decoder that rewrites earlier text once more follows; `finish` has the rest
+        except Exception:  # some decoders rewrite earlier text later; `finish` returns the rest
             self._stream = None
             return ""
         self._shown += piece
         return piece
 
     def finish(self) -> str:
-        """What is left: the bytes of a character that was never finished, as U+FFFD."""
+        """The remaining text: bytes of an unfinished character become U+FFFD."""
         whole = self._backend.decode(self._ids, skip_special_tokens=False)
         return whole[len(self._shown) :] if whole.startswith(self._shown) else ""
 
@@ -232,14 +233,14 @@ def decode_reply(encoder: Encoder, ids: Sequence[int]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A reply's text without its stop token, and whether it stopped by itself."""
+    """The text of a reply without its stop token, and whether it ended with a stop token."""
 
     text: str
     has_stopped: bool
 
 
 def stream_reply(speaker: Speaker, prompt: Sequence[int], sampling: Sampling) -> Iterator[str]:
-    """Pieces of the reply to a prompt's ids as they come; joined they are the text of `reply_to`.
+    """Pieces of the reply to a prompt (as ids) as they are generated; joined, they equal the text of `reply_to`.
 
     Raises:
         ModelError: no reply fits the context.
@@ -254,13 +255,13 @@ def stream_reply(speaker: Speaker, prompt: Sequence[int], sampling: Sampling) ->
 def reply_to(
     speaker: Speaker, prompts: Sequence[Sequence[int]], sampling: Sampling, batch_size: int = 32
 ) -> list[Reply]:
-    """The reply to each prompt's ids, computed in batches.
+    """The replies to prompts (as ids), computed in batches.
 
     Raises:
         ModelError: no reply fits the context.
     """
     found: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # equal lengths pad least
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths need little padding
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         for token in speaker.generate([prompts[i] for i in chosen], sampling):

@@ -1,4 +1,4 @@
-"""`tunesmith merge`: merge adapters into their base file by file and verify the result before it appears."""
+"""`tunesmith merge`: merge adapters into their base, file by file, and verify the result before it appears."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from tunesmith.adapters.adapter import find_ends
+from tunesmith.adapters.adapter import find_embedding_names
 from tunesmith.adapters.adapter_config import find_adapter, read_adapter_config
 from tunesmith.adapters.base import hub_folder, read_record, require_base, weight_files
 from tunesmith.adapters.deltas import Delta
@@ -63,10 +63,10 @@ def run_merge(
     """Merge, verify, save.
 
     Args:
-        allow_changed_base: merge even if the base has changed since training.
+        allow_changed_base: merge even if the base has changed since the adapters were trained.
 
     Raises:
-        ModelError: adapters or base are unusable.
+        ModelError: the adapters or the base cannot be used.
         RunError: verification failed, or the disk is full; no files are left.
     """
     folder = resolve_target(output)
@@ -86,7 +86,7 @@ def run_merge(
             said = prove(plan, combined, partial)
     except TunesmithError:
         raise
-    except Exception as error:  # a truncated file of the base, its own code, an unreadable tokenizer
+    except Exception as error:  # e.g. a truncated file of the base, its Python code, an unreadable tokenizer
         raise _explain(error, plan, output, folder) from None
     for remark in filter(None, remarks):
         logger.info(f"note: {remark}")
@@ -95,7 +95,7 @@ def run_merge(
 
 
 def _explain(error: Exception, plan: MergePlan, output: str, folder: Path) -> TunesmithError:
-    """The error of a merge that failed; its files are removed."""
+    """The error of a failed merge, whose files have been removed."""
     if is_no_room(error):
         return RunError(f"{output}: no space left on the disk. No files were written.", code="disk-full")
     if isinstance(error, OSError) and is_ours(error.filename, folder):
@@ -118,7 +118,7 @@ def _tell(plan: MergePlan, changed: int, said: str, output: str) -> None:
 
 
 def _require_alone(adapters: Sequence[Path]) -> None:
-    """Embedding and head in one adapter's file would undo what another adapter did to them."""
+    """Refuse adapters that contain an embedding or head, which would undo the other adapters' changes to them."""
     for adapter in adapters if len(adapters) > 1 else ():
         if split_weights(read_adapter_config(adapter), read_adapter_weights(adapter)).stored:
             raise ModelError(f"{adapter}: {SEVERAL_STORED}", code="several-stored-weights")
@@ -139,7 +139,8 @@ def _find_base(adapters: Sequence[Path], base: str | None) -> ModelSource:
     named = {str(read_adapter_config(adapter).base_model_name_or_path) for adapter in adapters}
     if base is None and len(named) > 1:
         raise ModelError(
-            f"the adapters have different bases ({', '.join(sorted(named))}); if they are one model, give it: --base",
+            f"the adapters have different bases ({', '.join(sorted(named))}); if these are copies of one model, give "
+            "it: --base FOLDER",
             code="different-bases",
         )
     if base is not None:
@@ -151,13 +152,13 @@ def _find_base(adapters: Sequence[Path], base: str | None) -> ModelSource:
         return source
     sources = []
     for adapter in adapters:
-        read_record(adapter)  # another --base does not repair a damaged adapter folder
+        read_record(adapter)  # raises an error for a damaged adapter folder, which --base cannot repair
         require_plain_files(adapter)
         try:
             sources.append(find_model(str(adapter)))
         except ModelError as error:
             has_none = str(read_adapter_config(adapter).base_model_name_or_path).startswith("new:")
-            message = str(error) if has_none else f"{error} Give it: --base"
+            message = str(error) if has_none else f"{error}Give it with --base FOLDER."
             raise ModelError(message, code=error.code) from None
     return sources[0]
 
@@ -171,7 +172,7 @@ def _fetch_base(source: ModelSource, adapters: Sequence[Path], trust_remote_code
         wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", *(["*.py"] if trust_remote_code else [])]
         revision = source.revision or read_adapter_config(adapters[0]).revision
         there = hub_folder(source.name, revision)
-        if there is not None and any(path.suffix == ".bin" for path in weight_files(there)):  # what was trained on
+        if there is not None and any(path.suffix == ".bin" for path in weight_files(there)):  # as in training
             wanted += ["pytorch_model*.bin"]
         try:
             folder = Path(snapshot_download(source.name, revision=revision, allow_patterns=wanted))
@@ -179,18 +180,18 @@ def _fetch_base(source: ModelSource, adapters: Sequence[Path], trust_remote_code
             raise explain_load_error(source.name, "the base", error) from None
     if "quantization_config" in describe_base_config(folder, trust_remote_code):
         raise ModelError(
-            f"{folder}: is quantised; merging into rounded weights would change the model. Give the original in "
-            "full precision: --base",
+            f"{folder}: is quantized; merging into rounded weights would change the model. Give the original in full "
+            "precision: --base FOLDER",
             code="base-quantised",
         )
     return folder
 
 
 def describe_base_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
-    """config.json, once transformers accepts it.
+    """config.json, after transformers has accepted it.
 
     Raises:
-        ModelError: it cannot be read, or brings code that is not trusted.
+        ModelError: it cannot be read, or needs code that is not trusted.
     """
     try:
         AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -224,11 +225,11 @@ def _weights_of(base: Path) -> list[Path]:
 
 
 def merge_files(plan: MergePlan, deltas: Sequence[Delta], output: Path) -> int:
-    """Write the base weights with the changes, one file in memory at a time; returns the number of changed tensors.
+    """Write the merged weights, with one file in memory at a time; returns the number of changed tensors.
 
     Raises:
         ModelError: an adapter changes tensors that the base does not have.
-        RunError: a file reads back differently than it was written.
+        RunError: a file reads back differently from what was written.
     """
     base = plan.base
     files = _weights_of(base)
@@ -240,7 +241,7 @@ def merge_files(plan: MergePlan, deltas: Sequence[Delta], output: Path) -> int:
     wanted = {name for delta in deltas for name in delta.names()}
     left = set(wanted)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    ends: _TiedEnds | None = None
+    pair: _TiedEmbeddings | None = None
     placed: dict[str, str] = {}
     size = 0
     for file in files:
@@ -249,23 +250,24 @@ def merge_files(plan: MergePlan, deltas: Sequence[Delta], output: Path) -> int:
             _require_finite(file, key, tensor)
             name = names.in_model(key, wanted)
             if name == names.embedding:
-                ends = _TiedEnds(names, deltas, tensor)
+                pair = _TiedEmbeddings(names, deltas, tensor)
             for delta in deltas:
                 tensor = delta.apply(name, tensor, name in names.transposed)
             tensors[key] = tensor
             left.discard(name)
             placed[key] = file.name
-        if file == files[-1] and names.is_tied and ends is not None and names.head not in placed:
+        if file == files[-1] and names.is_tied and pair is not None and names.head not in placed:
             left.discard(names.head)
-            if not ends.are_one:
-                tensors[names.head] = ends.head.contiguous().clone()
+            if not pair.are_one:
+                tensors[names.head] = pair.head.contiguous().clone()
                 placed[names.head] = file.name
                 _untie(config)
         _write_and_compare(tensors, output / file.name)
         size += sum(tensor.nbytes for tensor in tensors.values())
     if left:
         raise ModelError(
-            f"the base {base} has no tensor {sorted(left)[0]}; the adapter belongs to another model.",
+            f"the base {base} has no tensor {sorted(left)[0]}; the adapter belongs to another model. Give its own "
+            "base with --base.",
             code="adapter-does-not-fit",
         )
     _grow_vocabulary(config, deltas, names.embedding)
@@ -285,12 +287,12 @@ def _require_finite(file: Path, key: str, tensor: Tensor) -> None:
 
 
 class _NameMap:
-    """Map names in a file to names in the model: files of some models (GPT-2) lack the base prefix.
+    """Map names in a file to names in the model: the files of some models (GPT-2) lack the base prefix.
 
     Attributes:
         embedding, head: names of these two weights in the model.
-        is_tied: whether they are one, by the base's config.
-        rows: of the embedding.
+        is_tied: whether they are tied in the base's config.
+        rows: rows of the embedding.
         transposed: weights of shape [in, out].
     """
 
@@ -299,23 +301,23 @@ class _NameMap:
         with torch.device("meta"):
             config = AutoConfig.from_pretrained(plan.base, trust_remote_code=trust)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-        ends = find_ends(model)
+        pair = find_embedding_names(model)
         self._prefix = f"{model.base_model_prefix}."
         self._names = set(model.state_dict())
-        self.embedding, self.head = f"{ends.embedding}.weight", f"{ends.head}.weight"
-        self.is_tied, self.rows = ends.is_tied, int(model.get_input_embeddings().num_embeddings)
+        self.embedding, self.head = f"{pair.embedding}.weight", f"{pair.head}.weight"
+        self.is_tied, self.rows = pair.is_tied, int(model.get_input_embeddings().num_embeddings)
         self.transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
     def in_model(self, key: str, wanted: set[str]) -> str:
         return key if key in wanted or key in self._names else f"{self._prefix}{key}"
 
 
-class _TiedEnds:
+class _TiedEmbeddings:
     """Tied embedding and head of the base, each with the changes of the adapters.
 
     Attributes:
         head: the head's weight after the merge.
-        are_one: whether it is still the embedding.
+        are_one: whether it still equals the embedding.
     """
 
     def __init__(self, names: _NameMap, deltas: Sequence[Delta], weight: Tensor) -> None:
@@ -344,7 +346,7 @@ def _grow_vocabulary(config: dict[str, Any], deltas: Sequence[Delta], embedding:
     ends = [max(numbers) + 1 for delta in deltas for numbers, _ in delta.rows.values()]
     ends += [len(delta.whole[embedding]) for delta in deltas if embedding in delta.whole]
     for delta in deltas:
-        if embedding in delta.stored:  # the base was resized, perhaps to fewer rows
+        if embedding in delta.stored:  # the base was resized, maybe to fewer rows
             own["vocab_size"] = len(delta.stored[embedding])
     if max(ends, default=0) > own.get("vocab_size", 0):
         own["vocab_size"] = max(ends)
@@ -356,27 +358,28 @@ def _write_and_compare(tensors: dict[str, Tensor], path: Path) -> None:
         for key, tensor in tensors.items():
             if not torch.equal(file.get_tensor(key), tensor):
                 raise RunError(
-                    f"{path.name}: {key} reads back differently than it was written. No files were kept.",
+                    f"{path.name}: {key} reads back differently from what was written. No files were kept; check the "
+                    "disk.",
                     code="written-differently",
                 )
 
 
 def _merge_in_memory(plan: MergePlan, deltas: Sequence[Delta], output: Path) -> int:
-    """Merge in the model by peft, for fused experts (stored one by one in the files) and for pytorch_model.bin.
+    """Merge the model in memory with peft, for fused experts (separate tensors in the files) and for pytorch_model.bin.
 
-    transformers reads a .bin file as weights only, without running a pickle's code.
+    transformers reads weights from a .bin file without running pickled code.
     """
     trust = plan.trust_remote_code
     model: Any = AutoModelForCausalLM.from_pretrained(plan.base, dtype="auto", trust_remote_code=trust)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, tensor in before.items():
         _require_finite(plan.base, name, tensor)
-    was_tied = find_ends(model).is_tied
+    was_tied = find_embedding_names(model).is_tied
     for delta in deltas:
         model = merge_adapter(open_adapter(model, delta.folder))
     after = model.state_dict()
     changed = sum(not torch.equal(before[name], after[name]) for name in before)
-    if was_tied and not find_ends(model).is_tied:
+    if was_tied and not find_embedding_names(model).is_tied:
         logger.info("note: the base's head is tied to its embedding, but the adapter changes only one of them: untied")
     model.save_pretrained(output)
     # compare what was written with what reads back
@@ -384,7 +387,8 @@ def _merge_in_memory(plan: MergePlan, deltas: Sequence[Delta], output: Path) -> 
     for name, tensor in after.items():
         if not torch.equal(again[name], tensor):
             raise RunError(
-                f"{name} reads back differently than it was written. No files were kept.", code="written-differently"
+                f"{name} reads back differently from what was written. No files were kept; check the disk.",
+                code="written-differently",
             )
     return changed
 
@@ -400,7 +404,7 @@ def _copy_rest(plan: MergePlan, output: Path) -> None:
 
 
 def _copy_files(source: Path, names: Sequence[str], output: Path) -> None:
-    """Copy regular files; links only within the folder or within this model's folder in the hub cache.
+    """Copy regular files; links only within the folder, or within this model's folder in the hub cache.
 
     Raises:
         ModelError: a link leads elsewhere.

@@ -17,7 +17,7 @@ def resolve_target(output: str) -> Path:
     """The real path of a folder to create.
 
     Raises:
-        TunesmithError: it exists or cannot be created.
+        TunesmithError: it exists already, or cannot be created.
     """
     shown = output if len(output) <= 80 else f"{output[:80]}..."
     try:
@@ -28,7 +28,7 @@ def resolve_target(output: str) -> Path:
         parent = next(path for path in folder.parents if path.exists())
     except UnicodeEncodeError:
         raise TunesmithError(f"{shown!r}: is not UTF-8; give --output a UTF-8 name.", code="output-not-text") from None
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: ~somebody without a home
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: unknown user after ~
         reason = getattr(error, "strerror", None) or error
         raise TunesmithError(f"{shown}: cannot be used as --output: {reason}.", code="output-not-usable") from None
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -50,10 +50,10 @@ def _require_no_model_around(folder: Path, shown: str) -> None:
 
 
 def _try_name(folder: Path, parent: Path, shown: str) -> None:
-    """Try the final rename before any work, with the longest name that is needed.
+    """Try the final rename before any work, with the longest name that will be used.
 
     Raises:
-        TunesmithError: a mount point cannot be renamed; a file system such as /proc allows no folders.
+        TunesmithError: the folder is a mount point, which cannot be renamed, or on a file system such as /proc.
     """
     hidden = f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
@@ -65,7 +65,9 @@ def _try_name(folder: Path, parent: Path, shown: str) -> None:
             (parent / hidden).rmdir()
     except OSError as error:
         if is_no_room(error):
-            raise RunError(f"{shown}: no space left on the disk.", code="disk-full") from None
+            raise RunError(
+                f"{shown}: no space left on the disk. Free space, or give --output on another disk.", code="disk-full"
+            ) from None
         if error.errno in (errno.EBUSY, errno.EXDEV):
             raise TunesmithError(
                 f"{shown}: is a mount point, which cannot be replaced by the merged model. Give --output a folder in "

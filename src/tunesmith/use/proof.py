@@ -1,7 +1,7 @@
 """Verify a merge: compare base and adapter in peft with the merged model on disk.
 
-Our own arithmetic (adapters/deltas.py) made the files; peft's makes the other side. Compared are the logits of real
-text and, since five prompts reach neither every expert nor every row, all weights.
+The files were computed by our code (adapters/deltas.py), the reference by peft. Compared are the logits on real text
+and all weights, since five prompts do not reach every expert and every row.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ _PROMPTS = (
 
 
 def prove(plan: MergePlan, combined: Sequence[Path], output: Path) -> str:
-    """Compare; what was compared, in words.
+    """Compare the merged model with base and adapter; returns a description of the comparison.
 
     Args:
-        combined: PEFT folders that do to the base, one after another, what was merged.
+        combined: PEFT folders that, applied to the base one after another, have the same effect as the merge.
 
     Raises:
-        RunError: the two differ by more than rounding explains.
+        RunError: they differ by more than rounding explains.
     """
     dtype = _dtype_of(output)
     size = sum(path.stat().st_size for path in weight_files(plan.base)) * (4 / dtype.itemsize)
     if 2.5 * size > available_memory():
-        return "too large for this memory, so its logits were not compared; its tensors were"
+        return "tensors compared; logits not compared, since the model does not fit into memory twice"
     model: Any = _load(plan.base, dtype, plan)
     for folder in combined[:-1]:
         model = merge_adapter(open_adapter(model, folder))
@@ -55,20 +55,21 @@ def prove(plan: MergePlan, combined: Sequence[Path], output: Path) -> str:
     difference = ((wanted - merged).abs().max() / wanted.abs().max()).item()
     if not difference <= TOLERANCE[dtype]:
         raise RunError(
-            f"the merged model's logits differ from base and adapter by {difference:.1e} of the largest, more than the "
-            f"{TOLERANCE[dtype]:.0e} that rounding to {str(dtype).removeprefix('torch.')} explains. Nothing was kept.",
+            f"the merged model's logits differ from base and adapter by {difference:.1e} of the largest logit, more "
+            f"than the {TOLERANCE[dtype]:.0e} that rounding to {str(dtype).removeprefix('torch.')} explains. No files "
+            "were kept.",
             code="merged-logits-differ",
         )
     _compare_weights(merge_adapter(wrapped), found, TOLERANCE[dtype])
     same = (wanted.argmax(-1) == merged.argmax(-1)).float().mean().item()
     return (
-        f"logits on {len(_PROMPTS)} prompts differ by {difference:.1e} of the largest (allowed for "
-        f"{str(dtype).removeprefix('torch.')}: {TOLERANCE[dtype]:.0e}); the likeliest token is the same at {same:.1%}"
+        f"logits on {len(_PROMPTS)} prompts differ by {difference:.1e} of the largest logit (allowed for "
+        f"{str(dtype).removeprefix('torch.')}: {TOLERANCE[dtype]:.0e}); the most likely token agrees at {same:.1%}"
     )
 
 
 def _load(folder: Path, dtype: torch.dtype, plan: MergePlan) -> nn.Module:
-    """In fp32, or what is wider."""
+    """Load a model in fp32, or in its dtype if that is wider."""
     wide = torch.promote_types(dtype, torch.float32)
     model: nn.Module = AutoModelForCausalLM.from_pretrained(
         folder, dtype=wide, trust_remote_code=plan.trust_remote_code
@@ -77,7 +78,7 @@ def _load(folder: Path, dtype: torch.dtype, plan: MergePlan) -> nn.Module:
 
 
 def _compare_weights(wanted: nn.Module, found: nn.Module, tolerance: float) -> None:
-    """Every weight of the model that peft merged, with that of the files."""
+    """Compare every weight of peft's merged model with that in the files."""
     there = found.state_dict()
     for name, tensor in wanted.state_dict().items():
         other = there.get(name)
@@ -86,21 +87,21 @@ def _compare_weights(wanted: nn.Module, found: nn.Module, tolerance: float) -> N
             difference = (tensor.float() - other.float()).abs().max().item() if tensor.numel() else 0.0
         if not difference <= tolerance * max(tensor.float().abs().max().item() if tensor.numel() else 0.0, 1e-30):
             raise RunError(
-                f"{name} of the merged files is not what peft makes of base and adapter (differs by {difference:.1e}). "
-                "Nothing was kept.",
+                f"{name} of the merged files differs from peft's merge of base and adapter by {difference:.1e}. No "
+                "files were kept.",
                 code="merged-weights-differ",
             )
 
 
 @torch.no_grad()
 def logits_of(model: nn.Module, prompts: Sequence[Tensor]) -> Tensor:
-    """[all tokens, vocabulary], fp32."""
+    """Logits [all tokens, vocabulary] in fp32."""
     model.eval()
     return torch.cat([model(input_ids=ids[None]).logits[0].float() for ids in prompts])
 
 
 def encode_prompts(folder: Path, model: Any, plan: MergePlan) -> list[Tensor]:
-    """Real text where the model has a tokenizer, else its first ids; the first has what an adapter added, too."""
+    """Prompts of real text if the model has a tokenizer, else its first ids; added tokens are in the first prompt."""
     rows = model.get_input_embeddings().num_embeddings
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=plan.trust_remote_code)

@@ -1,4 +1,4 @@
-"""`tunesmith tokenizer`: train a byte-level BPE on texts, with control tokens and a chat template."""
+"""`tunesmith tokenizer`: train a byte-level BPE tokenizer on texts, with control tokens and a chat template."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _SAMPLE_LINES = 20_000  # for the compression table
 
 
 def run_tokenizer(data: DataSection, vocab_size: int, output: Path) -> None:
-    """Train on every text of the data, save, and say how well each language is compressed.
+    """Train on every text of the data, save, and print how well each language is compressed.
 
     Raises:
-        ModelError: a vocabulary too small for all bytes and the control tokens.
-        DataError: as reading the data does.
+        ModelError: the vocabulary is too small for all bytes and the control tokens.
+        DataError: the data cannot be read.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ModelError(
@@ -44,7 +44,7 @@ def run_tokenizer(data: DataSection, vocab_size: int, output: Path) -> None:
     with atomic_directory(output) as partial:
         tokenizer.save_pretrained(partial)
     print(
-        f"{len(tokenizer):,} tokens" + ("" if len(tokenizer) == vocab_size else "; the text has no more pairs to join")
+        f"{len(tokenizer):,} tokens" + ("" if len(tokenizer) == vocab_size else "; the text has no more pairs to merge")
     )
     for line in compression_table(tokenizer, sample.lines):
         print(line)
@@ -54,7 +54,7 @@ def run_tokenizer(data: DataSection, vocab_size: int, output: Path) -> None:
 
 
 def iterate_texts(data: DataSection) -> Iterator[str]:
-    """Every text of every row: raw text as it stands, of chats each turn. Rows that training refuses are left out."""
+    """Every text of every row: raw text unchanged, and each turn of a chat. Rows that training refuses are skipped."""
     seen_files: set[str] = set()
     for number, row in enumerate(read_rows(find_sources(data.train), data.encoding, data.max_row_mb)):
         if data.limit and number >= data.limit:
@@ -80,7 +80,7 @@ def iterate_texts(data: DataSection) -> Iterator[str]:
 
 
 class LineSample:
-    """An even sample of the lines that pass by (reservoir sampling; Vitter 1985)."""
+    """A uniform random sample of lines (reservoir sampling; Vitter 1985)."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -101,7 +101,7 @@ class LineSample:
 
 
 def compression_table(tokenizer: Any, lines: list[str]) -> list[str]:
-    """Bytes and characters a token, by language, on the sampled lines."""
+    """Bytes and characters per token for each language, on the sampled lines."""
     bytes_, chars, tokens = Counter[str](), Counter[str](), Counter[str]()
     encodings = tokenizer.backend_tokenizer.encode_batch(lines, add_special_tokens=False)
     for line, encoding in zip(lines, encodings, strict=True):

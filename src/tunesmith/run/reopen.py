@@ -1,4 +1,4 @@
-"""What a resumed run compares with its beginning: data, template, tokenizer, model, config, adapter."""
+"""Compare a resumed run with its start (data, template, tokenizer, model, config, adapter), and reopen its parts."""
 
 from __future__ import annotations
 
@@ -40,24 +40,26 @@ from tunesmith.training.checkpoint import Checkpoint
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """Attributes:
-    command: as it was typed, for advice.
-    parts: of the fingerprint that may change.
+    """Changes that the user allows on resume.
+
+    Attributes:
+        command: as typed, for advice.
+        parts: of the fingerprint that may change.
     """
 
     command: str
     parts: Sequence[str]
 
     def refuse_others(self, refusals: Sequence[str], session: Session) -> list[str]:
-        """The parts that changed and may. Raises TunesmithError for the others, all at once."""
+        """The changed parts that are allowed; raises TunesmithError for all others."""
         return refuse_changes(refusals, self.parts, session.folder.path, self.command)
 
 
-def take_up_data(session: Session, before: Fingerprint, allow: Allowed) -> tuple[Dataset, Fingerprint]:
-    """The run's data, once everything that it trains with has been compared with what it began with.
+def reopen_data(session: Session, before: Fingerprint, allow: Allowed) -> tuple[Dataset, Fingerprint]:
+    """The run's data, after everything that training depends on has been compared with the start of the run.
 
     Raises:
-        TunesmithError: something that alters training has changed and is not allowed to.
+        TunesmithError: something that would alter training has changed without --allow.
     """
     config, folder = session.config, session.folder
     refusals, notes = compare_files(before.data, session.sources)
@@ -69,16 +71,18 @@ def take_up_data(session: Session, before: Fingerprint, allow: Allowed) -> tuple
     damage = find_store_damage(folder, before.store)
     if set(changed) & set(RELABELS) or (damage and "data" in allow.parts):
         why = [f"changed {part}" for part in changed] or [damage]
-        session.reporter.note(f"the data is read again, because of {', '.join(why)}")
+        session.reporter.note(f"labelling the data again because of {', '.join(why)}")
         now = relabel(session)
     elif damage:
-        raise TunesmithError(f"{damage}. To read the data again: {allow.command} --allow data", code="tokens-damaged")
+        raise TunesmithError(
+            f"{damage}. To build the tokens again: {allow.command} --allow data", code="tokens-damaged"
+        )
     ledger, eval_ledger = read_ledgers(folder, now.store)
     return open_dataset(config.data, config.train.seed, folder, now.store, ledger, eval_ledger), now
 
 
 def read_ledgers(folder: RunFolder, store: StoreHashes) -> tuple[Ledger, Ledger | None]:
-    """What became of the rows.
+    """The ledgers of training and evaluation data.
 
     Raises:
         TunesmithError: the ledger is damaged.
@@ -92,12 +96,12 @@ def read_ledgers(folder: RunFolder, store: StoreHashes) -> tuple[Ledger, Ledger 
 
 
 def relabel(session: Session) -> Fingerprint:
-    """New tokens and their ledger in place of the old ones, all of them or none.
+    """Replace tokens and ledger by newly labelled ones, atomically.
 
-    A kill after that leaves tokens that differ from run.json: the same command reads the data again.
+    After a kill in between, the tokens may differ from run.json; the same command then labels the data again.
     """
     config, folder = session.config, session.folder
-    sources = session.sources or find_data(config.data)  # the second raises: it names what is gone
+    sources = session.sources or find_data(config.data)  # find_data raises an error that names the missing file
     refuse_shared_files(sources)
     staging = RunFolder(folder.path / f".tokens.{uuid.uuid4().hex[:8]}.partial")
     staging.path.mkdir()
@@ -111,11 +115,11 @@ def relabel(session: Session) -> Fingerprint:
         shutil.rmtree(staging.path, ignore_errors=True)
 
 
-def take_up_adapter(ready: ReadyRun, checkpoint: Checkpoint | None, record: RunRecord, allow: Allowed) -> None:
-    """The checkpoint's weights into the adapter, once its base and its first matrices are those of before.
+def reopen_adapter(ready: ReadyRun, checkpoint: Checkpoint | None, record: RunRecord, allow: Allowed) -> None:
+    """Load the checkpoint's weights into the adapter, after checking its base and its initial matrices.
 
     Raises:
-        TunesmithError: they are not.
+        TunesmithError: the base or the matrices have changed.
     """
     session, adapter = ready.session, ready.lm.adapter
     if changes_base(session.config.lora) and (remark := restore_initial(adapter, session.folder, record.adapter_init)):

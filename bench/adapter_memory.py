@@ -1,7 +1,7 @@
 """Peak memory of full fine-tuning, LoRA and QLoRA on a model of Qwen2.5-0.5B's shape with random weights.
 
-Each kind trains two steps in a process of its own, in fp32 on the CPU (VmHWM of /proc, which includes the libraries),
-on a GPU in bf16 (the most that torch allocated). Prints a table in Markdown.
+Each kind trains two steps in a separate process: on the CPU in fp32 (VmHWM of /proc, which includes the libraries), on a
+GPU in bf16 (torch's peak allocation). Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def make_base(folder: Path) -> None:
 
 
 def measure(name: str, base: Path, tokenizer: str, data: str, run: Path) -> str:
-    """A row of the table."""
+    """A row of the table for one kind."""
     words = ["train", "--model", str(base), "--tokenizer", tokenizer, "--data", data, "--output", str(run),
              "--data.max_seq_len", "512", "--train.micro_batch_tokens", "1024", "--train.max_steps", "2",
              "--data.limit", "50", *KINDS[name]]  # fmt: skip
@@ -62,9 +62,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tokenizer", help="folder of a tokenizer")
     parser.add_argument("data", help="file of chats")
-    parser.add_argument("--model", type=Path, help="a base to use in place of the random one")
+    parser.add_argument("--model", type=Path, help="base model (default: one with random weights)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="which kinds (default: all)")
-    parser.add_argument("--folder", type=Path, help="where to work and what to keep (default: a temporary folder)")
+    parser.add_argument("--folder", type=Path, help="working folder, which is kept (default: a temporary folder)")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))

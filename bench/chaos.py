@@ -1,18 +1,18 @@
-"""Kills training runs with SIGKILL at random moments, resumes them each time, and compares where they end.
+"""Kill training runs with SIGKILL at random moments, resume them each time, and compare the results.
 
 Usage: chaos.py [--kills N] [--seed S] [--folder DIR] [--steps N] [--signal KILL|TERM|INT] [--deterministic]
 
-Three kinds of run take turns: a GPT-2 with dropout trained whole, a LoRA adapter on a Qwen3 whose best evaluated step
-is kept, and a PiSSA adapter. Each trains packed chats with accumulation and evaluation, finishes, and is then made half
-as long again. Both parts are done once without a kill; then runs of the same config are killed and resumed until N
-kills are made: at any moment, in the first moments of a resume, and several times within a second. The writers are made
-slow (SLOW), so that many kills fall inside a save or inside the finish; what each has hit is counted. Each finished part
-must have the very same weights (SHA-256) and the same lines in metrics.jsonl, apart from tokens_per_s, as
-the part that was left alone. Exit code 1 where one has not. On a GPU this is promised with train.deterministic only:
-give --deterministic there.
+Three kinds of run alternate: a GPT-2 with dropout and all weights trained, a LoRA adapter on a Qwen3 whose best
+evaluated step is kept, and a PiSSA adapter. Each trains packed chats with accumulation and evaluation, finishes, and is
+then extended by half its length. Both parts are done once without a kill; then runs of the same config are killed and
+resumed until N kills have been made: at any moment, in the first moments of a resume, and several times within a second.
+The writers are slowed down (SLOW), so that many kills happen during a save or the finish; what each kill hit is counted.
+Each finished part must have exactly the same weights (SHA-256) and the same lines in metrics.jsonl, apart from
+tokens_per_s, as the part without kills; otherwise the exit code is 1. On a GPU this requires train.deterministic: give
+--deterministic there.
 
-The child processes are forked from this one, which has imported torch and used it for nothing: so a start costs
-milliseconds, and what is killed is a whole process.
+The child processes are forked from this one, which has imported torch without using it: so a start takes milliseconds,
+and a kill ends a whole process.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def slowed(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def in_child(work: Callable[[], int], log: Path) -> int:
-    """Start `work` in a forked process; returns its number."""
+    """Start `work` in a forked process; returns its pid."""
     number = os.fork()
     if number:
         return number
@@ -123,11 +123,11 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a kind's life, and how it ends when nobody interrupts it.
+    """One part of a run, and its result without kills.
 
     Attributes:
-        words: the command that begins it.
-        steps: at its end.
+        words: the command that starts it.
+        steps: number of steps at its end.
     """
 
     words: Callable[[Path], list[str]]
@@ -143,7 +143,7 @@ def train_words(folder: Path, kind: str, steps: int, run: Path) -> list[str]:
 
 
 def outcome(run: Path) -> tuple[str, list[dict[str, Any]]]:
-    """What must be the same."""
+    """Results that must be equal."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         record.pop("tokens_per_s", None)
@@ -154,7 +154,7 @@ def outcome(run: Path) -> tuple[str, list[dict[str, Any]]]:
 
 
 def learn_parts(folder: Path, kind: str, steps: int, num_parts: int) -> list[Part]:
-    """The parts of a kind, done once without a kill."""
+    """The parts of a kind, run once without a kill."""
     run, longer = folder / f"straight-{kind}", steps + steps // 2
     parts = []
     lives = (
@@ -189,11 +189,11 @@ def half_saves(run: Path) -> set[Path]:
 
 
 def moment_of(run: Path, steps: int, began_at: int | None, before: set[Path]) -> str:
-    """What a kill has hit, from what lies in the folder.
+    """What a kill has hit, judged by the files in the folder.
 
     Args:
-        before: half saves that an earlier kill had left.
-        began_at: the newest checkpoint's step when a resume began; None where the run was begun.
+        before: partial saves left by earlier kills.
+        began_at: step of the newest checkpoint when a resume began; None for a new run.
     """
     facts, newest = read_facts(run), newest_step(run)
     if not facts:
@@ -212,7 +212,7 @@ def moment_of(run: Path, steps: int, began_at: int | None, before: set[Path]) ->
 
 
 def draw_aim(rng: random.Random, run: Path, steps: int, burst: int) -> Callable[[], bool]:
-    """What to wait for before the kill: a while, a step, a save, the finish, or the first moments of a start."""
+    """What to wait for before the kill: a time, a step, a save, the finish, or the first moments of a start."""
     kind = "start" if burst else rng.choice(["while", "step", "step", "save", "finish", "start"])
     began = time.monotonic()
     if kind in ("while", "start"):
@@ -228,7 +228,7 @@ def draw_aim(rng: random.Random, run: Path, steps: int, burst: int) -> Callable[
 
 
 def run_part(part: Part, run: Path, rng: random.Random, left: int, number: signal.Signals, hit: Counter[str]) -> None:
-    """One part, killed and resumed until it ends; at most `left` kills, counted in `hit` by what they struck."""
+    """Run one part with kills and resumes until it ends; at most `left` kills, counted in `hit` by what they hit."""
     log, start, burst = run.with_suffix(".log"), hit.total(), 0
     while read_facts(run).get("finished_at_step") != part.steps:
         facts = read_facts(run)
@@ -246,9 +246,9 @@ def run_part(part: Part, run: Path, rng: random.Random, left: int, number: signa
             time.sleep(delay)
             os.kill(child, number)
             code = wait(child)
-            if code == 0:  # it had just ended by itself
+            if code == 0:  # it had just ended normally
                 continue
-            if number != signal.SIGKILL and code not in (3, -number):  # -number: it was not listening yet
+            if number != signal.SIGKILL and code not in (3, -number):  # -number: its handler was not installed yet
                 raise SystemExit(f"exit code {code} after {number.name}; see {log}:\n{log.read_text()[-2000:]}")
             hit[moment_of(run, part.steps, began_at, before)] += 1
         elif code:
@@ -258,7 +258,7 @@ def run_part(part: Part, run: Path, rng: random.Random, left: int, number: signa
 def run_chaos(kills: int, seed: int, folder: Path, steps: int, number: signal.Signals) -> int:
     if wait(in_child(lambda: make_inputs(folder), folder / "inputs.log")):
         raise SystemExit((folder / "inputs.log").read_text())
-    is_short = kills < 10  # a handful of kills is not worth three kinds and their extensions
+    is_short = kills < 10  # a few kills are not worth three kinds and their extensions
     kinds = list(KINDS)[: 1 if is_short else None]
     learnt = {kind: learn_parts(folder, kind, steps, 1 if is_short else 2) for kind in kinds}
     rng, hit = random.Random(seed), Counter[str]()
@@ -280,7 +280,8 @@ def run_chaos(kills: int, seed: int, folder: Path, steps: int, number: signal.Si
     for moment, count in hit.most_common():
         print(f"{count:5} {moment}")
     print(
-        f"{hit.total()} kills over {runs} runs of {len(kinds)} kinds, {runs - wrong} of them with the weights and metrics "
+        f"{hit.total()} kills over {runs} runs of {len(kinds)} kinds, {runs - wrong} of them with the weights and "
+        "metrics "
         "of the uninterrupted one"
     )
     return 1 if wrong else 0
@@ -291,7 +292,7 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--folder", type=Path, help="where to work and what to keep (default: a temporary folder)")
+    parser.add_argument("--folder", type=Path, help="working folder, which is kept (default: a temporary folder)")
     parser.add_argument("--signal", choices=["KILL", "TERM", "INT"], default="KILL", help="KILL (default), TERM or INT")
     parser.add_argument("--deterministic", action="store_true", help="train.deterministic, for a GPU")
     options = parser.parse_args()

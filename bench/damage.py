@@ -1,4 +1,4 @@
-"""One random damage to a file or to the words of a command, drawn from a generator that is handed in."""
+"""Apply one random damage to a file or to the words of a command, drawn from a given generator."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Damage:
 
 
 def damage_file(path: Path, rng: random.Random) -> Damage:
-    """Damage a file in a way that suits its kind."""
+    """Damage a file in a way suited to its format."""
     kinds: list[Callable[[Path, random.Random], str]] = [replace_file, damage_bytes]
     if path.suffix in (".json", ".jsonl", ".yaml"):
         kinds += [damage_tree] * 5
@@ -52,7 +52,7 @@ def damage_file(path: Path, rng: random.Random) -> Damage:
 
 
 def replace_file(path: Path, rng: random.Random) -> str:
-    """Something else in the file's place."""
+    """Replace the file by something else."""
     kind = rng.choice(
         ["missing", "empty", "folder", "fifo", "loop", "null", "zero", "full", "broken link", "text", "huge hole"]
     )
@@ -132,7 +132,7 @@ def damage_lines(path: Path, rng: random.Random) -> str:
 
 
 def damage_tree(path: Path, rng: random.Random) -> str:
-    """A value somewhere in JSON or YAML."""
+    """Change a value somewhere in JSON or YAML."""
     text = path.read_text()
     if path.suffix == ".jsonl":
         lines = text.splitlines()
@@ -150,7 +150,7 @@ def damage_tree(path: Path, rng: random.Random) -> str:
 
 
 def damage_header(path: Path, rng: random.Random) -> str:
-    """The JSON at the head of safetensors, or its length."""
+    """Change the JSON header of a safetensors file, or its length."""
     data = path.read_bytes()
     (size,) = struct.unpack("<Q", data[:8])
     if rng.random() < 0.2:
@@ -174,7 +174,7 @@ def _damaged_json(text: str, rng: random.Random) -> tuple[str, str]:
 
 
 def _damaged(tree: Any, rng: random.Random) -> tuple[Any, str]:
-    """The tree with one place in it damaged."""
+    """The tree with one place damaged."""
     places = list(_places(tree))
     if not places or rng.random() < 0.04:
         value = rng.choice(ODD_VALUES)
@@ -182,7 +182,7 @@ def _damaged(tree: Any, rng: random.Random) -> tuple[Any, str]:
     by_depth: dict[int, list[tuple[Any, ...]]] = {}
     for place in places:
         by_depth.setdefault(len(place), []).append(place)
-    place = rng.choice(by_depth[rng.choice(sorted(by_depth))])  # the few keys above as often as thousands below
+    place = rng.choice(by_depth[rng.choice(sorted(by_depth))])  # the few top-level keys as often as the thousands below
     parent = tree
     for key in place[:-1]:
         parent = parent[key]
@@ -210,7 +210,7 @@ def _places(tree: Any, above: tuple[Any, ...] = ()) -> Any:
 
 
 def damage_words(words: list[str], rng: random.Random, work: Path) -> tuple[list[str], Damage]:
-    """One or two words changed, dropped or added; the folder gets things with odd names to point at."""
+    """Change, drop or add one or two words; paths with odd names for them are created in the folder."""
     os.mkfifo(work / "fifo")
     (work / "loop").symlink_to("loop")
     (work / "folder").mkdir()
@@ -220,11 +220,11 @@ def damage_words(words: list[str], rng: random.Random, work: Path) -> tuple[list
         kind = rng.choice(["value", "value", "drop", "twice", "flag", "flag", "swap"])
         at = rng.randrange(1, len(words)) if len(words) > 1 else 0
         if kind == "value" and len(words) > 1:
-            # what is written to is never a place outside of the folder
+            # outputs are never outside of the folder
             is_output = words[at - 1] in ("--output", "--html") and words[at] != "--output"
             odd = [word for word in ODD_WORDS if not (is_output and word.startswith("/dev"))]
             if words[at - 1] in ("--train.max_steps", "--max-new-tokens", "--vocab-size", "--rows"):
-                odd = [word for word in odd if not word.startswith("9")]  # asks for years of work
+                odd = [word for word in odd if not word.startswith("9")]  # would take years
             words[at] = rng.choice(odd)
         elif kind == "drop" and len(words) > 1:
             del words[at]

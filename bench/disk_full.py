@@ -1,12 +1,12 @@
-"""Fills a real disk at the very moment when each writer of the project opens its file, and looks at what is left.
+"""Fill a real disk at the moment when a writer of the project opens its file, and check what is left.
 
 Usage: disk_full.py [--folder DIR] [--only WORD]      (as root: it mounts a tmpfs of 12 MB)
 
-Each case runs one command in a forked process whose audit hook writes a ballast file onto the disk when a file that
-matches is opened for writing (or its folder is made), down to a few KB of room. Either it stays full, or the ballast
-goes 0.05 seconds later: a moment that a library may sleep through. Then there is room again, and what was left must be
-one of: the very weights of a run that met no full disk; a run that `resume` takes to these weights; nothing at all,
-with exit code 4 and one message. Exit code 1 where it is anything else.
+Each case runs one command in a forked process whose audit hook writes a ballast file to the disk when a matching file is
+opened for writing (or its folder is created), leaving a few KB free. Either the disk stays full, or the ballast is
+removed 0.05 seconds later, which a library may not notice. After the command there is space again, and the result must
+be one of: the exact weights of a run without a full disk; a run that `resume` completes to these weights; no files, exit
+code 4 and one message. Anything else gives exit code 1.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Case:
 
     Attributes:
         command: train, pissa, resume, relabel, merge, tokenizer or preview.
-        opened: regex of the path whose opening for writing, or making, fills the disk.
-        time: which opening of that name; the first is 1.
-        spare: KB of room left for what is written just then.
+        opened: regex of the path whose opening or creation fills the disk.
+        time: which opening of that path; the first one is 1.
+        spare: KB left free.
     """
 
     name: str
@@ -85,7 +85,7 @@ CASES = (
 
 
 def fill(disk: Path, spare: int) -> None:
-    """Leave `spare` KB of room."""
+    """Leave `spare` KB free."""
     with (disk / "ballast").open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(b"x" * 65536):
             pass
@@ -98,7 +98,7 @@ def free(disk: Path) -> None:
 
 
 def watch(disk: Path, case: Case, is_freed: bool) -> None:
-    """In the child: fill the disk when the writer comes."""
+    """In the child: fill the disk when the writer opens its file."""
     pattern, seen = re.compile(case.opened), [0]
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -130,7 +130,7 @@ def call(
 
 
 class Bench:
-    """The inputs, what each command makes when there is room, and the disk."""
+    """The inputs, the results of each command with free space, and the disk."""
 
     def __init__(self, folder: Path, disk: Path) -> None:
         self.folder, self.disk, self.log = folder, disk, folder / "log.txt"
@@ -161,7 +161,7 @@ class Bench:
         }[command]
 
     def run(self, case: Case, is_freed: bool) -> str:
-        """What came of it, or "WRONG: ..."."""
+        """The result of a case, or "WRONG: ..."."""
         output = self.disk / ("out" if case.command in ("merge", "tokenizer", "preview") else "run")
         if case.command in ("resume", "relabel"):
             shutil.copytree(self.folder / "cut-off", output, symlinks=True)
@@ -178,14 +178,14 @@ class Bench:
         if (output / "run.json").exists():
             again = words if case.command == "relabel" else ["resume", str(output)]
             if call(again, self.log):
-                return f"WRONG: exit code {code}, and it cannot be gone on with: {self.log.read_text()[-2000:]}"
-            return f"exit code {code}, gone on with; {self.compare(case, output)}"
+                return f"WRONG: exit code {code}, and resume fails: {self.log.read_text()[-2000:]}"
+            return f"exit code {code}, resumed; {self.compare(case, output)}"
         left = sorted(path.name for path in self.disk.iterdir())
         return f"WRONG: exit code {code}, and left {left}" if left else f"exit code {code}, nothing left"
 
     def compare(self, case: Case, output: Path) -> str:
         whole = self.folder / f"whole-{'train' if case.command == 'resume' else case.command}"
-        if case.command == "relabel":  # another template than that of the whole run, so its own second run
+        if case.command == "relabel":  # the template differs from the whole run's, so it has its own second run
             whole = self.folder / "whole-relabel"
             if not whole.exists():
                 shutil.copytree(self.folder / "cut-off", whole)
@@ -197,7 +197,7 @@ class Bench:
 
 
 def fingerprint(path: Path) -> dict[str, str]:
-    """Hashes of what training, merging or printing made."""
+    """Hashes of the files that training, merging or printing wrote."""
     if path.is_file():
         return {"page": hashlib.sha256(path.read_bytes()).hexdigest()}
     files = [file for pattern in ("tokens/*", "*.safetensors", "*/*.safetensors", "tokenizer.json", "*/tokenizer.json")
@@ -222,13 +222,13 @@ def run_bench(folder: Path, only: str) -> int:
             count += 1
             wrong += "WRONG" in result
             print(f"{case.name}, {'freed again' if is_freed else 'full'}: {result}", flush=True)
-    print(f"{count} cases, {count - wrong} as they should be")
+    print(f"{count} cases, {count - wrong} as expected")
     return 1 if wrong else 0
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where to work and what to keep (default: a temporary folder)")
+    parser.add_argument("--folder", type=Path, help="working folder, which is kept (default: a temporary folder)")
     parser.add_argument("--only", default="", metavar="WORD", help="cases with this word in their name")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:

@@ -1,7 +1,7 @@
-"""tunesmith's command in a forked child: milliseconds to start, with limits, and with any standard input and output.
+"""Run tunesmith's command in a forked child: starts in milliseconds, with limits and any standard input and output.
 
-The parent has imported torch and used it for nothing, so each child is a whole process of its own. fuzz.py forks from
-itself. Tests start `forks.py` as a server: one JSON object a line, the arguments of `run_forked`; one Outcome a line back.
+The parent has imported torch without using it, so each child is an ordinary process. fuzz.py forks from itself. Tests
+start `forks.py` as a server: one JSON object per line with the arguments of `run_forked`, answered by one Outcome.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: a second thread costs more than it does
+os.environ["OMP_NUM_THREADS"] = "1"  # for tiny models a second thread costs more than it gains
 
 import datasets
 import peft
 import transformers
-from torch import _dynamo  # noqa: F401  # slow to import, and every optimizer does
+from torch import _dynamo  # noqa: F401  # slow to import, and every optimizer imports it
 
 from tunesmith.cli import main
 from tunesmith.demo import run as _demo  # noqa: F401  # imported once here, not in every child
@@ -42,12 +42,12 @@ from tunesmith.use import merge as _merge  # noqa: F401
 
 assert all((datasets, peft, transformers))
 CLOSED = "closed"
-LEAVING = "leaving"  # a reader that takes one line and goes, as `head -1`
+LEAVING = "leaving"  # a reader that closes the pipe after one line, like `head -1`
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended. code None: it ran past its limit and was killed; below 0: by that signal."""
+    """How a command ended. code is None if it exceeded its time limit and was killed; negative: killed by that signal."""
 
     code: int | None
     out: str
@@ -70,15 +70,15 @@ def run_forked(
     environment: dict[str, str] | None = None,
     full_replies: bool = False,
 ) -> Outcome:
-    """Run the command on `words`.
+    """Run the command with `words` as arguments.
 
     Args:
         stdin: a path, or CLOSED.
-        stdout: a path, CLOSED or LEAVING; empty: kept and returned. The same for stderr, which cannot be LEAVING.
-        interrupt_at: a text of stdout, an absolute path, or PATH?TEXT, at whose appearance signal `number` is sent.
-        interrupt_after_s: the same, after a time.
-        full_replies: as many sample replies in a run's report as users get; else one short one, for they take longer
-            than everything else.
+        stdout: a path, CLOSED or LEAVING; if empty, it is returned. The same for stderr, except LEAVING.
+        interrupt_at: a text of stdout, an absolute path, or PATH?TEXT; when it appears, signal `number` is sent.
+        interrupt_after_s: send the signal after this time.
+        full_replies: as many sample replies in a run's report as for users; by default one short reply, since they
+            take longer than everything else.
     """
     with tempfile.TemporaryDirectory() as folder:
         kept = [Path(folder, "out"), Path(folder, "err")]
@@ -106,7 +106,7 @@ def _be_child(
     code = 99
     try:
         os.setsid()
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what runs in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for background processes
         os.environ.update(environment or {})
         size = int(limit_gb * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (size, size))
@@ -144,7 +144,7 @@ def _wait(
         done, status, usage = os.wait4(child, os.WNOHANG)
         if done:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(child, signal.SIGKILL)  # whatever it started
+                os.killpg(child, signal.SIGKILL)  # including its children
             return os.waitstatus_to_exitcode(status), usage.ru_maxrss
         if time.monotonic() > deadline:
             with contextlib.suppress(ProcessLookupError):

@@ -1,15 +1,15 @@
-"""Damages what people give to tunesmith, at random but repeatably, and looks at how each command ends.
+"""Damage inputs of tunesmith at random but reproducibly, and check how each command ends.
 
 Usage: fuzz.py [--cases N] [--seed S] [--first N] [--case N] [--area NAME] [--folder DIR]
 
 A case copies a small model, its adapter, data and runs, damages one file or one word of a command, and runs the command
-in a forked child with limits of time and memory. It fails where there is a traceback, an error that tunesmith cannot
-explain, more than one message or none, a hang, a lot of memory, or something left behind; and where the command says
-done though the outcome is not the one of undamaged inputs and nothing was said about it (WRONG SUCCESS): a resumed run
-must end in the very same weights (SHA-256), and a trained or merged model must be finite.
+in a forked child with limits on time and memory. It fails on a traceback, an unexplained error, more than one message or
+none, a hang, high memory use, or leftover files; and on WRONG SUCCESS: the command reports success, but the outcome
+differs from that of undamaged inputs without a remark. A resumed run must end with exactly the same weights (SHA-256),
+and a trained or merged model must be finite.
 
-Cases that fail are kept in DIR/failed (seed and number, command, output, the damaged file); --case repeats one. At the
-end stands a table of areas and verdicts. Exit code 1 where a case failed.
+Failed cases are kept in DIR/failed (seed and number, command, output, the damaged file); --case repeats one. At the end
+a table of areas and verdicts is printed. Exit code 1 if a case failed.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ import forks
 from damage import Damage, damage_file, damage_words
 
 LIMIT_S, LIMIT_RSS_MB, LIMIT_TEXT = 60, 3000, 20_000
-NOTES = ("note: ", "nothing to do")  # a run says where it is not the one that it was
+NOTES = ("note: ", "nothing to do")  # remarks on differences from the original run
 BAD = ("Traceback (most recent", "UNCAUGHT", "Exception ignored", "report it as a bug", "Fatal Python error")
 
 
 @dataclass(frozen=True)
 class Area:
-    """Files that are damaged together with the commands that read them.
+    """Files to damage, and the commands that read them.
 
     Attributes:
         files: patterns in the work folder.
-        commands: words; WORK is the folder.
+        commands: words of each command; WORK is the folder.
     """
 
     files: tuple[str, ...]
@@ -107,7 +107,7 @@ AREAS: dict[str, Area] = {
 
 
 def make_inputs(work: Path) -> int:
-    """Everything that is damaged later, small."""
+    """Create small inputs, to be damaged later."""
     import datasets
     import transformers
 
@@ -169,7 +169,7 @@ def make_inputs(work: Path) -> int:
     for name in ("adapter", "adapter2"):
         shutil.copytree(work / name.replace("adapter", "adapters") / "adapter", work / name)
         shutil.rmtree(work / name.replace("adapter", "adapters"))
-    for name, made in (("half", "model"), ("half-adapter", "adapter")):  # as a kill leaves them
+    for name, made in (("half", "model"), ("half-adapter", "adapter")):  # as after a kill
         shutil.rmtree(work / name / made)
         for step in (3, 4):
             shutil.rmtree(work / name / "checkpoints" / f"step-{step:06d}")
@@ -179,7 +179,7 @@ def make_inputs(work: Path) -> int:
 
 @dataclass
 class Bench:
-    """The folder of a bench: `pristine` is copied to `work` for each case, so that absolute names hold."""
+    """The folder of the bench: `pristine` is copied to `work` for each case, so that absolute names stay valid."""
 
     folder: Path
     seed: int
@@ -194,7 +194,7 @@ class Bench:
         shutil.copytree(self.folder / "pristine", self.work, symlinks=True)
 
     def run_case(self, number: int, area_name: str | None = None) -> tuple[str, str, str]:
-        """Area, verdict and what was done."""
+        """Area, verdict, and a description of the case."""
         rng = random.Random(f"{self.seed}-{number}")
         name = area_name or list(AREAS)[number % len(AREAS)]
         area = AREAS[name]
@@ -219,7 +219,7 @@ class Bench:
         return name, verdict, what
 
     def judge(self, words: list[str], outcome: forks.Outcome, damage: Damage, before: dict[str, Any]) -> str:
-        """Upper case: a failure."""
+        """The verdict of a case; failures are in upper case."""
         text = outcome.out + outcome.err
         if outcome.code is None:
             return "HANG"
@@ -252,7 +252,7 @@ class Bench:
         return "done, otherwise, and said" if said else "WRONG SUCCESS"
 
     def find_made(self, words: list[str]) -> Path | None:
-        """The weights that a command left."""
+        """The weights that a command wrote."""
         folder = self.work / (words[1] if words[0] == "resume" and len(words) > 1 else "out")
         for name in ("model/model.safetensors", "adapter/adapter_model.safetensors", "model.safetensors"):
             if (folder / name).is_file():
@@ -260,7 +260,7 @@ class Bench:
         return None
 
     def find_left(self, words: list[str], code: int, before: dict[str, Any]) -> str:
-        """What a command left that it should not have, or changed of what it was given."""
+        """Files that a command should not have left, or inputs that it changed."""
         after = _listing(self.work)
         run = words[1] if words[0] == "resume" and len(words) > 1 else "out"
         new = [name for name in after if name not in before]
@@ -298,7 +298,7 @@ def _remove(path: Path) -> None:
 
 
 def _listing(work: Path) -> dict[str, Any]:
-    """Every path with what tells a change."""
+    """Every path with data that shows a change."""
     found = {}
     for path in work.rglob("*"):
         stat = path.lstat()
@@ -386,7 +386,7 @@ if __name__ == "__main__":
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--case", type=int, help="repeat one case")
     parser.add_argument("--area", choices=list(AREAS), help="this area only")
-    parser.add_argument("--folder", type=Path, help="where to work and what to keep (default: a temporary folder)")
+    parser.add_argument("--folder", type=Path, help="working folder, which is kept (default: a temporary folder)")
     options = parser.parse_args()
     chosen = range(options.first, options.first + options.cases)
     if options.case is not None:

@@ -1,4 +1,4 @@
-"""What the proof of labels costs: our labelling against rendering and encoding alone, alternating, medians."""
+"""Cost of the label proof: our labelling compared with rendering and encoding alone, alternating, medians."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def measure(tokenizer_name: str, data_path: str, rounds: int, template: str | No
             usable.append(row)
 
     def plain() -> None:
-        """Parse, render the whole chat once, encode it once, 256 rows a batch: no label is known after it."""
+        """Parse, render the whole chat once, encode it once, 256 rows per batch; gives no labels."""
         for start in range(0, len(usable), 256):
             texts = []
             for row in usable[start : start + 256]:
@@ -64,10 +64,10 @@ def measure(tokenizer_name: str, data_path: str, rounds: int, template: str | No
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("tokenizer", help="folder of a tokenizer")
-    parser.add_argument("data", nargs="+", help="files of chats, each measured by itself")
+    parser.add_argument("tokenizer", help="tokenizer folder")
+    parser.add_argument("data", nargs="+", help="files of chats, each measured separately")
     parser.add_argument("--rounds", type=int, default=5, help="default 5")
-    parser.add_argument("--template", metavar="FILE", help="a .jinja file in place of the tokenizer's own template")
+    parser.add_argument("--template", metavar="FILE", help="a .jinja file instead of the tokenizer's template")
     options = parser.parse_args()
     for path in options.data:
         measure(options.tokenizer, path, options.rounds, options.template)

@@ -1,10 +1,10 @@
-"""Runs the same commands with two versions of the code and compares what they leave, byte for byte.
+"""Run the same commands with two versions of the code and compare their results byte for byte.
 
-For changes that must not change behaviour. Each version runs in processes of its own, with its own sources on the
-path: two tiny models and a set of runs (full with dropout, LoRA, PiSSA, mixture of experts, evaluation split, chats that
-are unrolled, long raw texts, bf16), each then extended with `tunesmith resume`. Compared are the weights, the token
-store and the ledger by SHA-256, the lines of metrics.jsonl apart from tokens_per_s, and the labels that `preview --json`
-prints. With --cross, runs that the old version began are also resumed by the new one.
+For changes that must not change behaviour. Each version runs in separate processes with its own sources on the path: two
+tiny models and a set of runs (full with dropout, LoRA, PiSSA, mixture of experts, evaluation split, unrolled chats, long
+raw texts, bf16), each then extended with `tunesmith resume`. Compared are the weights, the token store and the ledger by
+SHA-256, the lines of metrics.jsonl apart from tokens_per_s, and the labels printed by `preview --json`. With --cross,
+runs started by the old version are also resumed by the new one.
 
     python bench/same_runs.py --before HEAD~20 [--cross]
 
@@ -47,7 +47,7 @@ WORDS = [
     "<think>",
     "[INST]",
 ]
-# A template that drops the thinking of earlier turns, so that a chat of several turns is unrolled
+# A template that drops the reasoning of earlier turns, so that a chat of several turns is unrolled
 REWRITING = (
     "{%- for m in messages -%}<|im_start|>{{ m.role }}\n"
     "{%- if m.role == 'assistant' and not loop.last and '</think>' in m.content -%}"
@@ -74,7 +74,7 @@ STEPS, LONGER = 9, 13
 
 
 def tunesmith(source: Path, words: list[str], folder: Path) -> str:
-    """Standard output of a command of the code in `source`."""
+    """Standard output of a command, run with the code in `source`."""
     environment = {**os.environ, "PYTHONPATH": str(source), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "tunesmith", *words], cwd=folder, env=environment, capture_output=True, text=True
@@ -85,7 +85,7 @@ def tunesmith(source: Path, words: list[str], folder: Path) -> str:
 
 
 def make_inputs(source: Path, folder: Path) -> None:
-    """Rows of many lengths, a tokenizer, and three tiny models; made once, by the old version."""
+    """Rows of many lengths, a tokenizer, and three tiny models; created once, by the old version."""
     import transformers
 
     rng = random.Random(0)
@@ -129,7 +129,7 @@ def make_inputs(source: Path, folder: Path) -> None:
 
 
 def outcome(run: Path) -> dict[str, str]:
-    """SHA-256 of each thing that must be the same."""
+    """SHA-256 of everything that must be equal."""
 
     def digest(content: bytes) -> str:
         return hashlib.sha256(content).hexdigest()[:16]
@@ -148,7 +148,7 @@ def outcome(run: Path) -> dict[str, str]:
 
 
 def do_run(source: Path, resumer: Path, name: str, inputs: Path, folder: Path) -> dict[str, str]:
-    """Train, then extend; what is left after each."""
+    """Train, then extend; returns the outcome after each."""
     run = folder / name
     tunesmith(source, ["train", *RUNS[name], "--output", str(run), "--train.max_steps", str(STEPS)], inputs)
     first = outcome(run)

@@ -1,7 +1,7 @@
-"""What a checkpoint costs: steps beside a save against steps without, and the share of a run at the default interval.
+"""Cost of a checkpoint: steps during a save compared with steps without, and its share of a run at the default interval.
 
-Each round trains the model twice with the command, with one save after the warm-up steps and without, and notes when
-each step's line is printed. Medians over all rounds.
+Each round trains the model twice with the command, once with one save after the warm-up steps and once without, and
+records when each step's line is printed. Prints medians over all rounds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 MIN_WARM_UP = 4
-DEFAULT_SAVE_STEPS, DEFAULT_SAVE_S = 500, 600.0  # what comes first
+DEFAULT_SAVE_STEPS, DEFAULT_SAVE_S = 500, 600.0  # whichever comes first
 
 
 def time_steps(words: list[str], steps: int, folder: Path, saves: bool) -> list[float]:
@@ -57,12 +57,12 @@ def measure(words: list[str], rounds: int, steps: int, folder: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tokenizer", help="folder of a tokenizer")
+    parser.add_argument("tokenizer", help="tokenizer folder")
     parser.add_argument("data", help="file of chats")
     parser.add_argument("--model", default="new:minimind-26m", help="default new:minimind-26m")
     parser.add_argument("--rounds", type=int, default=5, help="default 5")
     parser.add_argument("--steps", type=int, default=6, help="steps after the save that are timed (default 6)")
-    parser.add_argument("--tokens", type=int, default=1024, help="of a step (default 1024)")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens per step (default 1024)")
     options = parser.parse_args()
     words = ["--model", options.model, "--tokenizer", options.tokenizer, "--data", options.data, "--data.max_seq_len",
              str(options.tokens // 2), "--train.micro_batch_tokens", str(options.tokens)]  # fmt: skip

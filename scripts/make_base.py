@@ -1,8 +1,8 @@
-"""Make the demo's base model and tokenizer again: pre-training on public-domain books and drills of our own.
+"""Recreate the demo's base model and tokenizer: pre-training on public-domain books and generated drills.
 
-BOOKS holds classic-books/*.md (English) and chinese-classics/*.txt; their SHA-256 must be those in base_books.json, so
-that nobody ships weights of unknown origin. WORK is a new folder for the drills, the tokenizer and the run. About half
-an hour on two cores.
+BOOKS contains classic-books/*.md (English) and chinese-classics/*.txt; their SHA-256 must be those in base_books.json,
+so that the origin of shipped weights is known. WORK is a new folder for the drills, the tokenizer and the run. Takes
+about half an hour on two cores.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def find_books(folder: Path, hashes: Path) -> list[Path]:
     found = {book.name: hashlib.sha256(book.read_bytes()).hexdigest() for book in books}
     if found != expected:
         different = sorted({name for name, _ in set(found.items()) ^ set(expected.items())})
-        raise SystemExit(f"the books are not those of {hashes.name}: {', '.join(different)}")
+        raise SystemExit(f"the books differ from {hashes.name}: {', '.join(different)}")
     return books
 
 
@@ -77,7 +77,7 @@ def make_base(options: argparse.Namespace) -> None:
 
 
 def keep_base(model_folder: Path, tokenizer_folder: Path, output: Path) -> None:
-    """bf16 weights: half the bytes of the package, and the demo trains them further anyway."""
+    """Save the weights in bf16: half the package size, and the demo trains them further anyway."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
     shutil.rmtree(output, ignore_errors=True)
     model.save_pretrained(output)
@@ -92,9 +92,11 @@ if __name__ == "__main__":
     parser.add_argument("books", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument(
-        "--output", type=Path, default=BASE, help="of the finished base (default: the demo's is replaced)"
+        "--output", type=Path, default=BASE, help="folder of the finished base (default: replace the demo's)"
     )
-    parser.add_argument("--hashes", type=Path, default=HERE / "base_books.json", help="of the books")
+    parser.add_argument(
+        "--hashes", type=Path, default=HERE / "base_books.json", help="JSON file with SHA-256 of the books"
+    )
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--drills", type=int, default=NUM_DRILLS)
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)

@@ -1,6 +1,6 @@
-"""Rows, tokenizer and model of the comparison with TRL: the same bytes on every machine, from seeds alone.
+"""Rows, tokenizer and model of the comparison with TRL: the same bytes on every machine, generated from seeds.
 
-Nothing here comes from torch's generator, a trained tokenizer or the package, so the inputs stay the same when those change.
+Nothing here uses torch's generator, a trained tokenizer or the package, so the inputs stay the same when those change.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Train 50 steps with tunesmith and write down which rows each step was made of, for theirs.py to repeat."""
+"""Train 50 steps with tunesmith and record the rows of each step, for theirs.py to repeat."""
 
 from __future__ import annotations
 

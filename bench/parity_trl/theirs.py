@@ -1,6 +1,6 @@
-"""The same rows, order, weights and hyper-parameters through TRL's SFTTrainer; compares the loss of every step.
+"""Train the same rows, order, weights and hyperparameters with TRL's SFTTrainer; compare the loss of every step.
 
-Only the sampler is replaced, so that TRL sees the rows of each of our steps; tokenisation, masks, padding, loss,
+Only the sampler is replaced, so that TRL sees the rows of each of our steps; tokenization, masks, padding, loss,
 optimizer and loop are TRL's own.
 """
 
@@ -52,7 +52,7 @@ def train(folder: Path, ours: dict[str, Any]) -> list[float]:
 
 
 def write_golden(path: Path, ours: dict[str, Any], losses: list[float]) -> None:
-    """Put one mode's losses into the golden file, with what they were made with."""
+    """Write one mode's losses to the golden file, with the versions that produced them."""
     import tokenizers
     import torch
     import transformers
@@ -70,8 +70,8 @@ def write_golden(path: Path, ours: dict[str, Any], losses: list[float]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="where ours.py has worked")
-    parser.add_argument("--write-golden", type=Path, metavar="FILE", help="keep TRL's losses in this JSON file")
+    parser.add_argument("folder", type=Path, help="the folder of ours.py")
+    parser.add_argument("--write-golden", type=Path, metavar="FILE", help="write TRL's losses to this JSON file")
     options = parser.parse_args()
     ours = json.loads((options.folder / "ours.json").read_text())
     losses = train(options.folder, ours)

@@ -260,7 +260,7 @@ def run_chaos(kills: int, seed: int, folder: Path, steps: int, number: signal.Si
         raise SystemExit((folder / "inputs.log").read_text())
     is_short = kills < 10  # a few kills are not worth three kinds and their extensions
     kinds = list(KINDS)[: 1 if is_short else None]
-    learnt = {kind: learn_parts(folder, kind, steps, 1 if is_short else 2) for kind in kinds}
+    learned = {kind: learn_parts(folder, kind, steps, 1 if is_short else 2) for kind in kinds}
     rng, hit = random.Random(seed), Counter[str]()
     runs = wrong = 0
     while hit.total() < kills:
@@ -268,7 +268,7 @@ def run_chaos(kills: int, seed: int, folder: Path, steps: int, number: signal.Si
         kind = kinds[runs % len(kinds)]
         run, before = folder / f"run-{runs}", hit.total()
         is_same = True
-        for part in learnt[kind]:
+        for part in learned[kind]:
             run_part(part, run, rng, min(kills - hit.total(), 5), number, hit)
             is_same = is_same and outcome(run) == part.wanted
         wrong += not is_same

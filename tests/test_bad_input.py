@@ -240,7 +240,7 @@ def test_output_that_cannot_be_made(case: Case) -> None:
     case.fails_as("output-not-creatable", "/proc/tunesmith/run")
 
 
-def test_positions_that_the_model_never_learnt(case: Case, tokenizer, tmp_path: Path) -> None:
+def test_positions_that_the_model_never_learned(case: Case, tokenizer, tmp_path: Path) -> None:
     case.model = save_folder(tmp_path / "gpt2", tiny_config("gpt2"), tokenizer)
     case.fails_as("max-seq-len-too-long", "256", "300", flags=("--data.max_seq_len", 300))
 

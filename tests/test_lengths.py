@@ -20,7 +20,7 @@ def test_the_models_context_limits_the_default_and_a_small_forward_lowers_it() -
     assert "micro_batch_tokens" in lowered.remark
 
 
-def test_learnt_positions_end_where_the_model_ends() -> None:
+def test_learned_positions_end_where_the_model_ends() -> None:
     assert "512" in choose_lengths(tiny_config("qwen3"), 513).remark  # rotary positions go on
     with pytest.raises(ModelError):
         choose_lengths(tiny_config("gpt2"), 257)

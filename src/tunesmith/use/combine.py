@@ -56,17 +56,17 @@ class MergePlan:
 def read_weights(
     num_adapters: int, method: str, weights: Sequence[float] | None, density: float, seed: int
 ) -> tuple[float, ...]:
-    """A weight for each adapter, all options of merge checked.
+    """The weight of each adapter, after checking all options of the merge.
 
     Raises:
-        UsageError: an option has no such value, or does not go with the others.
+        UsageError: an option has an invalid value, or cannot be combined with the others.
     """
     if method not in MERGE_METHODS:
         guess = difflib.get_close_matches(method, MERGE_METHODS, n=1)
         hint = f"did you mean {guess[0]}?" if guess else f"use one of {', '.join(MERGE_METHODS)}."
         raise UsageError(f"merge: method {method!r} is unknown; {hint}", code="unknown-method")
     if not 0 < density <= 1:
-        raise UsageError(f"merge: density {density} is not a share; give a number above 0, at most 1.", code="density")
+        raise UsageError(f"merge: density {density} is not a share; give a number above 0 and up to 1.", code="density")
     if not 0 <= seed < 2**63:
         raise UsageError(f"merge: seed {seed} is not a whole number of 0 or more.", code="seed-value")
     if (weights or method != "sequential") and num_adapters == 1:

@@ -28,7 +28,7 @@ Fails = Callable[..., TunesmithError]
         ("x" * 1_100_000, "template-too-long", "1,000,000"),
         ([{"name": "a", "template": "x"}, {"name": "b", "template": "y"}], "template-ambiguous", "a, b"),
         ("{{ messages", "template-syntax", "line 1"),
-        ("{% for x in range(99999) %}{% for y in range(99999) %}{{ x }}{% endfor %}{% endfor %}", "template-over-limit", ""),
+        ("{% for x in range(99999) %}{% for y in range(99999) %}{{ x }}{% endfor %}{% endfor %}", "template-rejects", "steps"),
     ],
 )  # fmt: skip
 def test_the_tokenizer_s_template(

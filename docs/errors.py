@@ -6,6 +6,7 @@ Usage: errors.py writes the page (as `make docs` does).
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,18 +15,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "tunesmith"
 ROOTS = {"TunesmithError": 1, "RowRefused": None}
-"""Base classes of our errors, with their exit codes; a refused row goes into the ledger and ends nothing by itself."""
+"""Base classes of our errors, with their exit codes; a refused row goes into the ledger and ends no command."""
 
 
 @dataclass(frozen=True, slots=True)
 class Raised:
-    """One place of the source that makes an error.
+    """A place in the source that creates an error.
 
     Attributes:
         where: file relative to the package, and line.
         kind: class of the error.
-        code: its literal code; "" where it has none; None where it passes on the code of another error.
-        message: its text, with {name} for what is filled in.
+        code: its literal code; "" if it has none; None if it passes on the code of another error.
+        message: its text, with {name} for values filled in.
     """
 
     where: str
@@ -38,6 +39,7 @@ class Raised:
         return self.where.partition("/")[0].partition(".py")[0]
 
 
+@functools.cache
 def parse_sources() -> dict[str, ast.Module]:
     paths = sorted(PACKAGE.rglob("*.py"))
     return {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
@@ -67,6 +69,25 @@ def _own_exit_code(node: ast.ClassDef) -> int | None:
     return None
 
 
+@functools.cache
+def find_constants() -> dict[str, str]:
+    """Names in upper case that modules assign a text, with the text; without names assigned different texts."""
+    found: dict[str, set[str]] = {}
+    for tree in parse_sources().values():
+        for node in tree.body:
+            if not isinstance(node, ast.Assign):
+                continue
+            pairs = [(target, node.value) for target in node.targets]
+            if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
+                pairs = list(zip(node.targets[0].elts, node.value.elts, strict=True))
+            for target, value in pairs:
+                is_text = isinstance(value, (ast.Constant, ast.JoinedStr))
+                if is_text and isinstance(target, ast.Name) and target.id.isupper():
+                    found.setdefault(target.id, set()).add(describe(value, tree))
+    return {name: next(iter(texts)) for name, texts in found.items() if len(texts) == 1}
+
+
+@functools.cache
 def find_raised() -> list[Raised]:
     """Every call of an error class in the package, and of its constructor in a subclass."""
     sources = parse_sources()
@@ -145,7 +166,7 @@ def _message_of(call: ast.Call, scope: ast.AST) -> str:
 
 
 def describe(node: ast.AST, scope: ast.AST | None = None) -> str:
-    """The text that an expression becomes, with {name} for values that the source does not know."""
+    """The text of an expression, with {name} for values that are not in the source."""
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
@@ -160,11 +181,13 @@ def describe(node: ast.AST, scope: ast.AST | None = None) -> str:
         return " ".join(describe(item, scope) for item in node.elts)
     if isinstance(node, ast.Name) and scope is not None and (text := _assigned_text(node.id, scope)):
         return text
+    if isinstance(node, ast.Name) and node.id.isupper() and not isinstance(scope, ast.Module):
+        return find_constants().get(node.id, f"{{{node.id}}}")
     return f"{{{name_value(node)}}}"
 
 
 def _assigned_text(name: str, scope: ast.AST) -> str:
-    """The one text that a function gives to a name; "" where it is something else, or more than one."""
+    """The only text that a function assigns to a name; "" if there are several or none."""
     values = [
         node.value
         for node in _walk_own(scope)
@@ -175,7 +198,7 @@ def _assigned_text(name: str, scope: ast.AST) -> str:
 
 
 def name_value(node: ast.AST) -> str:
-    """A short name for a value: the last name in its expression that says what it is."""
+    """A short name for a value: the last telling name in its expression."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute):

@@ -49,7 +49,7 @@ def require_quantization(lora: LoraSection) -> None:
 
 
 def quantization_config(lora: LoraSection, compute_dtype: torch.dtype) -> Any:
-    """The quantization_config of from_pretrained; None without lora.quantize."""
+    """The quantization_config of from_pretrained (NF4: Dettmers et al. 2023); None without lora.quantize."""
     if lora.quantize == "none":
         return None
     from transformers import BitsAndBytesConfig

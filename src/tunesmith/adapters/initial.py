@@ -1,4 +1,6 @@
-"""RUN/adapter_init: the initial matrices of PiSSA and OLoRA, needed to convert the finished adapter.
+"""RUN/adapter_init: the initial matrices of PiSSA (Meng et al. 2024) and OLoRA (Büyükakyüz 2024).
+
+They are needed to convert the finished adapter to a plain LoRA for the unchanged base (adapter.py).
 
 run.json has their hashes: changed matrices would silently give a different adapter than the trained one.
 """

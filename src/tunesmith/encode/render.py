@@ -30,7 +30,8 @@ from tunesmith.encode.thoughts import find_context
 from tunesmith.rows.conversation import Conversation, Message, RowRefused
 
 _NEVER = sys.maxsize
-_STOPS_INSIDE = "the template writes a stop token inside it, where generation would end. Choose another template"
+_CHOOSE = "Choose another template with --data.chat_template"
+_STOPS_INSIDE = f"the template writes a stop token inside it, where generation would end. {_CHOOSE}"
 
 NOTE_GREETING = "begins with a reply to no question; it is context"
 NOTE_NAME = "the name of a turn is not written by the template"
@@ -251,7 +252,7 @@ def _find_span(chat: _Chat, turn: int, beginnings: Beginnings, trace: Trace) -> 
     if not text.startswith(prompt):
         raise RowRefused(
             f"turn {turn} (assistant): the template begins the turn in the finished conversation differently than with "
-            "its generation prompt. Choose another template with --data.chat_template",
+            f"its generation prompt. {_CHOOSE}",
             code="generation-prompt-differs",
         )
     own = [place for place in trace.of_turn(turn) if place.start >= len(prompt)]
@@ -264,7 +265,9 @@ def _find_span(chat: _Chat, turn: int, beginnings: Beginnings, trace: Trace) -> 
     if stop_at >= 0 and chat.stops.stand_in(text[len(prompt) : stop_at]):
         raise RowRefused(f"turn {turn} (assistant): {_STOPS_INSIDE}", code="stop-token-inside")
     if any(other < turn for other in others):
-        raise RowRefused(f"turn {turn} (assistant): the template writes other turns into it", code="others-in-reply")
+        raise RowRefused(
+            f"turn {turn} (assistant): the template writes other turns into it. {_CHOOSE}", code="others-in-reply"
+        )
     if stop_at < 0 or any(other > turn for other in others):
         raise RowRefused(
             f"turn {turn} (assistant): the template writes it differently once other turns follow",
@@ -273,7 +276,7 @@ def _find_span(chat: _Chat, turn: int, beginnings: Beginnings, trace: Trace) -> 
     start, end = _marked(beginnings.marks, len(prompt), stop_at)
     if text[end:stop_at].strip() or (start > len(prompt) and any(place.start < start for place in own)):
         raise RowRefused(
-            f"turn {turn} (assistant): the template's {{% generation %}} mark leaves out part of it",
+            f"turn {turn} (assistant): the template's {{% generation %}} mark leaves out part of it. {_CHOOSE}",
             code="generation-mark-too-short",
         )
     _refuse_lost_reply(turn, chat, own, trace, start, stop_at, beginnings)
@@ -318,14 +321,16 @@ def _refuse_lost_reply(
             chat.notes[NOTE_NAME] = None
         else:
             how = "rewrites" if part in trace.rewritten else "drops"
-            raise RowRefused(f"turn {turn} (assistant): the template {how} {part.label}", code="reply-lost")
+            raise RowRefused(f"turn {turn} (assistant): the template {how} {part.label}. {_CHOOSE}", code="reply-lost")
     if not chat.messages[turn].tool_calls:
         return
     lost = find_lost_scalars(
         beginnings.text, beginnings.turns, turn, lambda turns: beginnings.render(turns, beginnings.tools)
     )
     if lost is not None:
-        raise RowRefused(f"turn {turn} (assistant): the template drops {lost} of its tool call", code="call-lost")
+        raise RowRefused(
+            f"turn {turn} (assistant): the template drops {lost} of its tool call. {_CHOOSE}", code="call-lost"
+        )
 
 
 def _refuse_lost_context(chat: _Chat, trace: Trace, asked: Sequence[tuple[int, int]]) -> None:
@@ -355,4 +360,4 @@ def _refuse_lost_context(chat: _Chat, trace: Trace, asked: Sequence[tuple[int, i
         else:
             where = f"turn {part.turn} ({chat.messages[part.turn].role}): " if part.turn >= 0 else ""
             how = "rewrites" if part in trace.rewritten else "drops"
-            raise RowRefused(f"{where}the template {how} {part.label}", code="context-lost")
+            raise RowRefused(f"{where}the template {how} {part.label}. {_CHOOSE}", code="context-lost")

@@ -37,7 +37,7 @@ class MergePlan:
     Attributes:
         base: folder of the base's files.
         adapters: PEFT folders, in order.
-        method: one of config.choices.MERGE_METHODS.
+        method: one of config.choices.MERGE_METHODS: TIES (Yadav et al. 2023), DARE (Yu et al. 2024) and others of peft.
         weights: one per adapter.
         density: share of values kept by TIES, DARE and pruning, in (0, 1].
         seed: for DARE's random choice.

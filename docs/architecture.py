@@ -31,7 +31,7 @@ def files_of(package: str) -> list[Path]:
 
 
 def imports() -> dict[str, set[str]]:
-    """Package or top-level module -> those of ours that it imports."""
+    """Package or top-level module -> our packages and modules that it imports."""
     names = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")} - {"__init__"}
     found: dict[str, set[str]] = {name: set() for name in names if files_of(name)}
     for name, below in found.items():
@@ -44,7 +44,7 @@ def imports() -> dict[str, set[str]]:
 
 
 def in_layers(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Names in the order in which they can be read: each after all that it imports."""
+    """Names in reading order: each after everything that it imports."""
     layers: list[list[str]] = []
     waiting = dict(graph)
     while waiting:
@@ -58,7 +58,7 @@ def in_layers(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def import_picture() -> str:
-    """A Mermaid graph of the packages; an arrow that follows from two others is left out."""
+    """A Mermaid graph of the packages; arrows implied by two others are omitted."""
     graph = imports()
     packages = [name for layer in in_layers(graph) for name in layer if (PACKAGE / name).is_dir()]
     lines = ["```mermaid", "flowchart BT"]
@@ -81,7 +81,7 @@ def reachable(graph: dict[str, set[str]], name: str) -> set[str]:
 
 
 def file_map() -> str:
-    """Every source file with what it is for, packages in the order of their imports."""
+    """Every source file with its purpose, packages in import order."""
     graph = imports()
     order = [name for layer in in_layers(graph) for name in layer]
     lines = ["```"]
@@ -95,7 +95,7 @@ def file_map() -> str:
 
 
 def shares() -> str:
-    """Lines of each package, and its share of all."""
+    """Lines of each package, and its share of all lines."""
     lines = {name: count_lines(name) for name in imports()}
     total = sum(lines.values())
     table = [f"{name:<16}{count:>6}{count / total:>8.1%}" for name, count in sorted(lines.items(), key=lambda x: -x[1])]

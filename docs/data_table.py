@@ -1,4 +1,4 @@
-"""Print the outcome table of docs/data.md: what becomes of every file of a folder of public data."""
+"""Print the outcome table of docs/data.md: the result for every file in a folder of public data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def load_table_encoder(folder: Path) -> Encoder:
 
 
 def outcome_of(path: Path, encoder: Encoder) -> tuple[str, str, str]:
-    """Rows used, rows refused ("all" for a file that is refused whole), and why."""
+    """Rows used, rows refused ("all" for a file that is refused as a whole), and the reason."""
     data = DataSection(train=[str(path)])
     ledger = Ledger()
     try:

@@ -52,7 +52,7 @@ def show_default(default: Any) -> str:
 
 
 def format_table() -> str:
-    """Every kind of row, then an example row of each."""
+    """A table of every kind of row, and an example row for each."""
     lines = ["| `data.format` | written by | row | becomes |", "| --- | --- | --- | --- |"]
     for shape in FORMAT_TABLE:
         lines.append(f"| `{shape.format}` | {shape.whose} | `{outline(shape.example)}` | {describe_result(shape)} |")
@@ -66,7 +66,7 @@ def describe_result(shape: Shape) -> str:
 
 
 def outline(value: Any) -> str:
-    """The keys of a value, without what they hold; the objects of a list are shown as one."""
+    """The keys of a value without their contents; the objects of a list are merged into one."""
     if isinstance(value, Mapping):
         return f"{{{', '.join(outline_key(key, below) for key, below in value.items())}}}"
     if isinstance(value, list) and value:
@@ -86,7 +86,7 @@ def outline_key(key: str, value: Any) -> str:
 
 
 def merge(objects: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """One object with the keys of all; where several hold lists or objects, with the keys of those too."""
+    """One object with the keys of all objects, also of nested lists and objects."""
     merged: dict[str, Any] = {}
     for item in objects:
         for key, value in item.items():
@@ -152,7 +152,7 @@ def field_table() -> str:
 
 
 def name_table() -> str:
-    """The words that decide what becomes of a key that nothing reads."""
+    """The words that decide what happens to an unread key."""
     also_last = keys.IRRELEVANT_NAMES - keys.NOT_AS_LAST_WORD
     rows = [
         ("irrelevant: as the whole name, or as its last word (`prompt_id`)", also_last),
@@ -207,7 +207,7 @@ PAGES = {
 
 
 def fill_page(page: str) -> str:
-    """The text of a page with its generated parts written anew."""
+    """The text of a page with its generated parts replaced."""
     text = (ROOT / page).read_text(encoding="utf-8")
     for name, make in PAGES[page].items():
         start, end = f"<!-- {name}: made by `make docs` -->\n", f"\n<!-- /{name} -->"

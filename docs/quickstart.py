@@ -1,4 +1,4 @@
-"""The cells of docs/quickstart.ipynb, and what makes the notebook of them.
+"""The cells of docs/quickstart.ipynb, and the script that builds the notebook from them.
 
 Usage: quickstart.py [--output FILE]    run every cell in a temporary folder and write the notebook with its outputs
 
@@ -110,7 +110,7 @@ tunesmith.load(merged).reply("What colour is coal?", temperature=0)
 
 
 def run_cell(source: str, names: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run a cell as Jupyter does: what it prints, then the value of its last line, as notebook outputs."""
+    """Run a cell as Jupyter does; returns its printed output and the value of its last line as notebook outputs."""
     tree = ast.parse(source)
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     printed = io.StringIO()
@@ -133,13 +133,13 @@ def is_text(cell: str) -> bool:
 
 
 def run_cells() -> list[list[dict[str, Any]]]:
-    """Every cell in the current folder, in order; the outputs of each."""
+    """Run every cell in the current folder, in order; returns the outputs of each."""
     names: dict[str, Any] = {"__name__": "__main__"}
     return [[] if is_text(cell) else run_cell(cell, names) for cell in CELLS]
 
 
 def notebook(outputs: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """The notebook, format 4.5."""
+    """The notebook in format 4.5."""
     cells = []
     for number, (cell, shown) in enumerate(zip(CELLS, outputs, strict=True)):
         kind = "markdown" if is_text(cell) else "code"

@@ -95,7 +95,7 @@ def open_adapter(
 
     Args:
         onto: an existing PeftModel around the model, to which the adapter is added under `name`.
-        is_weightless: the base is on the meta device; the adapter's weights are assigned without checks.
+        is_weightless: the base has placeholders instead of weights; base weights in the adapter's file are refused.
 
     Raises:
         ModelError: the adapter belongs to another base, or is damaged.

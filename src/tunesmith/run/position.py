@@ -110,7 +110,7 @@ def check_steps(name: str, ready: ReadyRun, position: Position, allow: Allowed) 
     total, was_total, step = ready.feed.total_steps, position.state.total_steps, position.state.step
     if total < step:
         raise TunesmithError(
-            f"{name}: has reached step {step}; --train.max_steps must be larger, not {total}.",
+            f"{name}: has already reached step {step}, beyond --train.max_steps {total}. Give a larger number.",
             code="steps-already-done",
         )
     optim = ready.session.config.optim

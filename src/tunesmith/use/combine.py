@@ -66,7 +66,9 @@ def read_weights(
         hint = f"did you mean {guess[0]}?" if guess else f"use one of {', '.join(MERGE_METHODS)}."
         raise UsageError(f"merge: method {method!r} is unknown; {hint}", code="unknown-method")
     if not 0 < density <= 1:
-        raise UsageError(f"merge: density {density} is not a share; give a number above 0 and up to 1.", code="density")
+        raise UsageError(
+            f"merge: density {density} is not a share; give a number above 0 and up to 1.", code="density-value"
+        )
     if not 0 <= seed < 2**63:
         raise UsageError(f"merge: seed {seed} is not a whole number of 0 or more.", code="seed-value")
     if (weights or method != "sequential") and num_adapters == 1:

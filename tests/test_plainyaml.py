@@ -14,9 +14,10 @@ import pytest
 from tunesmith.config.plainyaml import dump, load, require_plain
 from tunesmith.config.runfile import dump_yaml, resolve_config
 from tunesmith.config.schema import RunConfig
-from tunesmith.errors import ConfigError
+from tunesmith.errors import ConfigError, TunesmithError
 
 Run = Callable[..., tuple[int, str, str]]
+Fails = Callable[..., TunesmithError]
 BASE = "model: {path: 'new:x', tokenizer: t}\ndata: {train: d, template_kwargs: %s}\ntrain: {output_dir: o}\n"
 BOMB = "a: &a [lol, lol]\n" + "".join(
     f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join(['*' + chr(97 + n)] * 9)}]\n" for n in range(9)
@@ -78,11 +79,10 @@ def test_hostile_run_files_are_refused_in_a_few_lines(run: Run, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfem\0o\0", b"\x80\x81", b"\xfe\xff\0m"])
-def test_other_encodings_are_refused(run: Run, tmp_path: Path, content: bytes) -> None:
+def test_other_encodings_are_refused(fails: Fails, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "run.yaml").write_bytes(content)
-    code, _, err = run("train", tmp_path / "run.yaml")
-    assert code == 1
-    assert "not UTF-8" in err
+    error = fails("train", tmp_path / "run.yaml")
+    assert (type(error), error.code) == (ConfigError, "wrong-encoding")
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_key() -> None:
@@ -153,19 +153,18 @@ def test_odd_texts_read_back(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "words"),
+    "value",
     [
-        ("{a: .inf}", "inf is not a finite number"), ("{a: -.inf}", "not a finite number"), ("{a: [.nan]}", "not a finite number"),
-        ("{1: a}", "should be a valid string"), ("{a: {true: 1}}", "must be text"), ("{a: {null: 1}}", "must be text"),
-        ("{a: 99999999999999999999}", "more than 64 bits"), ('{a: "\\uD800"}', "half a character"),
-        ("{a: " + "[" * 42 + "]" * 42 + "}", "nested more than"), ("{messages: 1}", "sets messages, which tunesmith sets itself"),
-        ("{add_generation_prompt: true}", "which tunesmith sets itself"), ("[1]", "dictionary"),
+        "{a: .inf}", "{a: -.inf}", "{a: [.nan]}", "{1: a}", "{a: {true: 1}}", "{a: {null: 1}}", "{a: 99999999999999999999}",
+        '{a: "\\uD800"}', "{a: " + "[" * 42 + "]" * 42 + "}", "{messages: 1}", "{add_generation_prompt: true}", "[1]",
     ],
 )  # fmt: skip
-def test_values_that_would_change_are_refused(tmp_path: Path, value: str, words: str) -> None:
+def test_values_that_would_change_are_refused(tmp_path: Path, value: str) -> None:
     (tmp_path / "run.yaml").write_text(BASE % value, encoding="utf-8")
-    with pytest.raises(ConfigError, match=words) as refused:
+    with pytest.raises(ConfigError) as refused:
         resolve_config(RunConfig, tmp_path / "run.yaml", {})
+    assert refused.value.code == "config"
+    assert all(problem.startswith("data.template_kwargs") for problem in refused.value.problems)
     assert len(str(refused.value)) < 1000
 
 
@@ -173,5 +172,5 @@ def test_python_values_are_refused_too() -> None:
     cycle: dict[str, Any] = {}
     cycle["a"] = cycle
     for value in (cycle, {"a": {1, 2}}, {"a": (1,)}, {"a": b"x"}, {"a": object()}, {"a": 10**5000}):
-        with pytest.raises(ValueError, match=r"nested|contains a|64 bits"):
+        with pytest.raises(ValueError):
             require_plain(value)

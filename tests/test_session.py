@@ -54,7 +54,7 @@ def test_names_are_looked_up_once(
     assert models == {str(model_folder): 1}
     assert sources == {str([str(chats)]): 1, str([str(held_out)]): 1}
     models.clear(), sources.clear()
-    run_resume(str(tmp_path / "run"), {"train.max_steps": 2, "optim.schedule": "constant"}, ["schedule"], (), Silent())
+    run_resume(str(tmp_path / "run"), {"train.max_steps": 2, "optim.schedule": "constant"}, ["schedule"], Silent())
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000001"
     assert models == {str(model_folder): 1} | ({} if flags else {str(checkpoint): 1})
     assert sources == {str([str(chats)]): 1, str([str(held_out)]): 1}

@@ -16,8 +16,8 @@ from typing import Any
 
 from tunesmith.boundary import end_at_next_interrupt, report_failure, taken_signals
 from tunesmith.display import visible_streams
-from tunesmith.errors import UsageError
-from tunesmith.parser import build_parser
+from tunesmith.errors import ConfigError, UsageError
+from tunesmith.parser import CommandParser, build_parser
 from tunesmith.streams import lasting_streams
 
 
@@ -48,29 +48,82 @@ def _take_open_maps(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     return rest, taken
 
 
-def _take_unknown_flags(argv: list[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
+_OTHER_NAMES = {  # of commands, in other tools
+    "sft": "train", "finetune": "train", "fine-tune": "train", "fit": "train", "pretrain": "train", "run": "train",
+    "continue": "resume", "show": "preview", "view": "preview", "inspect": "preview", "preprocess": "preview",
+    "validate": "check", "verify": "check", "lint": "check", "talk": "chat", "infer": "chat", "inference": "chat",
+    "generate": "chat", "cli": "chat", "fuse": "merge", "merge-lora": "merge", "merge_lora": "merge",
+    "export": "merge", "convert": "convert-config", "convert_config": "convert-config", "list": "recipes",
+}  # fmt: skip
+
+
+def _find_command(parser: CommandParser, word: str) -> CommandParser:
+    """Raises:
+    UsageError: it is not a command; the message names the nearest one.
+    """
+    from tunesmith.config.suggest import did_you_mean, suggest_words
+
+    if word in parser.commands:
+        return parser.commands[word]
+    if word.startswith("-"):
+        found = did_you_mean(suggest_words(word.partition("=")[0], parser.flags))
+        raise UsageError(
+            f"{word}: unknown flag{found or '; flags come after a command, as in tunesmith train ' + word}",
+            code="flag-before-command",
+        )
+    other = _OTHER_NAMES.get(word.lower())
+    found = did_you_mean([other] if other in parser.commands else suggest_words(word, parser.commands))
+    raise UsageError(f"{word}: unknown command{found}\ncommands: {', '.join(parser.commands)}", code="unknown-command")
+
+
+def _is_flag(word: str) -> bool:
+    return word != "--" and (word.startswith("--") or (word.startswith("-") and word[1:2].isalpha()))
+
+
+def _take_unknown_flags(argv: list[str], flags: list[str]) -> tuple[list[str], list[str]]:
     """Split off unknown flags and drop their values, so that they are reported with all other problems."""
-    _, extras = parser.parse_known_args(argv)
     rest: list[str] = []
     unknown: list[str] = []
     is_skipping = False
-    for word in argv:
-        if word.startswith("--") and word != "--":
-            # argparse takes a word with a space in it for a value
-            is_skipping = word in extras or " " in word.partition("=")[0]
+    for at, word in enumerate(argv):
+        if word == "--":
+            return rest + argv[at:], unknown
+        if _is_flag(word):
+            name = word.partition("=")[0]
+            is_skipping = name not in flags
             if is_skipping:
-                unknown.append(word.partition("=")[0].removeprefix("--"))
+                unknown.append(name)
         if not is_skipping:
             rest.append(word)
     return rest, unknown
 
 
-def _parse_config_command(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, Any]:
-    from tunesmith.config.runfile import OPEN_MAPS, leaf_fields, resolve_config
+def _refuse_unknown_flags(command: CommandParser, argv: list[str]) -> None:
+    """Raises:
+    UsageError: names every flag that the command does not have, each with the nearest one that it has.
+    """
+    from tunesmith.config.suggest import did_you_mean, suggest_words
+
+    _, unknown = _take_unknown_flags(argv, command.flags)
+    lines = []
+    known = [flag for flag in command.flags if flag.startswith("--")]
+    for name in unknown:
+        found = did_you_mean(suggest_words(f"--{name.lstrip('-')}", known))
+        lines.append(f"{name}: unknown flag{found or '; the command has ' + ', '.join(known)}")
+    if lines:
+        raise UsageError("\n".join([f"{command.prog}:", *(f"  {line}" for line in lines)]), code="unknown-flag")
+
+
+def _parse_config_command(parser: CommandParser, argv: list[str]) -> tuple[argparse.Namespace, Any]:
+    from tunesmith.config.runfile import OPEN_MAPS, explain_flag, leaf_fields, resolve_config
     from tunesmith.config.schema import PreviewConfig, RunConfig, TokenizerConfig
 
     argv, flags = _take_open_maps(argv)
-    argv, unknown = _take_unknown_flags(argv, parser)
+    own_flags = parser.commands[argv[0]].flags
+    argv, unknown = _take_unknown_flags(argv, own_flags)
+    own_names = [flag[2:] for flag in own_flags if flag.startswith("--") and not flag.endswith(".KEY")]
+    problems = [explain_flag(name, own_names) for name in unknown]
+    parser.commands[argv[0]].problems = problems
     options = parser.parse_args(argv)
     if getattr(options, "json_schema", False):
         return options, None
@@ -80,7 +133,9 @@ def _parse_config_command(parser: argparse.ArgumentParser, argv: list[str]) -> t
             value = getattr(options, dotted)
             flags[dotted] = None if value in ("null", ["null"]) else value
     if options.command == "resume":
-        return options, (flags, unknown)
+        if problems:
+            raise ConfigError("the command line", problems, exit_code=2)
+        return options, flags
     models: dict[str, Any] = {
         "train": RunConfig,
         "preview": PreviewConfig,
@@ -92,8 +147,8 @@ def _parse_config_command(parser: argparse.ArgumentParser, argv: list[str]) -> t
     open_maps = tuple(f"{name}." for name in OPEN_MAPS if name in own)
     for dotted in [name for name in flags if name not in own and not name.startswith(open_maps)]:
         del flags[dotted]
-        unknown.append(dotted)
-    config = resolve_config(model, options.run_yaml, flags, unknown)
+        problems.append(explain_flag(f"--{dotted}", own_names))
+    config = resolve_config(model, options.run_yaml, flags, problems)
     return options, config
 
 
@@ -104,29 +159,14 @@ def run_command(argv: list[str]) -> None:
     if not argv:
         parser.print_help()
         return
+    if argv[0] == "help":  # as in git help train
+        argv = [*argv[1:2], "--help"]
+    command = None if argv[0] in ("-h", "--help", "--version") else _find_command(parser, argv[0])
     if argv[0] in ("train", "resume", "preview", "check", "tokenizer"):
-        options, config = _parse_config_command(parser, argv)
-        if getattr(options, "json_schema", False):
-            _print_schema()
-            return
-        _quiet_libraries()
-        if options.command == "train":
-            _train(config)
-        elif options.command == "resume":
-            _resume(options, *config)
-        elif options.command == "tokenizer":
-            from tunesmith.use.tokenizer import run_tokenizer
-
-            run_tokenizer(config.data, options.vocab_size, options.output)
-        elif options.command == "check":
-            from tunesmith.use.check import run_check
-
-            run_check(config, options.strict, options.json, options.html)
-        else:
-            from tunesmith.use.preview import run_preview
-
-            run_preview(config, options.rows, options.json, options.html)
+        _run_config_command(parser, argv)
         return
+    if command is not None:
+        _refuse_unknown_flags(command, argv[1:])
     options = parser.parse_args(argv)
     _quiet_libraries()
     if options.command == "chat":
@@ -136,7 +176,7 @@ def run_command(argv: list[str]) -> None:
     elif options.command == "recipes":
         _print_recipes()
     elif options.command == "convert-config":
-        _convert_config(options.file)
+        _convert_config(options.file, options.output, options.dataset_info)
     elif options.command == "merge":
         from tunesmith.use.merge import run_merge
 
@@ -157,6 +197,31 @@ def run_command(argv: list[str]) -> None:
         run_demo(Path(options.output))
 
 
+def _run_config_command(parser: CommandParser, argv: list[str]) -> None:
+    """Run a command whose flags are keys of a run file."""
+    options, config = _parse_config_command(parser, argv)
+    if getattr(options, "json_schema", False):
+        _print_schema()
+        return
+    _quiet_libraries()
+    if options.command == "train":
+        _train(config)
+    elif options.command == "resume":
+        _resume(options, config)
+    elif options.command == "tokenizer":
+        from tunesmith.use.tokenizer import run_tokenizer
+
+        run_tokenizer(config.data, options.vocab_size, options.output)
+    elif options.command == "check":
+        from tunesmith.use.check import run_check
+
+        run_check(config, options.strict, options.json, options.html)
+    else:
+        from tunesmith.use.preview import run_preview
+
+        run_preview(config, options.rows, options.json, options.html)
+
+
 def _train(config: Any) -> None:
     from tunesmith.report.write import reported
     from tunesmith.run.start import run_training
@@ -165,12 +230,12 @@ def _train(config: Any) -> None:
         run_training(config)
 
 
-def _resume(options: argparse.Namespace, flags: dict[str, Any], unknown: list[str]) -> None:
+def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> None:
     from tunesmith.report.write import reported
     from tunesmith.run.resume import run_resume
 
     with reported(Path(options.run)):
-        run_resume(options.run, flags, options.allow, unknown)
+        run_resume(options.run, flags, options.allow)
 
 
 def _print_recipes() -> None:
@@ -183,13 +248,21 @@ def _print_recipes() -> None:
     print("\ntrain one:  tunesmith train recipe:NAME --data D --output RUN")
 
 
-def _convert_config(path: Path) -> None:
-    from tunesmith.config.runfile import convert_config
+def _convert_config(path: Path, output: Path | None, dataset_info: Path | None) -> None:
+    from tunesmith.files import write_text_atomic
+    from tunesmith.foreign.convert import convert_file
 
-    text, remarks = convert_config(path)
-    for remark in remarks:
+    converted = convert_file(path, output, dataset_info)
+    for remark in converted.remarks():
         print(remark, file=sys.stderr)
-    print(text, end="")
+    if output is None:
+        for name in converted.templates:
+            print(f"correct by hand: data.chat_template: {name} is part of {path}; --output writes it", file=sys.stderr)
+        print(converted.text, end="")
+        return
+    for file, text in ((output, converted.text), *((Path(n), text) for n, text in converted.templates.items())):
+        write_text_atomic(file, text)
+        print(f"written: {file}")
 
 
 def _print_schema() -> None:

@@ -5,42 +5,51 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, NoReturn, get_args
 
 from tunesmith import __version__
-from tunesmith.config.choices import MERGE_METHODS, RESUME_PARTS
+from tunesmith.config.choices import FIXED_KEYS, FREE_KEYS, MERGE_METHODS, NAME_KEYS, RESUME_PARTS, part_of
 
-_EPILOG = {
-    "train": """examples:
+# shown first by --help of the command; every command has one
+_EXAMPLES = {
+    "": """  tunesmith check --model Qwen/Qwen2.5-0.5B --data chats.jsonl
   tunesmith train --model Qwen/Qwen2.5-0.5B --data chats.jsonl --output runs/mine
-  tunesmith train run.yaml --optim.lr 1e-5 --train.epochs 2
+  tunesmith chat runs/mine
 """,
-    "resume": """examples:
-  tunesmith resume runs/mine
+    "train": """  tunesmith train --model Qwen/Qwen2.5-0.5B --data chats.jsonl --output runs/mine
+  tunesmith train run.yaml --optim.lr 1e-5 --train.epochs 2
+  tunesmith train recipe:qwen2.5-0.5b-lora --data chats.jsonl --output runs/lora
+""",
+    "resume": """  tunesmith resume runs/mine
   tunesmith resume runs/mine --train.max_steps 2000
 """,
-    "preview": """example:
-  tunesmith preview --model Qwen/Qwen2.5-0.5B --data chats.jsonl --rows 3
+    "preview": """  tunesmith preview --model Qwen/Qwen2.5-0.5B --data chats.jsonl --rows 3
 """,
-    "check": """example:
-  tunesmith check --model Qwen/Qwen2.5-0.5B --data chats.jsonl --eval-data held-out.jsonl
+    "check": """  tunesmith check --model Qwen/Qwen2.5-0.5B --data chats.jsonl --eval-data held-out.jsonl
 """,
-    "merge": """examples:
-  tunesmith merge runs/lora --output merged
+    "merge": """  tunesmith merge runs/lora --output merged
   tunesmith merge runs/chat runs/code --method ties --weights 1 0.5 --output both
 """,
-    "tokenizer": """example:
-  tunesmith tokenizer --data books/ --vocab-size 6400 --output tokenizer
+    "tokenizer": """  tunesmith tokenizer --data books/ --vocab-size 6400 --output tokenizer
 """,
-    "chat": """examples:
-  tunesmith chat runs/mine
+    "chat": """  tunesmith chat runs/mine
   tunesmith chat runs/mine --prompt "Who are you?"
-in the chat: /reset forgets the conversation, /system TEXT sets the system prompt, /exit leaves
+""",
+    "recipes": """  tunesmith recipes
+  tunesmith train recipe:qwen2.5-0.5b-lora --data chats.jsonl --output runs/lora
+""",
+    "convert-config": """  tunesmith convert-config axolotl.yaml --output run.yaml
+  tunesmith convert-config qwen3_lora_sft.yaml --dataset-info LLaMA-Factory/data > run.yaml
+""",
+    "demo": """  tunesmith demo
+  tunesmith demo --output runs/first
 """,
 }
-
-
+_EPILOG = {
+    "chat": "in the chat: /reset forgets the conversation, /system TEXT sets the system prompt, /exit leaves\n",
+}
 _USAGE = {
     "train": "tunesmith train [run.yaml] --model M --data D --output RUN [--section.key value ...]",
     "resume": "tunesmith resume RUN [--allow PART ...] [--section.key value ...]",
@@ -48,27 +57,84 @@ _USAGE = {
     "check": "tunesmith check [run.yaml] --model M --data D [--eval-data E] [--strict] [--json | --html out.html]",
     "preview": "tunesmith preview [run.yaml] --model M --data D [--rows N] [--json | --html out.html]",
 }
+_SECTIONS = {
+    "model": "the model and its tokenizer",
+    "data": "the data, its columns and its chat template",
+    "optim": "optimizer and learning rate",
+    "lora": "an adapter instead of all weights",
+    "train": "length, batch, precision, saving and logging",
+}
 
 
 LABEL_KEYS = ("model", "data", "lora.kind", "train.micro_batch_tokens")  # sections and keys that decide the labels
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tunesmith", description="Supervised fine-tuning of language models that a person can trust."
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose help begins with examples, and that knows its flags.
+
+    Attributes:
+        flags: names of its flags, in order.
+        commands: name -> parser of each command below it.
+        problems: of flags, found before; shown with argparse's own message.
+    """
+
+    def __init__(self, *args: Any, examples: str = "", **options: Any) -> None:
+        self.flags: list[str] = []
+        self.commands: dict[str, CommandParser] = {}
+        self.problems: list[str] = []
+        self._examples = examples
+        super().__init__(*args, **options)
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        self.flags += [name for name in names if name.startswith("-")]
+        return super().add_argument(*names, **options)
+
+    def add_mutually_exclusive_group(self, **options: Any) -> Any:
+        return _Group(super().add_mutually_exclusive_group(**options), self.flags)
+
+    def add_section(self, name: str) -> _Group:
+        """A group of flags with a heading in the help."""
+        return _Group(self.add_argument_group(name), self.flags)
+
+    def error(self, message: str) -> NoReturn:
+        super().error("\n  ".join([message, *self.problems]))
+
+    def format_help(self) -> str:
+        noun = "examples" if self._examples.count("\n") > 1 else "example"
+        return f"{noun}:\n{self._examples}\n{super().format_help()}"
+
+
+class _Group:
+    """A group of flags; tells its parser their names."""
+
+    def __init__(self, group: Any, flags: list[str]) -> None:
+        self._group, self._flags = group, flags
+
+    def add_argument(self, *names: str, **options: Any) -> Any:
+        self._flags += names
+        return self._group.add_argument(*names, **options)
+
+
+def build_parser() -> CommandParser:
+    parser = CommandParser(
+        prog="tunesmith",
+        description="Supervised fine-tuning (SFT) of language models: proven labels, exact resume, verified merges.",
+        epilog="tunesmith COMMAND --help shows the flags of a command.",
+        examples=_EXAMPLES[""],
     )
     parser.add_argument("--version", action="version", version=f"tunesmith {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = _Commands(subparsers, parser.commands)
     train = _add_command(commands, "train", "fine-tune a model on your data")
     _add_config_flags(train, ("model", "data", "optim", "lora", "train"))
     train.add_argument("--json-schema", action="store_true", help="print the JSON schema of run.yaml for editors")
     resume = _add_command(commands, "resume", "continue an interrupted run, or train a finished one longer")
     resume.add_argument("run", type=_name, metavar="RUN", help="folder of the run (train --output)")
     resume.add_argument(
-        "--allow", nargs="+", default=[], choices=RESUME_PARTS, metavar="PART",
+        "--allow", nargs="+", default=[], type=_one_of(RESUME_PARTS), metavar="PART",
         help=f"parts that may differ from the start of the run: {', '.join(RESUME_PARTS)}",
     )  # fmt: skip
-    _add_config_flags(resume, ("model", "data", "optim", "lora", "train"), has_file=False)
+    _add_resume_flags(resume)
     preview = _add_command(commands, "preview", "show rows as the model sees them, with trained tokens coloured")
     _add_config_flags(preview, LABEL_KEYS)
     preview.add_argument("--rows", type=_positive, default=5, metavar="N", help="how many rows (default: 5)")
@@ -89,11 +155,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_use_commands(commands: Any) -> None:
+class _Commands(NamedTuple):
+    subparsers: Any
+    parsers: dict[str, CommandParser]
+
+
+def _add_use_commands(commands: _Commands) -> None:
     """Commands that use a trained model."""
     chat = _add_command(commands, "chat", "talk to a model or a finished run")
     chat.add_argument("model", type=_name, metavar="MODEL_OR_RUN", help="folder of a run or model, or a hub id")
-    chat.add_argument("more", metavar="ADAPTER", nargs="*", help="more adapters of the same base, to switch between")
+    chat.add_argument(
+        "more", metavar="ADAPTER", nargs="*", default=[], help="more adapters of the same base, to switch between"
+    )
     chat.add_argument("--prompt", metavar="TEXT", help="answer one prompt and exit")
     chat.add_argument("--system", metavar="TEXT", help="system prompt")
     chat.add_argument("--max-new-tokens", type=_positive, default=512, metavar="N", help="longest reply (default: 512)")
@@ -110,8 +183,8 @@ def _add_use_commands(commands: Any) -> None:
     )
     merge.add_argument("--output", required=True, type=_name, metavar="DIR", help="folder to create")
     merge.add_argument(
-        "--method", choices=MERGE_METHODS, default="sequential",
-        help="how several adapters are combined (default: sequential, one after another)",
+        "--method", type=_one_of(MERGE_METHODS), default="sequential", metavar="METHOD",
+        help=f"how to combine several adapters: {', '.join(MERGE_METHODS)} (default: sequential)",
     )  # fmt: skip
     merge.add_argument("--weights", nargs="+", type=float, metavar="X", help="weight of each adapter (default: 1)")
     merge.add_argument(
@@ -129,8 +202,10 @@ def _add_use_commands(commands: Any) -> None:
     merge.add_argument("--trust-remote-code", action="store_true", help="run Python code in the base's folder")
     _add_command(commands, "recipes", "list the run files of the package, for train recipe:NAME")
     convert = _add_command(commands, "convert-config", "convert a TRL, LLaMA-Factory or Axolotl YAML to a run file")
+    convert.add_argument("file", type=_path, metavar="FILE", help="the YAML to convert")
+    convert.add_argument("--output", type=_path, metavar="FILE", help="run file to write (default: to standard output)")
     convert.add_argument(
-        "file", type=_path, metavar="FILE", help="the YAML to convert; the run file goes to standard output"
+        "--dataset-info", type=_path, metavar="DIR", help="folder with LLaMA-Factory's dataset_info.json"
     )
     demo = _add_command(commands, "demo", "fine-tune the small model of the package in a few minutes and test it")
     demo.add_argument(
@@ -138,9 +213,10 @@ def _add_use_commands(commands: Any) -> None:
     )
 
 
-def _add_command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
+def _add_command(commands: _Commands, name: str, summary: str) -> CommandParser:
+    parser: CommandParser = commands.subparsers.add_parser(
         name,
+        examples=_EXAMPLES[name],
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
         epilog=_EPILOG.get(name),
@@ -148,6 +224,7 @@ def _add_command(commands: Any, name: str, summary: str) -> argparse.ArgumentPar
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    commands.parsers[name] = parser
     return parser
 
 
@@ -156,6 +233,18 @@ def _name(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; give a name")
     return text
+
+
+def _one_of(options: tuple[str, ...]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        from tunesmith.config.suggest import did_you_mean, suggest_words
+
+        if text not in options:
+            hint = did_you_mean(suggest_words(text, options))
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(options)}{hint}")
+        return text
+
+    return parse
 
 
 def _path(text: str) -> Path:
@@ -204,43 +293,62 @@ def _temperature(text: str) -> float:
     return value
 
 
-def _add_config_flags(parser: argparse.ArgumentParser, names: tuple[str, ...], has_file: bool = True) -> None:
+def _add_config_flags(parser: CommandParser, names: tuple[str, ...]) -> None:
     """Add a flag for every config key of these sections or names; its help is the docstring of the key."""
-    from pydantic_core import PydanticUndefined
-
-    from tunesmith.config.runfile import OPEN_MAPS, SHORTHANDS, leaf_fields, takes_list
+    from tunesmith.config.runfile import leaf_fields
     from tunesmith.config.schema import RunConfig
 
-    if has_file:
-        parser.add_argument("run_yaml", nargs="?", type=_path, metavar="run.yaml", help="the config; flags win over it")
-    short = {dotted: flag for flag, dotted in SHORTHANDS.items()}
-    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(n.split(".")[0] for n in names)}
+    parser.add_argument("run_yaml", nargs="?", type=_path, metavar="run.yaml", help="the config; flags win over it")
+    sections = dict.fromkeys(name.partition(".")[0] for name in names)
+    groups = {name: parser.add_section(f"{name} ({_SECTIONS[name]})") for name in sections}
     for dotted, field in leaf_fields(RunConfig).items():
-        section = dotted.split(".")[0]
-        if not (section in names or dotted in names):
-            continue
-        flags = [short[dotted], f"--{dotted}"] if dotted in short else [f"--{dotted}"]
-        default = field.default
-        text = (field.description or "").replace("%", "%%")
-        if default not in (None, PydanticUndefined, "") and not field.is_required():
-            text += f" (default: {_show(default)})"
-        if dotted in OPEN_MAPS:
-            groups[section].add_argument(f"--{dotted}.KEY", metavar="VALUE", help=text)  # parsed in _take_open_maps
-            continue
-        options: dict[str, Any] = {"dest": dotted, "default": argparse.SUPPRESS, "help": text}
-        if takes_list(field):
-            is_pair = dotted == "optim.betas"  # of these the last wins; names add up
-            options |= {"nargs": "+", "metavar": "X" if is_pair else "NAME", "action": "store" if is_pair else "extend"}
-        elif field.annotation is bool:
-            options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
-        else:
-            options |= {"metavar": _metavar(field.annotation)}
-        groups[section].add_argument(*flags, **options)
+        section = dotted.partition(".")[0]
+        if section in names or dotted in names:
+            _add_config_flag(groups[section], dotted, field)
+
+
+def _add_resume_flags(parser: CommandParser) -> None:
+    """Add a flag for every config key that resume takes, grouped by what it needs."""
+    from tunesmith.config.runfile import leaf_fields
+    from tunesmith.config.schema import RunConfig
+
+    free = parser.add_section("may change (more steps of a cosine or linear schedule: --allow schedule)")
+    moved = parser.add_section("may have moved; the content is compared")
+    parts = {part: parser.add_section(f"may change with --allow {part}") for part in RESUME_PARTS}
+    for dotted, field in leaf_fields(RunConfig).items():
+        is_hidden = dotted in (*FIXED_KEYS, "train.output_dir")  # refused with a reason by run/resume.py
+        group = free if dotted in FREE_KEYS else moved if dotted in NAME_KEYS else parts[part_of(dotted)]
+        _add_config_flag(group, dotted, field, is_hidden)
+
+
+def _add_config_flag(group: _Group, dotted: str, field: Any, is_hidden: bool = False) -> None:
+    from pydantic_core import PydanticUndefined
+
+    from tunesmith.config.runfile import OPEN_MAPS, SHORTHANDS, takes_list
+
+    short = [flag for flag, key in SHORTHANDS.items() if key == dotted]
+    text = (field.description or "").replace("%", "%%")
+    if field.default not in (None, PydanticUndefined, "") and not field.is_required():
+        text += f" (default: {_show(field.default)})"
+    text = argparse.SUPPRESS if is_hidden else text
+    if dotted in OPEN_MAPS:
+        group.add_argument(f"--{dotted}.KEY", metavar="VALUE", help=text)  # parsed in _take_open_maps
+        return
+    options: dict[str, Any] = {"dest": dotted, "default": argparse.SUPPRESS, "help": text}
+    if takes_list(field):
+        is_pair = dotted == "optim.betas"  # of these the last wins; names add up
+        options |= {"nargs": "+", "metavar": "X" if is_pair else "NAME", "action": "store" if is_pair else "extend"}
+    elif field.annotation is bool:
+        options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
+    else:
+        options |= {"metavar": _metavar(field.annotation)}
+    group.add_argument(*short, f"--{dotted}", **options)
 
 
 def _metavar(annotation: Any) -> str:
     """Placeholder of a value: the choices, N for an integer, X for any number, TEXT."""
     options = get_args(annotation) or (annotation,)
+    options += tuple(kind for option in options for kind in get_args(option)[:1])  # of Annotated[float, ...]
     if all(isinstance(option, str) for option in options):
         return "|".join(options)
     return "N" if int in options else "X" if float in options else "TEXT"

@@ -1,4 +1,4 @@
-"""Values of flags that belong to heavy modules; imports nothing, so that --help stays fast."""
+"""Values and keys that the flags share with heavy modules; imports nothing, so that --help stays fast."""
 
 MERGE_METHODS = (
     "sequential", "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties",
@@ -10,3 +10,41 @@ RESUME_PARTS = (
     "data", "template", "tokenizer", "model", "optimizer", "lora", "schedule", "batch", "seed", "precision", "versions",
 )  # fmt: skip
 """Parts of a run's fingerprint that may change on resume (resume --allow)."""
+
+FREE_KEYS = (
+    "train.max_steps", "train.epochs", "train.log_steps", "train.eval_steps", "train.save_steps", "train.save_minutes",
+    "train.keep_checkpoints", "train.early_stop_patience", "train.on_nonfinite", "train.trackers",
+    "train.gradient_checkpointing",
+)  # fmt: skip
+"""Keys that resume takes without --allow: none of them alters a step. More steps may need --allow schedule."""
+
+NAME_KEYS = (
+    "model.path", "model.tokenizer", "model.revision", "data.train", "data.eval", "data.chat_template",
+    "data.template_kwargs", "model.trust_remote_code",
+)  # fmt: skip
+"""Names of things that resume compares by content, so that they may have moved."""
+
+FIXED_KEYS = (
+    "model.config", "model.add_tokens", "optim.name", "lora.kind", "lora.rank", "lora.target_modules",
+    "lora.target_parameters", "lora.modules_to_save", "lora.bias", "lora.quantize", "lora.double_quant",
+)  # fmt: skip
+"""Keys that decide which weights are trained and what the optimizer keeps of them: a run keeps them to its end."""
+
+_PART_OF_KEY = {
+    "train.micro_batch_tokens": "batch",
+    "train.grad_accum_steps": "batch",
+    "train.seed": "seed",
+    "train.precision": "precision",
+    "train.compile": "precision",
+    "train.deterministic": "precision",
+    "optim.schedule": "schedule",
+    "optim.warmup_ratio": "schedule",
+    "optim.warmup_steps": "schedule",
+    "optim.min_lr_ratio": "schedule",
+}
+_PART_OF_SECTION = {"optim": "optimizer", "lora": "lora", "data": "data", "model": "model"}
+
+
+def part_of(key: str) -> str:
+    """The part of a run's fingerprint that a key belongs to, for resume --allow."""
+    return _PART_OF_KEY.get(key) or _PART_OF_SECTION.get(key.partition(".")[0], "batch")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -10,9 +9,10 @@ from typing import Any, TypeVar, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from tunesmith.config.foreign import convert, explain_key, nest
+from tunesmith.config.foreign import explain_key, explain_typo
 from tunesmith.config.plainyaml import MAX_CHARACTERS, dump, load, show
 from tunesmith.config.schema import RunConfig, Section
+from tunesmith.config.suggest import did_you_mean, edit_distance, suggest_keys, suggest_words
 from tunesmith.errors import ConfigError
 from tunesmith.reading import read_text_or_pipe
 
@@ -44,15 +44,60 @@ def takes_list(field: FieldInfo) -> bool:
     return any(get_origin(option) in (list, tuple) for option in options)
 
 
-def suggest_key(key: str, known: list[str], dashes: str = "") -> str:
-    """ "; did you mean ...?" for a mistyped key; also finds a key that sits in another section."""
-    last = key.rsplit(".", 1)[-1]
-    same_name = [k for k in known if k.rsplit(".", 1)[-1] == last]
-    close = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if not close:
-        by_name = {k.rsplit(".", 1)[-1]: k for k in known}
-        close = [by_name[m] for m in difflib.get_close_matches(last, list(by_name), n=1, cutoff=0.7)]
-    return f"; did you mean {dashes}{close[0]}?" if close else ""
+def explain_flag(typed: str, flags: Sequence[str]) -> str:
+    """The problem with a flag that a command does not have.
+
+    Args:
+        typed: with its dashes.
+        flags: what the command has, without dashes.
+    """
+    known, name = leaf_fields(RunConfig), typed.lstrip("-")
+    dotted = SHORTHANDS.get(f"--{name}", name)
+    if name in flags:
+        return f"{typed}: unknown flag; did you mean --{name}?"
+    if dotted in known or dotted.startswith(tuple(f"{open_map}." for open_map in OPEN_MAPS)):
+        return f"{typed}: this command has no such flag (it ignores {dotted} in a run file)"
+    return f"{typed}: unknown flag{explain_unknown(name, list(flags), '--')}"
+
+
+_SHORT_NAMES = {flag[2:].replace("-", "_"): dotted for flag, dotted in SHORTHANDS.items()}
+_SECTION_HINTS = {
+    "model": "model.path names the model",
+    "data": "data.train names the data",
+    "data.fields": "as in data.fields.prompt question",
+    "model.config": "as in model.config.hidden_size 256",
+    "data.template_kwargs": "as in data.template_kwargs.enable_thinking false",
+    "optim": "optim.name is the optimizer, optim.lr the learning rate",
+    "lora": "lora.kind lora trains an adapter",
+    "train": "train.epochs and train.max_steps say how long",
+}
+
+
+def explain_unknown(key: str, known: list[str], dashes: str = "") -> str:
+    """What was probably meant by an unknown key or flag, as "; ..."; "" where nothing is near.
+
+    Args:
+        known: dotted keys, and the short names of flags.
+        dashes: "--" for a flag.
+    """
+    plain = key.replace("-", "_")
+    if plain in _SECTION_HINTS:
+        return f"; it is a section: {dashes}{_SECTION_HINTS[plain]}".replace(": --as in ", ": as in --")
+    name = plain.rpartition(".")[2]
+    same_name = [k for k in known if k.rpartition(".")[2] == name]
+    if name in _SHORT_NAMES and "fields" not in plain:
+        same_name.insert(0, _SHORT_NAMES[name])
+    if same_name:
+        return did_you_mean(list(dict.fromkeys(same_name))[:2], dashes)
+    limit = 1 if "." in plain else 0  # a slip in a key of ours comes before a name of another tool
+    if slips := [k for k in known if edit_distance(plain, k.replace("-", "_"), limit) <= limit]:
+        return did_you_mean(slips[:2], dashes)
+    if hint := explain_key(plain):
+        return f"; {hint}"
+    if found := did_you_mean(suggest_keys(key, known), dashes):
+        return found
+    name, hint = explain_typo(plain)
+    return f"; {name}: {hint}" if hint else ""
 
 
 def find_recipe(path: Path) -> Path:
@@ -112,19 +157,26 @@ def _unknown_keys(tree: Mapping[str, Any], known: list[str], prefix: str = "") -
             if isinstance(value, Mapping):
                 problems += _unknown_keys(value, known, f"{dotted}.")
             elif value is not None:
-                hint = explain_key(dotted)
-                problems.append(
-                    f"{dotted}: is a section and needs keys below it, not {show(value)}" + (f"; {hint}" if hint else "")
-                )
-        elif isinstance(value, Mapping) and not prefix:
-            guess = difflib.get_close_matches(dotted, sections, n=1)
-            problems.append(f"{dotted}: unknown section" + (f"; did you mean {guess[0]}?" if guess else ""))
+                hint = explain_key(dotted) or _SECTION_HINTS[dotted]
+                problems.append(f"{dotted}: is a section and needs keys below it, not {show(value)}; {hint}")
+        elif isinstance(value, Mapping) and not (prefix and explain_key(dotted)):
+            problems.append(f"{dotted}: unknown section" + _explain_section(dotted, list(value), known))
         elif len(problems) < _MAX_GUESSES:
-            hint = explain_key(dotted)
-            problems.append(f"{dotted}: unknown key{f'; {hint}' if hint else suggest_key(dotted, known)}")
+            problems.append(f"{dotted}: unknown key{explain_unknown(dotted, known)}")
         else:
             problems.append(f"{dotted}: unknown key")
     return problems
+
+
+def _explain_section(name: str, keys: list[str], known: list[str]) -> str:
+    """What an unknown section was meant to be: by its name, else by the keys in it."""
+    sections = list(dict.fromkeys(key.rpartition(".")[0] for key in known))
+    if found := suggest_keys(name, sections):
+        return did_you_mean(found)
+    if hint := explain_key(name):
+        return f"; {hint}"
+    owners = [section for section in sections if keys and all(f"{section}.{key}" in known for key in keys)]
+    return did_you_mean(owners[:2]) or f"; the sections are {', '.join(s for s in sections if '.' not in s)}"
 
 
 def _without(tree: Mapping[str, Any], known: list[str], prefix: str = "") -> dict[str, Any]:
@@ -139,7 +191,7 @@ def _without(tree: Mapping[str, Any], known: list[str], prefix: str = "") -> dic
     return kept
 
 
-def _explain(error: ValidationError, is_python: bool = False) -> list[str]:
+def explain_problems(error: ValidationError, is_python: bool = False) -> list[str]:
     """One line for each problem; a missing key is named as a flag, or as an argument of the Python API."""
     flags = {dotted: flag for flag, dotted in SHORTHANDS.items()}
     problems = []
@@ -160,8 +212,7 @@ def _explain(error: ValidationError, is_python: bool = False) -> list[str]:
             problems.append(f"{dotted}: {item['ctx']['error']}, not {show(item['input'])}")
         elif item["type"] == "literal_error":
             expected = item["ctx"]["expected"].replace("'", "")
-            guess = difflib.get_close_matches(str(item["input"]), expected.replace(" or ", ", ").split(", "), n=1)
-            hint = f"; did you mean {guess[0]}?" if guess else ""
+            hint = did_you_mean(suggest_words(str(item["input"])[:100], expected.replace(" or ", ", ").split(", ")))
             problems.append(f"{dotted}: {show(item['input'])} is not one of {expected}{hint}")
         else:
             problems.append(f"{dotted}: {item['msg'][0].lower()}{item['msg'][1:]}, not {show(item['input'])}")
@@ -175,7 +226,7 @@ def resolve_config(
     model: type[C],
     yaml_path: Path | None,
     flags: Mapping[str, Any],
-    unknown_flags: list[str] | None = None,
+    flag_problems: list[str] | None = None,
     arguments: Mapping[str, Any] | None = None,
 ) -> C:
     """Build the config from a YAML file and flags (flags win).
@@ -183,7 +234,7 @@ def resolve_config(
     Args:
         model: RunConfig or PreviewConfig.
         flags: dotted key -> value as given.
-        unknown_flags: unknown flags; reported with all other problems.
+        flag_problems: from `explain_flag`; reported with all other problems.
         arguments: sections given in Python, as in a file; they win over the file.
 
     Raises:
@@ -198,19 +249,12 @@ def resolve_config(
     tree = _without(tree, list(leaf_fields(model)))
     for dotted, value in flags.items():
         _set_dotted(tree, dotted, value)
-    flag_names = [*known, *(flag.removeprefix("--") for flag in SHORTHANDS)]
-    for key in unknown_flags or []:
-        dotted = SHORTHANDS.get(f"--{key}", key)
-        if any(dotted == k or (k in OPEN_MAPS and dotted.startswith(f"{k}.")) for k in known):
-            problems.append(f"--{key}: this command has no such flag (it ignores {dotted} in a run file)")
-        else:
-            hint = explain_key(key.replace("-", "_"))
-            problems.append(f"--{key}: unknown flag{f'; {hint}' if hint else suggest_key(key, flag_names, '--')}")
+    problems += flag_problems or []
     _split_lists(tree)
     try:
         config = model.model_validate(tree)
     except ValidationError as error:
-        problems += _explain(error, arguments is not None)
+        problems += explain_problems(error, arguments is not None)
     if not problems and len(dump_yaml(config)) > MAX_CHARACTERS:
         problems.append(
             "the names and settings exceed the size limit of a run file, so the run could not be resumed; name a "
@@ -218,7 +262,7 @@ def resolve_config(
         )
     if problems:
         source = str(yaml_path or ("the command line" if arguments is None else "the arguments"))
-        raise ConfigError(source, problems, exit_code=2 if unknown_flags else 1)
+        raise ConfigError(source, problems, exit_code=2 if flag_problems else 1)
     return config
 
 
@@ -281,25 +325,6 @@ def list_recipes() -> list[tuple[str, str]]:
             comment.append(line.removeprefix("# "))
         recipes.append((file.stem, " ".join(comment).split(": ")[0].split(". ")[0].rstrip(".")))
     return recipes
-
-
-def convert_config(path: Path) -> tuple[str, list[str]]:
-    """Convert a TRL, LLaMA-Factory or Axolotl YAML: the run file and remarks.
-
-    Raises:
-        ConfigError: it cannot be read, or has no known key.
-    """
-    dotted, notes, lost = convert(read_yaml(path))
-    if not dotted:
-        raise ConfigError(str(path), ["has no known key of TRL, LLaMA-Factory or Axolotl"], code="no-known-keys")
-    text = dump(nest(dotted))
-    remarks = [*(f"note: {note}" for note in notes), *(f"no counterpart: {key}" for key in lost)]
-    problems = []
-    try:
-        RunConfig.model_validate(nest({"model.path": "?", "data.train": ["?"], "train.output_dir": "?"} | dotted))
-    except ValidationError as error:
-        problems = _explain(error)
-    return text, [*remarks, *(f"correct by hand: {problem}" for problem in problems)]
 
 
 def dump_yaml(config: Section) -> str:

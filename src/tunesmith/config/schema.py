@@ -9,9 +9,18 @@ import difflib
 import encodings.aliases
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from tunesmith.config.plainyaml import require_plain
+from tunesmith.config.plainyaml import require_plain, show
 
 
 class Section(BaseModel):
@@ -49,7 +58,7 @@ class ModelSection(Section):
     add_tokens: list[str] = Field(default_factory=list)
     """Tokens to add to the tokenizer; with an adapter, only their rows of the embedding are trained."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """Overrides of a preset's transformers config, as in --model.config.hidden_size 256."""
+    """Overrides of a preset's transformers config (hidden_size 256); of other models only dropout (resid_pdrop 0.1)."""
 
     @field_validator("config")
     @classmethod
@@ -225,6 +234,20 @@ class LoraSection(Section):
 LARGEST_SEED = 2**63 - 1  # torch takes no larger one
 
 
+def _whole_or_share(every: float) -> float:
+    if every >= 1 and every != int(every):
+        raise ValueError("must be a whole number of steps, or a share of all steps below 1")
+    return int(every) if every >= 1 else every
+
+
+_Interval = Annotated[
+    float,
+    Field(gt=0.0, le=2**53),
+    AfterValidator(_whole_or_share),
+    PlainSerializer(lambda every: every, return_type=int | float),  # 5, not 5.0
+]
+
+
 class TrainSection(Section):
     output_dir: str
     """The RUN folder; must be new or empty."""
@@ -248,10 +271,10 @@ class TrainSection(Section):
     """Seed of all randomness: new weights, eval split, order, dropout."""
     log_steps: int = Field(default=1, ge=1)
     """Steps between lines in metrics.jsonl."""
-    eval_steps: int | None = Field(default=None, ge=1)
-    """Steps between evaluations; the end of the run is always evaluated. Default: only the end."""
-    save_steps: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints; default: 500."""
+    eval_steps: _Interval | None = None
+    """Steps between evaluations, or a share of all steps (0.1); the end is always evaluated. Default: only the end."""
+    save_steps: _Interval | None = None
+    """Steps between checkpoints, or a share of all steps (0.25); default: 500."""
     save_minutes: float | None = Field(default=10.0, gt=0.0)
     """Minutes between checkpoints, besides save_steps; null: only save_steps."""
     keep_checkpoints: int = Field(default=2, ge=1)
@@ -262,6 +285,11 @@ class TrainSection(Section):
     """On a NaN or infinite loss or gradient: stop the run, or skip the step (up to 10 in a row)."""
     trackers: list[Literal["tensorboard", "wandb", "swanlab", "trackio"]] = Field(default_factory=list)
     """Trackers to log to (each an extra: pip install 'tunesmith[wandb]')."""
+
+
+def interval_steps(every: float, total_steps: int) -> int:
+    """Steps between two evaluations or checkpoints, of a number of steps or a share of all."""
+    return int(every) if every >= 1 else max(1, round(every * total_steps))
 
 
 class RunConfig(Section):
@@ -313,11 +341,31 @@ class RunConfig(Section):
             )
         if lora.quantize != "none" and self.model.path.startswith("new:"):
             problems.append("lora.quantize: a new:PRESET model has random weights; train it in full first")
-        if self.model.config and not self.model.path.startswith("new:"):
-            problems.append("model.config: overrides are for new:PRESET models; this one has weights of its own")
+        if not self.model.path.startswith("new:"):
+            problems += _check_overrides(self.model.config)
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+
+def is_dropout(name: str) -> bool:
+    """Whether a key of a transformers config is a probability of dropout: attention_dropout, resid_pdrop."""
+    return "dropout" in name or name.endswith("pdrop")
+
+
+def _check_overrides(overrides: dict[str, Any]) -> list[str]:
+    """Of a model with weights only dropout may be set: anything else would change what its weights mean."""
+    problems = []
+    for name, value in overrides.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_dropout(name):
+            problems.append(
+                f"model.config.{name}: overrides are for new:PRESET models; of a model with weights of its own only "
+                "dropout can be set"
+            )
+        elif not (is_number and 0 <= value < 1):
+            problems.append(f"model.config.{name}: must be at least 0 and below 1, not {show(value)}")
+    return problems
 
 
 class TokenizerConfig(Section):

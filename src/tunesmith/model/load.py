@@ -15,7 +15,7 @@ from transformers.utils import logging
 from tunesmith.adapters.adapter import keep_differentiable
 from tunesmith.adapters.base import hub_folder, require_base, weight_files
 from tunesmith.adapters.open_adapter import merge_adapter, open_adapter
-from tunesmith.config.schema import ModelSection
+from tunesmith.config.schema import ModelSection, is_dropout
 from tunesmith.errors import ModelError
 from tunesmith.model.presets import build_preset_config, explain_overrides
 from tunesmith.model.source import ModelSource, explain_load_error, find_model
@@ -38,8 +38,26 @@ def load_config(section: ModelSection, tokenizer: Any, source: ModelSource | Non
         )
     except Exception as error:
         raise explain_load_error(section.path, "its config", error) from None
+    _set_dropout(section, config)
     _refuse_odd_dropout(section.path, config)
     return config
+
+
+def _set_dropout(section: ModelSection, config: PretrainedConfig) -> None:
+    """The dropout that model.config sets; it is saved with the model, and so with every checkpoint.
+
+    Raises:
+        ModelError: the model has no such dropout.
+    """
+    text: Any = config.get_text_config()
+    for name, value in section.config.items():
+        if not hasattr(text, name):
+            own = ", ".join(key for key in text.to_dict() if is_dropout(key)) or "none"
+            raise ModelError(
+                f"{section.path}: the model has no {name} (model.config.{name}); its dropouts: {own}.",
+                code="no-such-dropout",
+            )
+        setattr(text, name, value)
 
 
 def _refuse_odd_dropout(name: str, config: PretrainedConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from tunesmith.config.schema import RunConfig
+from tunesmith.config.schema import RunConfig, interval_steps
 from tunesmith.display import format_bytes
 from tunesmith.errors import TunesmithError
 from tunesmith.model.loss import SupervisedLM
@@ -63,7 +63,8 @@ def require_room(folder: Path, lm: SupervisedLM, config: RunConfig, total_steps:
             code="disk-too-small",
         )
     line = f"checkpoints of about {format_bytes(one)} each, {train.keep_checkpoints} kept"
-    count = min(train.keep_checkpoints + 1, -(-total_steps // (train.save_steps or DEFAULT_SAVE_STEPS)))
+    every = interval_steps(train.save_steps or DEFAULT_SAVE_STEPS, total_steps)
+    count = min(train.keep_checkpoints + 1, -(-total_steps // every))
     needed = one * (count + bool(train.eval_steps)) + weights
     if free < needed:
         line += (

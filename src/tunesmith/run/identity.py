@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from tunesmith.adapters.base import hub_commit
+from tunesmith.config.choices import FREE_KEYS, NAME_KEYS, part_of
 from tunesmith.data.dataset import DataSources, StoreHashes
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.files import sha256_ends, sha256_file, sha256_text
@@ -27,27 +28,8 @@ from tunesmith.run.session import Session
 RELABELS = ("data", "template", "tokenizer")  # parts that decide the tokens on disk
 _WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "pytorch_model*.bin")
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft")
-_FREE = (  # config keys that do not alter training
-    "train.output_dir", "train.log_steps", "train.eval_steps", "train.save_steps", "train.save_minutes",
-    "train.keep_checkpoints", "train.early_stop_patience", "train.on_nonfinite", "train.trackers",
-    "train.gradient_checkpointing", "train.epochs", "train.max_steps",
-)  # fmt: skip
-_BY_HASH = (  # config keys whose files are compared by content
-    "model.path", "model.tokenizer", "model.add_tokens", "model.revision", "model.config", "model.trust_remote_code",
-    "data.train", "data.eval", "data.chat_template", "data.template_kwargs",
-)  # fmt: skip
-_KEYS = {
-    "train.micro_batch_tokens": "batch",
-    "train.grad_accum_steps": "batch",
-    "train.seed": "seed",
-    "train.precision": "precision",
-    "train.compile": "precision",
-    "train.deterministic": "precision",
-    "optim.schedule": "schedule",
-    "optim.warmup_ratio": "schedule",
-    "optim.warmup_steps": "schedule",
-    "optim.min_lr_ratio": "schedule",
-}
+_FREE = ("train.output_dir", *FREE_KEYS)  # keys that do not alter training
+_BY_HASH = (*NAME_KEYS, "model.add_tokens", "model.config")  # compared by content
 
 
 def take_fingerprint(session: Session, files: FileRecords, store: StoreHashes) -> Fingerprint:
@@ -171,8 +153,7 @@ def compare_runs(before: Fingerprint, now: Fingerprint) -> tuple[list[str], list
             if key not in ("train.output_dir", "train.epochs", "train.max_steps"):
                 notes.append(f"accepted: {change}")
         else:
-            sections = {"optim": "optimizer", "lora": "lora", "data": "data", "model": "model"}
-            refusals.append(f"{_KEYS.get(key) or sections.get(key.split('.')[0], 'batch')}: {change}")
+            refusals.append(f"{part_of(key)}: {change}")
     for name, version in before.versions.items():
         current = now.versions.get(name)
         if _minor(version) != _minor(current):

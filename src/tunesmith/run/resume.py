@@ -11,17 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tunesmith.config.choices import FIXED_KEYS
+from tunesmith.config.plainyaml import show
 from tunesmith.config.runfile import resolve_config
 from tunesmith.config.schema import RunConfig
 from tunesmith.data.dataset import DataSources, find_data
 from tunesmith.data.replace import finish_replacing
-from tunesmith.errors import ModelError, TunesmithError
+from tunesmith.errors import ConfigError, ModelError, TunesmithError
 from tunesmith.model.source import ModelSource, find_model
 from tunesmith.run.assemble import assemble
 from tunesmith.run.console import ConsoleReporter, Reporter
 from tunesmith.run.failures import explained_failures
 from tunesmith.run.finish import finish_run
 from tunesmith.run.given import own_files, own_names
+from tunesmith.run.identity import flatten
 from tunesmith.run.position import check_steps, describe_position, find_position, keep_threads
 from tunesmith.run.records import RunRecord, read_record
 from tunesmith.run.reopen import Allowed, reopen_adapter, reopen_data
@@ -40,7 +43,6 @@ def run_resume(
     name: str,
     flags: Mapping[str, Any],
     allowed: Sequence[str] = (),
-    unknown: Sequence[str] = (),
     reporter: Reporter | None = None,
 ) -> Path:
     """Continue a run, or extend a finished one; returns the folder of the finished model.
@@ -52,7 +54,7 @@ def run_resume(
     """
     folder, reporter = find_run(name), reporter or ConsoleReporter()
     record = RunRecord.from_json(read_record(folder.record), folder.record)
-    config = own_names(absolute_names(read_config(name, folder, flags, unknown), record.cwd), folder)
+    config = own_names(absolute_names(read_config(name, folder, flags), record.cwd), folder)
     require_packages(config)
     allow = Allowed(as_typed(name, flags), allowed)
     with locked(folder.path), StopRequest() as stop:
@@ -106,15 +108,30 @@ def find_run(name: str) -> RunFolder:
     return RunFolder(run.path.resolve())
 
 
-def read_config(name: str, folder: RunFolder, flags: Mapping[str, Any], unknown: Sequence[str]) -> RunConfig:
+def read_config(name: str, folder: RunFolder, flags: Mapping[str, Any]) -> RunConfig:
     """RUN/config.yaml overridden by the flags."""
     if "train.output_dir" in flags:
         raise TunesmithError(
             f"--output: a run is resumed in its own folder, {name}. Remove the flag.", code="output-on-resume"
         )
     flags = {key: absolute(value) if key in _NAMES else value for key, value in flags.items()}
-    config = resolve_config(RunConfig, folder.config, flags, list(unknown))
+    config = resolve_config(RunConfig, folder.config, flags)
+    refuse_fixed(name, flags, flatten(resolve_config(RunConfig, folder.config, {}).model_dump()), config)
     return config.model_copy(update={"train": config.train.model_copy(update={"output_dir": name})})
+
+
+def refuse_fixed(name: str, flags: Mapping[str, Any], before: Mapping[str, Any], config: RunConfig) -> None:
+    """Raises:
+    ConfigError: a flag changes a key that a run keeps to its end.
+    """
+    now = flatten(config.model_dump())
+    problems = [
+        f"{key}: is fixed when a run begins ({show(before.get(key))}); to change it, train a new run"
+        for key in flags
+        if key.startswith(FIXED_KEYS) and now.get(key) != before.get(key)
+    ]
+    if problems:
+        raise ConfigError(f"resume {name}", problems, code="fixed-on-resume")
 
 
 def absolute(value: Any) -> Any:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tunesmith.config.schema import RunConfig
+from tunesmith.config.schema import RunConfig, interval_steps
 from tunesmith.data.feed import Feed, Step
 from tunesmith.errors import InterruptedRun, RunError
 from tunesmith.model.loss import SupervisedLM
@@ -151,8 +151,9 @@ class Trainer:
         return record
 
     def _evaluates_now(self) -> bool:
-        every, step = self.config.train.eval_steps, self.progress.step
-        return self.feed.held_out is not None and (step == self.feed.total_steps or bool(every and step % every == 0))
+        every, step, total = self.config.train.eval_steps, self.progress.step, self.feed.total_steps
+        is_due = step == total or (every is not None and step % interval_steps(every, total) == 0)
+        return self.feed.held_out is not None and is_due
 
     def _evaluate(self) -> EvalResult:
         assert self.feed.held_out is not None
@@ -175,7 +176,8 @@ class Trainer:
     def _saves_now(self) -> bool:
         train = self.config.train
         is_due = bool(train.save_minutes) and time.monotonic() - self._saved_at >= 60 * (train.save_minutes or 0)
-        return self.world.agree(is_due) or self.progress.step % (train.save_steps or DEFAULT_SAVE_STEPS) == 0
+        every = interval_steps(train.save_steps or DEFAULT_SAVE_STEPS, self.feed.total_steps)
+        return self.world.agree(is_due) or self.progress.step % every == 0
 
     def save(self) -> None:
         """Take a snapshot and let it be written beside the next steps."""

@@ -173,6 +173,23 @@ def test_real_data_26m_takes_flags_of_train(shared: Path, tmp_path: Path) -> Non
     assert "model saved: " in command("bench/real_data_26m.sh", shared, tmp_path / "run", *small)
 
 
+def test_convert_configs_counts_and_trains(script: Script, tmp_path: Path) -> None:
+    configs = {
+        "axolotl/a.yml": {"base_model": "Qwen/Qwen3-8B", "datasets": [{"path": "a/b", "type": "alpaca"}], "adapter": "lora",
+                          "lora_r": 4, "lora_alpha": 8, "sequence_len": 512, "learning_rate": 1e-4, "output_dir": "o"},
+        "dpo.yaml": {"model_name_or_path": "m", "stage": "dpo", "dataset": "d"},
+    }  # fmt: skip
+    for name, config in configs.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(config), encoding="utf-8")
+    printed = script("bench/convert_configs.py", tmp_path, "--run")
+    assert "| axolotl | 1 | 1 | 0 | 0 | 10 | 0 | 0 | 1 of 1 (100.0 %) |" in printed
+    assert "| llama-factory | 1 | 0 | 0 | 1 | 0 | 0 | 0 |  |" in printed
+    assert "axolotl: families: qwen3 1" in printed
+    with pytest.raises(pytest.fail.Exception, match="no YAML files"):
+        script("bench/convert_configs.py", tmp_path / "none")
+
+
 def test_chaos_kills_and_resumes() -> None:
     printed = command("bench/chaos.py", "--kills", 1, "--steps", 6)
     assert "1 kills over " in printed

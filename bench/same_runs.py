@@ -3,7 +3,7 @@
 For changes that must not change behaviour. Each version runs in separate processes with its own sources on the path: two
 tiny models and a set of runs (full with dropout, LoRA, PiSSA, mixture of experts, evaluation split, unrolled chats, long
 raw texts, bf16), each then extended with `tunesmith resume`. Compared are the weights, the token store and the ledger by
-SHA-256, the lines of metrics.jsonl apart from tokens_per_s, and the labels printed by `preview --json`. With --cross,
+SHA-256, the lines of metrics.jsonl apart from its clocks, and the labels printed by `preview --json`. With --cross,
 runs started by the old version are also resumed by the new one.
 
     python bench/same_runs.py --before HEAD~20 [--cross]
@@ -54,6 +54,7 @@ REWRITING = (
     "{{ m.content.split('</think>')[-1] }}{%- else -%}{{ m.content }}{%- endif -%}<|im_end|>\n{%- endfor -%}"
     "{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}"
 )
+CLOCKS = ("tokens_per_s", "eval_s", "time")  # of a record in metrics.jsonl: these differ from run to run
 BUSY = ["--data.max_seq_len", "96", "--train.micro_batch_tokens", "128", "--train.grad_accum_steps", "2",
         "--train.eval_steps", "7", "--train.save_steps", "3", "--train.log_steps", "2", "--optim.lr", "1e-3"]  # fmt: skip
 SPLIT = ["--data.eval_split", "0.2"]
@@ -138,7 +139,7 @@ def outcome(run: Path) -> dict[str, str]:
     for pattern in ("model/*.safetensors", "adapter/*.safetensors", "tokens/*", "eval_tokens/*"):
         found |= {str(path.relative_to(run)): digest(path.read_bytes()) for path in sorted(run.glob(pattern))}
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    kept = [{key: value for key, value in record.items() if key != "tokens_per_s"} for record in records]
+    kept = [{key: value for key, value in record.items() if key not in CLOCKS} for record in records]
     found["metrics"] = digest(json.dumps(kept).encode())
     ledger = json.loads((run / "data_ledger.json").read_text(encoding="utf-8"))
     ledger.pop("sha256", None)

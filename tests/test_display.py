@@ -18,6 +18,7 @@ import yaml
 
 from conftest import chat_row, save_folder, tiny_config, write_jsonl
 from tunesmith.display import shorten, to_html, to_markdown, visible
+from tunesmith.model.card import load_model_lines
 from tunesmith.run.console import print_summary
 
 Run = Callable[..., tuple[int, str, str]]
@@ -105,11 +106,12 @@ def card(path: Path, base: str) -> None:
     _, head, body = text.split("---\n", 2)
     front = yaml.safe_load(head)
     assert front == {
-        "library_name": "transformers", "pipeline_tag": "text-generation", "base_model": visible(base),
-        "tags": ["tunesmith", "sft"],
+        "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["tunesmith", "sft"],
     }  # fmt: skip
+    body = body.replace(load_model_lines(), "")
     assert not re.search(r"(?<!\\)[<>\[\]`]", body)
-    assert len([line for line in body.splitlines() if line.startswith("#")]) == 1
+    assert [line for line in body.splitlines() if line.startswith("#")][1:] == ["## Training"]
+    assert base not in text  # a path of this machine
 
 
 class Tags(html.parser.HTMLParser):

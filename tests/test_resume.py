@@ -35,7 +35,8 @@ Run = Callable[..., tuple[int, str, str]]
 def records(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        line.pop("tokens_per_s", None)
+        for clock in ("tokens_per_s", "eval_s", "time"):
+            line.pop(clock, None)
     return lines
 
 

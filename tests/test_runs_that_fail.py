@@ -340,7 +340,7 @@ def test_an_empty_folder_whose_run_was_killed(
         assert code == 0, err
         left = {p.name for p in output.iterdir()}
         assert left == {"checkpoints", "config.yaml", "data_ledger.json", "metrics.jsonl", "model", "report.html",
-                        "run.json", "tokens"}  # fmt: skip
+                        "run.json", "sample_replies.json", "tokens"}  # fmt: skip
         assert not [p for p in output.parent.iterdir() if p.name.endswith(".partial")]
 
 

@@ -212,6 +212,16 @@ def test_presets_open_in_transformers(shared: Path, tmp_path: Path) -> None:
     assert "opened: " in command("bench/presets.sh", shared / "tokenizers" / "minimind", chats, tmp_path, "tiny")
 
 
+def test_verdict_runs_keeps_what_a_verdict_reads(script: Script, tmp_path: Path) -> None:
+    rows = [{"instruction": f"What is {i}?", "output": f"It is {i + 1}, and then comes {i + 2}."} for i in range(60)]
+    chats, kept = write_jsonl(tmp_path / "chats.jsonl", rows), tmp_path / "verdicts.json"
+    words = ("--chats", chats, "--text", chats, "--work", tmp_path / "work", "--only", "one_step", "--output", kept)
+    assert "1 runs: " in script("bench/verdict_runs.py", *words)
+    run = json.loads(kept.read_text())["one_step"]
+    assert run["records"]["step"] == [1]
+    assert str(tmp_path) not in kept.read_text()
+
+
 @long
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system, which needs root")
 def test_disk_full_leaves_nothing_half_done(tmp_path: Path) -> None:

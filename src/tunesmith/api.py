@@ -18,21 +18,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tunesmith.arguments import Name, as_path, read_arguments, section_of
 from tunesmith.config.choices import RESUME_PARTS
 from tunesmith.config.runfile import flatten_sections, read_yaml, resolve_config
 from tunesmith.config.schema import ModelSection, PreviewConfig, RunConfig
-from tunesmith.errors import ConfigError, TunesmithError, UsageError
+from tunesmith.errors import TunesmithError, UsageError
 from tunesmith.reading import read_text
+from tunesmith.report.verdict import Verdict
 from tunesmith.runfolder import RunFolder, read_metrics
-from tunesmith.sources.memory import is_rows, sources_of, write_rows
+from tunesmith.sources.memory import sources_of, write_rows
 from tunesmith.sources.read import Sources
 from tunesmith.use.check import CheckResult
 from tunesmith.use.model import Model
 from tunesmith.use.preview import Preview
 
 logger = logging.getLogger("tunesmith")
-Name = str | os.PathLike[str]
-Rows = dict[str, Any]
 OnLog = Callable[[dict[str, Any]], None]
 
 
@@ -151,11 +151,23 @@ class Run:
         """As `tunesmith.resume` for this run."""
         return resume(self, max_steps=max_steps, **options)
 
+    @property
+    def verdict(self) -> Verdict:
+        """How the run went, judged by its figures: a summary, and findings with what to try next."""
+        from tunesmith.report.write import read_verdict
+
+        return read_verdict(self.path)
+
     def report(self) -> Path:
-        """Write RUN/report.html again, with sample replies of the finished model; returns its path."""
+        """As `tunesmith report`: write RUN/report.html again, with sample replies of the finished model.
+
+        Returns:
+            Its path.
+        """
         from tunesmith.report.write import write_report
 
-        return write_report(self.path)
+        with embedded():
+            return write_report(self.path)
 
 
 def train(
@@ -193,12 +205,12 @@ def train(
     from tunesmith.report.write import reported
     from tunesmith.run.start import run_training
 
-    tree, rows = _read_arguments(model, data, tokenizer, eval_data, sections)
+    tree, rows = read_arguments(model, data, tokenizer, eval_data, sections)
     if output is not None:
-        _section(tree, "train")["output_dir"] = os.fspath(output)
-    config = resolve_config(RunConfig, _path(run_file), {}, arguments=tree)
+        section_of(tree, "train")["output_dir"] = os.fspath(output)
+    config = resolve_config(RunConfig, as_path(run_file), {}, arguments=tree)
     reporter = LoggedReporter(on_log)
-    with embedded(), callback_errors(), reported(Path(config.train.output_dir)):
+    with embedded(), callback_errors(), reported(Path(config.train.output_dir), reporter.note):
         run_training(config, reporter, rows)
     return Run(config.train.output_dir)
 
@@ -226,7 +238,7 @@ def resume(
     from tunesmith.report.write import reported
     from tunesmith.run.resume import run_resume
 
-    tree, rows = _read_arguments(sections.pop("model", None), sections.pop("data", None), None, None, sections)
+    tree, rows = read_arguments(sections.pop("model", None), sections.pop("data", None), None, None, sections)
     if rows:
         raise UsageError("data: a run keeps its own rows; to train on others, start a new run.", code="rows-on-resume")
     changes = flatten_sections(tree)
@@ -238,7 +250,7 @@ def resume(
     if wrong:
         raise UsageError(f"allow: {wrong[0]!r}; give a list of {', '.join(RESUME_PARTS)}.", code="unknown-part")
     reporter = LoggedReporter(on_log)
-    with embedded(), callback_errors(), reported(Path(run)):
+    with embedded(), callback_errors(), reported(Path(run), reporter.note):
         run_resume(os.fspath(run), changes, allow, reporter=reporter)
     return Run(run)
 
@@ -347,63 +359,6 @@ def load(
         return Model(load_speaker(section, template, [os.fspath(name) for name in adapters], allow_changed_base))
 
 
-def _read_arguments(
-    model: Any, data: Any, tokenizer: Any, eval_data: Any, sections: Mapping[str, Any]
-) -> tuple[dict[str, Any], Rows]:
-    """The arguments as sections of a config, and the rows among them by their key of the data section."""
-    tree: dict[str, Any] = {
-        name: dict(below) if isinstance(below, Mapping) else below for name, below in sections.items()
-    }
-    tree |= {"model": dict(model)} if isinstance(model, Mapping) else {}
-    tree |= {"data": dict(data)} if isinstance(data, Mapping) else {}
-    if model is not None and not isinstance(model, Mapping):
-        _section(tree, "model")["path"] = os.fspath(model)
-    if tokenizer is not None:
-        _section(tree, "model")["tokenizer"] = os.fspath(tokenizer)
-    if data is not None and not isinstance(data, Mapping):
-        _section(tree, "data")["train"] = data
-    if eval_data is not None:
-        _section(tree, "data")["eval"] = eval_data
-    tree = _texts(tree)
-    rows: Rows = {}
-    below = tree["data"] if isinstance(tree.get("data"), dict) else {}
-    for key in ("train", "eval"):
-        if is_rows(below.get(key)):
-            rows[key] = below[key]
-            below[key] = [f"rows:{key}"]
-        elif key in below:
-            below[key] = _names(below[key])
-    return tree, rows
-
-
-def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
-    below = tree.setdefault(name, {})
-    if not isinstance(below, dict):
-        raise ConfigError("the arguments", [f"{name}: is a section; give a dict of its keys"])
-    return below
-
-
-def _texts(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections with every path as text; rows stay as they are."""
-    changed: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            changed[name] = _texts(value)
-        else:
-            changed[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
-    return changed
-
-
-def _names(given: Any) -> Any:
-    if isinstance(given, (list, tuple)):
-        return [os.fspath(name) if isinstance(name, os.PathLike) else name for name in given]
-    return given
-
-
-def _path(name: Name | None) -> Path | None:
-    return Path(name) if name is not None else None
-
-
 @contextmanager
 def _preview_config(
     run_file: Name | None,
@@ -415,8 +370,8 @@ def _preview_config(
     limit: int | None = None,
 ) -> Iterator[tuple[PreviewConfig, dict[str, Sources]]]:
     """The config, and the sources of rows given in Python, which are kept in a file until the block ends."""
-    tree, rows = _read_arguments(model, data, tokenizer, eval_data, sections)
-    config = resolve_config(PreviewConfig, _path(run_file), {}, arguments=tree)
+    tree, rows = read_arguments(model, data, tokenizer, eval_data, sections)
+    config = resolve_config(PreviewConfig, as_path(run_file), {}, arguments=tree)
     limit = limit or config.data.limit
     with embedded(), tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
         sources = {}

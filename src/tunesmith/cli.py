@@ -173,6 +173,8 @@ def run_command(argv: list[str]) -> None:
         from tunesmith.use.chat import run_chat
 
         run_chat(options)
+    elif options.command == "report":
+        _report(Path(options.run))
     elif options.command == "recipes":
         _print_recipes()
     elif options.command == "convert-config":
@@ -224,18 +226,28 @@ def _run_config_command(parser: CommandParser, argv: list[str]) -> None:
 
 def _train(config: Any) -> None:
     from tunesmith.report.write import reported
+    from tunesmith.run.console import ConsoleReporter
     from tunesmith.run.start import run_training
 
-    with reported(Path(config.train.output_dir)):
-        run_training(config)
+    reporter = ConsoleReporter()
+    with reported(Path(config.train.output_dir), reporter.note):
+        run_training(config, reporter)
 
 
 def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> None:
     from tunesmith.report.write import reported
+    from tunesmith.run.console import ConsoleReporter
     from tunesmith.run.resume import run_resume
 
-    with reported(Path(options.run)):
-        run_resume(options.run, flags, options.allow)
+    reporter = ConsoleReporter()
+    with reported(Path(options.run), reporter.note):
+        run_resume(options.run, flags, options.allow, reporter)
+
+
+def _report(run: Path) -> None:
+    from tunesmith.report.write import write_report
+
+    print(write_report(run))
 
 
 def _print_recipes() -> None:
@@ -340,7 +352,9 @@ def _needs_output(words: list[str]) -> tuple[bool, bool]:
     Commands that write files continue in both cases. `check` continues for its exit code, also under `| head`.
     """
     command = words[0] if words else ""
-    makes_files = command in ("train", "resume", "merge", "tokenizer", "demo") and "--json-schema" not in words
+    makes_files = (
+        command in ("train", "resume", "merge", "tokenizer", "report", "demo") and "--json-schema" not in words
+    )
     if makes_files or any(word.partition("=")[0] == "--html" for word in words):
         return False, False
     return command != "check", True

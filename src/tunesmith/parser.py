@@ -34,6 +34,8 @@ _EXAMPLES = {
 """,
     "tokenizer": """  tunesmith tokenizer --data books/ --vocab-size 6400 --output tokenizer
 """,
+    "report": """  tunesmith report runs/mine
+""",
     "chat": """  tunesmith chat runs/mine
   tunesmith chat runs/mine --prompt "Who are you?"
 """,
@@ -200,6 +202,8 @@ def _add_use_commands(commands: _Commands) -> None:
         "--allow-changed-base", action="store_true", help="merge although the base has changed since training"
     )
     merge.add_argument("--trust-remote-code", action="store_true", help="run Python code in the base's folder")
+    report = _add_command(commands, "report", "write RUN/report.html again: verdict, curves, data, replies, config")
+    report.add_argument("run", type=_name, metavar="RUN", help="folder of the run (train --output), finished or not")
     _add_command(commands, "recipes", "list the run files of the package, for train recipe:NAME")
     convert = _add_command(commands, "convert-config", "convert a TRL, LLaMA-Factory or Axolotl YAML to a run file")
     convert.add_argument("file", type=_path, metavar="FILE", help="the YAML to convert")

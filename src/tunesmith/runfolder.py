@@ -44,6 +44,11 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
+    def replies(self) -> Path:
+        """The sample replies of the report."""
+        return self.path / "sample_replies.json"
+
+    @property
     def tokens(self) -> Path:
         return self.path / "tokens"
 

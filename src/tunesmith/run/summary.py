@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import torch
-import yaml
 
 from tunesmith import __version__
 from tunesmith.adapters.adapter import describe_adapter
 from tunesmith.data.ledger import Ledger
-from tunesmith.display import format_bytes, format_count, to_markdown, visible
+from tunesmith.display import format_bytes, format_count, to_markdown
+from tunesmith.model.card import describe_base, front_matter, load_adapter_lines, load_model_lines
 from tunesmith.model.load import count_parameters
 from tunesmith.model.loss import SupervisedLM
 from tunesmith.run.assemble import ReadyRun
@@ -153,23 +156,34 @@ def estimate_memory(ready: ReadyRun) -> float:
 
 
 def model_card(ready: ReadyRun, progress: Progress) -> str:
-    """RUN/model/README.md: how the model was trained, in the form that the hub reads."""
-    config = ready.session.config
-    front: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if not config.model.path.startswith("new:"):
-        front["base_model"] = visible(config.model.path)
-    front["tags"] = ["tunesmith", "sft"]
-    head = yaml.safe_dump(front, sort_keys=False, default_flow_style=None)
+    """README.md beside the weights: how they were trained, and how to load them."""
+    session = ready.session
+    config, source, is_adapter = session.config, session.model, session.is_adapter
     last = f"step {progress.step}, {progress.epoch:.2f} epochs, {progress.supervised_tokens:,} supervised tokens"
     if progress.best_step is not None:
         last += f"; weights of step {progress.best_step}, the best evaluated (eval_loss {progress.best_eval_loss:.4f})"
-    rows = "\n".join(
-        f"- {name or '  '} {to_markdown(text)}".rstrip() for name, text in summary_lines(ready) if name != "memory"
+    if is_adapter:
+        model: Any = ready.lm.model
+        rows = model.get_input_embeddings().weight.shape[0] if config.model.add_tokens else None
+        load = load_adapter_lines(source, config.model.revision or source.revision, rows)
+    else:
+        load = load_model_lines()
+    rows_of_card = (
+        f"- {name or '  '} {to_markdown(_without_path(text, config.model.path, describe_base(source)))}".rstrip()
+        for name, text in summary_lines(ready)
+        if name != "memory"
     )
     return (
-        f"---\n{head}---\n"
+        f"{front_matter(source, is_adapter)}"
         f"# {to_markdown(config.train.output_dir.rstrip('/').rsplit('/', 1)[-1])}\n\n"
-        f"Trained with tunesmith {__version__}: {last}.\n\n{rows}\n\n"
+        f"{'An adapter' if is_adapter else 'A model'} trained from {to_markdown(describe_base(source))} with tunesmith "
+        f"{__version__}: {last}.\n\n{load}\n## Training\n\n" + "\n".join(rows_of_card) + "\n\n"
         f"Learning rate {config.optim.lr:g} ({config.optim.schedule}), seed {config.train.seed}. "
-        f"Replies stop at {to_markdown(ready.session.encoder.stop.text)} (generation_config.json).\n"
+        f"Replies stop at {to_markdown(session.encoder.stop.text)} (generation_config.json).\n"
     )
+
+
+def _without_path(text: str, path: str, name: str) -> str:
+    """A line of the summary with the base's name for its folder, and files by their names alone."""
+    words = text.replace(path, name).split(" ")
+    return " ".join(os.path.basename(word) if os.path.isabs(word) else word for word in words)

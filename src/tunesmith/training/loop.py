@@ -14,7 +14,7 @@ from tunesmith.data.feed import Feed, Step
 from tunesmith.errors import InterruptedRun, RunError
 from tunesmith.model.loss import SupervisedLM
 from tunesmith.training.checkpoint import Snapshot, copy_optimizer, copy_weights
-from tunesmith.training.evaluate import EvalResult, evaluate
+from tunesmith.training.evaluate import evaluate
 from tunesmith.training.interrupt import StopRequest
 from tunesmith.training.metrics import Record, Tracker
 from tunesmith.training.optim import lr_at, set_lr
@@ -64,7 +64,7 @@ class Trainer:
         progress, total = self.progress, self.feed.total_steps
         self.lm.train()
         if self.feed.held_out is not None and progress.step == 0:
-            self._log({"step": 0, "epoch": 0.0} | self._evaluate().to_record())  # what the model knows already
+            self._log({"step": 0, "epoch": 0.0} | self._evaluate())  # what the model knows already
         self._saved_at = time.monotonic()
         self.window.restart_clock()
         for step in self.feed.steps(progress.place, self.world.rank, self.world.size):
@@ -73,7 +73,7 @@ class Trainer:
             record = self._step(step)
             if self._evaluates_now():
                 with self.window.pause():
-                    record = (record or self._head()) | self._evaluate().to_record()
+                    record = (record or self._head()) | self._evaluate()
                     is_best = self._judge(record["eval_loss"])
             else:
                 is_best = False
@@ -130,6 +130,7 @@ class Trainer:
     def _log(self, record: Record) -> None:
         if not self.world.is_main:
             return
+        record = record | {"time": round(time.time(), 1)}
         for tracker in self.trackers:
             tracker.log(record)
         self.on_log(record, self.saver.failure)
@@ -155,9 +156,11 @@ class Trainer:
         is_due = step == total or (every is not None and step % interval_steps(every, total) == 0)
         return self.feed.held_out is not None and is_due
 
-    def _evaluate(self) -> EvalResult:
+    def _evaluate(self) -> Record:
         assert self.feed.held_out is not None
-        return evaluate(self.lm, self.feed.held_out, self.precision, self.world)
+        began = time.perf_counter()
+        result = evaluate(self.lm, self.feed.held_out, self.precision, self.world)
+        return result.to_record() | {"eval_s": round(time.perf_counter() - began, 3)}
 
     def _judge(self, eval_loss: float) -> bool:
         """Whether this is the best model so far, and so worth a checkpoint; notes where patience has run out."""

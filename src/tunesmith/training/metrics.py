@@ -168,7 +168,7 @@ class TrackioTracker:
 
 
 def _numbers(record: Record) -> Record:
-    return {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
+    return {k: v for k, v in record.items() if isinstance(v, (int, float)) and k not in ("step", "time")}
 
 
 def require_trackers(names: Sequence[str]) -> None:

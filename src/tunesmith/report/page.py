@@ -67,8 +67,8 @@ def list_facts(run: RunRecords) -> Iterator[tuple[str, str]]:
 def draw_charts(run: RunRecords) -> list[Markup]:
     """A chart of each quantity that the run logged."""
 
-    def series(name: str, label: str = "", **style: bool) -> Series:
-        return Series(label or name, *run.series(name), **style)
+    def series(name: str, is_marked: bool = False, is_smoothed: bool = False) -> Series:
+        return Series(name, *run.series(name), is_marked, is_smoothed)
 
     charts = [
         line_chart("loss", [series("loss", is_smoothed=True), series("eval_loss", is_marked=True)]),

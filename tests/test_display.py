@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +128,13 @@ class Tags(html.parser.HTMLParser):
         self.runs += [name for name, _ in attrs if name.startswith("on")]
 
 
+CHART_SCRIPT = resources.files("tunesmith").joinpath("pages", "chart.js").read_text(encoding="utf-8")
+
+
 def page(text: str) -> None:
     clean(text)
     found = Tags()
-    found.feed(text)
+    found.feed(text.replace(f"<script>\n{CHART_SCRIPT}\n</script>", "", 1))  # our own, the same on every page
     assert not {"img", "script", "iframe", "a", "link"} & found.seen
     assert not found.runs
     assert "EVIL" in text

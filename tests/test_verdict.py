@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from conftest import chat_row, write_jsonl
 from tunesmith.config.runfile import resolve_config
 from tunesmith.config.schema import RunConfig
 from tunesmith.report.records import RunRecords
@@ -67,7 +66,7 @@ def test_nothing_is_found_in_a_good_run(name: str, tmp_path: Path) -> None:
         ("ten_epochs_without_eval", ["no-eval"], {"data.eval_split": 0.1}),
         ("stopped_early", ["overfitting"], {"train.epochs": 1.5}),
         ("truncated", ["replies-cut"], {"data.overlong": "split"}),
-        ("one_step", ["few-steps"], {"train.max_steps": 200}),
+        ("one_step", ["few-steps", "replies-do-not-stop"], {"train.max_steps": 200}),
         ("six_steps", ["few-steps"], {"train.grad_accum_steps": 2}),
         ("thirty_steps_from_scratch", ["few-steps", "loss-did-not-fall"], {"train.max_steps": 300}),
     ],
@@ -207,16 +206,15 @@ def test_noise_is_measured_whatever_the_slope() -> None:
     assert not largest_rise(list(reversed(ys)), ys[-1]).is_clear
 
 
-def test_a_real_run_ends_with_its_verdict(run: Any, model_folder: Path, tmp_path: Path) -> None:
-    """60 rows of noise at a rate that learns them by heart, evaluated on others."""
-    rows = [chat_row(f"What {i * 37 % 101}?", f"{i * 7919 % 9973} {i * 31 % 89}") for i in range(60)]
-    data = write_jsonl(tmp_path / "noise.jsonl", rows)
+def test_a_real_run_ends_with_its_verdict(run: Any, model_folder: Path, chats: Path, tmp_path: Path) -> None:
+    """At a learning rate that teaches nothing."""
     output = tmp_path / "run"
-    code, out, err = run("train", "--model", model_folder, "--data", data, "--output", output, "--data.max_seq_len", 64,
-                         "--train.micro_batch_tokens", 128, "--optim.lr", 2e-2, "--train.max_steps", 60,
-                         "--data.eval_split", 0.2, "--train.eval_steps", 6)  # fmt: skip
+    code, out, err = run("train", "--model", model_folder, "--data", chats, "--output", output, "--data.max_seq_len", 64,
+                         "--train.micro_batch_tokens", 128, "--optim.lr", 1e-7, "--train.max_steps", 60,
+                         "--data.eval_split", 0.2)  # fmt: skip
     assert code == 0, err
     lines = out.splitlines()
     [at] = [index for index, line in enumerate(lines) if line.startswith("verdict: eval_loss ")]
-    assert lines[at + 1].startswith("- Overfitting: eval_loss was lowest at step ")
-    assert "Overfitting: eval_loss" in (output / "report.html").read_text(encoding="utf-8")
+    assert lines[at + 1].startswith("- The eval_loss hardly fell (")
+    assert lines[at + 1].endswith(" Try --optim.lr 1e-5.")
+    assert "The eval_loss hardly fell (" in (output / "report.html").read_text(encoding="utf-8")

@@ -68,7 +68,11 @@ def test_nothing_is_found_in_a_good_run(name: str, tmp_path: Path) -> None:
         ("truncated", ["replies-cut"], {"data.overlong": "split"}),
         ("one_step", ["few-steps", "replies-do-not-stop"], {"train.max_steps": 200}),
         ("six_steps", ["few-steps"], {"train.grad_accum_steps": 2}),
-        ("thirty_steps_from_scratch", ["few-steps", "loss-did-not-fall"], {"train.max_steps": 300}),
+        (
+            "thirty_steps_from_scratch",
+            ["few-steps", "loss-did-not-fall", "replies-do-not-stop"],
+            {"train.max_steps": 300},
+        ),
     ],
 )
 def test_what_went_wrong_is_found_with_its_key(

@@ -1,6 +1,6 @@
 """Train a chat model from raw text, and write docs/from_scratch.md with what the commands printed.
 
-Every command, figure, plot and reply on the page comes from this one run; about ten minutes on two CPU cores.
+Every command, figure, plot and reply on the page comes from this one run; about a quarter of an hour on two CPU cores.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ import json
 import os
 import platform
 import re
+import resource
 import shlex
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tunesmith.cli import main as tunesmith
 from tunesmith.report.charts import Series, line_chart
@@ -28,14 +31,15 @@ QUESTIONS = [
     "你好，你是谁？",
     "保持健康的三个提示。",
 ]
-SIZE = "--model.config.hidden_size 192 --model.config.num_hidden_layers 6 --model.config.num_attention_heads 6"
 STYLE = "<style>text{fill:#777;font:11px sans-serif}.axis{stroke:#ccc}.s0{stroke:#2563eb}.s1{stroke:#d97706}text.s0{fill:#2563eb;stroke:none}text.s1{fill:#d97706;stroke:none}polyline{fill:none;stroke-width:1.6}circle.s0{fill:#2563eb}circle.s1{fill:#d97706}</style>"
 
 PAGE = """# From raw text to chat, on a laptop
 
-Made by `docs/from_scratch.py`, which runs the commands below and writes this page from what came out: {machine}.
-The text is {books} public-domain books in English and Chinese; the chats are LLaMA-Factory's alpaca demos in both languages and FastChat's identity chats.
-A model this small, trained for minutes, learns the form of an answer and little of the world; the replies at the end stand as they came.
+`docs/from_scratch.py` ran the commands below and wrote this page from their output: {machine}.
+The text is {books} public-domain books in English and Chinese. The chats are LLaMA-Factory's Alpaca demos in both languages and FastChat's identity chats.
+A model this small learns the form of an answer from minutes of training, and few facts. The replies at the end are unedited.
+
+The two recipes stop after a fixed number of steps, so more text does not take longer to train, only to read. Little text is read several times: training stops when the loss on held-out text no longer falls, and keeps the best weights.
 
 ## 1. Tokenizer
 
@@ -65,7 +69,7 @@ The base and the fine-tuned model answer the same questions, greedily, at most 6
 
 `tunesmith chat {work}/chat` talks to it; `{work}/chat/report.html` has its curves, its data ledger and more replies.
 
-The same at MiniMind's own size and hyper-parameters, for which a GPU is the right machine: `tunesmith train recipe:minimind-pretrain`, then `recipe:minimind-sft` (see README).
+With a GPU, `recipe:minimind-pretrain` and `recipe:minimind-sft` train MiniMind's 26-million-parameter model with its own hyper-parameters.
 """
 
 
@@ -82,7 +86,7 @@ def run(command: str, places: dict[str, str]) -> tuple[str, float]:
     return output.getvalue(), time.perf_counter() - start
 
 
-def shown(command: str, output: str, places: dict[str, str], skip: str = r"^step (?!.*(00/|\d+/\d+  eval))") -> str:
+def shown(command: str, output: str, places: dict[str, str], skip: str = r"^step (?!.*(00/|eval_loss))") -> str:
     lines = [line for line in output.splitlines() if not re.match(skip, line)]
     text = "\n".join(lines)
     for name, path in places.items():
@@ -105,21 +109,17 @@ def plot(path: Path, records: list[dict[str, Any]]) -> None:
     path.write_text(svg.replace(">", ">" + STYLE, 1) + "\n", encoding="utf-8")
 
 
-def commands(steps: int, sft_flags: str) -> dict[str, str]:
-    return {
+def commands(pretrain_flags: str, sft_flags: str) -> dict[str, str]:
+    found = {
         "tokenizer": """tunesmith tokenizer --vocab-size 4096 --output $WORK/tokenizer \\
   --data $DATA/classic-books $DATA/chinese-classics $DATA/llamafactory/alpaca_zh_demo.json""",
-        "pretrain": f"""tunesmith train --model new:tiny --tokenizer $WORK/tokenizer \\
-  {SIZE} \\
-  --data $DATA/classic-books $DATA/chinese-classics --data.max_seq_len 512 --data.eval_split 0.005 \\
-  --optim.lr 2e-3 --optim.schedule minimind --train.micro_batch_tokens 2048 --train.max_steps {steps} \\
-  --train.eval_steps {steps // 2} --train.log_steps 10 --output $WORK/base""",
-        "sft": f"""tunesmith train --model $WORK/base \\
+        "pretrain": f"""tunesmith train recipe:laptop-pretrain --tokenizer $WORK/tokenizer \\
+  --data $DATA/classic-books $DATA/chinese-classics --output $WORK/base {pretrain_flags}""",
+        "sft": f"""tunesmith train recipe:laptop-sft --model $WORK/base \\
   --data $DATA/llamafactory/alpaca_en_demo.json $DATA/llamafactory/alpaca_zh_demo.json \\
-  $DATA/fastchat/dummy_conversation.json --data.max_seq_len 512 --data.eval_split 0.05 \\
-  --optim.lr 1e-3 --train.micro_batch_tokens 2048 {sft_flags} --train.eval_steps 100 --train.log_steps 10 \\
-  --output $WORK/chat""",
+  $DATA/fastchat/dummy_conversation.json --output $WORK/chat {sft_flags}""",
     }
+    return {name: command.rstrip() for name, command in found.items()}
 
 
 def ask(questions: list[str], places: dict[str, str]) -> str:
@@ -133,13 +133,24 @@ def ask(questions: list[str], places: dict[str, str]) -> str:
     return "\n".join(rows)
 
 
+def describe_machine(seconds: float) -> str:
+    """Cores, time and memory; processor time tells how much of the time other programs took."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    threads = torch.get_num_threads()
+    return (
+        f"{threads} thread{'s' if threads > 1 else ''} on a machine of {os.cpu_count()} CPU cores, Python "
+        f"{platform.python_version()}, {seconds / 60:.0f} minutes ({(used.ru_utime + used.ru_stime) / 60:.0f} minutes of "
+        f"processor time), {used.ru_maxrss / 2**20:.1f} GiB of memory at the peak"
+    )
+
+
 def main(options: argparse.Namespace) -> None:
     data, work, output = options.data, options.work, options.output
     work.mkdir(parents=True)
     places = {"DATA": str(data), "WORK": str(work)}
     said = {}
     seconds = {}
-    for name, command in commands(options.steps, options.sft_flags).items():
+    for name, command in commands(options.pretrain_flags, options.sft_flags).items():
         printed, seconds[name] = run(command, places)
         said[name] = shown(command, printed, places)
         print(f"{name}: {seconds[name]:.0f} s", flush=True)
@@ -152,9 +163,7 @@ def main(options: argparse.Namespace) -> None:
         facts[f"{short}_before"], facts[f"{short}_after"], facts[f"{short}_time"] = losses[0], losses[-1], seconds[name]
         facts[f"{short}_tokens"] = max(record.get("tokens", 0) for record in records)
     num_books = len([*data.glob("classic-books/*.md"), *data.glob("chinese-classics/*.txt")])
-    machine = (
-        f"{os.cpu_count()} CPU cores, Python {platform.python_version()}, {sum(seconds.values()) / 60:.0f} minutes"
-    )
+    machine = describe_machine(sum(seconds.values()))
     page = PAGE.format(machine=machine, books=num_books, work="$WORK", replies=replies, **said, **facts)
     (output / "from_scratch.md").write_text(page, encoding="utf-8")
 
@@ -164,7 +173,7 @@ if __name__ == "__main__":
     parser.add_argument("data", type=Path, help="the folder that docs/data.md describes")
     parser.add_argument("work", type=Path, help="a new folder")
     parser.add_argument("--output", type=Path, default=DOCS, help="folder of the page and its plots (default: docs)")
-    parser.add_argument("--steps", type=int, default=1000, help="of pre-training")
-    parser.add_argument("--sft-flags", default="--train.epochs 2", help="how long to fine-tune")
+    parser.add_argument("--pretrain-flags", default="", help="more flags of the pre-training command")
+    parser.add_argument("--sft-flags", default="", help="more flags of the fine-tuning command")
     parser.add_argument("--questions", type=int, default=len(QUESTIONS), help="how many to ask")
     main(parser.parse_args())

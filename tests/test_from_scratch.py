@@ -17,6 +17,7 @@ from tunesmith.config.schema import OptimSection, RunConfig
 from tunesmith.data.store import open_store
 from tunesmith.model.presets import PRESETS, build_preset_config
 from tunesmith.training.optim import lr_at
+from tunesmith.use.tokenizer import sample_texts
 
 # with MiniMind's vocabulary of 6,400; its models are named after these numbers in millions
 PARAMETERS = {
@@ -123,6 +124,36 @@ def test_tokenizer_command(run, fails, corpus: Path, tmp_path: Path) -> None:
     assert tokenizer.decode(ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     error = fails("tokenizer", "--data", corpus, "--vocab-size", 400, "--output", tmp_path / "tok")
     assert (error.code, error.exit_code) == ("output-exists", 1)
+
+
+def test_a_tokenizer_of_much_text_is_trained_on_an_even_sample(run, tmp_path: Path) -> None:
+    """Time and memory are those of the sample, however large the text is."""
+    for number in range(6):
+        word = "abcdef"[number] * 7
+        lines = "".join(f"{word} {i} 春眠不觉晓，处处闻啼鸟\n" for i in range(10_000))
+        (tmp_path / f"{number}.txt").write_text(lines)
+    code, out, err = run("tokenizer", "--data", tmp_path, "--vocab-size", 300, "--output", tmp_path / "tok", "--sample-mb", 1)
+    assert code == 0, err
+    assert "trained on 1 MB of the 2.8 MB of text" in out
+    code, out, err = run("tokenizer", "--data", tmp_path, "--vocab-size", 300, "--output", tmp_path / "all")
+    assert code == 0, err
+    assert "drawn evenly" not in out
+
+
+@pytest.mark.parametrize("texts", [["x" * 50_000], ["a b\n" * 9_000, "", "\n", "晓" * 20_000], ["ab" * 3] * 9_000])
+def test_a_sample_of_text_is_bounded_even_and_in_order(texts: list[str]) -> None:
+    total = sum(len(text.encode()) for text in texts)
+    assert sample_texts(texts, total) == (texts, total)
+    pieces, found_total = sample_texts(iter(texts), 20_000)
+    assert found_total == total
+    assert 20_000 - 6_200 < sum(len(piece.encode()) for piece in pieces) <= 20_000
+    everything, start = "".join(texts), 0
+    for piece in pieces:
+        start = everything.index(piece, start) + len(piece)
+    # no half favoured
+    numbered = [f"{number:06}\n" * 300 for number in range(400)]
+    drawn = [int(line) for piece in sample_texts(numbered, 300_000)[0] for line in piece.split()]
+    assert 0.35 < sum(number < 200 for number in drawn) / len(drawn) < 0.65
 
 
 def test_tokenizer_reads_chats_and_refuses_what_training_refuses(run, fails, chats: Path, tmp_path: Path) -> None:

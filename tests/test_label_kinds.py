@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -153,6 +154,20 @@ def test_a_row_above_the_bound_is_refused_and_the_file_goes_on(encoder: Encoder)
     large, used = label_rows(rows, encoder, DataSection(train=["x"]), 4096)
     assert (large.status, used.status) == ("refused", "used")
     assert (large.code, "data.max_row_mb" in large.reason) == ("row-too-large", True)
+
+
+def test_few_books_are_in_memory_at_once(encoder: Encoder) -> None:
+    """A row of raw text may be a whole book; each is labelled before many more are read."""
+    num_read = 0
+
+    def books() -> Iterator[RawRow]:
+        nonlocal num_read
+        for number in range(40):
+            num_read += 1
+            yield RawRow(f"{number}.txt", 1, {"text": "the quick brown fox\n" * 20_000})
+
+    assert next(label_rows(books(), encoder, DataSection(train=["x"]), 256)).status == "used"
+    assert num_read <= 6
 
 
 def test_a_long_text_in_pieces_has_the_ids_of_the_whole(encoder: Encoder) -> None:

@@ -124,7 +124,8 @@ def test_data_table_lists_every_file(script: Script, shared: Path) -> None:
 def test_from_scratch_writes_its_page(script: Script, shared: Path, tmp_path: Path) -> None:
     output = tmp_path / "page"
     output.mkdir()
-    words = ["--steps", 4, "--sft-flags=--train.max_steps 2", "--questions", 1, "--output", output]
+    words = [f"--{stage}-flags=--train.max_steps 2" for stage in ("pretrain", "sft")]
+    words += ["--questions", 1, "--output", output]
     script("docs/from_scratch.py", shared / "data", tmp_path / "work", *words)
     page = (output / "from_scratch.md").read_text(encoding="utf-8")
     assert "2 public-domain books" in page

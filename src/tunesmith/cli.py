@@ -213,7 +213,7 @@ def _run_config_command(parser: CommandParser, argv: list[str]) -> None:
     elif options.command == "tokenizer":
         from tunesmith.use.tokenizer import run_tokenizer
 
-        run_tokenizer(config.data, options.vocab_size, options.output)
+        run_tokenizer(config.data, options.vocab_size, options.output, options.sample_mb)
     elif options.command == "check":
         from tunesmith.use.check import run_check
 

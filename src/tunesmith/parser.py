@@ -32,7 +32,7 @@ _EXAMPLES = {
     "merge": """  tunesmith merge runs/lora --output merged
   tunesmith merge runs/chat runs/code --method ties --weights 1 0.5 --output both
 """,
-    "tokenizer": """  tunesmith tokenizer --data books/ --vocab-size 6400 --output tokenizer
+    "tokenizer": """  tunesmith tokenizer --data books/ --vocab-size 4096 --output tokenizer
 """,
     "report": """  tunesmith report runs/mine
 """,
@@ -153,6 +153,8 @@ def build_parser() -> CommandParser:
     _add_config_flags(tokenizer, ("data",))
     tokenizer.add_argument("--vocab-size", type=_positive, default=6400, metavar="N", help="tokens (default: 6400)")
     tokenizer.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder to create")
+    sample = "train on at most N MB of text, drawn evenly from all of it (default: 16)"
+    tokenizer.add_argument("--sample-mb", type=_positive, default=16, metavar="N", help=sample)
     _add_use_commands(commands)
     return parser
 

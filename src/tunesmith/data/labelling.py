@@ -37,6 +37,7 @@ from tunesmith.sources.read import RawRow
 from tunesmith.sources.rowsize import RowTooLarge
 
 _BATCH_ROWS = 256
+_BATCH_CHARACTERS = 1 << 21  # a row of raw text may be a whole book
 
 NOTE_RENDERED = (
     "raw text that already contains a rendered chat template; all of its tokens are trained, questions included"
@@ -80,17 +81,28 @@ def label_rows(
     Raises:
         DataError: the first row of a file has an unknown format.
     """
-    seen_files: set[str] = set()
-    rows = itertools.islice(rows, data.limit) if data.limit else iter(rows)
+    rows = itertools.islice(rows, data.limit) if data.limit else rows
     labeller = _Labeller(encoder, data, max_seq_len, encoder.renderer(settings))
-    while batch := list(itertools.islice(rows, _BATCH_ROWS)):
-        drafts = []
-        for row in batch:
-            is_first = row.file not in seen_files and not isinstance(row.value, RowTooLarge)
-            if is_first:
-                seen_files.add(row.file)
-            drafts.append(labeller.draft(row, is_first))
+    for drafts in _draft_batches(rows, labeller):
         yield from labeller.finish(drafts)
+
+
+def _draft_batches(rows: Iterable[RawRow], labeller: _Labeller) -> Iterator[list[_Draft]]:
+    seen_files: set[str] = set()
+    drafts: list[_Draft] = []
+    num_characters = 0
+    for row in rows:
+        is_first = row.file not in seen_files and not isinstance(row.value, RowTooLarge)
+        if is_first:
+            seen_files.add(row.file)
+        draft = labeller.draft(row, is_first)
+        drafts.append(draft)
+        num_characters += sum(len(text) for text in draft.texts)
+        if len(drafts) == _BATCH_ROWS or num_characters >= _BATCH_CHARACTERS:
+            yield drafts
+            drafts, num_characters = [], 0
+    if drafts:
+        yield drafts
 
 
 class _Labeller:

@@ -6,6 +6,8 @@ changes nothing: the text around each cut is encoded whole and in two parts, and
 
 from __future__ import annotations
 
+import itertools
+import os
 from array import array
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 PIECE = 1 << 18  # characters
 _AROUND = 512  # characters on each side of a cut that are encoded together and separately
 _TRIES = 32
+_NUM_TOGETHER = min(4, os.cpu_count() or 1)  # pieces that are encoded at once, each on a core
 
 
 class LongIds:
@@ -54,11 +57,16 @@ def encode_long(backend: Any, text: str) -> LongIds | None:
     """
     found = LongIds()
     start = 0
-    for cut in _find_cuts(backend, text):
-        if cut is None:
+    cuts = _find_cuts(backend, text)
+    while group := list(itertools.islice(cuts, _NUM_TOGETHER)):
+        ends = [cut for cut in group if cut is not None]
+        if len(ends) < len(group):
             return None
-        found.extend(backend.encode(text[start:cut], add_special_tokens=False), start)
-        start = cut
+        starts = [start, *ends[:-1]]
+        pieces = [text[a:b] for a, b in zip(starts, ends, strict=True)]
+        for shift, encoding in zip(starts, backend.encode_batch(pieces, add_special_tokens=False), strict=True):
+            found.extend(encoding, shift)
+        start = ends[-1]
     return found
 
 

@@ -50,6 +50,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 2048,
         "tie_word_embeddings": True,
     },
+    "laptop": {  # about 3M: what recipe:laptop-pretrain trains on two CPU cores
+        "model_type": "qwen3",
+        "hidden_size": 192,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "intermediate_size": 512,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+    },
     "minimind-26m": {"model_type": "llama", **_MINIMIND, "hidden_size": 512, "intermediate_size": 1408},
     "minimind-64m": {"model_type": "qwen3", **_MINIMIND_3},
     "minimind-104m": {

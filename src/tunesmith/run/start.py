@@ -21,7 +21,7 @@ from tunesmith.run.given import Rows, keep_rows, name_rows
 from tunesmith.run.identity import describe_files, run_id, take_fingerprint
 from tunesmith.run.records import RunRecord
 from tunesmith.run.session import open_session, require_packages
-from tunesmith.run.summary import summary_lines
+from tunesmith.run.summary import cpu_lines, summary_lines
 from tunesmith.run.training import build_trainer, train_to_end, write_run_files
 from tunesmith.runfolder import RunFolder
 from tunesmith.staging import locked, staged_folder
@@ -60,7 +60,7 @@ def run_training(config: RunConfig, reporter: Reporter | None = None, rows: Rows
             ready = assemble(session, dataset)
             initial = keep_initial(ready.lm.adapter, staging) if changes_base(config.lora) else None
             room = require_room(path, ready.lm, config, ready.feed.total_steps)
-            session.reporter.summary([*summary_lines(ready), ("room", room)])
+            session.reporter.summary([*summary_lines(ready), ("room", room), *cpu_lines(ready)])
             guard = take_fingerprint(session, describe_files(sources), dataset.sha256)
             record = RunRecord(
                 id=run_id(folder.path, date), date=date, cwd=os.getcwd(), guard=guard, adapter_init=initial

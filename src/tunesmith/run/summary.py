@@ -15,6 +15,7 @@ from tunesmith.model.card import describe_base, front_matter, load_adapter_lines
 from tunesmith.model.load import count_parameters
 from tunesmith.model.loss import SupervisedLM
 from tunesmith.run.assemble import ReadyRun
+from tunesmith.training.cost import Cost, count_step_flops, explain_cost, measure_flops_per_s, total_memory
 from tunesmith.training.progress import Progress
 
 
@@ -42,6 +43,28 @@ def summary_lines(ready: ReadyRun) -> list[tuple[str, str]]:
         ("memory", f"about {format_bytes(estimate_memory(ready))} at its peak"),
     ]
     return lines
+
+
+def cpu_lines(ready: ReadyRun) -> list[tuple[str, str]]:
+    """A warning where the plan is too large for a CPU, and what to train there instead."""
+    if ready.session.device.type != "cpu":
+        return []
+    feed, model = ready.feed, ready.lm.model
+    flops = count_step_flops(model, feed.tokens_per_epoch / feed.steps_per_epoch)
+    cost, room = Cost(flops, feed.total_steps, estimate_memory(ready)), total_memory()
+    if cost.is_cheap() and cost.memory <= room:
+        return []
+    reason = explain_cost(cost, measure_flops_per_s(model.config.get_text_config().hidden_size), room)
+    if reason is None:
+        return []
+    if ready.session.config.model.path.startswith("new:"):
+        advice = "this is a plan for a GPU; on a CPU: tunesmith train recipe:laptop-pretrain"
+    else:
+        advice = (
+            "this is a plan for a GPU; on a CPU: a smaller model, fewer train.max_steps, a smaller "
+            "train.micro_batch_tokens, or recipe:laptop-pretrain and recipe:laptop-sft"
+        )
+    return [("warning", reason), ("", advice)]
 
 
 def _adapter_lines(ready: ReadyRun) -> list[tuple[str, str]]:

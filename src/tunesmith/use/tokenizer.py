@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,14 @@ from tunesmith.sources.rowsize import RowTooLarge
 
 MIN_VOCAB_SIZE = 256 + len(CONTROL_TOKENS)
 _SAMPLE_LINES = 20_000  # for the compression table
+_PIECE = 2048  # characters
 
 
-def run_tokenizer(data: DataSection, vocab_size: int, output: Path) -> None:
-    """Train on every text of the data, save, and print how well each language is compressed.
+def run_tokenizer(data: DataSection, vocab_size: int, output: Path, sample_mb: int) -> None:
+    """Train on the texts of the data, save, and print how well each language is compressed.
+
+    Args:
+        sample_mb: train on at most this much UTF-8 text, drawn evenly from all of it.
 
     Raises:
         ModelError: the vocabulary is too small for all bytes and the control tokens.
@@ -39,18 +45,23 @@ def run_tokenizer(data: DataSection, vocab_size: int, output: Path) -> None:
     output = open_path(str(output))
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ModelError(f"{output}: already exists; give --output a new folder.", code="output-exists")
-    sample = LineSample(_SAMPLE_LINES)
-    tokenizer = train_tokenizer((sample.keep(text) for text in iterate_texts(data)), vocab_size)
+    lines = LineSample(_SAMPLE_LINES)
+    texts, num_bytes = sample_texts((lines.keep(text) for text in iterate_texts(data)), sample_mb * 10**6)
+    tokenizer = train_tokenizer(texts, vocab_size)
     with atomic_directory(output) as partial:
         tokenizer.save_pretrained(partial)
     print(
         f"{len(tokenizer):,} tokens" + ("" if len(tokenizer) == vocab_size else "; the text has no more pairs to merge")
     )
-    for line in compression_table(tokenizer, sample.lines):
+    if num_bytes > sample_mb * 10**6:
+        print(
+            f"trained on {sample_mb} MB of the {num_bytes / 1e6:,.1f} MB of text, drawn evenly from all of it; "
+            "a larger --sample-mb uses more"
+        )
+    for line in compression_table(tokenizer, lines.lines):
         print(line)
-    print(
-        f"tokenizer saved: {output}\nuse it: tunesmith train --model new:minimind-26m --tokenizer {output} --data ..."
-    )
+    print(f"tokenizer saved: {output}")
+    print(f"use it: tunesmith train recipe:laptop-pretrain --tokenizer {output} --data ... --output runs/base")
 
 
 def iterate_texts(data: DataSection) -> Iterator[str]:
@@ -77,6 +88,47 @@ def iterate_texts(data: DataSection) -> Iterator[str]:
             yield from (text for text, _ in parsed.parts)
         else:
             yield from (m.content for m in parsed.messages if m.content)
+
+
+def sample_texts(texts: Iterable[str], max_bytes: int) -> tuple[list[str], int]:
+    """The texts and their UTF-8 bytes; of more than max_bytes, an even sample of pieces, in order.
+
+    Memory holds the sample and one text, however many there are.
+    """
+    texts = iter(texts)
+    whole, total = [], 0
+    for text in texts:
+        whole.append(text)
+        total += len(text.encode())
+        if total > max_bytes:
+            break
+    else:
+        return whole, total
+    rng = random.Random(0)
+    # the pieces with the smallest random keys, the largest key first
+    kept: list[tuple[float, int, str, int]] = []
+    total = kept_bytes = 0
+    for number, piece in enumerate(_cut_pieces(itertools.chain(whole, texts))):
+        size = len(piece.encode())
+        total += size
+        kept_bytes += size
+        heapq.heappush(kept, (-rng.random(), number, piece, size))
+        while kept_bytes > max_bytes and len(kept) > 1:
+            kept_bytes -= heapq.heappop(kept)[3]
+    return [piece for _, _, piece, _ in sorted(kept, key=lambda entry: entry[1])], total
+
+
+def _cut_pieces(texts: Iterable[str]) -> Iterator[str]:
+    """Pieces of one to two thousand characters that end with a line or a word where there is one."""
+    for text in texts:
+        start = 0
+        while start < len(text):
+            limit = start + _PIECE
+            middle = start + _PIECE // 2
+            end = text.rfind("\n", middle, limit) + 1 or text.rfind(" ", middle, limit)
+            end = end if start < end and limit < len(text) else limit
+            yield text[start:end]
+            start = end
 
 
 class LineSample:

@@ -77,7 +77,9 @@ def test_the_time_is_a_lower_bound_from_the_weights_that_a_token_meets() -> None
     sparse = build_model(tiny_config("qwen3_moe"))
     experts = sum(p.numel() for name, p in sparse.named_parameters() if ".experts." in name)
     others = sum(
-        p.numel() for name, p in sparse.named_parameters() if "layers." in name and p.ndim == 2 and ".experts." not in name
+        p.numel()
+        for name, p in sparse.named_parameters()
+        if "layers." in name and p.ndim == 2 and ".experts." not in name
     )
     share = sparse.config.num_experts_per_tok / sparse.config.num_experts
     assert experts

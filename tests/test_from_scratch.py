@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from tunesmith.config.runfile import find_recipe, resolve_config
 from tunesmith.config.schema import OptimSection, RunConfig
 from tunesmith.data.store import open_store
 from tunesmith.model.presets import PRESETS, build_preset_config
+from tunesmith.training.cost import Cost, count_step_flops
 from tunesmith.training.optim import lr_at
 from tunesmith.use.tokenizer import sample_texts
 
 # with MiniMind's vocabulary of 6,400; its models are named after these numbers in millions
 PARAMETERS = {
     "tiny": 1_607_040,
+    "laptop": 2_803_648,
     "minimind-26m": 25_829_888,
     "minimind-64m": 63_912_192,
     "minimind-104m": 104_030_976,
@@ -132,7 +135,9 @@ def test_a_tokenizer_of_much_text_is_trained_on_an_even_sample(run, tmp_path: Pa
         word = "abcdef"[number] * 7
         lines = "".join(f"{word} {i} 春眠不觉晓，处处闻啼鸟\n" for i in range(10_000))
         (tmp_path / f"{number}.txt").write_text(lines)
-    code, out, err = run("tokenizer", "--data", tmp_path, "--vocab-size", 300, "--output", tmp_path / "tok", "--sample-mb", 1)
+    code, out, err = run(
+        "tokenizer", "--data", tmp_path, "--vocab-size", 300, "--output", tmp_path / "tok", "--sample-mb", 1
+    )
     assert code == 0, err
     assert "trained on 1 MB of the 2.8 MB of text" in out
     code, out, err = run("tokenizer", "--data", tmp_path, "--vocab-size", 300, "--output", tmp_path / "all")
@@ -231,10 +236,10 @@ def test_the_whole_way(run, corpus: Path, tmp_path: Path) -> None:
     """Train a tokenizer, pre-train by recipe, fine-tune that run by recipe, chat."""
     steps = [
         ("tokenizer", "--data", corpus, "--vocab-size", 400, "--output", tmp_path / "tok"),
-        ("train", "recipe:minimind-pretrain", "--model", "new:tiny", "--tokenizer", tmp_path / "tok", "--data", corpus, "--output",
-         tmp_path / "base", *FAST, "--data.eval_split", 0.05, "--train.grad_accum_steps", 2, "--train.epochs", 2),
-        ("train", "recipe:minimind-sft", "--model", tmp_path / "base", "--data", tmp_path / "chats.jsonl", "--output", tmp_path / "chat",
-         *FAST, "--optim.lr", 5e-3, "--train.epochs", 5, "--data.eval_split", 0.1),
+        ("train", "recipe:laptop-pretrain", "--model", "new:tiny", "--tokenizer", tmp_path / "tok", "--data", corpus, "--output",
+         tmp_path / "base", *FAST, "--data.eval_split", 0.05, "--train.max_steps", 80, "--train.eval_steps", 40),
+        ("train", "recipe:laptop-sft", "--model", tmp_path / "base", "--data", tmp_path / "chats.jsonl", "--output", tmp_path / "chat",
+         *FAST, "--optim.lr", 5e-3, "--train.max_steps", 60, "--train.eval_steps", 30),
     ]  # fmt: skip
     write_jsonl(tmp_path / "chats.jsonl", [chat_row("Wer läuft?", "Der Fuchs läuft.")] * 50)
     for words in steps:
@@ -248,4 +253,38 @@ def test_the_whole_way(run, corpus: Path, tmp_path: Path) -> None:
             if "eval_loss" in line
         ]
         assert evals[0]["step"] == 0
-        assert evals[-1]["eval_loss"] < evals[0]["eval_loss"]
+        assert min(record["eval_loss"] for record in evals[1:]) < evals[0]["eval_loss"]
+
+
+@pytest.mark.parametrize("recipe", ["laptop-pretrain", "laptop-sft"])
+def test_a_laptop_recipe_takes_as_long_whatever_the_data(tokenizer: Any, recipe: str) -> None:
+    """Its steps are counted, not its epochs; few rows stop it early, and it fits into small memory."""
+    flags = {"model.path": "new:laptop", "data.train": ["d"], "train.output_dir": "o"}
+    config = resolve_config(RunConfig, Path(f"recipe:{recipe}"), flags)
+    train, data = config.train, config.data
+    assert train.max_steps
+    assert train.micro_batch_tokens
+    assert train.max_steps * train.micro_batch_tokens * train.grad_accum_steps <= 3_000_000
+    assert train.early_stop_patience
+    assert train.eval_steps
+    assert train.max_steps / train.eval_steps <= 5
+    assert data.eval_split <= 0.02
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(build_preset_config("laptop", {}, tokenizer))
+    cost = Cost(count_step_flops(model, train.micro_batch_tokens), train.max_steps, 0)
+    assert cost.step_flops * cost.steps < 20 * 60 * 5e10  # 20 minutes at a third of what two cores multiply
+
+
+def test_little_text_stops_before_it_is_learnt_by_heart(run, tmp_path: Path) -> None:
+    """laptop-pretrain's settings: training stops where the held-out loss rises, and the best weights are saved."""
+    rng = random.Random(0)
+    words = ["".join(rng.sample("abcdefghij", 4)) for _ in range(60)]
+    (tmp_path / "x.txt").write_text("\n".join(" ".join(rng.choices(words, k=9)) for _ in range(200)))
+    assert run("tokenizer", "--data", tmp_path / "x.txt", "--vocab-size", 400, "--output", tmp_path / "tok")[0] == 0
+    code, out, err = run("train", "recipe:laptop-pretrain", "--model", "new:tiny", "--tokenizer", tmp_path / "tok", "--data",
+                         tmp_path / "x.txt", "--output", tmp_path / "run", *FAST, "--data.eval_split", 0.05,
+                         "--train.eval_steps", 50)  # fmt: skip
+    assert code == 0, err
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["step"] <= 1000
+    assert "best eval_loss" in out

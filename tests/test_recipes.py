@@ -18,6 +18,7 @@ ARCHITECTURES = {
     "gpt2": "gpt2",
     "qwen2.5": "qwen2",
     "minimind": "qwen3",
+    "laptop": "qwen3",
     "reasoning": "qwen3",
     "tool": "qwen2",
     "chinese": "qwen2",
@@ -49,7 +50,7 @@ def rows_for(recipe: str) -> list[Any]:
         return [{"messages": turns, "tools": [tool]}] * 60
     if recipe == "reasoning":
         return [chat_row(f"What is {i}?", f"<think>\nWho says {i}?\n</think>\n\nA fox {i}.") for i in range(60)]
-    if recipe == "minimind-pretrain":
+    if recipe.endswith("-pretrain"):
         return [{"text": f"the quick brown fox {i} jumps over the lazy dog"} for i in range(300)]
     return [chat_row(f"What is the answer {i}?", f"The answer is {i} and you.") for i in range(60)]
 

@@ -82,7 +82,9 @@ def explain_cost(cost: Cost, flops_per_s: float, memory_limit: float) -> str | N
             f"({flops_per_s / 1e9:.0f} GFLOP/s measured)"
         )
     if cost.memory > memory_limit:
-        reasons.append(f"about {format_bytes(cost.memory)} of memory, and this machine has {format_bytes(memory_limit)}")
+        reasons.append(
+            f"about {format_bytes(cost.memory)} of memory, and this machine has {format_bytes(memory_limit)}"
+        )
     return "; ".join(reasons) or None
 
 

@@ -136,11 +136,13 @@ def ask(questions: list[str], places: dict[str, str]) -> str:
 def describe_machine(seconds: float) -> str:
     """Cores, time and memory; processor time tells how much of the time other programs took."""
     used = resource.getrusage(resource.RUSAGE_SELF)
+    processor = used.ru_utime + used.ru_stime
     threads = torch.get_num_threads()
+    shared = ", since other programs ran at the same time" if processor < 0.8 * threads * seconds else ""
     return (
         f"{threads} thread{'s' if threads > 1 else ''} on a machine of {os.cpu_count()} CPU cores, Python "
-        f"{platform.python_version()}, {seconds / 60:.0f} minutes ({(used.ru_utime + used.ru_stime) / 60:.0f} minutes of "
-        f"processor time), {used.ru_maxrss / 2**20:.1f} GiB of memory at the peak"
+        f"{platform.python_version()}, {processor / 60:.0f} minutes of processor time in {seconds / 60:.0f} minutes"
+        f"{shared}, {used.ru_maxrss / 2**20:.1f} GiB of memory at the peak"
     )
 
 

@@ -226,7 +226,7 @@ def test_recipes_resolve_and_an_unknown_one_names_the_known(run) -> None:
             RunConfig, Path(f"recipe:{path.stem}"), {"model.path": "m", "data.train": ["d"], "train.output_dir": "o"}
         )
         written = yaml.safe_load(path.read_text()).get("optim", {})
-        assert {key: getattr(config.optim, key) for key in written} == written
+        assert {key: config.optim.model_dump(mode="json")[key] for key in written} == written
     code, _, err = run("train", "recipe:minimind-stf", "--data", "x")
     assert code == 1
     assert "no such recipe; known: chinese-instructions, gpt2-full" in err
@@ -237,9 +237,9 @@ def test_the_whole_way(run, corpus: Path, tmp_path: Path) -> None:
     steps = [
         ("tokenizer", "--data", corpus, "--vocab-size", 400, "--output", tmp_path / "tok"),
         ("train", "recipe:laptop-pretrain", "--model", "new:tiny", "--tokenizer", tmp_path / "tok", "--data", corpus, "--output",
-         tmp_path / "base", *FAST, "--data.eval_split", 0.05, "--train.max_steps", 80, "--train.eval_steps", 40),
+         tmp_path / "base", *FAST, "--data.eval_split", 0.05, "--train.max_steps", 20, "--train.eval_steps", 10),
         ("train", "recipe:laptop-sft", "--model", tmp_path / "base", "--data", tmp_path / "chats.jsonl", "--output", tmp_path / "chat",
-         *FAST, "--optim.lr", 5e-3, "--train.max_steps", 60, "--train.eval_steps", 30),
+         *FAST, "--optim.lr", 5e-3, "--train.max_steps", 40, "--train.eval_steps", 20),
     ]  # fmt: skip
     write_jsonl(tmp_path / "chats.jsonl", [chat_row("Wer läuft?", "Der Fuchs läuft.")] * 50)
     for words in steps:
@@ -278,13 +278,14 @@ def test_a_laptop_recipe_takes_as_long_whatever_the_data(tokenizer: Any, recipe:
 def test_little_text_stops_before_it_is_learnt_by_heart(run, tmp_path: Path) -> None:
     """laptop-pretrain's settings: training stops where the held-out loss rises, and the best weights are saved."""
     rng = random.Random(0)
-    words = ["".join(rng.sample("abcdefghij", 4)) for _ in range(60)]
-    (tmp_path / "x.txt").write_text("\n".join(" ".join(rng.choices(words, k=9)) for _ in range(200)))
-    assert run("tokenizer", "--data", tmp_path / "x.txt", "--vocab-size", 400, "--output", tmp_path / "tok")[0] == 0
-    code, out, err = run("train", "recipe:laptop-pretrain", "--model", "new:tiny", "--tokenizer", tmp_path / "tok", "--data",
-                         tmp_path / "x.txt", "--output", tmp_path / "run", *FAST, "--data.eval_split", 0.05,
-                         "--train.eval_steps", 50)  # fmt: skip
+    words = ["".join(rng.sample("abcdefghij", 4)) for _ in range(30)]
+    (tmp_path / "x.txt").write_text("\n".join(" ".join(rng.choices(words, k=9)) for _ in range(40)))
+    assert run("tokenizer", "--data", tmp_path / "x.txt", "--vocab-size", 300, "--output", tmp_path / "tok")[0] == 0
+    sizes = [word for key, value in SMALL.items() for word in (f"--model.config.{key}", value)]
+    code, out, err = run("train", "recipe:laptop-pretrain", "--model", "new:tiny", *sizes, "--tokenizer", tmp_path / "tok", "--data",
+                         tmp_path / "x.txt", "--output", tmp_path / "run", *FAST, "--data.eval_split", 0.1, "--optim.warmup_steps", 10,
+                         "--optim.warmup_ratio", 0, "--train.eval_steps", 40)  # fmt: skip
     assert code == 0, err
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert records[-1]["step"] <= 1000
+    assert records[-1]["step"] <= 400
     assert "best eval_loss" in out

@@ -239,7 +239,7 @@ def test_the_whole_way(run, corpus: Path, tmp_path: Path) -> None:
         ("train", "recipe:laptop-pretrain", "--model", "new:tiny", "--tokenizer", tmp_path / "tok", "--data", corpus, "--output",
          tmp_path / "base", *FAST, "--data.eval_split", 0.05, "--train.max_steps", 20, "--train.eval_steps", 10),
         ("train", "recipe:laptop-sft", "--model", tmp_path / "base", "--data", tmp_path / "chats.jsonl", "--output", tmp_path / "chat",
-         *FAST, "--optim.lr", 5e-3, "--train.max_steps", 40, "--train.eval_steps", 20),
+         *FAST, "--optim.lr", 5e-3, "--train.max_steps", 60, "--train.eval_steps", 20),
     ]  # fmt: skip
     write_jsonl(tmp_path / "chats.jsonl", [chat_row("Wer läuft?", "Der Fuchs läuft.")] * 50)
     for words in steps:

@@ -153,10 +153,11 @@ def variables_of(conversation: Conversation, template: ChatTemplate) -> dict[str
                 code="variable-reserved",
             )
         if name not in template.reads:
-            what = "documents" if name == "documents" else f"{name} of chat_template_kwargs"
+            column = "documents" if name == "documents" else "chat_template_kwargs"
+            what = column if name == column else f"{name} of {column}"
             raise RowRefused(
-                f"the template does not read {what}. Leave it out with --data.ignore_columns, or choose another "
-                "template",
+                f"the template does not read {what}. {_CHOOSE}, or leave the column out: --data.ignore_columns "
+                f"{column}",
                 code="variable-not-read",
             )
     return variables

@@ -44,7 +44,6 @@ def draw(output: Path) -> None:
         preview = preview_rows(config, len(ROWS))
     console = Console(file=io.StringIO(), record=True, width=88, force_terminal=True, color_system="truecolor")
     for text in preview.texts(is_coloured=True):
-        text.plain = text.plain.replace(f"{folder}/", "")
         console.print(text, soft_wrap=False)
     console.save_svg(str(output), title="tunesmith preview --data chats.jsonl", theme=MONOKAI, unique_id="preview")
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.cells import cell_len
 
 from tunesmith.cli import main
 from tunesmith.config.schema import DataSection
@@ -81,16 +83,15 @@ def test_errors_end_with_exit_code_1(tmp_path: Path, model: Path, capsys: pytest
     held_out = write(tmp_path / "held.jsonl", [clean[3], chat("Something new here?", "Yes, it is new.")])
     code, _, found = check(capsys, model, data, "--eval-data", str(held_out))
     assert code == 1
-    assert found["evaluation rows that stand in the training data"]["rows"] == [f"{held_out}:1 = {data}:4"]
+    assert found["evaluation rows that are also in the training data"]["rows"] == [f"{held_out}:1 = {data}:4"]
     bad = write(tmp_path / "bad.jsonl", [*clean, {"messages": []}])
-    code, _, found = check(capsys, model, bad)
+    code, report, _ = check(capsys, model, bad)
     assert code == 1
-    [refused] = [finding for what, finding in found.items() if what.startswith("refused: ")]
-    assert (refused["level"], refused["count"], refused["rows"]) == ("error", 1, [f"{bad}:21"])
-    long = write(tmp_path / "long.jsonl", [*clean, chat("Tell me.", LONG * 20)])
-    code, _, found = check(capsys, model, long, "--data.max_seq_len", "64")
-    assert code == 1
-    assert found["its last reply is cut before the stop token"]["level"] == "error"
+    [refused] = [finding for finding in report["findings"] if finding["code"]]
+    assert refused | {"advice": "", "what": ""} == {
+        "level": "error", "what": "", "code": "no-turns", "count": 1, "rows": [f"{bad}:21"],
+        "starts": ['{"messages": []}'], "advice": "",
+    }  # fmt: skip
 
 
 def test_table_and_page(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,3 +144,76 @@ def test_context_that_nothing_reads_is_an_error_even_in_few_rows(encoder: Encode
     check = check_rows(label_rows(raw, encoder, data, 512), [], encoder, data, 512)
     [finding] = [f for f in check.findings.sorted() if "background" in f.what]
     assert (finding.level, finding.count) == ("error", 1)
+
+
+DEEP = "a very/deeply/nested/folder of data/with/long names/2026-11/export-from-the-annotation-tool"
+TOOLS = [{"type": "function", "function": {"name": f"get_{i}", "description": "d"}} for i in range(30)]
+
+
+def odd_rows(folder: Path, text: str = "Yes or no, my friend?") -> Path:
+    """One file, deep in long folders, with thirty rows that are refused for one cause, and forty odd ones."""
+    folder.mkdir(parents=True)
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + (
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    (folder / "plain.jinja").write_text(template)
+    rows = [chat(f"{text} {i}", "Yes") for i in range(40)]
+    rows += [
+        {**chat(f"Look {i}, please look", f"I look at it {i} times"), "tools": [tool]} for i, tool in enumerate(TOOLS)
+    ]
+    return write(folder / "train.jsonl", rows)
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120, 200])
+def test_file_and_row_are_shown_at_every_width(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    data = odd_rows(tmp_path / DEEP)
+    monkeypatch.setattr("tunesmith.use.check._WIDTH", width)
+    words = [
+        "check",
+        "--model",
+        str(model),
+        "--data",
+        str(data),
+        "--data.chat_template",
+        str(data.parent / "plain.jinja"),
+    ]
+    assert main(words) == 1
+    out, err = capsys.readouterr()
+    assert all(cell_len(line) <= width for line in out.splitlines())
+    lines = [line.strip() for line in out.splitlines()]
+    for number in (1, 2, 3, 41, 42, 43):
+        named = [i for i, line in enumerate(lines) if line.startswith(f"train.jsonl:{number} ")
+                 or line == f"train.jsonl:{number}"]  # fmt: skip
+        assert named, f"row {number} is not named"
+        assert ("Yes or no" if number < 41 else "Look ") in " ".join(lines[named[0] : named[0] + 2])
+    assert "get_1" in out.replace("\n", "")  # one cause lists the names that it is about
+    assert sum("tool schema" in line for line in lines) <= 2
+    assert "The first 3 rows of each are named above" in err
+    assert "FILE:ROW" in err
+
+
+def test_the_last_line_is_true_where_all_rows_are_named(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(
+        tmp_path / "x.jsonl", [*(chat(f"{LONG} {i}", f"{LONG} and {i}") for i in range(3)), chat("Yes?", "Yes")]
+    )
+    assert main(["check", "--model", str(model), "--data", str(data), "--strict"]) == 1
+    assert "Their rows are named above" in capsys.readouterr().err
+
+
+def test_a_page_names_each_file_once_and_causes_once(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = odd_rows(tmp_path / DEEP, "<b>Yes</b> or no, my friend?")
+    page = tmp_path / "page.html"
+    main(["check", "--model", str(model), "--data", str(data), "--data.chat_template", str(data.parent / "plain.jinja"),
+          "--html", str(page)])  # fmt: skip
+    shown = re.sub(r'title="[^"]*"', "", page.read_text(encoding="utf-8"))
+    assert shown.count(str(data)) == 1
+    assert shown.count("the template drops the tool schema") == 1
+    assert "<code >train.jsonl:41</code>" in shown
+    assert "&lt;b&gt;Yes&lt;/b&gt;" in shown
+    assert 'name="viewport"' in shown

@@ -31,7 +31,16 @@ def ids_of(preview_out: str) -> list[list[int]]:
 def test_micro_batch_tokens_lower_max_seq_len_in_preview_and_check_too(
     run: Run, model_folder: Path, long_chats: Path, tmp_path: Path
 ) -> None:
-    words = ["--model", model_folder, "--data", long_chats, "--train.micro_batch_tokens", 48]
+    words = [
+        "--model",
+        model_folder,
+        "--data",
+        long_chats,
+        "--train.micro_batch_tokens",
+        48,
+        "--data.max_cut_replies",
+        1,
+    ]
     code, _, err = run("train", *words, "--output", tmp_path / "run", "--train.max_steps", 1)
     assert code == 0, err
     store = open_store(tmp_path / "run" / "tokens")

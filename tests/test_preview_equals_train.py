@@ -105,7 +105,8 @@ def test_preview_shows_the_tokens_of_a_run(
     own = copy.deepcopy(tokenizer) if text is None else tokenizer_for(tokenizer, text)
     model = save_folder(tmp_path / "model", tiny_config("qwen3", vocab_size=len(own)), own)
     data = write_jsonl(tmp_path / "data.jsonl", ROWS[rows]())
-    given = ["--model", model, "--data", data, "--data.max_seq_len", MAX_SEQ_LEN[rows], "--data.max_refused", 0.5, *flags,
+    given = ["--model", model, "--data", data, "--data.max_seq_len", MAX_SEQ_LEN[rows], "--data.max_refused", 0.5,
+             "--data.max_cut_replies", 1, *flags,
              *(["--data.chat_template", template] if built_in else [])]  # fmt: skip
     code, out, err = run("preview", *given, "--rows", 1000, "--json")
     assert code == 0, err

@@ -38,7 +38,7 @@ def test_the_cells_run(quickstart: Any, tmp_path: Path, monkeypatch: pytest.Monk
     assert value("model.batch(") == "['green', 'blue', 'white', 'black', 'yellow', 'red']"
     assert value("tunesmith.load(merged)") == "'black'"
     assert value("model.stream(") == "green|"
-    assert value("tunesmith.check(").startswith("rows       18: 18 used")
+    assert "\nrows       18: 18 used" in value("tunesmith.check(")
     assert "⟦green<|im_end|>⟧" in value("tunesmith.preview(")
     assert all(not line.startswith("note") for line in value("run.ledger").splitlines())
 

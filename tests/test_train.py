@@ -412,8 +412,9 @@ def test_evaluation_and_saving_do_not_count_in_tokens_per_s() -> None:
 def test_a_small_micro_batch_lowers_the_default_length(run, model_folder: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "d.jsonl", [chat_row("Q", "you and me " * 40)] * 4)
     code, out, err = run(
-        "train", "--model", model_folder, "--data", data, "--output", tmp_path / "run", "--train.micro_batch_tokens", 64
-    )
+        "train", "--model", model_folder, "--data", data, "--output", tmp_path / "run", "--train.micro_batch_tokens", 64,
+        "--data.max_cut_replies", 1,
+    )  # fmt: skip
     assert code == 0, err
     assert "max_seq_len 64 (from train.micro_batch_tokens)" in out
     assert "4 truncated" in out

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from tunesmith.arguments import Name, as_path, read_arguments, section_of
 from tunesmith.config.choices import RESUME_PARTS
 from tunesmith.config.runfile import flatten_sections, read_yaml, resolve_config
 from tunesmith.config.schema import ModelSection, PreviewConfig, RunConfig
+from tunesmith.display import LEVEL_STYLES
 from tunesmith.errors import TunesmithError, UsageError
 from tunesmith.reading import read_text
 from tunesmith.report.verdict import Verdict
@@ -66,7 +67,7 @@ class LoggedReporter:
 
     def summary(self, lines: list[tuple[str, str]]) -> None:
         for name, text in lines:
-            logger.info("%s  %s", name, text)
+            logger.log(logging.WARNING if name in LEVEL_STYLES else logging.INFO, "%s  %s", name, text)
 
     def note(self, text: str) -> None:
         logger.info("%s", text)
@@ -260,22 +261,30 @@ def preview(
     *,
     model: Name | Mapping[str, Any] | None = None,
     data: Any = None,
-    rows: int = 5,
+    rows: int | None = None,
+    row: int | str | Iterable[int | str] = (),
+    only: str | Iterable[str] = (),
     tokenizer: Name | None = None,
     **sections: Any,
 ) -> Preview:
-    """Label the first rows exactly as `train` does. A notebook shows the trained tokens coloured.
+    """Label rows exactly as `train` does. A notebook shows the trained tokens coloured.
 
     Args:
-        rows: how many.
+        rows: how many at most; default: all that `row` names, else the first 5.
+        row: rows as `check` names them: "chats.jsonl:12", "chats.jsonl:10-20"; numbers alone where there is one file.
+        only: kinds of rows: refused, used, truncated, cut (before a stop token), split, noted, unrolled, composed.
         run_file, model, data, tokenizer, sections: as in `train`.
     """
-    from tunesmith.use.preview import preview_rows
+    from tunesmith.use.labels import parse_rows
+    from tunesmith.use.preview import NUM_ROWS, check_kinds, preview_rows
 
-    if not isinstance(rows, int) or rows < 1:
+    if rows is not None and (not isinstance(rows, int) or rows < 1):
         raise UsageError(f"rows: {rows!r} is not a whole number of 1 or more.", code="rows-value")
-    with _preview_config(run_file, model, data, tokenizer, None, sections, rows) as (config, sources):
-        return preview_rows(config, rows, sources)
+    asked, kinds = parse_rows(row), check_kinds(only)
+    # of an iterator, which may be endless, no more is read than is needed
+    limit = max(one.last for one in asked) if asked else None if kinds else rows or NUM_ROWS
+    with _preview_config(run_file, model, data, tokenizer, None, sections, limit) as (config, sources):
+        return preview_rows(config, rows, sources, asked, kinds)
 
 
 def check(

@@ -221,7 +221,7 @@ def _run_config_command(parser: CommandParser, argv: list[str]) -> None:
     else:
         from tunesmith.use.preview import run_preview
 
-        run_preview(config, options.rows, options.json, options.html)
+        run_preview(config, options.rows, options.json, options.html, options.row, options.only)
 
 
 def _train(config: Any) -> None:

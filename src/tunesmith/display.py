@@ -18,6 +18,8 @@ from typing import Any, TextIO, cast
 _HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+LEVEL_STYLES = {"error": "bold red", "warning": "yellow"}
+"""Colours of errors and warnings on a terminal, by level."""
 _MARKDOWN = re.compile(r"[\\`*\[\]<>|~#!$@]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])|:(?=//)|(?<=www)\.")
 
 

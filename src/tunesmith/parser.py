@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, get_args
 
 from tunesmith import __version__
-from tunesmith.config.choices import FIXED_KEYS, FREE_KEYS, MERGE_METHODS, NAME_KEYS, RESUME_PARTS, part_of
+from tunesmith.config.choices import (
+    FIXED_KEYS,
+    FREE_KEYS,
+    MERGE_METHODS,
+    NAME_KEYS,
+    PREVIEW_KINDS,
+    RESUME_PARTS,
+    part_of,
+)
 
 # shown first by --help of the command; every command has one
 _EXAMPLES = {
@@ -26,6 +34,8 @@ _EXAMPLES = {
   tunesmith resume runs/mine --train.max_steps 2000
 """,
     "preview": """  tunesmith preview --model Qwen/Qwen2.5-0.5B --data chats.jsonl --rows 3
+  tunesmith preview --model Qwen/Qwen2.5-0.5B --data chats.jsonl --row chats.jsonl:222
+  tunesmith preview --model Qwen/Qwen2.5-0.5B --data chats.jsonl --only refused cut
 """,
     "check": """  tunesmith check --model Qwen/Qwen2.5-0.5B --data chats.jsonl --eval-data held-out.jsonl
 """,
@@ -57,7 +67,8 @@ _USAGE = {
     "resume": "tunesmith resume RUN [--allow PART ...] [--section.key value ...]",
     "tokenizer": "tunesmith tokenizer [run.yaml] --data D --vocab-size N --output DIR",
     "check": "tunesmith check [run.yaml] --model M --data D [--eval-data E] [--strict] [--json | --html out.html]",
-    "preview": "tunesmith preview [run.yaml] --model M --data D [--rows N] [--json | --html out.html]",
+    "preview": "tunesmith preview [run.yaml] --model M --data D [--rows N] [--row FILE:N ...] [--only KIND ...]\n"
+    "                         [--json | --html out.html]",
 }
 _SECTIONS = {
     "model": "the model and its tokenizer",
@@ -139,7 +150,15 @@ def build_parser() -> CommandParser:
     _add_resume_flags(resume)
     preview = _add_command(commands, "preview", "show rows as the model sees them, with trained tokens coloured")
     _add_config_flags(preview, LABEL_KEYS)
-    preview.add_argument("--rows", type=_positive, default=5, metavar="N", help="how many rows (default: 5)")
+    preview.add_argument("--rows", type=_positive, metavar="N", help="how many rows (default: 5, or all of --row)")
+    preview.add_argument(
+        "--row", nargs="+", action="extend", default=[], metavar="FILE:N",
+        help="these rows, as check names them: FILE:12, FILE:10-20; with one file 12 will do",
+    )  # fmt: skip
+    preview.add_argument(
+        "--only", nargs="+", action="extend", default=[], type=_one_of(PREVIEW_KINDS), metavar="KIND",
+        help=f"only rows of a kind: {', '.join(PREVIEW_KINDS)}",
+    )  # fmt: skip
     output = preview.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="one JSON object a row")
     output.add_argument("--html", type=_path, metavar="FILE", help="write an HTML page")

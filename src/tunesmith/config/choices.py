@@ -14,7 +14,7 @@ RESUME_PARTS = (
 FREE_KEYS = (
     "train.max_steps", "train.epochs", "train.log_steps", "train.eval_steps", "train.save_steps", "train.save_minutes",
     "train.keep_checkpoints", "train.early_stop_patience", "train.on_nonfinite", "train.trackers",
-    "train.gradient_checkpointing",
+    "train.gradient_checkpointing", "data.max_cut_replies",
 )  # fmt: skip
 """Keys that resume takes without --allow: none of them alters a step. More steps may need --allow schedule."""
 
@@ -48,3 +48,7 @@ _PART_OF_SECTION = {"optim": "optimizer", "lora": "lora", "data": "data", "model
 def part_of(key: str) -> str:
     """The part of a run's fingerprint that a key belongs to, for resume --allow."""
     return _PART_OF_KEY.get(key) or _PART_OF_SECTION.get(key.partition(".")[0], "batch")
+
+
+PREVIEW_KINDS = ("refused", "used", "truncated", "cut", "split", "noted", "unrolled", "composed")
+"""Rows that preview --only shows. cut: a reply of it is cut before its stop token; noted: there are remarks on it."""

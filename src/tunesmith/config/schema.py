@@ -144,6 +144,8 @@ class DataSection(Section):
     """Text that spells a control token (<|im_end|>): encode it as plain text, refuse the row, or allow the token."""
     max_refused: float = Field(default=0.01, ge=0.0, le=1.0)
     """Share of bad rows above which the command fails."""
+    max_cut_replies: float = Field(default=0.25, ge=0.0, le=1.0)
+    """Share of the trained replies cut before their stop token (overlong truncate) above which a run does not start."""
     limit: int | None = Field(default=None, ge=1)
     """Read only this many rows of the training data."""
     encoding: str = "utf-8"

@@ -14,9 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tunesmith.config.schema import DataSection
-from tunesmith.data.fit import NOTE_CUT_REPLY
-from tunesmith.data.labels import NOTE_UNKNOWN
-from tunesmith.data.ledger import TURN_NUMBER, LabelledRow, Ledger
+from tunesmith.data.ledger import LabelledRow, Ledger
 from tunesmith.data.scripts import script_of
 from tunesmith.encode.encoder import Encoder
 from tunesmith.rows.conversation import Conversation, RawText
@@ -28,35 +26,69 @@ _NUM_PERM = 128
 _COMPARED = 100_000  # characters of a row that are compared for near-duplicates
 _SHORT_SHARE = 0.05
 _TAIL = 0.99
-_ERRORS = {  # notes that are errors, and what to do
-    NOTE_CUT_REPLY: "raise data.max_seq_len, or data.overlong drop",
-    NOTE_UNKNOWN: "take a tokenizer that writes every text (byte-level, or with byte fallback), or mend the rows",
-}
+_MAX_STARTS = 20_000  # beginnings of refused and noted rows that stay in memory
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A row with a finding.
+
+    Attributes:
+        start: how it begins, on one line.
+        sign: how it relates to `twin`, another row: = (the same text) or ~ (nearly).
+        twin: file:row, or "".
+    """
+
+    file: str
+    number: int
+    start: str = ""
+    sign: str = ""
+    twin: str = ""
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}:{self.number}" + (f" {self.sign} {self.twin}" if self.twin else "")
 
 
 @dataclass
 class Finding:
-    """One thing that was found, with the rows where.
+    """A problem, or something odd, with the rows where.
 
     Attributes:
         level: error (the command ends with 1) or warning.
-        rows: the first of them as file:row.
+        count: rows; or other things where `places` is empty.
+        places: the first rows.
+        code: of a refusal; it stays the same when `what` is reworded.
     """
 
     level: Literal["error", "warning"]
     what: str
     advice: str = ""
     count: int = 0
-    rows: list[str] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
+    code: str = ""
 
-    def add(self, where: str) -> None:
+    def add(self, place: Place) -> None:
         self.count += 1
-        if len(self.rows) < _NAMED:
-            self.rows.append(where)
+        if len(self.places) < _NAMED:
+            self.places.append(place)
+
+    @property
+    def rows(self) -> list[str]:
+        """The first rows as file:row."""
+        return [place.where for place in self.places]
 
     def to_json(self) -> dict[str, Any]:
-        return {"level": self.level, "what": self.what, "count": self.count, "rows": self.rows, "advice": self.advice}
+        return {
+            "level": self.level,
+            "what": self.what,
+            "code": self.code or None,
+            "count": self.count,
+            "rows": self.rows,
+            "starts": [place.start for place in self.places],
+            "advice": self.advice,
+        }
 
 
 class Findings:
@@ -65,14 +97,39 @@ class Findings:
     def __init__(self) -> None:
         self._found: dict[str, Finding] = {}
 
-    def add(self, what: str, where: str, level: Literal["error", "warning"] = "warning", advice: str = "") -> None:
-        self._found.setdefault(what, Finding(level, what, advice)).add(where)
+    def add(self, what: str, place: Place, level: Literal["error", "warning"] = "warning", advice: str = "") -> None:
+        self._found.setdefault(what, Finding(level, what, advice)).add(place)
 
-    def note(self, what: str, count: int, level: Literal["error", "warning"] = "warning", advice: str = "") -> None:
-        self._found[what] = Finding(level, what, advice, count)
+    def note(
+        self,
+        what: str,
+        count: int,
+        level: Literal["error", "warning"] = "warning",
+        advice: str = "",
+        places: Iterable[Place] = (),
+        code: str = "",
+    ) -> None:
+        self._found[what] = Finding(level, what, advice, count, list(places), code)
 
     def sorted(self) -> list[Finding]:
         return sorted(self._found.values(), key=lambda finding: (finding.level != "error", -finding.count))
+
+
+class Starts:
+    """How the rows begin that a cause in the ledger may name: of each reason and note, the first."""
+
+    def __init__(self) -> None:
+        self._starts: dict[tuple[str, int], str] = {}
+        self._counts: Counter[str] = Counter()
+
+    def add(self, row: LabelledRow) -> None:
+        texts = [*row.notes, *([row.reason] if row.status == "refused" else [])]
+        if len(self._starts) < _MAX_STARTS and any(self._counts[text] < _NAMED for text in texts):
+            self._starts[row.file, row.number] = row.start()
+        self._counts.update(texts)
+
+    def place(self, file: str, number: int) -> Place:
+        return Place(file, number, self._starts.get((file, number), ""))
 
 
 class NearDuplicates:
@@ -144,11 +201,11 @@ def _hash(text: str) -> int:
 
 @dataclass
 class Check:
-    """All that was seen.
+    """What a check counted and found.
 
     Attributes:
         lengths: tokens of every sample before it was cut.
-        lost_context: reasons of rows that were refused for context that nothing reads.
+        languages: rows by script.
     """
 
     ledger: Ledger
@@ -156,12 +213,16 @@ class Check:
     findings: Findings
     lengths: array[int] = field(default_factory=lambda: array("I"))
     languages: Counter[str] = field(default_factory=Counter)
-    lost_context: set[str] = field(default_factory=set)
+    starts: Starts = field(default_factory=Starts)
     looked_for_near: bool = True
 
     @property
     def num_errors(self) -> int:
         return sum(finding.level == "error" for finding in self.findings.sorted())
+
+    @property
+    def num_warnings(self) -> int:
+        return len(self.findings.sorted()) - self.num_errors
 
     def percentiles(self) -> dict[str, int]:
         if not self.lengths:
@@ -184,34 +245,35 @@ class Check:
 def check_rows(
     rows: Iterable[LabelledRow], eval_rows: Iterable[LabelledRow], encoder: Encoder, data: DataSection, max_seq_len: int
 ) -> Check:
-    """Every row, once, in bounded memory: of a row 20 bytes stay (and sketches, of the first 200,000)."""
+    """Read every row once, in bounded memory: 20 bytes a row are kept (and sketches of the first 200,000)."""
     check = Check(Ledger(), Ledger(), Findings())
     near = NearDuplicates()
     check.looked_for_near = near.is_available
     seen = SeenTexts()
     for row in rows:
         check.ledger.add(row)
+        check.starts.add(row)
         _look_at_row(row, check, encoder, data.train_on)
         text = text_of(row)
         if not text:
             continue
         check.languages[script_of(text)] += 1
         if twin := seen.find(text):
-            check.findings.add("duplicate rows", f"{row.where} = {twin}", advice="they weigh double")
+            check.findings.add("duplicate rows", place_of(row, "=", twin), advice="they count double")
             continue
         seen.add(text, row.file, row.number)
         if twin := near.find(text, row.where, keep=True):
-            check.findings.add("near-duplicate rows", f"{row.where} ~ {twin}", advice="they weigh nearly double")
+            check.findings.add("near-duplicate rows", place_of(row, "~", twin), advice="they count nearly double")
     for row in eval_rows:
         check.eval_ledger.add(row)
         text = text_of(row)
         if text and (twin := seen.find(text)):
             check.findings.add(
-                "evaluation rows that stand in the training data", f"{row.where} = {twin}", "error",
-                "the evaluation would measure memory; take them out of one of the two",
+                "evaluation rows that are also in the training data", place_of(row, "=", twin), "error",
+                "the evaluation would measure memory; remove them from one of the two",
             )  # fmt: skip
         elif text and (twin := near.find(text, row.where, keep=False)):
-            check.findings.add("evaluation rows nearly in the training data", f"{row.where} ~ {twin}")
+            check.findings.add("evaluation rows nearly in the training data", place_of(row, "~", twin))
     _look_at_whole(check, data, max_seq_len)
     if encoder.drops_text:
         advice = "take a byte-level tokenizer, or one with byte fallback"
@@ -219,36 +281,40 @@ def check_rows(
     return check
 
 
+def place_of(row: LabelledRow, sign: str = "", twin: str = "") -> Place:
+    return Place(row.file, row.number, row.start(), sign, twin)
+
+
 def _look_at_row(row: LabelledRow, check: Check, encoder: Encoder, train_on: str) -> None:
-    findings, where = check.findings, row.where
     if row.status == "refused":
-        check.lost_context |= {row.reason} if row.loses_context else set()
         return
-    for note in row.notes:
-        findings.add(note, where, "error" if note in _ERRORS else "warning", _ERRORS.get(note, ""))
+    found: list[tuple[str, Literal["error", "warning"], str]] = []
     if row.tokens_lost:
-        findings.add("rows cut to data.max_seq_len", where)
+        found.append(("rows cut to data.max_seq_len", "warning", ""))
     bos = encoder.bos_id
     for sample in row.samples:
         check.lengths.append(len(sample.input_ids))
         if bos is not None and len(sample.input_ids) > 1 and sample.input_ids[0] == sample.input_ids[1] == bos:
-            findings.add("doubled BOS at the start", where, "error", "the template and the data both write it")
+            found.append(("doubled BOS at the start", "error", "the template and the data both write it"))
     if row.tokens_lost and check.lengths:
         check.lengths[-1] += row.tokens_lost
-    if isinstance(row.source, Conversation) and train_on != "all" and not _trains_stops(row, encoder.stop_ids):
-        findings.add("the stop token is not trained", where, "error", "the model would never learn to end its reply")
     if isinstance(row.source, Conversation):
-        for what in odd_turns(row.source):
-            findings.add(what, where)
+        if train_on != "all" and not _trains_stops(row, encoder.stop_ids):
+            found.append(("the stop token is not trained", "error", "the model would never learn to end its reply"))
+        found += [(what, "warning", "") for what in odd_turns(row.source)]
+    if found:
+        place = place_of(row)
+        for what, level, advice in dict.fromkeys(found):
+            check.findings.add(what, place, level, advice)
 
 
 def _trains_stops(row: LabelledRow, stop_ids: list[int]) -> bool:
-    """Whether every stretch of trained tokens ends with the stop token; read off the samples, believing no one."""
+    """Whether every stretch of trained tokens ends with the stop token, as seen in the samples alone."""
     for sample in row.samples:
         mask = np.append(sample.loss_mask, 0)
         last = np.flatnonzero((mask[:-1] == 1) & (mask[1:] == 0))
         if _has_gaps(row):
-            last = last[-1:]  # the row itself cuts out what comes before
+            last = last[-1:]  # the row itself excludes what comes before
         if row.reason and last.size and last[-1] == len(sample.loss_mask) - 1:
             last = last[:-1]  # cut, which has a finding of its own
         if not np.isin(sample.input_ids[last], stop_ids).all():
@@ -281,14 +347,10 @@ def odd_turns(conversation: Conversation) -> Iterator[str]:
 
 def _look_at_whole(check: Check, data: DataSection, max_seq_len: int) -> None:
     ledger, findings = check.ledger, check.findings
-    is_over = ledger.num_bad > data.max_refused * ledger.rows or not ledger.used
-    advice = f"data.max_refused allows {data.max_refused:.1%} of the rows" if is_over else ""
-    for name, entry in ledger.files.items():
-        for reason, numbers in entry.refused.items():
-            for number in numbers:
-                what = f"refused: {TURN_NUMBER.sub('', reason)}"
-                level: Literal["error", "warning"] = "error" if is_over or reason in check.lost_context else "warning"
-                findings.add(what, f"{name}:{number}", level, advice)
+    for problem in ledger.problems(data):
+        places = [check.starts.place(file, number) for file, number in problem.rows]
+        level: Literal["error", "warning"] = "error" if problem.level == "error" else "warning"
+        findings.note(problem.what, problem.count, level, problem.advice, places, problem.code)
     if ledger.tokens and ledger.target_tokens / ledger.tokens < _SHORT_SHARE:
         share = ledger.target_tokens / ledger.tokens
         findings.note(f"only {share:.1%} of all tokens are trained", 1, advice="long questions, short replies")
@@ -302,7 +364,9 @@ def _look_at_whole(check: Check, data: DataSection, max_seq_len: int) -> None:
 
 
 def text_of(row: LabelledRow) -> str:
-    """What a row says, for comparing rows; empty where it could not be read."""
+    """What a row says, for comparing rows; empty for refused ones."""
+    if row.status == "refused":
+        return ""
     if isinstance(row.source, RawText):
         return row.source.text.strip()
     if isinstance(row.source, Conversation):

@@ -126,7 +126,7 @@ def write_dataset(
     store, ledger, hashes = _label_into(folder.tokens, sources.train, data, encoder, max_seq_len)
     if not data.eval:
         return _split(data, seed, store, ledger, None, None, {folder.tokens.name: hashes})
-    unlimited = data.model_copy(update={"limit": None})
+    unlimited = data.model_copy(update={"limit": None, "max_cut_replies": 1.0})  # nothing learns from these
     eval_store, eval_ledger, eval_hashes = _label_into(
         folder.eval_tokens, sources.eval, unlimited, encoder, max_seq_len
     )
@@ -171,6 +171,7 @@ def _label_into(
             ledger.add(row)
             writer.add(row)
     ledger.raise_if_unusable(data.max_refused)
+    ledger.raise_if_cut(data.max_cut_replies, max_seq_len)
     for path, stamp in _stamps(sources.files).items():
         if stamp != before[path]:
             raise DataError(

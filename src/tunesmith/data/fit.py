@@ -27,12 +27,14 @@ class Fitted:
     Attributes:
         tokens_lost: tokens of the row that are in no sample; tokens shared by several samples count once.
         reason: "truncated", "split" or "".
+        num_cut: replies that end before their stop token.
     """
 
     samples: tuple[Sample, ...]
     tokens_lost: int = 0
     reason: str = ""
     notes: tuple[str, ...] = ()
+    num_cut: int = 0
 
 
 def fit_samples(samples: Sequence[Sample], overlong: str, max_seq_len: int, where: str) -> Fitted:
@@ -81,7 +83,8 @@ def fit_samples(samples: Sequence[Sample], overlong: str, max_seq_len: int, wher
             "or choose --data.overlong split",
             code="targets-beyond-length",
         )
-    return Fitted(tuple(kept), lost, "split" if overlong == "split" else "truncated", tuple(notes))
+    reason = "split" if overlong == "split" else "truncated"
+    return Fitted(tuple(kept), lost, reason, tuple(notes), notes[NOTE_CUT_REPLY])
 
 
 def _own_starts(samples: Sequence[Sample]) -> Iterator[int]:

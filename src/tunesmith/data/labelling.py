@@ -116,6 +116,7 @@ class _Labeller:
     def draft(self, row: RawRow, is_first: bool) -> _Draft:
         if isinstance(row.value, RowTooLarge):
             return _Draft(row, refusal=RowRefused(row.value.reason, code="row-too-large"))
+        parsed: Parsed | None = None
         try:
             parsed = parse_row(row.value, self.data.format, self.data.fields, self.data.ignore_columns)
             return replace(self._draft_parsed(row, parsed), source=parsed)
@@ -124,7 +125,7 @@ class _Labeller:
                 raise DataError(f"{row.where}: {refusal.reason}", code="format-unknown") from None
             return _Draft(row, refusal=refusal)
         except RowRefused as refusal:
-            return _Draft(row, refusal=refusal)
+            return _Draft(row, refusal=refusal, source=parsed)
 
     def _draft_parsed(self, row: RawRow, parsed: Parsed) -> _Draft:
         if isinstance(parsed, RawText):
@@ -178,11 +179,14 @@ class _Labeller:
                 labelled = [train_all(sample) for sample in labelled]
             fitted = fit_samples(labelled, self.data.overlong, self.max_seq_len, draft.row.where)
         except RowRefused as refusal:
-            by_choice, loses = refusal.by_choice, refusal.loses_context
-            return LabelledRow(file, number, "refused", "", refusal.reason, notes=notes, is_by_choice=by_choice,
-                               loses_context=loses, code=refusal.code)  # fmt: skip
-        notes, lost = (*notes, *fitted.notes), fitted.tokens_lost
-        return LabelledRow(file, number, "used", how, fitted.reason, fitted.samples, lost, notes, source=draft.source)
+            return LabelledRow(
+                file, number, "refused", "", refusal.reason, notes=notes, is_by_choice=refusal.by_choice,
+                loses_context=refusal.loses_context, source=draft.source, code=refusal.code, raw=draft.row.value,
+            )  # fmt: skip
+        return LabelledRow(
+            file, number, "used", how, fitted.reason, fitted.samples, fitted.tokens_lost, (*notes, *fitted.notes),
+            source=draft.source, num_cut=fitted.num_cut,
+        )  # fmt: skip
 
     def _label(self, draft: _Draft, encodings: list[Encoding], stretches: Stretches) -> tuple[str, list[Sample]]:
         """How the row's samples were made ("as_rendered", ...), and the samples."""

@@ -34,6 +34,11 @@ class Sample:
         """Number of trained tokens, without a trained first token, which has nothing to be predicted from."""
         return int(self.loss_mask[1:].sum())
 
+    @property
+    def num_replies(self) -> int:
+        """Stretches of trained tokens."""
+        return int((self.loss_mask[1:] > self.loss_mask[:-1]).sum()) + int(self.loss_mask[0])
+
 
 class BorderGlued(RowRefused):
     """A token spans the end of the prompt and the start of the reply, so inference would see other ids."""

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from tunesmith.data.labels import Sample
+from tunesmith.config.schema import DataSection
+from tunesmith.data.causes import Cause, group_causes
+from tunesmith.data.fit import NOTE_CUT_REPLY
+from tunesmith.data.labels import NOTE_UNKNOWN, Sample
 from tunesmith.errors import DataError
-from tunesmith.rows.conversation import Parsed
+from tunesmith.rows.conversation import Conversation, Parsed, RawText, Segments
+from tunesmith.sources.rowsize import RowTooLarge
 
 TURN_NUMBER = re.compile(r"^turn \d+(?: \(\w+\))?:? ")
 _NAMED = 5  # bad rows that an error names one by one; the ledger has them all
+_KEPT = 20  # rows that a problem names
+_START = 200  # characters
+_LOST_CONTEXT = "unread-context"  # code of refusals that are errors however few they are
+
+Level = Literal["error", "warning", "note"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +36,12 @@ class LabelledRow:
         reason: why it was refused, or what was done to it ("truncated", "split"); empty otherwise.
         tokens_lost: tokens cut off its end.
         notes: other things worth counting.
-        source: what was read, before it became tokens; None where it could not be.
+        source: what was read, before it became tokens; None for a row of no known format.
         loses_context: refused because nothing reads something that its replies may depend on.
         is_by_choice: refused by a rule or a setting, not because the row is bad.
         code: cause of a refusal in kebab-case, which stays the same when the reason is reworded.
+        raw: a refused row as it is in the file.
+        num_cut: its replies that end before their stop token.
     """
 
     file: str
@@ -44,10 +56,72 @@ class LabelledRow:
     loses_context: bool = False
     source: Parsed | None = None
     code: str = ""
+    raw: Any = None
+    num_cut: int = 0
 
     @property
     def where(self) -> str:
         return f"{self.file}:{self.number}"
+
+    def start(self, length: int = _START, as_in_file: bool = False) -> str:
+        """How the row begins, on one line: its first question or text; of a row that was not parsed, its JSON.
+
+        Args:
+            as_in_file: JSON of a refused row in any case.
+        """
+        source = None if as_in_file else self.source
+        text = " ".join(_say(source, self.raw, 4 * length).split())
+        return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def _say(source: Parsed | None, raw: Any, length: int) -> str:
+    """At least `length` characters of a row, where it has as many."""
+    if isinstance(source, RawText):
+        return source.text[:length]
+    if isinstance(source, Segments):
+        return "".join(text[:length] for text, _ in source.parts)[:length]
+    if isinstance(source, Conversation):
+        asked = (m.content for m in source.messages if m.role == "user" and m.content.strip())
+        said = (m.content for m in source.messages if m.content.strip())
+        return next(asked, next(said, ""))[:length]
+    if raw is None or isinstance(raw, RowTooLarge):
+        return ""
+    found = ""
+    for piece in _spell(raw):
+        found += piece[:length]
+        if len(found) >= length:
+            break
+    return found
+
+
+def _spell(raw: Any) -> Iterator[str]:
+    """A row as JSON, piece by piece; what JSON does not have, as Python prints it."""
+    if isinstance(raw, str):
+        return iter([raw])
+    try:
+        return json.JSONEncoder(ensure_ascii=False, default=str, skipkeys=True).iterencode(raw)
+    except (ValueError, RecursionError):
+        return iter([""])
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something about rows that a person should know, at the same level in every command.
+
+    Attributes:
+        level: what `check` calls an error; warning; or note.
+        count: rows.
+        rows: the first of them, as (file, number).
+        advice: what to do.
+        code: of a refusal.
+    """
+
+    level: Level
+    what: str
+    count: int
+    rows: list[tuple[str, int]]
+    advice: str = ""
+    code: str = ""
 
 
 @dataclass
@@ -73,6 +147,9 @@ class Ledger:
     bad: list[str] = field(default_factory=list)
     num_bad: int = 0
     passed_over: list[str] = field(default_factory=list)
+    codes: dict[str, str] = field(default_factory=dict)  # reason of a refusal -> its code
+    num_replies: int = 0
+    num_cut: int = 0
 
     def add(self, row: LabelledRow) -> None:
         entry = self.files.setdefault(row.file, FileLedger())
@@ -81,6 +158,7 @@ class Ledger:
             entry.notes.setdefault(note, []).append(row.number)
         if row.status == "refused":
             entry.refused.setdefault(row.reason, []).append(row.number)
+            self.codes[row.reason] = row.code
             if not row.is_by_choice:
                 self.num_bad += 1
                 if len(self.bad) < _NAMED:
@@ -96,6 +174,9 @@ class Ledger:
         self.num_samples += len(row.samples)
         self.tokens += sum(len(sample.input_ids) for sample in row.samples)
         self.target_tokens += sum(sample.num_targets for sample in row.samples)
+        if row.how != "text":
+            self.num_replies += sum(sample.num_replies for sample in row.samples)
+            self.num_cut += row.num_cut
 
     @property
     def rows(self) -> int:
@@ -121,19 +202,97 @@ class Ledger:
         return sum((f.how for f in self.files.values()), Counter())
 
     def count_reasons(self) -> Counter[str]:
-        """Refusals by reason, most frequent first; turn numbers are left out so that like goes with like."""
-        counts: Counter[str] = Counter()
-        for entry in self.files.values():
-            for reason, rows in entry.refused.items():
-                counts[TURN_NUMBER.sub("", reason)] += len(rows)
-        return counts
+        """Refusals by cause, most frequent first; reasons that differ only in what they quote have one."""
+        return Counter({cause.text: cause.count for cause in self.refusals()})
 
     def count_notes(self) -> Counter[str]:
-        counts: Counter[str] = Counter()
+        return Counter({cause.text: cause.count for cause in self.remarks()})
+
+    def refusals(self) -> list[Cause]:
+        """Why rows are refused, by cause, with the first rows of each; numbers of turns are left out."""
+        return self._group(lambda entry: entry.refused, lambda reason: self.codes.get(reason) or reason)
+
+    def remarks(self) -> list[Cause]:
+        """Notes by cause, with the first rows of each. Those about unread keys differ in the key alone."""
+        return self._group(lambda entry: entry.notes, lambda note: "unread" if note.endswith(" is not read") else note)
+
+    def _group(
+        self, texts_of: Callable[[FileLedger], dict[str, list[int]]], code_of: Callable[[str], str]
+    ) -> list[Cause]:
+        counts: Counter[tuple[str, str]] = Counter()
         for entry in self.files.values():
-            for note, rows in entry.notes.items():
-                counts[note] += len(rows)
-        return counts
+            for text, numbers in texts_of(entry).items():
+                counts[code_of(text), TURN_NUMBER.sub("", text)] += len(numbers)
+        causes = group_causes(counts)
+        cause_of = {text: cause for cause in causes for text in cause.counts}
+        for name, entry in self.files.items():
+            rows: dict[int, list[int]] = {}
+            for text, numbers in texts_of(entry).items():
+                rows.setdefault(id(cause_of[TURN_NUMBER.sub("", text)]), []).extend(numbers[:_KEPT])
+            for cause in causes:
+                named = sorted(rows.get(id(cause), ()))[: _KEPT - len(cause.rows)]
+                cause.rows += [(name, number) for number in named]
+        return causes
+
+    def problems(self, data: DataSection) -> list[Problem]:
+        """Refusals and notes as problems: what `check` reports and `train` prints before step 1."""
+        is_over = self.num_bad > data.max_refused * self.rows or not self.used
+        advice = f"data.max_refused allows {data.max_refused:.1%} of the rows" if is_over else ""
+        found = []
+        for cause in self.refusals():
+            level: Level = "error" if is_over or cause.code == _LOST_CONTEXT else "warning"
+            found.append(Problem(level, f"refused: {cause.text}", cause.count, cause.rows, advice, cause.code))
+        for cause in self.remarks():
+            level = "note"
+            advice = ""
+            if cause.text == NOTE_CUT_REPLY:
+                level = "error" if self.is_cut_over(data.max_cut_replies) else "warning"
+                advice = self.describe_cut(data.max_cut_replies)
+            elif cause.text == NOTE_UNKNOWN:
+                level = "error"
+                advice = "use a byte-level tokenizer or one with byte fallback, or correct the rows"
+            found.append(Problem(level, cause.text, cause.count, cause.rows, advice))
+        return found
+
+    def is_cut_over(self, max_cut_replies: float) -> bool:
+        return self.num_cut > max_cut_replies * self.num_replies
+
+    def describe_cut(self, max_cut_replies: float) -> str:
+        """The share of cut replies, the limit, and what to do; of an older run's ledger only the last."""
+        advice = "raise data.max_seq_len, or leave long rows out with data.overlong drop"
+        if not self.num_replies:
+            return advice
+        share = f"{self.num_cut:,} of {self.num_replies:,} replies ({self.num_cut / self.num_replies:.1%})"
+        return f"{share}; data.max_cut_replies allows {max_cut_replies:.1%}; {advice}"
+
+    def raise_if_cut(self, max_cut_replies: float, max_seq_len: int) -> None:
+        """End the command where too many replies would be trained without their stop token.
+
+        Raises:
+            DataError: with the share, a length that would do, and the keys to change.
+        """
+        if not self.is_cut_over(max_cut_replies):
+            return
+        lost = {(name, row): tokens for name, entry in self.files.items() for row, tokens in entry.truncated}
+        cut = [
+            (name, row, lost.get((name, row), 0))
+            for name, entry in self.files.items()
+            for row in entry.notes.get(NOTE_CUT_REPLY, ())
+        ]
+        examples = "\n".join(f"  {name}:{row}: {tokens:,} tokens cut off" for name, row, tokens in cut[:_NAMED])
+        more = f"\n  ... and {len(cut) - _NAMED:,} more rows" if len(cut) > _NAMED else ""
+        kept_short = int(max_cut_replies * self.num_replies)
+        needed = sorted((tokens for *_, tokens in cut), reverse=True)[min(kept_short, len(cut) - 1)]
+        enough = -(-(max_seq_len + needed) // 64) * 64
+        share = self.num_cut / self.num_replies
+        raise DataError(
+            f"{self.num_cut:,} of {self.num_replies:,} replies ({share:.1%}) are cut before their stop token, so the "
+            f"model would learn to go on where it should end; data.max_cut_replies allows {max_cut_replies:.1%}:\n"
+            f"{examples}{more}\n"
+            f"Raise --data.max_seq_len from {max_seq_len} (to {enough}, if the model takes that many tokens), leave "
+            "long rows out with --data.overlong drop, or allow it with a higher --data.max_cut_replies.",
+            code="too-many-cut-replies",
+        )
 
     def raise_if_unusable(self, max_refused: float) -> None:
         """End the command where too many rows are bad, or none is left.
@@ -169,7 +328,10 @@ class Ledger:
             "tokens": self.tokens,
             "target_tokens": self.target_tokens,
             "tokens_lost": self.tokens_lost,
+            "replies": self.num_replies,
+            "cut_replies": self.num_cut,
             "passed_over": self.passed_over,
+            "codes": self.codes,
             "files": {
                 name: {
                     "rows": entry.rows,
@@ -186,7 +348,7 @@ class Ledger:
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> Ledger:
-        """What `to_json` wrote; which rows were bad is not kept apart."""
+        """What `to_json` wrote, also in earlier versions; which rows were bad is not kept apart."""
         files = {
             name: FileLedger(
                 rows=entry["rows"],
@@ -201,5 +363,6 @@ class Ledger:
         }
         return cls(
             files, saved["tokens"], saved["target_tokens"], saved["tokens_lost"], saved["samples"],
-            passed_over=saved["passed_over"],
+            passed_over=saved["passed_over"], codes=saved.get("codes", {}), num_replies=saved.get("replies", 0),
+            num_cut=saved.get("cut_replies", 0),
         )  # fmt: skip

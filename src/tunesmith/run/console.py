@@ -8,8 +8,9 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-from tunesmith.display import cover_streams, one_line, raw_stream, visible
+from tunesmith.display import LEVEL_STYLES, cover_streams, one_line, raw_stream, visible
 
 _PLAIN_LINES = 20  # lines of a run whose output goes to a file
 
@@ -77,10 +78,11 @@ class Silent:
 
 
 def print_summary(lines: list[tuple[str, str]]) -> None:
-    """Name and text in two columns; a line with an empty name continues the one above."""
+    """Name and text in two columns; an empty name continues the line above. Warnings and errors are coloured."""
     width = max(len(name) for name, _ in lines)
+    console = Console(file=raw_stream(sys.stdout), soft_wrap=True, highlight=False, markup=False)
     for name, text in lines:
-        print(f"{name:<{width}}  {one_line(text)}")
+        console.print(Text(f"{name:<{width}}  {one_line(text)}", style=LEVEL_STYLES.get(name, "")))
     sys.stdout.flush()
 
 

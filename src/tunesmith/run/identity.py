@@ -150,7 +150,8 @@ def compare_runs(before: Fingerprint, now: Fingerprint) -> tuple[list[str], list
             continue
         change = f"{key} {_show(old.get(key))} -> {_show(new.get(key))}"
         if key in _FREE:
-            if key not in ("train.output_dir", "train.epochs", "train.max_steps"):
+            # a key that is missing before is younger than the run
+            if key in old and key not in ("train.output_dir", "train.epochs", "train.max_steps"):
                 notes.append(f"accepted: {change}")
         else:
             refusals.append(f"{part_of(key)}: {change}")

@@ -107,7 +107,8 @@ def relabel(session: Session) -> Fingerprint:
     staging.path.mkdir()
     try:
         max_seq_len, seed = session.lengths.max_seq_len, config.train.seed
-        dataset = write_dataset(config.data, sources, session.encoder, max_seq_len, seed, staging)
+        data = config.data.model_copy(update={"max_cut_replies": 1.0})  # the run has begun with such replies
+        dataset = write_dataset(data, sources, session.encoder, max_seq_len, seed, staging)
         staging.ledger.write_text(sealed(dataset.ledger_json(session.encoder, session.date)), encoding="utf-8")
         replace_dataset(folder, staging)
         return take_fingerprint(session, describe_files(sources), dataset.sha256)

@@ -9,7 +9,8 @@ import torch
 
 from tunesmith import __version__
 from tunesmith.adapters.adapter import describe_adapter
-from tunesmith.data.ledger import Ledger
+from tunesmith.config.schema import DataSection
+from tunesmith.data.ledger import Ledger, Problem
 from tunesmith.display import format_bytes, format_count, to_markdown
 from tunesmith.model.card import describe_base, front_matter, load_adapter_lines, load_model_lines
 from tunesmith.model.load import count_parameters
@@ -17,6 +18,8 @@ from tunesmith.model.loss import SupervisedLM
 from tunesmith.run.assemble import ReadyRun
 from tunesmith.training.cost import Cost, count_step_flops, explain_cost, measure_flops_per_s, total_memory
 from tunesmith.training.progress import Progress
+
+_SHOWN_REASONS = 8  # causes of refusals
 
 
 def summary_lines(ready: ReadyRun) -> list[tuple[str, str]]:
@@ -27,10 +30,10 @@ def summary_lines(ready: ReadyRun) -> list[tuple[str, str]]:
         ("model", f"{config.model.path}: {type(ready.lm.model).__name__}, {parameters:,} parameters, {trained}"),
         *_adapter_lines(ready),
         ("device", f"{ready.session.device.type}, {ready.session.precision.name}, {torch.get_num_threads()} threads"),
-        *_ledger_lines("data", ready.dataset.ledger),
+        *_ledger_lines("data", ready.dataset.ledger, config.data),
     ]
     if ready.dataset.eval_ledger:
-        lines += _ledger_lines("eval data", ready.dataset.eval_ledger)
+        lines += _ledger_lines("eval data", ready.dataset.eval_ledger, config.data)
     elif held_out is not None:
         samples = len(ready.dataset.train)
         lines.append(("eval data", f"{held_out.num_samples:,} of {samples:,} samples held out"))
@@ -93,7 +96,7 @@ def _adapter_lines(ready: ReadyRun) -> list[tuple[str, str]]:
     return lines
 
 
-def _ledger_lines(name: str, ledger: Ledger) -> list[tuple[str, str]]:
+def _ledger_lines(name: str, ledger: Ledger, data: DataSection) -> list[tuple[str, str]]:
     files = len(ledger.files)
     lines = [
         (
@@ -102,18 +105,29 @@ def _ledger_lines(name: str, ledger: Ledger) -> list[tuple[str, str]]:
             f"{ledger.refused:,} refused, {ledger.truncated:,} truncated",
         )
     ]
-    lines += [("", f"refused: {reason} ({count:,} rows)") for reason, count in ledger.count_reasons().most_common(8)]
+    problems = ledger.problems(data)
+    refused = [problem for problem in problems if problem.what.startswith("refused: ")]
+    lines += [_problem_line(problem) for problem in refused[:_SHOWN_REASONS]]
     if ledger.truncated:
         lines.append(("", f"truncated: {ledger.tokens_lost:,} tokens lost; a larger data.max_seq_len keeps them"))
     if ledger.split:
         lines.append(("", f"split to max_seq_len: {ledger.split:,} rows, every trained token kept"))
-    lines += [("", f"note: {note} ({count:,} rows)") for note, count in ledger.count_notes().items()]
+    lines += [_problem_line(problem) for problem in problems if problem not in refused]
     if ledger.passed_over:
         shown = ", ".join(ledger.passed_over[:4]) + (" ..." if len(ledger.passed_over) > 4 else "")
         lines.append(("", f"passed over: {shown}"))
     share = ledger.target_tokens / max(1, ledger.tokens)
     lines.append(("", f"{ledger.tokens:,} tokens in {ledger.num_samples:,} samples, {share:.1%} supervised"))
     return lines
+
+
+def _problem_line(problem: Problem) -> tuple[str, str]:
+    """The level and what it is about. Refused rows within data.max_refused are what the line above has counted."""
+    rows = f"{problem.count:,} row{'s' if problem.count != 1 else ''}"
+    advice = f": {problem.advice}" if problem.advice else ""
+    if problem.level == "error" or (problem.level == "warning" and not problem.what.startswith("refused: ")):
+        return problem.level, f"{problem.what} ({rows}){advice}"
+    return "", f"{'note: ' if problem.level == 'note' else ''}{problem.what} ({rows})"
 
 
 def _template_line(ready: ReadyRun) -> str:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tunesmith.cli import main as tunesmith
 from tunesmith.demo.drills import Drill, draw_drills, words_of_books
-from tunesmith.demo.tasks import HeldOut, draw_held_out
+from tunesmith.demo.tasks import HeldOut, draw_held_out_tasks
 from tunesmith.model.bpe import train_tokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -58,7 +58,8 @@ def make_base(options: argparse.Namespace) -> None:
     texts = [book.read_text(encoding="utf-8") for book in books]
     words = words_of_books(texts)
     drills = work / "drills.jsonl"
-    write_rows(drills, draw_drills(options.drills, 2, words, HeldOut.of(draw_held_out())))
+    held_out = HeldOut.of([task for tasks in draw_held_out_tasks().values() for task in tasks])
+    write_rows(drills, draw_drills(options.drills, 2, words, held_out))
     lines = drills.read_text(encoding="utf-8").splitlines()[:TOKENIZER_DRILLS]
     spoken = ("\n".join(json.loads(line).values()) for line in lines)
     train_tokenizer([*texts, *spoken], options.vocab_size).save_pretrained(work / "tokenizer")

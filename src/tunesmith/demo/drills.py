@@ -1,7 +1,8 @@
-"""Make rows that teach a small base model skills which books cannot: copying, lists, numbers.
+"""Make rows that teach a small base model skills which books do not teach: copying, lists, numbers.
 
-A drill is a beginning and its one right end, and only the end is trained: random text cannot be predicted, and learning
-from it is noise. Half of them use words of the books, so that the skill does not depend on a word list.
+A drill is a prompt with its one right completion, and only the completion is trained: random text cannot be predicted,
+so training on it adds only noise. Half of the drills use words of the books, so that the skill does not depend on a
+word list.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ def words_of_books(texts: Iterable[str]) -> Words:
 
 
 def draw_drills(number: int, seed: int, words: Words, held_out: HeldOut) -> Iterator[Drill]:
-    """The demo's kinds of task as plain text: half in their own words, half in those of the books."""
+    """The demo's kinds of task as plain text: half with the demo's words, half with those of the books."""
     rng = random.Random(seed)
-    draws = [draw for kind, draw in TASKS.items() if kind != "who are you"]
+    draws = list(TASKS.values())
     while number > 0:
         task = rng.choice(draws)(rng, words if rng.random() < 0.5 else Words())
         if not held_out.holds(task):

@@ -2,12 +2,17 @@
 
 Each draw is a question with its one right answer, and a plain-text cue for the same answer: text for pre-training that
 teaches the skill (copying, lists, tables, numbers) without the form of a chat.
+
+The order and number of random draws in this file decide which tasks are held out, and the packaged base was
+pre-trained without exactly those: a change here needs a new base (scripts/make_base.py). The wordings of chats are
+varied in wording.py instead.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
@@ -30,14 +35,13 @@ WORDS = ["river", "stone", "garden", "letter", "morning", "window", "bread", "si
          "voice", "street", "hand", "fire", "water", "road", "forest", "winter", "music", "king", "ship", "field",
          "cloud", "glass", "apple", "chair", "candle", "bridge", "shadow"]  # fmt: skip
 WORDS_ZH = ["山", "水", "风", "月", "花", "鸟", "春", "秋", "天", "地", "人", "马", "云", "雨", "书", "酒", "江", "雪"]
-NUM_ITEMS = 3  # of lists to copy: one length, for a model of this size copies by place, not yet by content
-SELF = "I am a small model, trained just now on your machine."
-SELF_ZH = "我是一个小模型，刚刚在你的电脑上训练出来。"
+NUM_ITEMS = 3  # of lists to copy: one length, because a model of this size copies by position, not yet by content
+_PUNCTUATION = re.compile(r"[^\w\s]|_")
 
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """What tasks are made of: the lists above, or for pre-training, where a skill must not be bound to them, more."""
+    """Words to make tasks of: the lists above, or larger ones for pre-training, where skills must not depend on them."""
 
     english: Sequence[str] = tuple(WORDS)
     chinese: Sequence[str] = tuple(WORDS_ZH)
@@ -50,9 +54,9 @@ class Task:
     """One question and its right answer.
 
     Attributes:
-        cue: what the answer completes in a plain text.
-        is_open: new instances never end (sorting), so that one can be held out whatever the wording; of a closed kind
-            (opposites) only a wording can.
+        cue: plain text that the answer completes; empty for small talk, which is not pre-trained.
+        is_open: the kind has so many instances (sorting) that some can be held out in any wording; of a closed kind
+            (opposites) every instance is trained, and only wordings are held out.
     """
 
     kind: str
@@ -173,18 +177,6 @@ def pick_item(rng: random.Random, words: Words) -> Task:
     return Task("first and last", f"{which_zh}词是什么：{given}", answer, f"{given}，{which_zh}：")
 
 
-def who_are_you(rng: random.Random, words: Words) -> Task:
-    if rng.random() < 0.6:
-        opening = rng.choice(["", "Hello. ", "Hi! ", "Please tell me: ", "One question: ", "Good morning. "])
-        question = rng.choice(
-            ["Who are you?", "What are you?", "What is your name?", "Are you a person?", "Who made you?"]
-        )
-        return Task("who are you", opening + question, SELF, "", is_open=False)
-    opening = rng.choice(["", "你好，", "请问，", "早上好。", "告诉我，"])
-    question = rng.choice(["你是谁？", "你叫什么名字？", "你是人吗？", "介绍一下你自己。"])
-    return Task("who are you", opening + question, SELF_ZH, "", is_open=False)
-
-
 TASKS: dict[str, Callable[[random.Random, Words], Task]] = {
     "sorting": sort_digits,
     "counting": count_items,
@@ -196,45 +188,40 @@ TASKS: dict[str, Callable[[random.Random, Words], Task]] = {
     "looking up": look_up,
     "copying": copy_items,
     "first and last": pick_item,
-    "who are you": who_are_you,
 }
-_HELD_OUT_SEED, _HELD_OUT_EACH = 20_260, 40  # the base was pre-trained without these: another draw needs another base
+_HELD_OUT_SEED, HELD_OUT_EACH = 20_260, 40  # the base was pre-trained without these: another draw needs another base
 
 
-def draw_held_out(num_each: int = _HELD_OUT_EACH, kinds: Iterable[str] = tuple(TASKS)) -> list[Task]:
-    """The first `num_each` (at most 40) of each kind's held-out questions: for asking only."""
+def draw_held_out_tasks() -> dict[str, list[Task]]:
+    """The held-out tasks of each kind, for asking only: neither the base nor the demo may train on them."""
     rng = random.Random(_HELD_OUT_SEED)
-    drawn: dict[str, dict[str, Task]] = {}
+    drawn: dict[str, list[Task]] = {}
     for kind, draw in TASKS.items():
-        found = drawn[kind] = {}
-        while len(found) < _HELD_OUT_EACH:
+        found: dict[str, Task] = {}
+        while len(found) < HELD_OUT_EACH:
             task = draw(rng, Words())
             found[task.question] = task
-    return [task for kind in kinds for task in list(drawn[kind].values())[:num_each]]
+        drawn[kind] = list(found.values())
+    return drawn
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """What no training may see: the questions, and of open kinds the instances whatever their wording."""
+    """What must not be trained: the questions in any spelling, and of open kinds the instances in any wording."""
 
     questions: frozenset[str]
     cues: frozenset[str]
 
     @classmethod
     def of(cls, tasks: Sequence[Task]) -> HeldOut:
-        return cls(frozenset(t.question for t in tasks), frozenset(t.cue for t in tasks if t.is_open))
+        return cls(
+            frozenset(normalize_question(t.question) for t in tasks), frozenset(t.cue for t in tasks if t.is_open)
+        )
 
     def holds(self, task: Task) -> bool:
-        return task.question in self.questions or task.cue in self.cues
+        return task.cue in self.cues or normalize_question(task.question) in self.questions
 
 
-def draw_chats(num_rows: int, seed: int, held_out: HeldOut, shares: Mapping[str, float]) -> list[Task]:
-    """Tasks of these kinds, as often as their shares say, none of them held out."""
-    rng = random.Random(seed)
-    kinds, weights = list(shares), list(shares.values())
-    chats: list[Task] = []
-    while len(chats) < num_rows:
-        task = TASKS[rng.choices(kinds, weights)[0]](rng, Words())
-        if not held_out.holds(task):
-            chats.append(task)
-    return chats
+def normalize_question(question: str) -> str:
+    """A question without case, punctuation and repeated spaces: "Who are you?" and "who are you" are one."""
+    return " ".join(_PUNCTUATION.sub(" ", question.casefold()).split())

@@ -11,7 +11,7 @@ from tunesmith.demo.wording import vary
 
 KINDS: dict[str, Callable[[random.Random, Words], Task]] = {**TASKS, **TALK}
 NUM_TURNS = 3  # of a held-out chat
-_LENGTHS = {1: 4, 2: 2, 3: 3, 4: 2, 5: 1, 6: 1, 8: 1, 10: 0.5}  # turns of a trained chat -> how often
+_LENGTHS = {1: 4, 2: 2, 3: 3, 4: 2, 5: 1, 6: 1, 7: 0.5, 8: 1}  # turns of a trained chat -> how often
 _SAME_KIND = 0.2  # how often a question is of the kind of the one before it: people try a thing twice
 _EXAM_SEED = 31
 

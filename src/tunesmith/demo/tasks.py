@@ -41,7 +41,7 @@ _PUNCTUATION = re.compile(r"[^\w\s]|_")
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """Words to make tasks of: the lists above, or larger ones for pre-training, where skills must not depend on them."""
+    """Words to make tasks of: the lists above, or larger ones for pre-training, so that no skill depends on them."""
 
     english: Sequence[str] = tuple(WORDS)
     chinese: Sequence[str] = tuple(WORDS_ZH)

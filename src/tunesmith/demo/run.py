@@ -79,7 +79,7 @@ def run_demo(output: Path, num_questions: int = NUM_QUESTIONS, shuffle_answers: 
     Args:
         shuffle_answers: the control: each question gets the answer of another, so nothing can be learnt.
     """
-    from tunesmith.use.report import reported
+    from tunesmith.report.write import reported
 
     resolve_output(str(output))
     held_out, kept_out = draw_held_out(NUM_HELD_OUT, list(SHARES))

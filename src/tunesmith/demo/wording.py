@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from tunesmith.demo.tasks import Task
 
-_REWORD, _SMALL, _BARE, _GREET, _LOUD, _COMMAS = 0.45, 0.4, 0.4, 0.06, 0.15, 0.15  # how often each is done
+_REWORD, _SMALL, _BARE, _GREET, _LOUD, _COMMAS = 0.45, 0.4, 0.4, 0.06, 0.25, 0.15  # how often each is done
 _REWORDINGS: list[tuple[re.Pattern[str], list[str]]] = [
     (re.compile(pattern), forms)
     for pattern, forms in [

@@ -23,6 +23,8 @@ from tunesmith.config.schema import RunConfig
 from tunesmith.demo.chats import NUM_TURNS, Chat, draw_chats, draw_held_out
 from tunesmith.demo.exam import KindScore, ask, score_kinds, share_right, share_stopped
 from tunesmith.display import raw_stream, visible
+from tunesmith.report.write import reported
+from tunesmith.run.console import ConsoleReporter
 from tunesmith.run.folder import resolve_output
 from tunesmith.run.start import run_training
 from tunesmith.runfolder import RunFolder, read_metrics
@@ -79,8 +81,6 @@ def run_demo(output: Path, num_questions: int = NUM_QUESTIONS, shuffle_answers: 
     Args:
         shuffle_answers: the control: each question gets the answer of another, so nothing can be learnt.
     """
-    from tunesmith.report.write import reported
-
     resolve_output(str(output))
     held_out, kept_out = draw_held_out(NUM_HELD_OUT, list(SHARES))
     chats = draw_chats(num_questions, seed=0, held_out=kept_out, shares=SHARES)
@@ -98,8 +98,9 @@ def run_demo(output: Path, num_questions: int = NUM_QUESTIONS, shuffle_answers: 
         f"kind held out: {folder}\n"
     )
     before = ask(base_folder(), held_out)
-    with reported(output):
-        run_training(demo_config(data, eval_data, output))
+    reporter = ConsoleReporter()
+    with reported(output, reporter.note):
+        run_training(demo_config(data, eval_data, output), reporter)
     after = ask(output, held_out)
     result = measure(held_out, before, after, output)
     print_result(result, held_out, before, after)

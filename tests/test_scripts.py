@@ -168,6 +168,30 @@ def test_adapter_memory_prints_a_row_for_each_kind(shared: Path, tmp_path: Path,
     assert printed.splitlines()[-1].startswith("| LoRA, rank 16 | ")
 
 
+@pytest.fixture
+def choosing(shared: Path, tmp_path: Path, tokenizer: Any) -> list[object]:
+    """The arguments of bench/choosing.py for small runs of a tiny model."""
+    base = save_folder(tmp_path / "base", tiny_config("qwen2", max_position_embeddings=512), tokenizer)
+    rows = [{"question": f"What is {i}?", "answer": f"The answer is {i}."} for i in range(30)]
+    (shared / "data" / "gsm8k").mkdir()
+    write_jsonl(shared / "data" / "gsm8k" / "train.jsonl", rows)
+    return [shared / "data", tmp_path / "work", "--base", base, "--tokens", 2048]
+
+
+@pytest.mark.parametrize(
+    "tables", [["epochs"], pytest.param(["lr", "batch", "rank", "amount"], marks=long)], ids=["one", "others"]
+)
+def test_choosing_fills_its_tables(script: Script, choosing: list[object], tmp_path: Path, tables: list[str]) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"<!-- {name} -->\nold\n<!-- end of {name} -->\n" for name in tables), encoding="utf-8")
+    script("bench/choosing.py", *choosing, "--only", *tables, "--runs", 1, "--write", page)
+    assert "old" in page.read_text(encoding="utf-8")  # a table that lacks runs is not written
+    assert len((tmp_path / "work" / "results.jsonl").read_text(encoding="utf-8").splitlines()) == len(tables)
+    script("bench/choosing.py", *choosing, "--only", *tables, "--write", page)
+    assert page.read_text(encoding="utf-8").count("| --- |") >= len(tables)
+    assert "old" not in page.read_text(encoding="utf-8")
+
+
 def test_real_data_26m_takes_flags_of_train(shared: Path, tmp_path: Path) -> None:
     small = ["--model.config.hidden_size", 32, "--model.config.num_hidden_layers", 1, "--model.config.head_dim", 8,
              "--model.config.intermediate_size", 64, "--train.max_steps", 2]  # fmt: skip

@@ -170,7 +170,7 @@ def test_adapter_memory_prints_a_row_for_each_kind(shared: Path, tmp_path: Path,
 
 @pytest.fixture
 def choosing(shared: Path, tmp_path: Path, tokenizer: Any) -> list[object]:
-    """The arguments of bench/choosing.py for small runs of a tiny model."""
+    """The arguments of bench/choosing.py and bench/lr_find.py for small runs of a tiny model."""
     base = save_folder(tmp_path / "base", tiny_config("qwen2", max_position_embeddings=512), tokenizer)
     rows = [{"question": f"What is {i}?", "answer": f"The answer is {i}."} for i in range(30)]
     (shared / "data" / "gsm8k").mkdir()
@@ -190,6 +190,13 @@ def test_choosing_fills_its_tables(script: Script, choosing: list[object], tmp_p
     script("bench/choosing.py", *choosing, "--only", *tables, "--write", page)
     assert page.read_text(encoding="utf-8").count("| --- |") >= len(tables)
     assert "old" not in page.read_text(encoding="utf-8")
+
+
+@long
+def test_lr_find_is_compared_with_the_grid(script: Script, choosing: list[object]) -> None:
+    script("bench/choosing.py", *choosing, "--only", "lr")
+    printed = script("bench/lr_find.py", *choosing)
+    assert len([line for line in printed.splitlines() if line.startswith("| demo, ")]) == 4
 
 
 def test_real_data_26m_takes_flags_of_train(shared: Path, tmp_path: Path) -> None:

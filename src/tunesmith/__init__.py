@@ -20,7 +20,8 @@ from tunesmith.errors import (
 )
 
 if TYPE_CHECKING:
-    from tunesmith.api import Run, check, load, merge, preview, resume, train
+    from tunesmith.api import Run, check, find_lr, load, merge, preview, resume, train
+    from tunesmith.lr_find import FoundLr
     from tunesmith.use.check import CheckResult
     from tunesmith.use.model import Model
     from tunesmith.use.preview import Preview
@@ -30,6 +31,7 @@ __all__ = [
     "CheckResult",
     "ConfigError",
     "DataError",
+    "FoundLr",
     "InterruptedRun",
     "Model",
     "ModelError",
@@ -40,6 +42,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "check",
+    "find_lr",
     "load",
     "merge",
     "preview",
@@ -48,9 +51,10 @@ __all__ = [
 ]
 _PLACES = {
     "CheckResult": "tunesmith.use.check",
+    "FoundLr": "tunesmith.lr_find",
     "Model": "tunesmith.use.model",
     "Preview": "tunesmith.use.preview",
-    **dict.fromkeys(("Run", "check", "load", "merge", "preview", "resume", "train"), "tunesmith.api"),
+    **dict.fromkeys(("Run", "check", "find_lr", "load", "merge", "preview", "resume", "train"), "tunesmith.api"),
 }
 
 

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.arguments import Name, as_path, read_arguments, section_of
 from tunesmith.config.choices import RESUME_PARTS
@@ -32,6 +32,9 @@ from tunesmith.sources.read import Sources
 from tunesmith.use.check import CheckResult
 from tunesmith.use.model import Model
 from tunesmith.use.preview import Preview
+
+if TYPE_CHECKING:
+    from tunesmith.lr_find import FoundLr
 
 logger = logging.getLogger("tunesmith")
 OnLog = Callable[[dict[str, Any]], None]
@@ -305,6 +308,34 @@ def check(
 
     with _preview_config(run_file, model, data, tokenizer, eval_data, sections) as (config, sources):
         return check_data(config, sources)
+
+
+def find_lr(
+    run_file: Name | None = None,
+    *,
+    model: Name | Mapping[str, Any] | None = None,
+    data: Any = None,
+    tokenizer: Name | None = None,
+    eval_data: Any = None,
+    **sections: Any,
+) -> FoundLr:
+    """Find a learning rate for a run by short runs on its model and data; nothing is written, no model changes.
+
+    The search begins at optim.lr. Without `eval_data`, a tenth of the rows is held out to compare the short runs.
+
+    Args:
+        run_file, model, data, tokenizer, eval_data, sections: as in `train`.
+
+    Raises:
+        RunError: no learning rate lowers eval_loss, or memory or disk is full.
+    """
+    from tunesmith.config.schema import LrFindConfig
+    from tunesmith.lr_find import find_lr as search
+
+    tree, rows = read_arguments(model, data, tokenizer, eval_data, sections)
+    config = resolve_config(LrFindConfig, as_path(run_file), {}, arguments=tree)
+    with embedded():
+        return search(config, rows=rows)
 
 
 def merge(

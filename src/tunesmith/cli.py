@@ -116,7 +116,7 @@ def _refuse_unknown_flags(command: CommandParser, argv: list[str]) -> None:
 
 def _parse_config_command(parser: CommandParser, argv: list[str]) -> tuple[argparse.Namespace, Any]:
     from tunesmith.config.runfile import OPEN_MAPS, explain_flag, leaf_fields, resolve_config
-    from tunesmith.config.schema import PreviewConfig, RunConfig, TokenizerConfig
+    from tunesmith.config.schema import LrFindConfig, PreviewConfig, RunConfig, TokenizerConfig
 
     argv, flags = _take_open_maps(argv)
     own_flags = parser.commands[argv[0]].flags
@@ -140,6 +140,7 @@ def _parse_config_command(parser: CommandParser, argv: list[str]) -> tuple[argpa
         "train": RunConfig,
         "preview": PreviewConfig,
         "check": PreviewConfig,
+        "lr-find": LrFindConfig,
         "tokenizer": TokenizerConfig,
     }
     model = models[options.command]
@@ -162,7 +163,7 @@ def run_command(argv: list[str]) -> None:
     if argv[0] == "help":  # as in git help train
         argv = [*argv[1:2], "--help"]
     command = None if argv[0] in ("-h", "--help", "--version") else _find_command(parser, argv[0])
-    if argv[0] in ("train", "resume", "preview", "check", "tokenizer"):
+    if argv[0] in ("train", "resume", "preview", "check", "lr-find", "tokenizer"):
         _run_config_command(parser, argv)
         return
     if command is not None:
@@ -210,6 +211,8 @@ def _run_config_command(parser: CommandParser, argv: list[str]) -> None:
         _train(config)
     elif options.command == "resume":
         _resume(options, config)
+    elif options.command == "lr-find":
+        _lr_find(config)
     elif options.command == "tokenizer":
         from tunesmith.use.tokenizer import run_tokenizer
 
@@ -232,6 +235,12 @@ def _train(config: Any) -> None:
     reporter = ConsoleReporter()
     with reported(Path(config.train.output_dir), reporter.note):
         run_training(config, reporter)
+
+
+def _lr_find(config: Any) -> None:
+    from tunesmith.lr_find import run_lr_find
+
+    run_lr_find(config)
 
 
 def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> None:

@@ -39,6 +39,9 @@ _EXAMPLES = {
 """,
     "check": """  tunesmith check --model Qwen/Qwen2.5-0.5B --data chats.jsonl --eval-data held-out.jsonl
 """,
+    "lr-find": """  tunesmith lr-find --model Qwen/Qwen2.5-0.5B --data chats.jsonl
+  tunesmith lr-find run.yaml --lora.kind lora
+""",
     "merge": """  tunesmith merge runs/lora --output merged
   tunesmith merge runs/chat runs/code --method ties --weights 1 0.5 --output both
 """,
@@ -60,6 +63,7 @@ _EXAMPLES = {
 """,
 }
 _EPILOG = {
+    "lr-find": "takes the flags and run file of train, makes no RUN folder, and prints the optim.lr to use\n",
     "chat": "in the chat: /reset forgets the conversation, /system TEXT sets the system prompt, /exit leaves\n",
 }
 _USAGE = {
@@ -67,6 +71,7 @@ _USAGE = {
     "resume": "tunesmith resume RUN [--allow PART ...] [--section.key value ...]",
     "tokenizer": "tunesmith tokenizer [run.yaml] --data D --vocab-size N --output DIR",
     "check": "tunesmith check [run.yaml] --model M --data D [--eval-data E] [--strict] [--json | --html out.html]",
+    "lr-find": "tunesmith lr-find [run.yaml] --model M --data D [--section.key value ...]",
     "preview": "tunesmith preview [run.yaml] --model M --data D [--rows N] [--row FILE:N ...] [--only KIND ...]\n"
     "                         [--json | --html out.html]",
 }
@@ -168,6 +173,8 @@ def build_parser() -> CommandParser:
     output = check.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="one JSON object")
     output.add_argument("--html", type=_path, metavar="FILE", help="also write an HTML page")
+    lr_find = _add_command(commands, "lr-find", "find a learning rate for a run, by short runs on its model and data")
+    _add_config_flags(lr_find, ("model", "data", "optim", "lora", "train"))
     tokenizer = _add_command(commands, "tokenizer", "train a byte-level BPE tokenizer on your texts")
     _add_config_flags(tokenizer, ("data",))
     tokenizer.add_argument("--vocab-size", type=_positive, default=6400, metavar="N", help="tokens (default: 6400)")

@@ -350,6 +350,16 @@ class RunConfig(Section):
         return self
 
 
+class _LrFindTrain(TrainSection):
+    output_dir: str = ""
+
+
+class LrFindConfig(RunConfig):
+    """A run's config for lr-find, which writes no folder: train.output_dir may be left out."""
+
+    train: _LrFindTrain = Field(default_factory=_LrFindTrain)
+
+
 def is_dropout(name: str) -> bool:
     """Whether a key of a transformers config is a probability of dropout: attention_dropout, resid_pdrop."""
     return "dropout" in name or name.endswith("pdrop")

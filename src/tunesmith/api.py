@@ -63,10 +63,15 @@ def callback_errors() -> Iterator[None]:
 class LoggedReporter:
     """Shows a run to a Python caller: records to `on_log`, the rest to the logger."""
 
+    owns_process = False
+
     def __init__(self, on_log: OnLog | None) -> None:
         if on_log is not None and not callable(on_log):
             raise TypeError(f"on_log: {on_log!r} cannot be called")
         self._on_log = on_log
+
+    def stage(self, text: str) -> None:
+        pass
 
     def summary(self, lines: list[tuple[str, str]]) -> None:
         for name, text in lines:
@@ -75,7 +80,7 @@ class LoggedReporter:
     def note(self, text: str) -> None:
         logger.info("%s", text)
 
-    def begin(self, total_steps: int, first_step: int) -> None:
+    def begin(self, total_steps: int, first_step: int, total_epochs: float) -> None:
         pass
 
     def step(self, record: dict[str, Any], remark: str) -> None:

@@ -19,6 +19,7 @@ from tunesmith.display import visible_streams
 from tunesmith.errors import ConfigError, UsageError
 from tunesmith.parser import CommandParser, build_parser
 from tunesmith.streams import lasting_streams
+from tunesmith.terminal.status import show_status
 
 
 def _take_open_maps(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -153,9 +154,14 @@ def _parse_config_command(parser: CommandParser, argv: list[str]) -> tuple[argpa
     return options, config
 
 
+_DOING = {"check": "reading the data", "tokenizer": "reading the data", "merge": "reading the adapter"}
+
+
 def run_command(argv: list[str]) -> None:
     """Run one command; raises a TunesmithError for what the user can fix."""
     _require_text(argv)
+    if not {"-h", "--help", "--version"} & set(argv):
+        show_status(_DOING.get(argv[0] if argv else "", "loading"))  # importing the libraries takes seconds
     parser = build_parser()
     if not argv:
         parser.print_help()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
@@ -31,6 +31,16 @@ def visible(text: str) -> str:
 def one_line(text: str) -> str:
     r"""Escape a text for a single line: control characters, and line feeds as \n."""
     return visible(text).replace("\n", "\\n")
+
+
+def hidden_removed(text: str) -> str:
+    """The text without control characters."""
+    return _HIDDEN.sub("", text)
+
+
+def hidden_replaced(text: str) -> str:
+    """The text with U+FFFD for each control character: of the same length."""
+    return _HIDDEN.sub("\ufffd", text)
 
 
 def _number(found: re.Match[str]) -> str:
@@ -61,12 +71,23 @@ def to_markdown(text: str) -> str:
 
 
 class VisibleStream:
-    """A text stream that escapes control characters. rich writes its colours to `raw`, the stream below."""
+    """A text stream that escapes control characters. rich writes its colours to `raw`, the stream below.
+
+    Attributes:
+        before_write: erases a line that the next output replaces (terminal/status.py), if there is one.
+    """
 
     def __init__(self, raw: TextIO) -> None:
         self.raw = raw
+        self.before_write: Callable[[], None] | None = None
+
+    def settle(self) -> None:
+        """Erase a line that says what is being done."""
+        if self.before_write is not None:
+            self.before_write()
 
     def write(self, text: str) -> int:
+        self.settle()
         self.raw.write(visible(text))
         return len(text)
 
@@ -81,6 +102,7 @@ class VisibleStream:
 def raw_stream(stream: TextIO) -> TextIO:
     """The stream below a VisibleStream, for text that is known to be safe."""
     while isinstance(stream, VisibleStream):
+        stream.settle()
         stream = stream.raw
     return stream
 
@@ -101,7 +123,16 @@ def visible_streams() -> Iterator[None]:
     try:
         yield
     finally:
+        if isinstance(sys.stdout, VisibleStream):
+            sys.stdout.settle()
         sys.stdout, sys.stderr = before
+
+
+def format_time(seconds: float) -> str:
+    """75 -> "1:15", 4000 -> "1:06:40"."""
+    minutes, rest = divmod(round(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def format_count(number: float) -> str:

@@ -281,12 +281,18 @@ def cast_trained(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def adapter_weights(wrapped: Any) -> dict[str, Tensor]:
-    """Copy of the adapter's state dict under the names of its file."""
+def adapter_tensors(wrapped: Any) -> dict[str, Tensor]:
+    """The adapter's state dict under the names of its file."""
     from peft import get_peft_model_state_dict
 
     with quiet_peft():
-        state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        state: dict[str, Tensor] = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    return state
+
+
+def adapter_weights(wrapped: Any) -> dict[str, Tensor]:
+    """Copy of the adapter's state dict under the names of its file."""
+    state = adapter_tensors(wrapped)
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
 
 

@@ -123,6 +123,11 @@ class Feed:
     def steps_per_epoch(self) -> int:
         return -(-self.packs_per_epoch // self.packs_per_step)
 
+    @property
+    def total_epochs(self) -> float:
+        """Of the run; epochs may differ by a pack or two."""
+        return self.total_steps / self.steps_per_epoch
+
 
 def plan_samples(store: TokenStore, samples: Pack, capacity: int, seed: int, epoch: int) -> list[Pack]:
     """The packs of an epoch, as sample numbers of the store."""

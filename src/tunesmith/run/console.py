@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 import time
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from tunesmith.display import LEVEL_STYLES, cover_streams, one_line, raw_stream, visible
+from tunesmith.display import LEVEL_STYLES, format_time, one_line, raw_stream, visible
+from tunesmith.terminal.bar import StepBar, fold
+from tunesmith.terminal.status import show_status
 
 _PLAIN_LINES = 20  # lines of a run whose output goes to a file
+_ROWS = 4  # that a line names
+_LONGEST_NAME = 24  # of a file in such a line
 
 
 class Reporter(Protocol):
-    """Shows a run while it trains."""
+    """Shows a run while it trains.
+
+    Attributes:
+        owns_process: a second Ctrl-C may end the process: nothing runs in it but this command.
+    """
+
+    owns_process: bool
+
+    def stage(self, text: str) -> None:
+        """What is being done now, until the next output."""
 
     def summary(self, lines: list[tuple[str, str]]) -> None:
         """Names and texts, before step 1; an empty name continues the line before."""
@@ -24,7 +39,7 @@ class Reporter(Protocol):
     def note(self, text: str) -> None:
         """One remark."""
 
-    def begin(self, total_steps: int, first_step: int) -> None:
+    def begin(self, total_steps: int, first_step: int, total_epochs: float) -> None:
         """Training starts after `first_step`."""
 
     def step(self, record: dict[str, Any], remark: str) -> None:
@@ -37,8 +52,13 @@ class Reporter(Protocol):
 class ConsoleReporter:
     """Prints to standard output: what the commands use."""
 
+    owns_process = True
+
     def __init__(self) -> None:
         self._display: StepDisplay | None = None
+
+    def stage(self, text: str) -> None:
+        show_status(text)
 
     def summary(self, lines: list[tuple[str, str]]) -> None:
         print_summary(lines)
@@ -46,8 +66,8 @@ class ConsoleReporter:
     def note(self, text: str) -> None:
         print(text)
 
-    def begin(self, total_steps: int, first_step: int) -> None:
-        self._display = StepDisplay(total_steps, first_step)
+    def begin(self, total_steps: int, first_step: int, total_epochs: float) -> None:
+        self._display = StepDisplay(total_steps, first_step, total_epochs)
 
     def step(self, record: dict[str, Any], remark: str) -> None:
         assert self._display is not None
@@ -56,10 +76,16 @@ class ConsoleReporter:
     def end(self) -> None:
         if self._display:
             self._display.close()
+            self._display = None
 
 
 class Silent:
     """Shows nothing."""
+
+    owns_process = False
+
+    def stage(self, text: str) -> None:
+        pass
 
     def summary(self, lines: list[tuple[str, str]]) -> None:
         pass
@@ -67,7 +93,7 @@ class Silent:
     def note(self, text: str) -> None:
         pass
 
-    def begin(self, total_steps: int, first_step: int) -> None:
+    def begin(self, total_steps: int, first_step: int, total_epochs: float) -> None:
         pass
 
     def step(self, record: dict[str, Any], remark: str) -> None:
@@ -78,72 +104,82 @@ class Silent:
 
 
 def print_summary(lines: list[tuple[str, str]]) -> None:
-    """Name and text in two columns; an empty name continues the line above. Warnings and errors are coloured."""
+    """Name and text in two columns, folded on a terminal; a line with an empty name continues the one above.
+
+    Warnings and errors are coloured on a terminal.
+    """
     width = max(len(name) for name, _ in lines)
+    room = max(20, shutil.get_terminal_size().columns - width - 2)
     console = Console(file=raw_stream(sys.stdout), soft_wrap=True, highlight=False, markup=False)
     for name, text in lines:
-        console.print(Text(f"{name:<{width}}  {one_line(text)}", style=LEVEL_STYLES.get(name, "")))
+        shown = [one_line(text)]
+        if sys.stdout.isatty():
+            shown = textwrap.wrap(shown[0], room, break_long_words=False, break_on_hyphens=False) or shown
+        for number, line in enumerate(shown):
+            console.print(Text(f"{'' if number else name:<{width}}  {line}", style=LEVEL_STYLES.get(name, "")))
     sys.stdout.flush()
 
 
 class StepDisplay:
-    """A rich progress bar on a terminal, else about twenty plain lines over the run.
+    """A progress bar on a terminal, else about twenty plain lines over the run.
 
     Args:
         first_step: where a resumed run begins.
+        total_epochs: of the whole run.
     """
 
-    def __init__(self, total_steps: int, first_step: int = 0) -> None:
+    def __init__(self, total_steps: int, first_step: int = 0, total_epochs: float = 1.0) -> None:
         self.total_steps, self.first_step = total_steps, first_step
+        self._epochs = f"{total_epochs:.2f}".rstrip("0").rstrip(".")
         self.started = time.perf_counter()
         self._next_line = first_step + 1
-        self._bar: Progress | None = None
+        self._remark = ""
+        self._bar: StepBar | None = None
+        self._console: Console | None = None
         if sys.stdout.isatty():
-            self._bar = Progress(
-                TextColumn("training"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[line]}", markup=False),
-                TimeRemainingColumn(),
-                console=Console(file=raw_stream(sys.stdout)),
-            )
-            self._task = self._bar.add_task("", total=total_steps, completed=first_step, line="")
-            self._bar.start()
-            cover_streams()  # rich has put streams of its own in their place
+            self._console = Console(file=raw_stream(sys.stdout))
+            self._bar = StepBar(total_steps, first_step, self._console)
 
     def show(self, record: dict[str, Any], remark: str = "") -> None:
         """A record as a line, with `remark` at its end."""
-        line = visible("  ".join(part for part in (format_record(record), remark) if part))
         step = record["step"]
-        if self._bar:
-            # numbers of an evaluation are printed above the bar; beside it they would push it off a narrow terminal
-            short = visible("  ".join(part for part in (format_record(record, is_short=True), remark) if part))
-            fields: dict[str, Any] = {"line": short} if short else {}
-            self._bar.update(self._task, completed=step, **fields)
-            if "eval_loss" in record or "rows" in record:
-                self._bar.console.print(f"step {step}: {line}", highlight=False, markup=False)
-        elif step >= self._next_line or step == self.total_steps or remark or {"eval_loss", "rows"} & set(record):
+        epoch = f"epoch {record['epoch']:.2f}/{self._epochs}"
+        numbers, findings = format_numbers(record), format_findings(record)
+        if self._bar and self._console:
+            is_news = bool(remark) and remark != self._remark  # on a terminal, once is enough
+            self._remark = remark
+            self._bar.update(step, [*numbers[:1], epoch, *numbers[1:]])
+            if findings or is_news:
+                head = f"step {step}/{self.total_steps}"
+                lines = fold([head, epoch, *numbers, *findings, *([remark] if is_news else [])], self._console.width)
+                self._bar.print([visible(line) for line in lines])
+        elif step >= self._next_line or step == self.total_steps or remark or findings:
             self._next_line = step + max(1, self.total_steps // _PLAIN_LINES)
-            print(f"step {step}/{self.total_steps}  {line}{self._time_left(step)}", flush=True)
+            parts = [f"step {step}/{self.total_steps}", epoch, *numbers, *findings, remark, self._time_left(step)]
+            print("  ".join(filter(None, parts)), flush=True)
 
     def _time_left(self, step: int) -> str:
-        if step <= self.first_step:
+        if not self.first_step < step < self.total_steps:
             return ""
         seconds = (time.perf_counter() - self.started) / (step - self.first_step) * (self.total_steps - step)
-        return f"  {seconds // 60:.0f}:{seconds % 60:02.0f} left" if step < self.total_steps else ""
+        return f"{format_time(seconds)} left"
 
     def close(self) -> None:
         if self._bar:
-            self._bar.stop()
+            self._bar.close()
+            self._bar = None
 
 
-def format_record(record: dict[str, Any], is_short: bool = False) -> str:
-    """A record in words; `is_short` leaves out evaluations and rows."""
+def format_numbers(record: dict[str, Any]) -> list[str]:
+    """Numbers of training."""
+    if "loss" not in record:
+        return []
+    return [f"loss {record['loss']:.4f}", f"lr {record['lr']:.2e}", f"{record['tokens_per_s']:.0f} tokens/s"]
+
+
+def format_findings(record: dict[str, Any]) -> list[str]:
+    """What is worth a line of its own: an evaluation, a jump of the gradient norm, a step that was left out."""
     parts = []
-    if "loss" in record:
-        parts += [f"loss {record['loss']:.4f}", f"lr {record['lr']:.2e}", f"{record['tokens_per_s']:.0f} tokens/s"]
-    if is_short:
-        return "  ".join(parts)
     if "eval_loss" in record:
         parts += [
             f"eval_loss {record['eval_loss']:.4f}",
@@ -151,8 +187,20 @@ def format_record(record: dict[str, Any], is_short: bool = False) -> str:
             f"accuracy {record['eval_token_accuracy']:.1%}",
         ]
     if "rows" in record:
-        shown = ", ".join(record["rows"][:4]) + (" ..." if len(record["rows"]) > 4 else "")
         times = record.get("grad_norm_jump")
-        what = f"gradient norm {times} times the usual" if times else "left out, its loss is not finite"
-        parts.append(f"{what}: rows {shown}")
-    return "  ".join(parts)
+        what = f"gradient norm {times:.0f} times the usual" if times else "left out, its loss is not finite"
+        parts.append(f"{what}: {format_rows(record['rows'])}")
+    return parts
+
+
+def format_rows(rows: Sequence[str]) -> str:
+    """The first of them as FILE:ROW; metrics.jsonl has all in full."""
+    shown, last = [], ""
+    for row in rows[:_ROWS]:
+        file, _, number = row.rpartition(":")
+        name = file.rpartition("/")[2]
+        name = name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"
+        shown.append(number if name and name == last else f"{name}:{number}" if name else number)
+        last = name
+    more = f" and {len(rows) - _ROWS} more" if len(rows) > _ROWS else ""
+    return f"{'row' if len(rows) == 1 else 'rows'} {', '.join(shown)}{more}"

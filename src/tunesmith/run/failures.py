@@ -10,7 +10,7 @@ from tunesmith.config.schema import RunConfig
 from tunesmith.errors import InterruptedRun, RunError, TunesmithError
 from tunesmith.files import NO_ROOM, is_out_of_memory, lacking_memory, system_error
 from tunesmith.runfolder import RunFolder
-from tunesmith.training.checkpoint import newest_valid
+from tunesmith.training.checkpoint import list_checkpoints, newest_valid
 from tunesmith.training.progress import Progress
 
 
@@ -24,16 +24,16 @@ def explained_failures(run: RunFolder, config: RunConfig, capacity: int, progres
     """
 
     def where() -> str:
-        return f"at step {progress.step}" if progress.step else "before step 1"
+        return tell_where(progress)
 
     try:
         yield
     except KeyboardInterrupt:
         if not run.record.exists():
             raise
-        raise InterruptedRun(f"interrupted {where()}. {how_to_continue(run)}", code="run-interrupted") from None
+        raise InterruptedRun(tell_interrupted(run, progress), code="run-interrupted") from None
     except InterruptedRun as stopped:
-        raise InterruptedRun(f"{stopped} {how_to_continue(run)}", code=stopped.code) from None
+        raise InterruptedRun(f"{stopped} {how_to_continue(run, is_urgent=True)}", code=stopped.code) from None
     except RunError as error:
         raise RunError(f"{error} {how_to_continue(run)}", code=error.code) from None
     except TunesmithError:
@@ -48,6 +48,15 @@ def explained_failures(run: RunFolder, config: RunConfig, capacity: int, progres
         raise explain_system(reason, run, where()) from error
 
 
+def tell_where(progress: Progress) -> str:
+    return f"at step {progress.step}" if progress.step else "before step 1"
+
+
+def tell_interrupted(run: RunFolder, progress: Progress) -> str:
+    """For a run that ends at once, in the middle of a step."""
+    return f"interrupted {tell_where(progress)}. {how_to_continue(run, is_urgent=True)}"
+
+
 def explain_system(error: OSError, run: RunFolder, where: str) -> RunError:
     """The error for a failed system call: the reason, the file, and when."""
     file = os.fspath(error.filename) if isinstance(error.filename, (str, os.PathLike)) else run.path
@@ -57,10 +66,15 @@ def explain_system(error: OSError, run: RunFolder, where: str) -> RunError:
     return RunError(f"{file}: {error.strerror or error}, {where}. {advice}", code="system-error")
 
 
-def how_to_continue(run: RunFolder) -> str:
+def how_to_continue(run: RunFolder, is_urgent: bool = False) -> str:
+    """The newest good checkpoint and the command.
+
+    Args:
+        is_urgent: do not read the checkpoint's files, which may take minutes; the run verified them when it wrote them.
+    """
     if not run.record.exists():
         return "No files were kept."
-    last, _ = newest_valid(run)
+    last = next(reversed(list_checkpoints(run)[0]), None) if is_urgent else newest_valid(run)[0]
     state = f"Last good checkpoint: {last.folder}." if last else "No checkpoint yet: resume starts at step 0."
     return f"{state} Continue with: tunesmith resume {run.path}"
 

@@ -20,6 +20,7 @@ def finish_run(ready: ReadyRun, progress: Progress, record: RunRecord) -> Path:
     """Write the last step's weights, or those of the best evaluated step if that was earlier; returns their folder."""
     session, lm = ready.session, ready.lm
     folder = session.folder
+    session.reporter.stage("saving the model")
     model = take_best(ready, progress)
     card = model_card(ready, progress)
     if lm.adapter is None:

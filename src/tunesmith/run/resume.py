@@ -59,6 +59,7 @@ def run_resume(
     allow = Allowed(as_typed(name, flags), allowed)
     with locked(folder.path), StopRequest() as stop:
         remove_leftovers(folder)
+        reporter.stage("verifying the newest checkpoint")
         position = find_position(folder, name, record, reporter)
         position = replace(position, fingerprint=own_files(position.fingerprint, folder))
         if position.is_finished and "train.max_steps" not in flags and "train.epochs" not in flags:
@@ -72,6 +73,7 @@ def run_resume(
         session = open_session(config, folder, reporter, record.date, find_data_or_none(config), model)
         with explained_failures(folder, config, session.lengths.capacity, position.progress):
             dataset, guard = reopen_data(session, position.fingerprint, allow)
+            reporter.stage("loading the model")
             ready = assemble(session, dataset, None if session.is_adapter else position.weights)
             if session.is_adapter:
                 reopen_adapter(ready, position.checkpoint, record, allow)

@@ -56,10 +56,12 @@ def run_training(config: RunConfig, reporter: Reporter | None = None, rows: Rows
                 session = keep_rows(session, rows, staging)
                 sources = session.sources or sources
             max_seq_len, seed = session.lengths.max_seq_len, config.train.seed
+            session.reporter.stage("reading the data")
             dataset = write_dataset(config.data, sources, session.encoder, max_seq_len, seed, staging)
+            session.reporter.stage("loading the model")
             ready = assemble(session, dataset)
             initial = keep_initial(ready.lm.adapter, staging) if changes_base(config.lora) else None
-            room = require_room(path, ready.lm, config, ready.feed.total_steps)
+            room = require_room(path, ready)
             session.reporter.summary([*summary_lines(ready), ("room", room), *cpu_lines(ready)])
             guard = take_fingerprint(session, describe_files(sources), dataset.sha256)
             record = RunRecord(

@@ -7,12 +7,13 @@ import contextlib
 from tunesmith.config.runfile import dump_yaml
 from tunesmith.files import sealed, write_text_atomic
 from tunesmith.run.assemble import ReadyRun
+from tunesmith.run.failures import tell_interrupted
 from tunesmith.run.records import RunRecord
 from tunesmith.runfolder import RunFolder
 from tunesmith.training.checkpoint import Checkpoint, restore_optimizer
 from tunesmith.training.interrupt import StopRequest
 from tunesmith.training.loop import Trainer
-from tunesmith.training.metrics import Tracker, start_trackers
+from tunesmith.training.metrics import Tracker, start_trackers, tracker_hints
 from tunesmith.training.optim import build_optimizer
 from tunesmith.training.progress import Progress, TrainState, Window
 from tunesmith.training.randomness import restore_random_states, seed_all
@@ -75,14 +76,24 @@ def build_trainer(
 
 def train_to_end(ready: ReadyRun, trainer: Trainer) -> None:
     """Run the loop; trackers and the saver are closed in any case."""
-    reporter = ready.session.reporter
-    reporter.begin(ready.feed.total_steps, trainer.progress.step)
-    trainer.stop.defer()
+    reporter, folder = ready.session.reporter, ready.session.folder
+
+    def last_words() -> str:
+        reporter.end()
+        return tell_interrupted(folder, trainer.progress)
+
+    train = ready.session.config.train
+    for line in tracker_hints(list(train.trackers), train.output_dir):
+        reporter.note(line)
+    epochs = train.epochs if train.max_steps is None else ready.feed.total_epochs
     try:
+        reporter.begin(ready.feed.total_steps, trainer.progress.step, epochs)
+        trainer.stop.defer(trainer.explain_stop, last_words if reporter.owns_process else None)
         trainer.train()
     except BaseException:
-        with contextlib.suppress(Exception):
-            trainer.saver.wait()  # an earlier snapshot is still worth keeping
+        if not trainer.stop.is_urgent:
+            with contextlib.suppress(Exception):
+                trainer.saver.wait()  # an earlier snapshot is still worth keeping
         for tracker in trainer.trackers:
             with contextlib.suppress(OSError):  # a full disk must not hide the original error
                 tracker.finish()

@@ -262,10 +262,3 @@ def leftovers(run: RunFolder) -> Iterator[Path]:
     for root in (run.path, run.checkpoints):
         for pattern in (".*.partial", ".*.old"):
             yield from root.glob(pattern)
-
-
-def estimate_bytes(lm: SupervisedLM) -> tuple[int, int]:
-    """Size in bytes of a checkpoint (weights and two averages for each), and of the weights alone."""
-    trained = sum(p.numel() * p.element_size() for p in lm.model.parameters() if p.requires_grad)
-    kept = trained if lm.adapter is not None else sum(p.numel() * p.element_size() for p in lm.model.parameters())
-    return kept + 2 * trained, kept

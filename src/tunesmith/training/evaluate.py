@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from tunesmith.data.feed import Batches
 from tunesmith.model.loss import Objective, SupervisedLM, supervised_loss
 from tunesmith.training.precision import Precision
+from tunesmith.training.step import StepAborted
 from tunesmith.training.world import OneProcess, World
 
 
@@ -30,8 +32,16 @@ def evaluate(
     precision: Precision,
     world: World | None = None,
     objective: Objective = supervised_loss,
+    gives_up: Callable[[], bool] | None = None,
 ) -> EvalResult:
-    """Means over all supervised tokens, without dropout. Synchronizes with the device only once, at the end."""
+    """Means over all supervised tokens, without dropout. Synchronizes with the device only once, at the end.
+
+    Args:
+        gives_up: asked before each forward; for one process only.
+
+    Raises:
+        StepAborted: `gives_up` said so.
+    """
     world = world or OneProcess()
     batches = batches.share(world.rank, world.size)
     device = next(lm.parameters()).device
@@ -39,6 +49,8 @@ def evaluate(
     sums = torch.zeros(2, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     lm.eval()
     for batch in batches:
+        if gives_up is not None and gives_up():
+            raise StepAborted
         with precision.context(device):
             found = objective(lm, batch)
         assert found.num_correct is not None

@@ -1,42 +1,113 @@
-"""Ctrl-C and SIGTERM: the first asks the run to save and end, the second ends it at once."""
+"""Ctrl-C and SIGTERM: the first asks the run to save and end, the second ends it at once.
+
+Python runs a signal handler in the main thread, between two of its own instructions: not during a long backward pass,
+and once for several signals that arrive meanwhile. So a thread listens too. It learns of each signal as it arrives,
+says at once what happens next, and ends a process whose main thread does not get to it.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
+import socket
+import sys
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
+
+from tunesmith.errors import InterruptedRun
+
+logger = logging.getLogger(__name__)
+_ENDING = (signal.SIGINT, signal.SIGTERM)
+_RAISE_AGAIN_S = 0.2  # the main thread usually takes a signal in less
+_PATIENCE_S = 2.0  # then the process is ended, if that is allowed
 
 
 class StopRequest:
     """Within the `with` block, remembers that a signal asked the run to end.
 
     Before `defer` is called, and at the second signal, KeyboardInterrupt is raised at once.
+
+    Attributes:
+        is_made: a signal asked the run to end.
+        is_urgent: a second signal asked for that at once.
     """
 
     def __init__(self) -> None:
-        self.is_made = False
+        self.is_made = self.is_urgent = False
         self._is_deferred = False
+        self._taken = self._heard = 0  # signals seen by the handler and by the listener
         self._before: dict[int, Any] = {}
+        self._explain: Callable[[], str] = str
+        self._last_words: Callable[[], str] | None = None
+        self._has_ended = threading.Event()
 
-    def defer(self) -> None:
-        """From here on the loop looks at `is_made` after each step."""
+    def defer(self, explain: Callable[[], str] = str, last_words: Callable[[], str] | None = None) -> None:
+        """From here on the loop looks at `is_made`.
+
+        Args:
+            explain: says what is finished first and how long that takes; called in another thread.
+            last_words: what to print where a second signal does not reach the main thread within seconds; the process
+                is then ended. None: it is not.
+        """
+        self._explain, self._last_words = explain, last_words
         self._is_deferred = True
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # Python takes signals nowhere else
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._take)
+        if threading.current_thread() is not threading.main_thread():  # Python takes signals nowhere else
+            return self
+        for number in _ENDING:
+            self._before[number] = signal.signal(number, self._take)
+        self._ears, self._mouth = socket.socketpair()
+        self._mouth.setblocking(False)
+        self._wakeup_before = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._has_ended.set()
+        if not self._before:
+            return
+        signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._mouth.close()  # the listener reads the end of the stream, and ends
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        if self._is_deferred and not self.is_made:
+        if self._is_deferred:
+            self._taken += 1
             self.is_made = True
-            return
+            if max(self._taken, self._heard) < 2:
+                return
+            self.is_urgent = True
         raise KeyboardInterrupt
+
+    def _listen(self) -> None:
+        """Python writes the number of each signal into the socket when it arrives."""
+        with self._ears:
+            while numbers := self._ears.recv(64):
+                for number in numbers:
+                    if number in _ENDING and self._is_deferred:
+                        self._hear()
+
+    def _hear(self) -> None:
+        self._heard += 1
+        if self._heard == 1:
+            self.is_made = True
+            if text := self._explain():
+                logger.warning("%s", text)
+        elif self._heard == 2:
+            threading.Thread(target=self._insist, name="second signal", daemon=True).start()
+
+    def _insist(self) -> None:
+        """Make sure that the second signal ends the run."""
+        if not self._has_ended.wait(_RAISE_AGAIN_S) and not self.is_urgent:
+            signal.raise_signal(signal.SIGINT)  # the two came as one to the main thread
+        if self._has_ended.wait(_PATIENCE_S) or self._last_words is None:
+            return
+        print(self._last_words(), file=sys.stderr, flush=True)
+        os._exit(InterruptedRun.exit_code)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 
@@ -18,11 +19,12 @@ from tunesmith.training.evaluate import evaluate
 from tunesmith.training.interrupt import StopRequest
 from tunesmith.training.metrics import Record, Tracker
 from tunesmith.training.optim import lr_at, set_lr
+from tunesmith.training.pace import Pace
 from tunesmith.training.precision import Precision
 from tunesmith.training.progress import Progress, TrainState, Window
-from tunesmith.training.randomness import take_random_states
+from tunesmith.training.randomness import restore_random_states, take_random_states
 from tunesmith.training.saver import Saver
-from tunesmith.training.step import NotFiniteError, train_step
+from tunesmith.training.step import NotFiniteError, StepAborted, train_step
 from tunesmith.training.world import World
 
 DEFAULT_SAVE_STEPS = 500
@@ -36,6 +38,7 @@ class Trainer:
     Attributes:
         on_log: gets each record, and what could not be saved.
         saved_step: of the newest checkpoint.
+        pace: what the loop is doing, and how long that took before.
     """
 
     config: RunConfig
@@ -52,6 +55,7 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
     window: Window = field(default_factory=Window)
     saved_step: int | None = None
+    pace: Pace = field(default_factory=Pace)
 
     def train(self) -> None:
         """Run all steps from where `progress` is, and save the last one.
@@ -59,18 +63,18 @@ class Trainer:
         Raises:
             RunError: the loss stopped being finite; the rows of that step are named. Or the last checkpoint could not
                 be saved.
-            InterruptedRun: a signal asked the run to end; it is saved.
+            InterruptedRun: a signal asked the run to end; the last finished step is saved.
         """
         progress, total = self.progress, self.feed.total_steps
         self.lm.train()
         if self.feed.held_out is not None and progress.step == 0:
-            self._log({"step": 0, "epoch": 0.0} | self._evaluate())  # what the model knows already
+            self._log({"step": 0, "epoch": 0.0} | self._evaluate_first())  # what the model knows already
         self._saved_at = time.monotonic()
         self.window.restart_clock()
         for step in self.feed.steps(progress.place, self.world.rank, self.world.size):
             if progress.step >= total or progress.stopped_early:
                 break
-            record = self._step(step)
+            record = self._whole_step(step)
             if self._evaluates_now():
                 with self.window.pause():
                     record = (record or self._head()) | self._evaluate()
@@ -80,14 +84,40 @@ class Trainer:
             if record:
                 self._log(record)
             if self.world.agree(self.stop.is_made):
-                self._save_last()
-                raise InterruptedRun(f"interrupted at step {progress.step}, which is saved.", code="run-interrupted")
+                self._stop()
             if progress.step < total and (is_best or self._saves_now()):
                 with self.window.pause():
                     self.save()
+        self.pace.is_at_end = True
         self._save_last()
 
-    def _step(self, step: Step) -> Record:
+    def _whole_step(self, step: Step) -> Record:
+        """`_step`; where a signal arrives in it, the run ends between two of its forwards, as if it had not begun."""
+        if self.world.size > 1:  # all of them must make the same forwards
+            with self.pace.of("step"):
+                return self._step(step, None)
+        random = take_random_states()  # dropout draws numbers in every forward
+        try:
+            with self.pace.of("forward", len(step.batches)):
+                return self._step(step, self._gives_up)
+        except StepAborted:
+            self.optimizer.zero_grad(set_to_none=True)
+            restore_random_states(*random)
+            self.window.paused_s += self.pace.seconds()
+            self._stop()
+
+    def _gives_up(self) -> bool:
+        self.pace.count_forward()
+        return self.stop.is_made
+
+    def _stop(self) -> NoReturn:
+        step = self.progress.step
+        if step:  # a checkpoint of step 0 would hold what the run begins with anyway
+            self._save_last()
+        what = f"at step {step}, which is saved" if step else "before the end of step 1"
+        raise InterruptedRun(f"interrupted {what}.", code="run-interrupted")
+
+    def _step(self, step: Step, gives_up: Callable[[], bool] | None) -> Record:
         """One update, or none where the loss is not finite; the record to log, if one is due."""
         train, progress = self.config.train, self.progress
         lr = lr_at(progress.step, self.feed.total_steps, self.config.optim)
@@ -95,8 +125,9 @@ class Trainer:
         max_grad_norm = self.config.optim.max_grad_norm
         try:
             result = train_step(
-                self.lm, self.optimizer, step.batches, max_grad_norm, self.precision, self.scaler, self.world
-            )
+                self.lm, self.optimizer, step.batches, max_grad_norm, self.precision, self.scaler, self.world,
+                gives_up=gives_up,
+            )  # fmt: skip
         except NotFiniteError as error:
             return self._leave_out(step, error)
         progress.step += 1
@@ -105,7 +136,7 @@ class Trainer:
         progress.supervised_tokens += result.num_targets
         progress.skipped_in_a_row = 0
         self.window.add(result)
-        jump = progress.jump(result.grad_norm) if math.isfinite(result.grad_norm) else None
+        jump = progress.jump(result.grad_norm, result.loss) if math.isfinite(result.grad_norm) else None
         if not jump and progress.step % train.log_steps and progress.step != self.feed.total_steps:
             return {}
         record = self._record(self.window, lr, result.grad_norm)
@@ -158,9 +189,21 @@ class Trainer:
 
     def _evaluate(self) -> Record:
         assert self.feed.held_out is not None
-        began = time.perf_counter()
-        result = evaluate(self.lm, self.feed.held_out, self.precision, self.world)
-        return result.to_record() | {"eval_s": round(time.perf_counter() - began, 3)}
+        with self.pace.of("evaluation"):  # always to its end: a resumed run does not repeat it
+            result = evaluate(self.lm, self.feed.held_out, self.precision, self.world)
+            return result.to_record() | {"eval_s": round(self.pace.seconds(), 3)}
+
+    def _evaluate_first(self) -> Record:
+        """Before step 1, where an interrupted evaluation is repeated."""
+        if self.world.size > 1:
+            return self._evaluate()
+        assert self.feed.held_out is not None
+        try:
+            with self.pace.of("forward", len(self.feed.held_out)):
+                result = evaluate(self.lm, self.feed.held_out, self.precision, gives_up=self._gives_up)
+                return result.to_record() | {"eval_s": round(self.pace.seconds(), 3)}
+        except StepAborted:
+            self._stop()
 
     def _judge(self, eval_loss: float) -> bool:
         """Whether this is the best model so far, and so worth a checkpoint; notes where patience has run out."""
@@ -208,6 +251,11 @@ class Trainer:
             raise RunError(
                 f"the last checkpoint could not be saved: {self.saver.failure}. Free space there.", code="save-failed"
             )
+
+    def explain_stop(self) -> str:
+        """What a first signal leaves to be done; another thread asks."""
+        self.pace.save_s = self.saver.seconds
+        return self.pace.explain(self.progress.step, self.saved_step)
 
     def _explain_not_finite(self, error: NotFiniteError, rows: list[str]) -> str:
         shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")

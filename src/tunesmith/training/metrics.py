@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -182,6 +183,14 @@ def require_trackers(names: Sequence[str]) -> None:
             missing.append(f"{name} is not installed: pip install 'tunesmith[{name}]'")
     if missing:
         raise ConfigError("train.trackers", missing, code="package-missing")
+
+
+def tracker_hints(names: Sequence[str], output_dir: str) -> list[str]:
+    """How to look at what the trackers write into the RUN folder."""
+    if "tensorboard" not in names:
+        return []
+    folder = RunFolder(Path(output_dir)).tracker_logs("tensorboard")
+    return [f"TensorBoard: tensorboard --logdir {shlex.quote(str(folder))}"]
 
 
 def start_trackers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,11 @@ from torch import Tensor
 from tunesmith.data.feed import FIRST_PLACE, Place
 from tunesmith.training.step import StepResult
 
-_JUMP, _JUMP_WINDOW, _JUMP_STEPS = 5.0, 50, 20  # a gradient norm 5 times the mean of the last 50 steps, 20 at least
+# A gradient norm this many times the mean of the last steps is a jump if the loss jumped too, or always if extreme:
+# norms have heavy tails, and one alone says little
+_JUMP, _EXTREME = 5.0, 50.0
+_JUMP_LOSS = 3.0  # standard deviations above the mean of the last losses
+_JUMP_WINDOW, _JUMP_STEPS = 50, 20  # steps that are looked back on, and how many there must be
 
 
 @dataclass
@@ -25,7 +30,7 @@ class Progress:
     Attributes:
         place: of the feed, where the next step begins.
         skipped: steps left out because their loss was not finite; skipped_in_a_row, the last ones of them.
-        grad_norms: the last ones, to tell a jump by.
+        grad_norms, losses: of the last steps, to tell a jump by.
     """
 
     step: int = 0
@@ -40,6 +45,7 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     grad_norms: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         best = self.best_eval_loss if math.isfinite(self.best_eval_loss) else None
@@ -48,14 +54,23 @@ class Progress:
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> Progress:
         best = saved["best_eval_loss"]
-        known = {f.name: saved[f.name] for f in fields(cls)}
+        known = {f.name: saved[f.name] for f in fields(cls) if f.name != "losses"}
+        known["losses"] = saved.get("losses", [])  # checkpoints of earlier versions have none
         return cls(**known | {"best_eval_loss": math.inf if best is None else best})
 
-    def jump(self, grad_norm: float) -> float | None:
-        """How many times larger a gradient norm is than the mean of the last ones, where that is remarkable."""
-        usual = sum(self.grad_norms) / len(self.grad_norms) if len(self.grad_norms) >= _JUMP_STEPS else 0.0
-        self.grad_norms = [*self.grad_norms[1 - _JUMP_WINDOW :], grad_norm]
-        return grad_norm / usual if usual and grad_norm > _JUMP * usual else None
+    def jump(self, grad_norm: float, loss: float) -> float | None:
+        """How many times larger a step's gradient norm is than the mean of the last ones, where that is remarkable."""
+        norms, losses = self.grad_norms, self.losses
+        self.grad_norms = [*norms[1 - _JUMP_WINDOW :], grad_norm]
+        self.losses = [*losses[1 - _JUMP_WINDOW :], loss]
+        if len(norms) < _JUMP_STEPS or len(losses) < _JUMP_STEPS:
+            return None
+        usual = statistics.fmean(norms)
+        times = grad_norm / usual if usual else 0.0
+        if times > _EXTREME:
+            return times
+        highest = statistics.fmean(losses) + _JUMP_LOSS * statistics.pstdev(losses)
+        return times if times > _JUMP and loss > highest else None
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,10 +29,14 @@ class Saver:
     A failed write does not end the run: `failure` then says what could not be saved, why, and which checkpoint is the
     last good one, and the next snapshot is tried. Weights that are not finite do end the run: their checkpoint would
     replace a good one.
+
+    Attributes:
+        failure: why the newest snapshot could not be saved; "" if it was.
+        seconds: that the last checkpoint took.
     """
 
     def __init__(self, run: RunFolder, lm: SupervisedLM, encoder: Encoder, guard: Mapping[str, Any], keep: int) -> None:
-        self.failure = ""
+        self.failure, self.seconds = "", 0.0
         self._run, self._lm, self._encoder, self._guard, self._keep = run, lm, encoder, guard, keep
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -53,6 +58,7 @@ class Saver:
             raise error
 
     def _write(self, snapshot: Snapshot, best_step: int | None) -> None:
+        began = time.monotonic()
         try:
             require_finite(snapshot)
             folder = write_checkpoint(self._run, snapshot, self._lm, self._encoder, self._guard)
@@ -60,7 +66,7 @@ class Saver:
             if damage:
                 self.failure = f"checkpoint of step {snapshot.step} does not verify ({damage}); older ones are kept"
                 return
-            self.failure = ""
+            self.failure, self.seconds = "", time.monotonic() - began
             prune_checkpoints(self._run, self._keep, best_step, snapshot.step)
         except BaseException as error:
             reason = system_error(error)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tunesmith.data.feed import Batches
+from tunesmith.data.pack import Batch
 from tunesmith.model.loss import Objective, SupervisedLM, supervised_loss
 from tunesmith.training.precision import Precision
 from tunesmith.training.world import OneProcess, World
@@ -32,6 +33,10 @@ class StepResult:
     expert_counts: Tensor | None = None
 
 
+class StepAborted(Exception):
+    """A step was given up between two forwards: there are gradients, and no update was made."""
+
+
 class NotFiniteError(Exception):
     """The loss or the gradient is NaN or infinite; no update was made."""
 
@@ -48,14 +53,17 @@ def train_step(
     scaler: torch.amp.GradScaler,
     world: World | None = None,
     objective: Objective = supervised_loss,
+    gives_up: Callable[[], bool] | None = None,
 ) -> StepResult:
     """One update. The loss is the sum over all supervised tokens of the step divided by their count.
 
     The split into forwards and processes does not change the gradient; only a router loss, which is not linear in the
     batch, is a mean over the forwards. The host waits for the device once, to see that the numbers are finite.
+    `gives_up` is asked before each forward but the first, in one process only: of several none may stop alone.
 
     Raises:
         NotFiniteError: they are not; there is no update.
+        StepAborted: `gives_up` said so; there is no update.
     """
     world = world or OneProcess()
     device = next(lm.parameters()).device
@@ -64,7 +72,7 @@ def train_step(
     loss_sum = torch.zeros((), device=device)
     router_sum = torch.zeros((), device=device)
     expert_counts: Tensor | None = None
-    for batch in batches:
+    for batch in _until_given_up(batches, gives_up):
         with precision.context(device):
             sums = objective(lm, batch)
         loss = sums.loss / max(1, num_targets)
@@ -96,6 +104,13 @@ def train_step(
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return result
+
+
+def _until_given_up(batches: Batches, gives_up: Callable[[], bool] | None) -> Iterator[Batch]:
+    for number, batch in enumerate(batches):
+        if number and gives_up is not None and gives_up():
+            raise StepAborted
+        yield batch
 
 
 def read_numbers(tensors: Sequence[Tensor]) -> list[float]:

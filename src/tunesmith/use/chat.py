@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import io
+import shutil
 import sys
+import textwrap
+from collections.abc import Callable
 
 from tunesmith.config.schema import ModelSection
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, Terminated
 from tunesmith.rows.conversation import Message
+from tunesmith.terminal.questions import KEYS, Cleared, Read, has_editor, open_editor, open_lines
+from tunesmith.terminal.status import show_status
+from tunesmith.terminal.tty import held_keys, typed_ahead
 from tunesmith.use.batch import Sampling
 from tunesmith.use.generate import Speaker, load_speaker, stream_reply
 
@@ -18,6 +23,7 @@ HELP = "/reset forgets the conversation, /system TEXT sets the system prompt (an
 
 
 def run_chat(options: argparse.Namespace) -> None:
+    show_status("loading the model")
     section = ModelSection(path=options.model, trust_remote_code=options.trust_remote_code)
     speaker = load_speaker(section, options.chat_template, options.more, options.allow_changed_base)
     template = speaker.encoder.template
@@ -32,47 +38,83 @@ def run_chat(options: argparse.Namespace) -> None:
     if options.prompt is not None:
         chat.answer(options.prompt)
         return
-    print(f"{options.model}: {HELP}")
+    is_edited = has_editor()
+    lines = [f"{options.model}: {HELP}"]
     if names := speaker.adapter_names:
-        print(f"adapters: {', '.join(names)}; /adapter NAME switches, /adapter base answers without")
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  # line editing and history for input()
-    if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no text must not end the chat; the encoder says so
-        sys.stdin.reconfigure(errors="surrogateescape")
-    while True:
-        try:
-            line = input("you> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if line == "/exit":
-            return
-        if line:
-            _handle_line(chat, line)
+        lines.append(f"adapters: {', '.join(names)}; /adapter NAME switches, /adapter base answers without")
+    for line in [*lines, KEYS] if is_edited else lines:
+        print(textwrap.fill(line, shutil.get_terminal_size().columns) if is_edited else line)
+    talk(chat, open_editor(chat.complete) if is_edited else open_lines(), is_edited)
+
+
+def talk(chat: Chat, read: Read, is_edited: bool) -> None:
+    """Read and answer turns until the person leaves.
+
+    Args:
+        is_edited: `read` is a line editor: it takes what was typed during a reply as the beginning of the next turn,
+            and Ctrl-C where nothing is typed ends the chat only when it is pressed twice.
+    """
+    was_asked, typed = False, ""
+    with held_keys() if is_edited else contextlib.nullcontext():
+        while True:
+            try:
+                line = read(typed)
+                was_asked, typed = False, ""
+                if line == "/exit":
+                    return
+                if line:
+                    _handle_line(chat, line)
+                    typed = typed_ahead() if is_edited else ""  # stands at the next prompt; Enter sends it
+            except Cleared:
+                was_asked, typed = False, ""
+            except (EOFError, Terminated):
+                print()
+                return
+            except KeyboardInterrupt:
+                if was_asked or not is_edited:
+                    print()
+                    return
+                was_asked, typed = True, ""
+                print("(press Ctrl-C again, or Ctrl-D, to leave)")
 
 
 def _handle_line(chat: Chat, line: str) -> None:
-    if line == "/reset":
-        chat.reset()
-        print("(forgotten)")
-    elif line == "/system" or line.startswith("/system "):
-        chat.reset(system=line.removeprefix("/system").strip() or None)
-        print("(system prompt set)" if chat.system else "(system prompt removed)")
-    elif line.split()[0] == "/adapter" and chat.speaker.adapter_names:
-        name, names = line.removeprefix("/adapter").strip(), [*chat.speaker.adapter_names, "base"]
-        if name in names:
-            chat.speaker.switch(name)
-        print(f"(now {name})" if name in names else f"no adapter {name!r}; there are: {', '.join(names)}")
-    elif line.startswith("/"):
-        print(f"unknown command {line.split()[0]}; {HELP}")
+    name, _, rest = line.partition(" ")
+    if name in COMMANDS and (name != "/adapter" or chat.speaker.adapter_names):
+        COMMANDS[name](chat, rest.strip())
+    elif "\n" not in line and line.startswith("/"):
+        print(f"unknown command {name}; {HELP}")
     else:
+        before = len(chat.messages)
         try:
             chat.answer(line)
-        except KeyboardInterrupt:  # stops the reply, not the chat
-            print(" (interrupted)")
+        except Terminated:
+            raise
+        except KeyboardInterrupt:
+            print(" (stopped)" if len(chat.messages) > before else "(stopped; the question is forgotten)")
         except ModelError as error:
             advice = " Type /reset to forget this one." if error.code == "context-full" and chat.messages else ""
             print(f"error: {error}{advice}", file=sys.stderr)
+
+
+def _reset(chat: Chat, rest: str) -> None:
+    chat.reset()
+    print("(forgotten)")
+
+
+def _set_system(chat: Chat, text: str) -> None:
+    chat.reset(system=text or None)
+    print("(system prompt set)" if chat.system else "(system prompt removed)")
+
+
+def _switch(chat: Chat, name: str) -> None:
+    names = chat.adapters
+    if name in names:
+        chat.speaker.switch(name)
+    print(f"(now {name})" if name in names else f"no adapter {name!r}; there are: {', '.join(names)}")
+
+
+COMMANDS: dict[str, Callable[[Chat, str], None]] = {"/reset": _reset, "/system": _set_system, "/adapter": _switch}
 
 
 class Chat:
@@ -84,20 +126,33 @@ class Chat:
         self.system = system or None
         self.reset()
 
+    @property
+    def adapters(self) -> list[str]:
+        """What /adapter takes."""
+        return [*self.speaker.adapter_names, "base"] if self.speaker.adapter_names else []
+
+    def complete(self, text: str) -> list[str]:
+        """The commands that begin with a text."""
+        commands = ["/reset", "/system ", "/exit", *(f"/adapter {name}" for name in self.adapters)]
+        return [command for command in commands if command.startswith(text)]
+
     def reset(self, system: str | None = "") -> None:
         """Forget all turns; the system prompt stays unless a new one (or None) is given."""
         self.system = self.system if system == "" else system
         self.messages = [Message("system", self.system)] if self.system else []
 
     def answer(self, text: str) -> str:
-        """Print the reply as it comes, and keep both turns once it is whole."""
+        """Print the reply as it comes, and keep both turns; of a reply that Ctrl-C ends, what was printed."""
         asked = [*self.messages, Message("user", text)]
         prompt = self.speaker.encoder.encode_prompt(asked, date=datetime.datetime.now())
         reply = ""
-        for piece in stream_reply(self.speaker, prompt, self.sampling):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-            reply += piece
-        print()
-        self.messages = [*asked, Message("assistant", reply)]
+        try:
+            for piece in stream_reply(self.speaker, prompt, self.sampling):
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+                reply += piece
+            print()
+        finally:
+            if reply or sys.exc_info()[0] is None:
+                self.messages = [*asked, Message("assistant", reply)]
         return reply

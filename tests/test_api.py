@@ -149,7 +149,7 @@ def test_preview_and_check(model_folder: Path, chats: Path, quiet: None) -> None
     assert [row.status for row in tunesmith.preview(model=model_folder, data=ROWS[:2])] == ["used", "used"]
     found = tunesmith.check(model=model_folder, data=ROWS, eval_data=ROWS[:1])
     assert found.num_errors == 1  # a row of eval is also in train
-    assert "<table>" in found._repr_html_()
+    assert '<section class="error">' in found._repr_html_()
     assert found.to_json()["errors"] == 1
 
 

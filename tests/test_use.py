@@ -174,7 +174,7 @@ def test_preview_in_the_terminal_and_as_a_page(run, trained: Path, tmp_path: Pat
     assert code == 0
     assert "⟦<script>alert(1)</script> 你好<|im_end|>⟧" in out
     assert "refused: turn 1 (assistant) is empty" in out
-    assert f"{data}:3  used (text)" in out
+    assert f"{data.name}:3  used (text)" in out
     page = tmp_path / "page.html"
     code, out, _ = run("preview", "--model", trained, "--data", data, "--html", page)
     assert code == 0

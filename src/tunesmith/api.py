@@ -70,8 +70,7 @@ class LoggedReporter:
             raise TypeError(f"on_log: {on_log!r} cannot be called")
         self._on_log = on_log
 
-    def stage(self, text: str) -> None:
-        pass
+    def stage(self, text: str) -> None: ...
 
     def summary(self, lines: list[tuple[str, str]]) -> None:
         for name, text in lines:
@@ -80,8 +79,7 @@ class LoggedReporter:
     def note(self, text: str) -> None:
         logger.info("%s", text)
 
-    def begin(self, total_steps: int, first_step: int, total_epochs: float) -> None:
-        pass
+    def begin(self, total_steps: int, first_step: int, total_epochs: float) -> None: ...
 
     def step(self, record: dict[str, Any], remark: str) -> None:
         if remark:
@@ -96,8 +94,7 @@ class LoggedReporter:
                 raise CallbackFailed(error) from error
             restore_random_states(*states)
 
-    def end(self) -> None:
-        pass
+    def end(self) -> None: ...
 
 
 class Run:
@@ -283,14 +280,9 @@ def preview(
         only: kinds of rows: refused, used, truncated, cut (before a stop token), split, noted, unrolled, composed.
         run_file, model, data, tokenizer, sections: as in `train`.
     """
-    from tunesmith.use.labels import parse_rows
-    from tunesmith.use.preview import NUM_ROWS, check_kinds, preview_rows
+    from tunesmith.use.preview import choose_rows, preview_rows
 
-    if rows is not None and (not isinstance(rows, int) or rows < 1):
-        raise UsageError(f"rows: {rows!r} is not a whole number of 1 or more.", code="rows-value")
-    asked, kinds = parse_rows(row), check_kinds(only)
-    # of an iterator, which may be endless, no more is read than is needed
-    limit = max(one.last for one in asked) if asked else None if kinds else rows or NUM_ROWS
+    asked, kinds, limit = choose_rows(rows, row, only)
     with _preview_config(run_file, model, data, tokenizer, None, sections, limit) as (config, sources):
         return preview_rows(config, rows, sources, asked, kinds)
 

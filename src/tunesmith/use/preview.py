@@ -152,6 +152,20 @@ def preview_rows(
     return Preview(list(itertools.islice(taken, count)), data.encoder, data.data, next(reads))
 
 
+def choose_rows(
+    num_rows: int | None, row: int | str | Iterable[object], only: str | Iterable[str]
+) -> tuple[list[RowRange], list[str], int | None]:
+    """What is asked for in Python: rows, kinds, and how many rows have to be read of data that may be endless.
+
+    Raises:
+        UsageError: a value means nothing.
+    """
+    if num_rows is not None and (not isinstance(num_rows, int) or num_rows < 1):
+        raise UsageError(f"rows: {num_rows!r} is not a whole number of 1 or more.", code="rows-value")
+    asked, kinds = parse_rows(row), check_kinds(only)
+    return asked, kinds, max(one.last for one in asked) if asked else None if kinds else num_rows or NUM_ROWS
+
+
 def check_kinds(only: str | Iterable[str]) -> list[str]:
     """Raises:
     UsageError: there are no rows of that kind.

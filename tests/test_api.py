@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -205,8 +207,8 @@ def test_import_is_quick_and_heavy_libraries_wait() -> None:
 
 def test_public_names() -> None:
     assert sorted(tunesmith.__all__) == [
-        "CheckResult", "ConfigError", "DataError", "InterruptedRun", "Model", "ModelError", "Preview", "Run", "RunError",
-        "TunesmithError", "UsageError", "__version__", "check", "load", "merge", "preview", "resume", "train",
+        "CheckResult", "ConfigError", "DataError", "FoundLr", "InterruptedRun", "Model", "ModelError", "Preview", "Run", "RunError",
+        "TunesmithError", "UsageError", "__version__", "check", "find_lr", "load", "merge", "preview", "resume", "train",
     ]  # fmt: skip
     assert all(getattr(tunesmith, name) is not None for name in tunesmith.__all__)
     assert set(tunesmith.__all__) <= set(dir(tunesmith))
@@ -300,6 +302,18 @@ def test_an_error_of_on_log_reaches_the_caller(
     assert caught.value is error
     whole = train(model_folder, chats, tmp_path / "whole")
     assert weights(tunesmith.resume(tmp_path / "run")) == weights(whole)
+
+
+def test_a_finished_run_releases_its_model(model_folder: Path, chats: Path, tmp_path: Path) -> None:
+    """Without waiting for the garbage collector: on a GPU, the next run needs the memory."""
+    gc.collect()
+    gc.disable()
+    try:
+        train(model_folder, chats, tmp_path / "run")
+        with warnings.catch_warnings(action="ignore"):
+            assert not [kind for kind in map(type, gc.get_objects()) if kind.__name__ == "SupervisedLM"]
+    finally:
+        gc.enable()
 
 
 def test_a_data_frame_trains_as_its_rows(model_folder: Path, tmp_path: Path) -> None:

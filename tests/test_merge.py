@@ -222,7 +222,7 @@ def test_a_base_cut_short(run: Run, fails: Fails, base: Path, chats: Path, tmp_p
     error = fails("merge", trained, "--output", tmp_path / "merged")
     assert (error.code, error.exit_code) == ("merge-failed", 1)
     assert not (tmp_path / "merged").exists()
-    assert run("merge", trained, "--method", "ties", "--output", tmp_path / "merged")[0] == 1
+    assert run("merge", trained, "--method", "ties", "--output", tmp_path / "merged")[0] == 2
 
 
 def test_a_corrupted_merge_fails_and_cleans_up(

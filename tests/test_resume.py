@@ -110,7 +110,7 @@ def test_best_model_and_patience_survive(run: Run, model_folder: Path, chats: Pa
                          60, "--train.save_steps", 1, "--train.keep_checkpoints", 60)  # fmt: skip
     assert code == 0, err
     assert "stopped early" in out
-    assert "that model is saved" in out
+    assert "best eval_loss" in out
     last = records(whole)[-1]["step"]
     for step in (last - 2, last):
         part = killed_after(whole, step, tmp_path / f"part-{step}")

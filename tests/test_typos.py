@@ -106,13 +106,12 @@ def test_a_mistyped_key_of_a_run_file_is_answered_with_the_key(key: str) -> None
         ("lora", "--lora.kind lora", "did you mean"),
         ("load", "", "did you mean"),
         ("optim", "--optim.name", "did you mean"),
-        ("row", "--rows", ""),
         ("prompt", "--data.fields.prompt", ""),
         ("xyzzy", "", "did you mean"),
     ],
 )  # fmt: skip
 def test_short_words_do_not_mislead(flag: str, has: str, has_not: str) -> None:
-    own = [known[2:] for known in PARSER.commands["preview" if flag == "row" else "train"].flags]
+    own = [known[2:] for known in PARSER.commands["train"].flags]
     message = explain_flag(f"--{flag}", own)
     assert has in message
     assert not has_not or has_not not in message

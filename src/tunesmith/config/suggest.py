@@ -60,7 +60,7 @@ def _nearest(scores: dict[str, float] | dict[str, int]) -> list[str]:
 def _allowed(word: str) -> int:
     """Wrong letters for which a word is still recognised."""
     length = len(word)
-    return 0 if length <= 2 else 1 if length <= 4 else 2 if length <= 8 else 3
+    return 0 if length <= 1 else 1 if length <= 4 else 2 if length <= 8 else 3
 
 
 def _plain(word: str) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 _WINDOW = 5  # the first and the last fifth of a curve are compared
 _LARGEST_WINDOW = 200  # points
 _CLEAR = 3.0  # standard errors
+_FEW, _UNKNOWN = 8, 0.05  # with fewer points their noise is not known, and at least this share of a loss is assumed
 _MEDIAN_STEP = 0.954  # median of |difference of neighbours| over sigma, for normal noise
 
 
@@ -53,8 +54,9 @@ def noise_of(ys: Sequence[float]) -> float:
 def change_of(ys: Sequence[float]) -> Change:
     """Compare the first fifth with the last; a third where there are fewer than 15 points."""
     size = max(1, min(len(ys) // (_WINDOW if len(ys) >= 3 * _WINDOW else 3), _LARGEST_WINDOW))
-    error = noise_of(ys) * math.sqrt(2 / size)
-    return Change(statistics.fmean(ys[:size]), statistics.fmean(ys[-size:]), error)
+    first = statistics.fmean(ys[:size])
+    noise = noise_of(ys) if len(ys) >= _FEW else max(noise_of(ys), _UNKNOWN * first)
+    return Change(first, statistics.fmean(ys[-size:]), noise * math.sqrt(2 / size))
 
 
 @dataclass(frozen=True, slots=True)

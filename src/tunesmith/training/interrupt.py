@@ -70,6 +70,7 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._has_ended.set()
+        self._explain, self._last_words = str, None  # they hold the trainer, and so the model
         if not self._before:
             return
         signal.set_wakeup_fd(self._wakeup_before)

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -525,6 +526,39 @@ def test_the_second_signal_stops_at_once() -> None:
             send(signal.SIGINT)
     with StopRequest(), pytest.raises(KeyboardInterrupt):  # nothing to finish yet
         send(signal.SIGTERM)
+
+
+def test_signals_are_as_before_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find_state() -> Any:
+        wakeup = signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(wakeup)
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        return handlers, wakeup, threading.enumerate(), len(os.listdir("/proc/self/fd"))
+
+    def interrupted(number: int) -> Any:
+        if number == signal.SIGTERM:
+            os.kill(os.getpid(), signal.SIGINT)  # its handler is ours already
+            time.sleep(1)
+        return getsignal(number)
+
+    before, getsignal = find_state(), signal.getsignal
+    monkeypatch.setattr(signal, "getsignal", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        StopRequest().__enter__()
+    monkeypatch.undo()
+    assert find_state() == before
+    monkeypatch.setattr(threading.Thread, "start", lambda _: os.open("/no/such/file", os.O_RDONLY))
+    with pytest.raises(FileNotFoundError):
+        StopRequest().__enter__()
+    monkeypatch.undo()
+    assert find_state() == before
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write)
+    with StopRequest():
+        os.close(read)
+        os.close(write)  # by a caller that ends its event loop
+    assert find_state() == before
 
 
 def test_two_signals_that_reach_the_main_thread_as_one() -> None:

@@ -7,6 +7,7 @@ says at once what happens next, and ends a process whose main thread does not ge
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -40,9 +41,15 @@ class StopRequest:
         self._is_deferred = False
         self._taken = self._heard = 0  # signals seen by the handler and by the listener
         self._before: dict[int, Any] = {}
+        self._ears: socket.socket | None = None
+        self._mouth: socket.socket | None = None
+        self._listener: threading.Thread | None = None
+        self._wakeup_before = -1
         self._explain: Callable[[], str] = str
         self._last_words: Callable[[], str] | None = None
         self._has_ended = threading.Event()
+        self._is_ending = False
+        self._late: int | None = None  # a signal that arrived while the handlers were given back
 
     def defer(self, explain: Callable[[], str] = str, last_words: Callable[[], str] | None = None) -> None:
         """From here on the loop looks at `is_made`.
@@ -58,27 +65,61 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is not threading.main_thread():  # Python takes signals nowhere else
             return self
-        for number in _ENDING:
-            self._before[number] = signal.signal(number, self._take)
-        self._ears, self._mouth = socket.socketpair()
-        self._mouth.setblocking(False)
-        self._wakeup_before = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        try:
+            self._begin()
+        except BaseException:
+            self._end()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._is_ending = True
         self._has_ended.set()
         self._explain, self._last_words = str, None  # they hold the trainer, and so the model
-        if not self._before:
-            return
-        signal.set_wakeup_fd(self._wakeup_before)
+        self._end()
+
+    def _begin(self) -> None:
+        self._ears, self._mouth = socket.socketpair()
+        self._mouth.setblocking(False)
+        self._wakeup_before = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._listener.start()
+        for number in _ENDING:
+            before = signal.getsignal(number)
+            if before is not None:  # None: a handler in C, which Python cannot set again
+                self._before[number] = before
+                signal.signal(number, self._take)
+
+    def _end(self) -> None:
+        """Leave the process as it was; also after a part of `_begin`."""
+        self._is_ending = True
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._mouth.close()  # the listener reads the end of the stream, and ends
+        self._stop_listening()
+        if self._late is not None:
+            signal.raise_signal(self._late)  # for the caller
+
+    def _stop_listening(self) -> None:
+        if self._mouth is None or self._ears is None:
+            return
+        try:
+            signal.set_wakeup_fd(self._wakeup_before)
+        except (ValueError, OSError):  # the caller has closed it meanwhile
+            signal.set_wakeup_fd(-1)
+        if self._listener is None or self._listener.ident is None:  # it never started
+            self._ears.close()
+        else:
+            with contextlib.suppress(OSError):
+                self._mouth.shutdown(socket.SHUT_RDWR)  # the listener reads the end of the stream, and ends
+            self._listener.join(_PATIENCE_S)
+        self._mouth.close()
 
     def _take(self, number: int, frame: FrameType | None) -> None:
+        if self._is_ending:
+            self._late = number
+            return
         if self._is_deferred:
             self._taken += 1
             self.is_made = True
@@ -89,11 +130,20 @@ class StopRequest:
 
     def _listen(self) -> None:
         """Python writes the number of each signal into the socket when it arrives."""
+        assert self._ears is not None
         with self._ears:
             while numbers := self._ears.recv(64):
                 for number in numbers:
-                    if number in _ENDING and self._is_deferred:
+                    if number not in self._before:
+                        self._pass_on(number)
+                    elif self._is_deferred:
                         self._hear()
+
+    def _pass_on(self, number: int) -> None:
+        """To the caller's event loop (asyncio, Jupyter), which waits for its own signals."""
+        if self._wakeup_before != -1:
+            with contextlib.suppress(OSError):  # full, or closed meanwhile
+                os.write(self._wakeup_before, bytes([number]))
 
     def _hear(self) -> None:
         self._heard += 1

@@ -37,7 +37,10 @@ EVALUATION = ["--data.eval_split", "0.1", "--train.eval_steps", "4"]
 
 
 def in_terminal(
-    command: list[str], columns: int = COLUMNS, press: Callable[[str], bytes] = lambda _: b""
+    command: list[str],
+    columns: int = COLUMNS,
+    press: Callable[[str], bytes] = lambda _: b"",
+    term: str = ENVIRONMENT["TERM"],
 ) -> tuple[int, str]:
     """Exit code, and what a terminal gets.
 
@@ -46,7 +49,7 @@ def in_terminal(
     """
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    environment = {k: v for k, v in ENVIRONMENT.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")}
+    environment = {k: v for k, v in ENVIRONMENT.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")} | {"TERM": term}
     process = subprocess.Popen(
         command, stdin=follower, stdout=follower, stderr=follower, env=environment, start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0) and None,
@@ -142,6 +145,13 @@ def test_a_pipe_gets_lines_without_control_characters(command: list[str]) -> Non
     assert steps == [str(number) for number in range(9)]
     assert "━" not in done.stdout
     assert "loading" not in done.stdout + done.stderr
+
+
+def test_a_terminal_that_cannot_draw_a_bar_gets_lines(command: list[str]) -> None:
+    code, shown = in_terminal(command, term="dumb")
+    assert code == 0, shown
+    assert re.findall(r"^step (\d)/8  epoch ", shown, re.MULTILINE) == [str(number) for number in range(1, 9)]
+    assert "━" not in shown
 
 
 @pytest.mark.parametrize("presses", [1, 2])

@@ -121,7 +121,7 @@ def print_summary(lines: list[tuple[str, str]]) -> None:
 
 
 class StepDisplay:
-    """A progress bar on a terminal, else about twenty plain lines over the run.
+    """A progress bar on a terminal that can move its cursor, else about twenty plain lines over the run.
 
     Args:
         first_step: where a resumed run begins.
@@ -138,6 +138,7 @@ class StepDisplay:
         self._console: Console | None = None
         if sys.stdout.isatty():
             self._console = Console(file=raw_stream(sys.stdout))
+        if self._console and not self._console.is_dumb_terminal:  # such a one cannot draw a line again
             self._bar = StepBar(total_steps, first_step, self._console)
 
     def show(self, record: dict[str, Any], remark: str = "") -> None:

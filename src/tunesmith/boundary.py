@@ -273,6 +273,8 @@ def _what_stands(words: list[str]) -> str:
     output = next((word.partition("=")[2] for word in words if word.startswith("--output=")), output)
     if command in ("merge", "tokenizer") and output and os.path.isdir(output) and os.listdir(output):
         return f"{output} is complete"
+    if command in ("resume", "report"):
+        return "the run is as it was"
     if command == "demo":
         return "its files so far are kept; give --output a new folder to start again"
     return "nothing was left behind"

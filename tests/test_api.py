@@ -5,8 +5,11 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import transformers
 
 import tunesmith
 from conftest import chat_row, write_jsonl
@@ -306,12 +310,17 @@ def test_an_error_of_on_log_reaches_the_caller(
 
 def test_a_finished_run_releases_its_model(model_folder: Path, chats: Path, tmp_path: Path) -> None:
     """Without waiting for the garbage collector: on a GPU, the next run needs the memory."""
+
+    def count_models() -> int:
+        with warnings.catch_warnings(action="ignore"):
+            return sum(type(found).__name__ == "SupervisedLM" for found in gc.get_objects())
+
     gc.collect()
     gc.disable()
+    before = count_models()  # held by the tracebacks of errors that other tests have kept
     try:
         train(model_folder, chats, tmp_path / "run")
-        with warnings.catch_warnings(action="ignore"):
-            assert not [kind for kind in map(type, gc.get_objects()) if kind.__name__ == "SupervisedLM"]
+        assert count_models() == before
     finally:
         gc.enable()
 
@@ -338,3 +347,64 @@ def test_resume_does_not_evaluate_on_what_is_trained(model_folder: Path, chats: 
         run.resume(max_steps=6, data={"train": str(chats), "eval": str(chats)}, allow=["data"])
     assert "data.eval" in str(error.value)
     assert (run.path / "tokens" / "tokens.bin").read_bytes() == tokens
+
+
+def test_runs_in_threads_train_as_alone(model_folder: Path, chats: Path, tmp_path: Path) -> None:
+    """Dropout and new adapters draw from the random generators of the process, which two runs would share."""
+    sections = {"lora": {"kind": "lora", "rank": 2, "dropout": 0.3}, "train": SMALL | {"log_steps": 1}}
+    verbosity, random = transformers.logging.get_verbosity(), torch.get_rng_state()
+    met = threading.Barrier(2)
+
+    def run_in_thread(name: str) -> None:
+        met.wait()
+        train(model_folder, chats, tmp_path / name, **sections)
+
+    threads = [threading.Thread(target=run_in_thread, args=[name]) for name in ("one", "two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert transformers.logging.get_verbosity() == verbosity
+    assert torch.equal(torch.get_rng_state(), random)
+    train(model_folder, chats, tmp_path / "alone", **sections)
+    one, two, alone = (
+        (tmp_path / name / "adapter/adapter_model.safetensors").read_bytes() for name in ("one", "two", "alone")
+    )
+    assert one == two == alone
+
+
+def test_a_run_leaves_the_signals_of_the_process_as_they_were(model_folder: Path, chats: Path, tmp_path: Path) -> None:
+    """The caller's event loop waits for its own signals at its own end of a pair of sockets; a run may end badly."""
+
+    class StopError(Exception):
+        pass
+
+    def on_log(record: dict[str, Any]) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        if record["step"] == 2:
+            raise StopError
+
+    def find_state() -> Any:
+        gc.collect()  # frames of an error that was raised
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        wakeup = signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(wakeup)
+        return handlers, wakeup, len(os.listdir("/proc/self/fd")), set(threading.enumerate())
+
+    train(model_folder, chats, tmp_path / "first")  # libraries open what they keep
+    ears, mouth = socket.socketpair()
+    mouth.setblocking(False)
+    handler, wakeup = signal.signal(signal.SIGUSR1, lambda *_: None), signal.set_wakeup_fd(mouth.fileno())
+    try:
+        before = find_state()
+        with pytest.raises(StopError):
+            train(model_folder, chats, tmp_path / "run", on_log=on_log, train=SMALL | {"log_steps": 1})
+        assert find_state() == before
+        tunesmith.resume(tmp_path / "run")
+        assert find_state() == before
+        assert ears.recv(10) == bytes([signal.SIGUSR1] * 2)
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        signal.signal(signal.SIGUSR1, handler)
+        ears.close()
+        mouth.close()

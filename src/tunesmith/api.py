@@ -24,6 +24,7 @@ from tunesmith.config.runfile import flatten_sections, read_yaml, resolve_config
 from tunesmith.config.schema import ModelSection, PreviewConfig, RunConfig
 from tunesmith.display import LEVEL_STYLES
 from tunesmith.errors import TunesmithError, UsageError
+from tunesmith.process import embedded, one_run
 from tunesmith.reading import read_text
 from tunesmith.report.verdict import Verdict
 from tunesmith.runfolder import RunFolder, read_metrics
@@ -216,7 +217,7 @@ def train(
         section_of(tree, "train")["output_dir"] = os.fspath(output)
     config = resolve_config(RunConfig, as_path(run_file), {}, arguments=tree)
     reporter = LoggedReporter(on_log)
-    with embedded(), callback_errors(), reported(Path(config.train.output_dir), reporter.note):
+    with one_run(), embedded(), callback_errors(), reported(Path(config.train.output_dir), reporter.note):
         run_training(config, reporter, rows)
     return Run(config.train.output_dir)
 
@@ -256,7 +257,7 @@ def resume(
     if wrong:
         raise UsageError(f"allow: {wrong[0]!r}; give a list of {', '.join(RESUME_PARTS)}.", code="unknown-part")
     reporter = LoggedReporter(on_log)
-    with embedded(), callback_errors(), reported(Path(run), reporter.note):
+    with one_run(), embedded(), callback_errors(), reported(Path(run), reporter.note):
         run_resume(os.fspath(run), changes, allow, reporter=reporter)
     return Run(run)
 
@@ -331,7 +332,7 @@ def find_lr(
 
     tree, rows = read_arguments(model, data, tokenizer, eval_data, sections)
     config = resolve_config(LrFindConfig, as_path(run_file), {}, arguments=tree)
-    with embedded():
+    with one_run(), embedded():
         return search(config, rows=rows)
 
 
@@ -419,32 +420,3 @@ def _preview_config(
             write_rows(name, given, Path(folder) / f"{key}.jsonl")
             sources[key] = sources_of(Path(folder) / f"{key}.jsonl", name)
         yield config, sources
-
-
-@contextmanager
-def embedded() -> Iterator[None]:
-    """Libraries print nothing, and the process is as it was afterwards: random states, threads, progress bars."""
-    import datasets
-    from transformers.utils import logging as transformers_logging
-
-    from tunesmith.training.randomness import unchanged_process
-
-    others = {name: logging.getLogger(name) for name in ("bitsandbytes", "huggingface_hub")}
-    levels = {name: other.level for name, other in others.items()}
-    verbosity, has_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    has_data_bars = not datasets.utils.are_progress_bars_disabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    for other in others.values():
-        other.setLevel(logging.ERROR)
-    try:
-        with unchanged_process():
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if has_bars:
-            transformers_logging.enable_progress_bar()
-        if has_data_bars:
-            datasets.enable_progress_bars()
-        for name, other in others.items():
-            other.setLevel(levels[name])

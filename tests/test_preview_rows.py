@@ -185,6 +185,16 @@ def test_turns_of_truncated_split_unrolled_and_joined_rows(encoder: Encoder) -> 
     assert [role for role, _ in turns(encoder, {"text": "hello"})[0]] == [""]
 
 
+@pytest.mark.parametrize("blank", ["", " ", "\n\t\n"])
+def test_a_turn_without_text_keeps_its_role(encoder: Encoder, blank: str) -> None:
+    asked = {"role": "user", "content": blank}
+    [found] = turns(encoder, {"messages": [asked, CHAT["messages"][2], asked, CHAT["messages"][4]]})
+    assert [role for role, _ in found] == ["user", "assistant", "user", "assistant"]
+    assert all(text.strip().startswith(f"<|im_start|>{role}\n") for role, text in found)
+    [found] = turns(encoder, {"messages": [{"role": "system", "content": blank}, *CHAT["messages"][1:]]})
+    assert [role for role, _ in found][-4:] == ["user", "assistant"] * 2
+
+
 def test_page_and_terminal_name_the_roles(model_folder: Path, tmp_path: Path) -> None:
     config = PreviewConfig.model_validate(
         {"model": {"path": str(model_folder)}, "data": {"train": [str(write_jsonl(tmp_path / "d.jsonl", [CHAT]))]}}

@@ -20,7 +20,7 @@ from tunesmith.data.ledger import LabelledRow
 from tunesmith.encode.encoder import Encoder, Encoding
 from tunesmith.encode.messages import prepare_messages
 from tunesmith.encode.render import RenderedChat, render_chat
-from tunesmith.rows.conversation import Conversation, RowRefused
+from tunesmith.rows.conversation import Conversation, Message, RowRefused
 
 _TOOL_KINDS = ("tool_name", "tool_description")
 
@@ -38,13 +38,19 @@ class Turn:
     end: int
 
 
+_Role = tuple[str, int | None, int]
+
+
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """A text of the row with its tokens and the roles of its characters: (role, start, end), sorted."""
+    """A text of the row with its tokens and the roles of its characters: (role, start, end), sorted.
+
+    A turn without text has start None: it is somewhere between its neighbours.
+    """
 
     ids: npt.NDArray[np.uint32]
     spans: list[tuple[int, int]]
-    roles: list[tuple[str, int, int]]
+    roles: list[_Role]
 
 
 def find_turns(row: LabelledRow, encoder: Encoder, data: DataSection) -> list[list[Turn]]:
@@ -92,9 +98,8 @@ def _texts_of(source: Conversation, encoder: Encoder, data: DataSection) -> Iter
         rendered = render_chat(chat, renderer, encoder.stops, history, data.train_reasoning)
     except (RowRefused, TemplateRefused):
         return
-    roles = [message.role for message in chat.messages]
     for part, encoding in zip(rendered.parts, _encode(rendered, encoder), strict=True):
-        yield _Text(_ids(encoding), list(encoding.offsets), _roles_of(part.places, roles))
+        yield _Text(_ids(encoding), list(encoding.offsets), _roles_of(part.places, chat.messages))
     if rendered.how != "as_rendered" or len(rendered.parts) == 1:
         for part in rendered.parts:
             for span in part.spans:
@@ -102,7 +107,7 @@ def _texts_of(source: Conversation, encoder: Encoder, data: DataSection) -> Iter
                 prompt, reply = encoder.encode_texts([span.prompt, part.text[border : span.end]])
                 spans = [*prompt.offsets, *((start + border, end + border) for start, end in reply.offsets)]
                 ids = np.concatenate([_ids(prompt), _ids(reply)])
-                yield _Text(ids, spans, _roles_of(part.places, roles))
+                yield _Text(ids, spans, _roles_of(part.places, chat.messages))
 
 
 def _encode(rendered: RenderedChat, encoder: Encoder) -> list[Encoding]:
@@ -113,18 +118,20 @@ def _ids(encoding: Encoding) -> npt.NDArray[np.uint32]:
     return np.array(encoding.ids, dtype=np.uint32)
 
 
-def _roles_of(places: Sequence[Place], roles: Sequence[str]) -> list[tuple[str, int, int]]:
+def _roles_of(places: Sequence[Place], messages: Sequence[Message]) -> list[_Role]:
     """Stretches of one role, from its first part to its last; what the row says once may stand inside another part."""
-    found: list[tuple[str, int, int]] = []
+    found: list[_Role] = []
     turns: list[int] = []
     for place in sorted(places, key=lambda place: (place.start, -place.end)):
         turn = place.part.turn
-        role = roles[turn] if turn >= 0 else "tools" if place.part.kind in _TOOL_KINDS else "documents"
+        role = messages[turn].role if turn >= 0 else "tools" if place.part.kind in _TOOL_KINDS else "documents"
         if found and place.end <= found[-1][2]:
             continue
         if found and turns[-1] == turn and found[-1][0] == role:
             found[-1] = (role, found[-1][1], place.end)
         else:
+            before = range(max(turns, default=-1) + 1, turn)
+            found += [(messages[t].role, None, place.start) for t in before if not messages[t].content.strip()]
             found.append((role, place.start, place.end))
             turns.append(turn)
     return found
@@ -135,16 +142,38 @@ def _split_tokens(text: _Text, encoder: Encoder) -> list[Turn]:
     if not text.roles:
         return [Turn("", 0, len(text.ids))]
     turns, begin = [], 0
-    for index, (role, _, end) in enumerate(text.roles):
+    for index, (role, start, end) in enumerate(text.roles):
         if index + 1 == len(text.roles):
             turns.append(Turn(role, begin, len(text.ids)))
             break
         until = text.roles[index + 1][1]
-        border = _find_border(text, end, until, encoder)
+        if start is None:
+            border = _find_end_of_empty(text, begin, role, end, encoder)
+        else:
+            border = _find_border(text, end, text.roles[index + 1][2] if until is None else until, encoder)
         if border > begin:
             turns.append(Turn(role, begin, border))
             begin = border
     return turns
+
+
+def _find_end_of_empty(text: _Text, begin: int, role: str, until: int, encoder: Encoder) -> int:
+    """Index of the first token behind a turn without text, at `begin` where the template does not write the turn.
+
+    A user's turn without a stop token, as in [INST]  [/INST], takes all up to the text that follows.
+    """
+    ahead = [i for i, (_, stop) in enumerate(text.spans) if i >= begin and stop <= until]
+    stop = next((i for i in ahead if text.ids[i] in encoder.stop_ids), None)
+    if stop is None:
+        return ahead[-1] + 1 if ahead and role == "user" else begin
+    return _skip_blank(text, stop + 1, ahead, encoder)
+
+
+def _skip_blank(text: _Text, border: int, between: Sequence[int], encoder: Encoder) -> int:
+    """The border behind tokens of blank text: a line feed behind a stop token ends the turn too."""
+    while border in between and not encoder.tokenizer.decode([int(text.ids[border])]).strip():
+        border += 1
+    return border
 
 
 def _find_border(text: _Text, end: int, until: int, encoder: Encoder) -> int:
@@ -154,7 +183,4 @@ def _find_border(text: _Text, end: int, until: int, encoder: Encoder) -> int:
         return next((i for i, (start, _) in enumerate(text.spans) if start >= until), len(text.ids))
     stops = (i for i in between if text.ids[i] in encoder.stop_ids)
     closing = next(stops, next((i for i in between if encoder.is_control[text.ids[i]]), None))
-    border = between[0] if closing is None else closing + 1
-    while border in between and not encoder.tokenizer.decode([int(text.ids[border])]).strip():
-        border += 1
-    return border
+    return _skip_blank(text, between[0] if closing is None else closing + 1, between, encoder)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tunesmith.cli import _find_command, _refuse_unknown_flags, build_parser
-from tunesmith.config.runfile import SHORTHANDS, explain_flag, leaf_fields, resolve_config
+from tunesmith.config.runfile import SHORTHANDS, dump_yaml, explain_flag, leaf_fields, resolve_config
 from tunesmith.config.schema import RunConfig
 from tunesmith.config.suggest import edit_distance, suggest_words
 from tunesmith.errors import ConfigError, UsageError
@@ -143,3 +144,19 @@ def test_a_mistyped_choice_is_answered(run, words: tuple[str, ...]) -> None:
     code, _, err = run(*words)
     assert code == 2
     assert ("did you mean ties?" in err) == (words[0] == "merge")
+
+
+@pytest.mark.parametrize("word", ["serve", "-v", "-x", "--"])
+def test_a_word_that_is_no_typo_gets_no_misleading_command(word: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        _find_command(PARSER, word)
+    assert suggested(str(refused.value).splitlines()[0]) == (["--version"] if word == "-v" else [""])
+
+
+def test_only_the_adapter_keys_that_differ_are_named_without_an_adapter(tmp_path: Path) -> None:
+    """As in a resolved config, which has all keys: resume reads it."""
+    config = resolve_config(RunConfig, None, {"model.path": "m", "data.train": ["d"], "train.output_dir": "o"})
+    (tmp_path / "config.yaml").write_text(dump_yaml(config))
+    with pytest.raises(ConfigError) as refused:
+        resolve_config(RunConfig, tmp_path / "config.yaml", {"lora.rank": 9})
+    assert [line.split(":")[0].strip() for line in str(refused.value).splitlines()[1:]] == ["lora.rank"]

@@ -67,7 +67,9 @@ def _find_command(parser: CommandParser, word: str) -> CommandParser:
     if word in parser.commands:
         return parser.commands[word]
     if word.startswith("-"):
-        found = did_you_mean(suggest_words(word.partition("=")[0], parser.flags))
+        name = word.partition("=")[0]
+        long = [flag for flag in parser.flags if flag.startswith("--")]
+        found = did_you_mean(["--version"] if name.lower() == "-v" else suggest_words(f"--{name.lstrip('-')}", long))
         raise UsageError(
             f"{word}: unknown flag{found or '; flags come after a command, as in tunesmith train ' + word}",
             code="flag-before-command",

@@ -335,7 +335,8 @@ class RunConfig(Section):
             )
         lora = self.lora
         if lora.kind == "none":
-            given = sorted(lora.model_fields_set - {"kind"} if lora != LoraSection() else [])
+            default = LoraSection()  # a resolved config has all keys, so a key at its default counts as not given
+            given = sorted(key for key in lora.model_fields_set if getattr(lora, key) != getattr(default, key))
             problems += [f"lora.{key}: lora.kind is none; give a kind (lora) or leave it out" for key in given]
         if lora.quantize != "none" and lora.kind in ("pissa", "olora"):
             problems.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 _NEVER = 99
+_SHORT = 6  # letters
 
 
 def edit_distance(one: str, other: str, limit: int) -> int:
@@ -28,7 +29,7 @@ def edit_distance(one: str, other: str, limit: int) -> int:
 def suggest_words(word: str, known: Iterable[str]) -> list[str]:
     """The known words that are nearest to a mistyped one; at most two, none where none is near."""
     typed = _plain(word)
-    return _nearest({name: edit_distance(typed, _plain(name), _allowed(typed)) for name in known})
+    return _nearest({name: _distance(typed, _plain(name)) for name in known})
 
 
 def suggest_keys(key: str, known: Iterable[str]) -> list[str]:
@@ -38,8 +39,8 @@ def suggest_keys(key: str, known: Iterable[str]) -> list[str]:
     scores: dict[str, float] = {}
     for dotted in known:
         theirs = _plain(dotted)
-        whole: float = edit_distance(typed, theirs, _allowed(typed))
-        part = edit_distance(name, theirs.rpartition(".")[2], _allowed(name)) + 0.5
+        whole: float = _distance(typed, theirs)
+        part = _distance(name, theirs.rpartition(".")[2]) + 0.5
         if part > 0.5 and _section(typed) not in ("", _section(theirs)):
             part += 1  # another section and another name: further away than a typo in one of them
         scores[dotted] = min(whole, part)
@@ -55,6 +56,13 @@ def _nearest(scores: dict[str, float] | dict[str, int]) -> list[str]:
     best = min(scores.values(), default=_NEVER)
     found = [name for name, score in scores.items() if score == best < _NEVER]
     return found if len(found) <= 2 else []
+
+
+def _distance(typed: str, known: str) -> int:
+    """Edit distance; short words that differ in two letters and their first are unrelated: serve and merge."""
+    distance = edit_distance(typed, known, _allowed(typed))
+    is_short = len(typed) <= _SHORT and distance > 1
+    return _NEVER if is_short and typed[:1] != known[:1] else distance
 
 
 def _allowed(word: str) -> int:

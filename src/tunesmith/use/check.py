@@ -169,7 +169,8 @@ def facts(check: Check) -> list[tuple[str, str]]:
     ledger = check.ledger
     share = ledger.target_tokens / ledger.tokens if ledger.tokens else 0.0
     how = ", ".join(f"{count:,} {name}" for name, count in ledger.count_how().most_common())
-    tokens = f"{ledger.tokens:,} in {ledger.num_samples:,} samples, {share:.1%} trained, {ledger.tokens_lost:,} lost"
+    samples = count(ledger.num_samples, "sample")
+    tokens = f"{ledger.tokens:,} in {samples}, {share:.1%} trained, {ledger.tokens_lost:,} lost"
     lines = [
         *_file_facts([*ledger.files, *check.eval_ledger.files]),
         ("rows", f"{ledger.rows:,}: {ledger.used:,} used, {ledger.refused:,} refused, {ledger.truncated:,} truncated"),

@@ -15,6 +15,7 @@ from tunesmith.cli import main
 from tunesmith.config.schema import DataSection
 from tunesmith.data.check import SeenTexts, check_rows
 from tunesmith.data.labelling import label_rows
+from tunesmith.data.ledger import Ledger
 from tunesmith.encode.encoder import Encoder
 from tunesmith.sources.read import RawRow
 
@@ -217,3 +218,23 @@ def test_a_page_names_each_file_once_and_causes_once(
     assert "<code >train.jsonl:41</code>" in shown
     assert "&lt;b&gt;Yes&lt;/b&gt;" in shown
     assert 'name="viewport"' in shown
+
+
+def test_a_file_named_twice_is_not_called_a_duplicate_of_itself(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "x.jsonl", [chat("Hi", "Hello you"), chat("And?", "And me")])
+    _, report, found = check(capsys, model, data, "--data", f"{tmp_path}/./x.jsonl")
+    assert report["data"]["rows"] == 4
+    assert [(finding["count"], finding["rows"]) for finding in found.values()] == [(2, [f"{data}:1", f"{data}:2"])]
+    assert "duplicate rows" not in found
+
+
+def test_a_cause_keeps_its_subject_without_the_number_of_a_turn(encoder: Encoder) -> None:
+    section, ledger = DataSection(train=["x"]), Ledger()
+    rows = [chat("Q", ""), chat("Q", "A b", "c", ""), chat("Q", "[INSERT NAME]")]
+    for row in label_rows([RawRow("x", n, row) for n, row in enumerate(rows, 1)], encoder, section, 512):
+        ledger.add(row)
+    empty = next(cause for cause in ledger.refusals() if cause.code == "reply-empty")
+    assert empty.count == 2
+    assert empty.text.startswith("a turn (assistant) is empty")

@@ -20,6 +20,7 @@ from tunesmith.encode.encoder import Encoder
 from tunesmith.rows.conversation import Conversation, RawText
 
 _NAMED = 20  # rows that a finding names
+_NAMED_TWICE = "rows read twice, since data.train names their file twice"
 _MAX_NEAR = 200_000  # rows compared for near-duplicates: their hashes stay in memory
 _SIMILAR = 0.8  # Jaccard similarity of word triples
 _NUM_PERM = 128
@@ -259,7 +260,12 @@ def check_rows(
             continue
         check.languages[script_of(text)] += 1
         if twin := seen.find(text):
-            check.findings.add("duplicate rows", place_of(row, "=", twin), advice="they count double")
+            if twin == row.where:
+                check.findings.add(
+                    _NAMED_TWICE, place_of(row), advice="name the file once, unless they shall count double"
+                )
+            else:
+                check.findings.add("duplicate rows", place_of(row, "=", twin), advice="they count double")
             continue
         seen.add(text, row.file, row.number)
         if twin := near.find(text, row.where, keep=True):

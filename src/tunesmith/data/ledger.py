@@ -17,7 +17,7 @@ from tunesmith.errors import DataError
 from tunesmith.rows.conversation import Conversation, Parsed, RawText, Segments
 from tunesmith.sources.rowsize import RowTooLarge
 
-TURN_NUMBER = re.compile(r"^turn \d+(?: \(\w+\))?:? ")
+_TURN_NUMBER = re.compile(r"^turn \d+(?P<role> \(\w+\))?(?P<colon>:)? ")
 _NAMED = 5  # bad rows that an error names one by one; the ledger has them all
 _KEPT = 20  # rows that a problem names
 _START = 200  # characters
@@ -92,6 +92,11 @@ def _say(source: Parsed | None, raw: Any, length: int) -> str:
         if len(found) >= length:
             break
     return found
+
+
+def _without_number(text: str) -> str:
+    """A reason for any turn: "turn 3: ..." begins behind the colon, and "turn 3 is empty" becomes "a turn is empty"."""
+    return _TURN_NUMBER.sub(lambda found: "" if found["colon"] else f"a turn{found['role'] or ''} ", text, count=1)
 
 
 def _spell(raw: Any) -> Iterator[str]:
@@ -222,13 +227,13 @@ class Ledger:
         counts: Counter[tuple[str, str]] = Counter()
         for entry in self.files.values():
             for text, numbers in texts_of(entry).items():
-                counts[code_of(text), TURN_NUMBER.sub("", text)] += len(numbers)
+                counts[code_of(text), _without_number(text)] += len(numbers)
         causes = group_causes(counts)
         cause_of = {text: cause for cause in causes for text in cause.counts}
         for name, entry in self.files.items():
             rows: dict[int, list[int]] = {}
             for text, numbers in texts_of(entry).items():
-                rows.setdefault(id(cause_of[TURN_NUMBER.sub("", text)]), []).extend(numbers[:_KEPT])
+                rows.setdefault(id(cause_of[_without_number(text)]), []).extend(numbers[:_KEPT])
             for cause in causes:
                 named = sorted(rows.get(id(cause), ()))[: _KEPT - len(cause.rows)]
                 cause.rows += [(name, number) for number in named]

@@ -206,7 +206,8 @@ def run_preview(
         for text in preview.texts(is_coloured=console.is_terminal and not console.no_color, width=width):
             console.print(text)
     if not preview.rows:
-        print(f"no row is {' or '.join(only)} ({preview.num_read:,} rows read)", file=sys.stderr)
+        read = f"{preview.num_read:,} row{'' if preview.num_read == 1 else 's'} read"
+        print(f"no row is {' or '.join(only)} ({read})", file=sys.stderr)
 
 
 def row_to_json(row: LabelledRow) -> dict[str, Any]:

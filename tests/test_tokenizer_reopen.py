@@ -79,7 +79,8 @@ def test_a_folder_that_is_read_in_two_ways_is_refused(
     # follow the advice in the message
     fixed = tmp_path / "fixed"
     AutoTokenizer.from_pretrained(folder).save_pretrained(fixed)
-    words = ("--model", folder, "--tokenizer", fixed, "--data", chats, "--data.max_seq_len", 128, "--train.max_steps", 1)
+    short = ("--data.max_seq_len", 128, "--train.max_steps", 1)
+    words = ("--model", folder, "--tokenizer", fixed, "--data", chats, *short)
     code, _, err = run("train", *words, "--output", tmp_path / "run")
     assert code == 0, err
     opened = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")

@@ -561,6 +561,26 @@ def test_signals_are_as_before_whatever_happens(monkeypatch: pytest.MonkeyPatch)
     assert find_state() == before
 
 
+def test_a_closed_terminal_saves_the_run_however_often_it_is_told() -> None:
+    with StopRequest() as stop:
+        stop.defer()
+        send(signal.SIGHUP)
+        assert stop.is_made
+        send(signal.SIGHUP)
+        assert not stop.is_urgent
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    try:
+        with StopRequest() as stop:
+            stop.defer()
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.2)
+            assert not stop.is_made
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_two_signals_that_reach_the_main_thread_as_one() -> None:
     """Python calls the handler once for both where the main thread was busy in C."""
     with StopRequest() as stop:

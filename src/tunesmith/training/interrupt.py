@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks the run to save and end, the second ends it at once.
+"""Ctrl-C, SIGTERM and a closed terminal: the first asks the run to save and end, the second ends it at once.
 
 Python runs a signal handler in the main thread, between two of its own instructions: not during a long backward pass,
 and once for several signals that arrive meanwhile. So a thread listens too. It learns of each signal as it arrives,
@@ -21,7 +21,8 @@ from typing import Any
 from tunesmith.errors import InterruptedRun
 
 logger = logging.getLogger(__name__)
-_ENDING = (signal.SIGINT, signal.SIGTERM)
+_CLOSED = getattr(signal, "SIGHUP", None)  # of the terminal; it may come twice, from the shell and from the system
+_ENDING = (signal.SIGINT, signal.SIGTERM, *([_CLOSED] if _CLOSED else []))
 _RAISE_AGAIN_S = 0.2  # the main thread usually takes a signal in less
 _PATIENCE_S = 2.0  # then the process is ended, if that is allowed
 
@@ -67,8 +68,8 @@ class StopRequest:
             return self
         try:
             self._begin()
-        except BaseException:
-            self._end()
+        except BaseException as error:
+            self._end(error)
             raise
         return self
 
@@ -78,7 +79,7 @@ class StopRequest:
         self._is_ending = True
         self._has_ended.set()
         self._explain, self._last_words = str, None  # they hold the trainer, and so the model
-        self._end()
+        self._end(error)
 
     def _begin(self) -> None:
         self._ears, self._mouth = socket.socketpair()
@@ -88,17 +89,18 @@ class StopRequest:
         self._listener.start()
         for number in _ENDING:
             before = signal.getsignal(number)
-            if before is not None:  # None: a handler in C, which Python cannot set again
+            is_nohup = number == _CLOSED and before == signal.SIG_IGN
+            if before is not None and not is_nohup:  # None: a handler in C, which Python cannot set again
                 self._before[number] = before
                 signal.signal(number, self._take)
 
-    def _end(self) -> None:
+    def _end(self, error: BaseException | None) -> None:
         """Leave the process as it was; also after a part of `_begin`."""
         self._is_ending = True
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._stop_listening()
-        if self._late is not None:
+        if self._late is not None and not isinstance(error, (InterruptedRun, KeyboardInterrupt)):
             signal.raise_signal(self._late)  # for the caller
 
     def _stop_listening(self) -> None:
@@ -120,10 +122,12 @@ class StopRequest:
         if self._is_ending:
             self._late = number
             return
+        if number == _CLOSED and self.is_made:
+            return
+        self.is_made = True
         if self._is_deferred:
             self._taken += 1
-            self.is_made = True
-            if max(self._taken, self._heard) < 2:
+            if number == _CLOSED or max(self._taken, self._heard) < 2:
                 return
             self.is_urgent = True
         raise KeyboardInterrupt
@@ -136,7 +140,7 @@ class StopRequest:
                 for number in numbers:
                     if number not in self._before:
                         self._pass_on(number)
-                    elif self._is_deferred:
+                    elif self._is_deferred and not (number == _CLOSED and self._heard):
                         self._hear()
 
     def _pass_on(self, number: int) -> None:

@@ -408,3 +408,16 @@ def test_a_run_leaves_the_signals_of_the_process_as_they_were(model_folder: Path
         signal.signal(signal.SIGUSR1, handler)
         ears.close()
         mouth.close()
+
+
+def test_on_log_may_change_the_folder(
+    model_folder: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    done = train(model_folder, chats, Path("run"), on_log=lambda _: os.chdir(tmp_path / "other"))
+    assert done.path == tmp_path / "run"
+    assert (done.path / "report.html").is_file()
+    os.chdir(tmp_path)
+    done = tunesmith.resume("run", max_steps=6, on_log=lambda _: os.chdir(tmp_path / "other"))
+    assert done.path == tmp_path / "run"

@@ -217,9 +217,10 @@ def train(
         section_of(tree, "train")["output_dir"] = os.fspath(output)
     config = resolve_config(RunConfig, as_path(run_file), {}, arguments=tree)
     reporter = LoggedReporter(on_log)
-    with one_run(), embedded(), callback_errors(), reported(Path(config.train.output_dir), reporter.note):
+    path = Path(config.train.output_dir).expanduser().absolute()  # on_log may change the working directory
+    with one_run(), embedded(), callback_errors(), reported(path, reporter.note):
         run_training(config, reporter, rows)
-    return Run(config.train.output_dir)
+    return Run(path)
 
 
 def resume(
@@ -257,9 +258,10 @@ def resume(
     if wrong:
         raise UsageError(f"allow: {wrong[0]!r}; give a list of {', '.join(RESUME_PARTS)}.", code="unknown-part")
     reporter = LoggedReporter(on_log)
-    with one_run(), embedded(), callback_errors(), reported(Path(run), reporter.note):
+    path = Path(run).expanduser().absolute()
+    with one_run(), embedded(), callback_errors(), reported(path, reporter.note):
         run_resume(os.fspath(run), changes, allow, reporter=reporter)
-    return Run(run)
+    return Run(path)
 
 
 def preview(

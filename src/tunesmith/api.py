@@ -207,7 +207,7 @@ def train(
         ConfigError: a key is unknown or a value is wrong; all problems at once.
         DataError, ModelError: the data or the model cannot be used.
         RunError: the run failed (non-finite loss, memory, disk); it names the last good checkpoint.
-        InterruptedRun: Ctrl-C or SIGTERM; the run is saved.
+        InterruptedRun: Ctrl-C, SIGTERM or a closed terminal; the run is saved.
     """
     from tunesmith.report.write import reported
     from tunesmith.run.start import run_training

@@ -29,7 +29,7 @@ def summary_lines(ready: ReadyRun) -> list[tuple[str, str]]:
     lines = [
         ("model", f"{config.model.path}: {type(ready.lm.model).__name__}, {parameters:,} parameters, {trained}"),
         *_adapter_lines(ready),
-        ("device", f"{ready.session.device.type}, {ready.session.precision.name}, {torch.get_num_threads()} threads"),
+        ("device", f"{ready.session.device.type}, {ready.session.precision.name}, {_threads()}"),
         *_ledger_lines("data", ready.dataset.ledger, config.data),
     ]
     if ready.dataset.eval_ledger:
@@ -46,6 +46,11 @@ def summary_lines(ready: ReadyRun) -> list[tuple[str, str]]:
         ("memory", f"about {format_bytes(estimate_memory(ready))} at its peak"),
     ]
     return lines
+
+
+def _threads() -> str:
+    number = torch.get_num_threads()
+    return f"{number} thread{'s' if number != 1 else ''}"
 
 
 def cpu_lines(ready: ReadyRun) -> list[tuple[str, str]]:

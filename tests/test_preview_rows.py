@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import datetime
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +19,14 @@ from tunesmith.config.schema import DataSection, PreviewConfig
 from tunesmith.data.labelling import label_rows
 from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import UsageError
+from tunesmith.model.tokenizer import build_encoder
 from tunesmith.sources.read import RawRow
 from tunesmith.use.labels import parse_rows, shorten_names
 from tunesmith.use.preview import preview_rows
 from tunesmith.use.turns import find_turns
 
 Run = Callable[..., tuple[int, str, str]]
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 @pytest.fixture
@@ -193,6 +198,26 @@ def test_a_turn_without_text_keeps_its_role(encoder: Encoder, blank: str) -> Non
     assert all(text.strip().startswith(f"<|im_start|>{role}\n") for role, text in found)
     [found] = turns(encoder, {"messages": [{"role": "system", "content": blank}, *CHAT["messages"][1:]]})
     assert [role for role, _ in found][-4:] == ["user", "assistant"] * 2
+
+
+@pytest.mark.parametrize("template", sorted(TEMPLATES.rglob("*.jinja")), ids=lambda path: path.stem)
+def test_what_is_trained_is_shown_as_the_assistants(template: Path, tokenizer: Any) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.add_tokens(
+        sorted(set(re.findall(r"<[|｜][^|｜]+[|｜]>|</s>|<\w+_of_turn>", template.read_text(encoding="utf-8")))),
+        special_tokens=True,
+    )
+    encoder = build_encoder(own, str(template), {}, datetime.datetime(2026, 1, 1))
+    section = DataSection(train=["x"])
+    for messages in (
+        CHAT["messages"][1:],
+        CHAT["messages"][1:3],
+        [{"role": "user", "content": ""}, CHAT["messages"][2]],
+    ):
+        [row] = label_rows([RawRow("x", 1, {"messages": messages})], encoder, section, 512)
+        for sample, parts in zip(row.samples, find_turns(row, encoder, section), strict=True):
+            others = [part for part in parts if part.role not in ("assistant", "")]
+            assert not any(sample.loss_mask[part.start : part.end].any() for part in others)
 
 
 def test_page_and_terminal_name_the_roles(model_folder: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ of a sample are its turns known.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -60,7 +60,22 @@ def find_turns(row: LabelledRow, encoder: Encoder, data: DataSection) -> list[li
         texts = list(_texts_of(row.source, encoder, data))
     elif row.how == "joined":
         return [_by_mask(sample) for sample in row.samples]
-    return [_turns_of(sample, texts, encoder, _piece_length(row)) for sample in row.samples]
+    found = [_turns_of(sample, texts, encoder, _piece_length(row)) for sample in row.samples]
+    if data.train_on == "all":
+        return found
+    return [_begin_replies(turns, sample) for turns, sample in zip(found, row.samples, strict=True)]
+
+
+def _begin_replies(turns: Sequence[Turn], sample: Sample) -> list[Turn]:
+    """The turns, with trained tokens before a reply moved into it: a template may write <think> there, for example."""
+    moved = list(turns)
+    for at in range(1, len(moved)):
+        before, reply = moved[at - 1], moved[at]
+        border = before.end
+        while reply.role == "assistant" != before.role and border > before.start and sample.loss_mask[border - 1]:
+            border -= 1
+        moved[at - 1], moved[at] = replace(before, end=border), replace(reply, start=border)
+    return [turn for turn in moved if turn.end > turn.start]
 
 
 def _by_mask(sample: Sample) -> list[Turn]:

@@ -237,6 +237,9 @@ def train(theirs: Mapping[str, Any], converted: Converted, info: Path | None, to
     from tunesmith.config.schema import RunConfig
     from tunesmith.run.start import run_training
 
+    named = theirs.get("special_tokens")
+    if isinstance(named, Mapping):  # the tokenizer of the real model has them
+        tokenizer.add_tokens([text for text in named.values() if isinstance(text, str)], special_tokens=True)
     length = max(512, int(converted.ours.get("data.max_seq_len", 512)))
     family = build_base(family_of(str(converted.ours.get("model.path"))), length, tokenizer, folder / "base")
     ours = converted.ours | write_data(theirs, converted, info, folder)

@@ -233,6 +233,9 @@ def train(theirs: Mapping[str, Any], converted: Converted, info: Path | None, to
     Raises:
         TunesmithError: what tunesmith says of it.
     """
+    import torch
+    import transformers
+
     from tunesmith.config.runfile import resolve_config
     from tunesmith.config.schema import RunConfig
     from tunesmith.run.start import run_training
@@ -242,9 +245,13 @@ def train(theirs: Mapping[str, Any], converted: Converted, info: Path | None, to
         tokenizer.add_tokens([text for text in named.values() if isinstance(text, str)], special_tokens=True)
     length = max(512, int(converted.ours.get("data.max_seq_len", 512)))
     family = build_base(family_of(str(converted.ours.get("model.path"))), length, tokenizer, folder / "base")
+    # transformers reads some tokenizers otherwise beside a config of this family; a real model's is saved as it is read
+    transformers.AutoTokenizer.from_pretrained(folder / "base").save_pretrained(folder / "base")
     ours = converted.ours | write_data(theirs, converted, info, folder)
     ours |= {"model.path": str(folder / "base"), "train.output_dir": str(folder / "run"), "train.max_steps": 2}
     ours |= {"train.trackers": [], "train.compile": False}
+    if ours.get("train.precision") == "fp16" and not torch.cuda.is_available():
+        ours["train.precision"] = "fp32"  # fp16 needs a GPU
     ours.pop("model.revision", None)
     for name, text in converted.templates.items():
         (folder / Path(name).name).write_text(text, encoding="utf-8")

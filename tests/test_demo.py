@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import re
 from collections import Counter
@@ -189,12 +190,13 @@ def test_the_base_in_the_package_is_small_and_safe() -> None:
 
 @pytest.mark.slow
 def test_the_demo_learns_and_shuffled_answers_teach_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The same short run with right and with shuffled answers: only the first may score, at every turn."""
+    """A short run scores at every turn; with TUNESMITH_LONG=1, the same run with shuffled answers, which must not."""
     right = run_demo(tmp_path / "right", num_questions=4_000)
     out = capsys.readouterr().out
-    shuffled = run_demo(tmp_path / "shuffled", num_questions=4_000, shuffle_answers=True)
+    if os.environ.get("TUNESMITH_LONG"):
+        shuffled = run_demo(tmp_path / "shuffled", num_questions=4_000, shuffle_answers=True)
+        assert max(shuffled.by_turn) <= 0.10
     assert min(right.by_turn) >= 0.15  # of 11 kinds; the whole run reaches 0.9
-    assert max(shuffled.by_turn) <= 0.10
     assert f"talk to it:              tunesmith chat {tmp_path / 'right'}" in out
     for column in ("1st turn", "2nd turn", "3rd turn", "best constant answer", "what it can answer"):
         assert column in out

@@ -222,3 +222,12 @@ def test_a_real_run_ends_with_its_verdict(run: Any, model_folder: Path, chats: P
     assert lines[at + 1].startswith("- The eval_loss hardly fell (")
     assert lines[at + 1].endswith(" Try --optim.lr 1e-5.")
     assert "The eval_loss hardly fell (" in (output / "report.html").read_text(encoding="utf-8")
+
+
+def test_two_points_are_no_trend_unless_they_differ_much() -> None:
+    """The noise of so few is not known: two steps on different rows once read as a learning rate that is too high."""
+    from tunesmith.report.trend import change_of
+
+    assert not change_of([8.055, 8.285]).has_risen
+    assert not change_of([8.285, 8.055]).has_fallen
+    assert change_of([8.0, 12.0]).has_risen

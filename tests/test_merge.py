@@ -415,6 +415,36 @@ def test_added_tokens_in_full_fine_tuning(run: Run, tokenizer: Any, chats: Path,
     assert names[0].read_bytes() == names[1].read_bytes()
 
 
+@pytest.mark.parametrize("how", ["full", "lora"])
+def test_tokens_that_the_tokenizer_has_are_not_added_again(
+    run: Run, tokenizer: Any, chats: Path, tmp_path: Path, how: str
+) -> None:
+    """A second stage with the first one's config: the trained rows of its tokens must not begin anew."""
+    base = base_of(tmp_path / "base", tokenizer, "llama")
+    words = ("--data", chats, "--model.add_tokens", "<note>", tokenizer.eos_token, "--data.max_seq_len", 64,
+             "--train.max_steps", 1, "--optim.lr", 1e-6)  # fmt: skip
+    code, out, err = run("train", "--model", base, "--output", tmp_path / "first", *words)
+    assert code == 0, err
+    assert f"the tokenizer has {tokenizer.eos_token} already" in out
+    rows = [AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().weight]
+    first = tmp_path / "first" / "model"
+    kinds = ("--lora.kind", "lora") if how == "lora" else ()
+    code, _, err = run("train", "--model", first, "--output", tmp_path / "second", *words, *kinds)
+    assert code == 0, err
+    if how == "lora":
+        saved = load_file(tmp_path / "second" / "adapter" / "adapter_model.safetensors")
+        assert not any("trainable_tokens_delta" in key for key in saved)
+        return
+    for folder in (first, tmp_path / "second" / "model"):
+        rows.append(AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight)
+        before, after = rows[-2], rows[-1][: len(rows[-2])]
+        assert torch.allclose(before, after, atol=1e-5)
+        flags = [token.special for token in AutoTokenizer.from_pretrained(folder).added_tokens_decoder.values()]
+        assert flags[: len(tokenizer.added_tokens_decoder)] == [
+            token.special for token in tokenizer.added_tokens_decoder.values()
+        ]
+
+
 def stored_by_peft(base: Path, folder: Path, rows: int | None, **settings: Any) -> torch.Tensor:
     """An adapter as plain peft saves it by default, and its logits."""
     torch.manual_seed(1)

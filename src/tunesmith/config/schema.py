@@ -56,7 +56,8 @@ class ModelSection(Section):
     trust_remote_code: bool = False
     """Run Python code in the model's folder. Off: such a model is refused."""
     add_tokens: list[str] = Field(default_factory=list)
-    """Tokens to add to the tokenizer; with an adapter, only their rows of the embedding are trained."""
+    """Tokens to add to the tokenizer; with an adapter, only their rows of the embedding are trained. A token that the
+    tokenizer has already keeps its id and its row."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Overrides of a preset's transformers config (hidden_size 256); of other models only dropout (resid_pdrop 0.1)."""
 

@@ -187,7 +187,11 @@ def require_own_base(source: ModelSource, is_allowed: bool, advice: str) -> str:
 
 @torch.no_grad()
 def extend_vocabulary(model: Any, tokenizer: Any, tokens: list[str]) -> list[int]:
-    """Add embedding rows for added tokens, each the mean of all earlier rows; returns the tokens' ids."""
+    """Give new tokens rows in the embedding, each the mean of all earlier rows; returns the tokens' ids.
+
+    Args:
+        tokens: those that the tokenizer has just been given; the row of an older token is trained already.
+    """
     if not tokens:
         return []
     ids = tokenizer.convert_tokens_to_ids(tokens)

@@ -59,6 +59,19 @@ def load_tokenizer(section: ModelSection, source: TokenizerSource | None = None)
     Args:
         source: from find_tokenizer, if already known.
     """
+    return extend_tokenizer(section, source)[0]
+
+
+def extend_tokenizer(section: ModelSection, source: TokenizerSource | None = None) -> tuple[Any, list[str]]:
+    """Load the tokenizer of the run, add the tokens of model.add_tokens that it lacks, and name these.
+
+    Args:
+        source: from find_tokenizer, if already known.
+
+    Returns:
+        The tokenizer, and the tokens without an id so far. A token that it already has keeps its id, its settings and,
+        in the model, its trained row.
+    """
     source = source or find_tokenizer(section)
     name, trust = section.tokenizer or section.path, section.trust_remote_code
     require_template_file(source.folder)
@@ -76,9 +89,10 @@ def load_tokenizer(section: ModelSection, source: TokenizerSource | None = None)
             f"{name}: the folder has no usable tokenizer (tokenizer.json or vocab files). Give one with --tokenizer.",
             code="tokenizer-unusable",
         )
+    known, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
     # matched literally: no other text may be normalized to them
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in section.add_tokens])
-    return tokenizer
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in section.add_tokens if text not in added])
+    return tokenizer, [text for text in dict.fromkeys(section.add_tokens) if text not in known]
 
 
 def load_encoder(

@@ -85,7 +85,7 @@ def load_weights(session: Session, checkpoint: Path | None) -> PreTrainedModel:
     quantization = quantization_config(config.lora, dtype)
     model = cast(PreTrainedModel, load_model(section, model_config, dtype, config.train.seed, quantization, source))
     if checkpoint is None:  # a checkpoint already contains the added rows
-        extend_vocabulary(model, tokenizer, config.model.add_tokens)
+        extend_vocabulary(model, tokenizer, session.new_tokens)
     check_vocabulary(model, tokenizer)
     if quantization is None:
         nn.Module.to(model, session.device)  # transformers' `to` is untyped
@@ -104,7 +104,7 @@ def add_new_adapter(session: Session, model: PreTrainedModel) -> Any:
     """peft's wrapper around the model; the adapter's initial weights depend only on the seed."""
     config, source = session.config, session.model
     torch.manual_seed(config.train.seed)
-    new_ids = session.encoder.tokenizer.convert_tokens_to_ids(list(config.model.add_tokens))
+    new_ids = session.encoder.tokenizer.convert_tokens_to_ids(session.new_tokens)
     base = record_base(source.kind, source.name, config.model.revision)
     path = config.model.path
     name = str(Path(path).expanduser().resolve()) if source.kind == "local" else path  # for adapter_config.json

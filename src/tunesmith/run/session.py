@@ -16,7 +16,7 @@ from tunesmith.model.device import pick_device
 from tunesmith.model.lengths import Lengths, choose_lengths
 from tunesmith.model.load import load_config
 from tunesmith.model.source import ModelSource
-from tunesmith.model.tokenizer import TokenizerSource, find_tokenizer, load_encoder
+from tunesmith.model.tokenizer import TokenizerSource, build_encoder, extend_tokenizer, find_tokenizer
 from tunesmith.run.console import Reporter
 from tunesmith.runfolder import RunFolder
 from tunesmith.training.metrics import require_trackers
@@ -33,6 +33,7 @@ class Session:
         sources: None if files of a resumed run are missing; it has its own copy of their tokens.
         model: location of the base model; a resumed run may load its weights from a checkpoint instead.
         date: when the run began; templates may print it.
+        new_tokens: those of model.add_tokens that the tokenizer lacked; their rows of the embedding are new.
         model_config: of the base model.
     """
 
@@ -47,6 +48,7 @@ class Session:
     device: torch.device
     precision: Precision
     encoder: Encoder
+    new_tokens: list[str]
     model_config: PretrainedConfig
     lengths: Lengths
 
@@ -84,9 +86,14 @@ def open_session(
     if config.train.deterministic:
         make_deterministic()
     torch.manual_seed(config.train.seed)
-    tokenizer = find_tokenizer(config.model, model)
-    encoder = load_encoder(config.model, config.data, date, tokenizer)
-    model_config = load_config(config.model, encoder.tokenizer, model)
+    source = find_tokenizer(config.model, model)
+    tokenizer, new_tokens = extend_tokenizer(config.model, source)
+    data = config.data
+    encoder = build_encoder(tokenizer, data.chat_template, data.template_kwargs, date, data.control_text)
+    kept = [token for token in config.model.add_tokens if token not in new_tokens]
+    if kept:
+        reporter.note(f"note: model.add_tokens: the tokenizer has {', '.join(kept)} already; kept as it is")
+    model_config = load_config(config.model, tokenizer, model)
     lengths = choose_lengths(model_config, config.data.max_seq_len, config.train.micro_batch_tokens)
-    return Session(config, folder, reporter, date, sources, model, tokenizer, OneProcess(), device, precision, encoder,
-                   model_config, lengths)  # fmt: skip
+    return Session(config, folder, reporter, date, sources, model, source, OneProcess(), device, precision, encoder,
+                   new_tokens, model_config, lengths)  # fmt: skip

@@ -206,7 +206,7 @@ def model_card(ready: ReadyRun, progress: Progress) -> str:
         last += f"; weights of step {progress.best_step}, the best evaluated (eval_loss {progress.best_eval_loss:.4f})"
     if is_adapter:
         model: Any = ready.lm.model
-        rows = model.get_input_embeddings().weight.shape[0] if config.model.add_tokens else None
+        rows = model.get_input_embeddings().weight.shape[0] if session.new_tokens else None
         load = load_adapter_lines(source, config.model.revision or source.revision, rows)
     else:
         load = load_model_lines()

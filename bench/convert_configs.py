@@ -32,13 +32,13 @@ from tunesmith.foreign.classify import find_method, find_tool
 from tunesmith.foreign.convert import Converted, convert, convert_file, nest
 from tunesmith.foreign.draft import is_on
 
-# name of a model -> its model_type in transformers, first match
+# name of a model -> its model_type in transformers, first match; behind a colon, a kind of it
 FAMILIES = (
     ("mixtral", "mixtral"), ("ministral-3|mistral-small-4|mistral-medium", "ministral3"), ("ministral", "ministral"),
     ("mistral|zephyr|devstral|magistral|voxtral", "mistral"), ("qwen3-next", "qwen3_next"), ("qwen3\\.?5.*-a\\d", "qwen3_5_moe_text"),
     ("qwen3\\.?5", "qwen3_5_text"), ("qwen3.*a\\d+b", "qwen3_moe"), ("qwen3|plano", "qwen3"), ("qwen1.5-moe", "qwen2_moe"),
     ("qwen|deepcoder|mimo", "qwen2"), ("gemma-2-", "gemma2"), ("gemma-3n", "gemma3n_text"), ("gemma-3", "gemma3_text"),
-    ("gemma-4", "gemma4_text"), ("gemma", "gemma"), ("llama-4", "llama4_text"), ("phi-3", "phi3"), ("phi-", "phi"),
+    ("gemma-4.*-a\\d+b", "gemma4_text:moe"), ("gemma-4", "gemma4_text"), ("gemma", "gemma"), ("llama-4", "llama4_text"), ("phi-3", "phi3"), ("phi-", "phi"),
     ("falcon-h1", "falcon_h1"), ("falcon", "falcon"), ("gpt-oss", "gpt_oss"), ("gpt-j", "gptj"), ("cerebras-gpt", "gpt2"),
     ("pythia|incite", "gpt_neox"), ("jamba", "jamba"), ("mamba", "mamba"), ("mpt", "mpt"), ("lfm2.*a\\d", "lfm2_moe"), ("lfm2", "lfm2"),
     ("granite-4", "granitemoehybrid"), ("granite", "granite"), ("glm-4.[57]", "glm4_moe"), ("glm-4", "glm4"),
@@ -55,6 +55,39 @@ SMALL: dict[str, Any] = {
     "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 64, "rotary_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_d_ssm": 64, "mamba_n_groups": 1,
+}  # fmt: skip
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
+_LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+_GEMMA4 = {
+    "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 8, "global_head_dim": 8,
+    "num_kv_shared_layers": 0, "vocab_size_per_layer_input": None,
+}  # fmt: skip
+# what a family needs besides SMALL; None: the size of the vocabulary
+SHAPES: dict[str, dict[str, Any]] = {
+    "dbrx": {
+        "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 512,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v2": _LATENT, "deepseek_v3": _LATENT,
+    "glm_moe_dsa": _LATENT | {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8},
+    "gemma3n_text": {
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "hidden_size_per_layer_input": 8, "altup_num_inputs": 2, "laurel_rank": 4, "intermediate_size": [64] * 4,
+        "activation_sparsity_pattern": [0.0] * 4, "vocab_size_per_layer_input": None,
+    },
+    "gemma4_text": _GEMMA4, "gemma4_text:moe": _GEMMA4 | {"enable_moe_block": True, "top_k_experts": 2},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "qwen3_5_text": _LINEAR, "qwen3_5_moe_text": _LINEAR, "qwen3_next": _LINEAR,
 }  # fmt: skip
 FALLBACK = "llama"
 WORDS = [
@@ -130,6 +163,16 @@ def family_of(model: str) -> str:
     return next(family for pattern, family in FAMILIES if re.search(pattern, model.lower()))
 
 
+def shape_of(family: str, length: int, vocab_size: int) -> dict[str, Any]:
+    sizes = {"vocab_size": vocab_size, "max_position_embeddings": length, "n_positions": length}
+    shape = (
+        SMALL | sizes | {name: vocab_size if value is None else value for name, value in SHAPES.get(family, {}).items()}
+    )
+    if family == "falcon":
+        del shape["head_dim"]  # computed there
+    return shape
+
+
 def build_base(family: str, length: int, tokenizer: Any, folder: Path) -> str:
     """A tiny model of a family with random weights; the family that it is of, the fallback where it cannot be built."""
     import torch
@@ -138,8 +181,7 @@ def build_base(family: str, length: int, tokenizer: Any, folder: Path) -> str:
     ids = torch.arange(3, 11)[None]
     for name in (family, FALLBACK):
         try:
-            values = SMALL | {"vocab_size": len(tokenizer), "max_position_embeddings": length, "n_positions": length}
-            config = transformers.AutoConfig.for_model(name, **values)
+            config = transformers.AutoConfig.for_model(name.partition(":")[0], **shape_of(name, length, len(tokenizer)))
             torch.manual_seed(0)
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             model(ids)

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from conftest import build_model, killed_after, save_folder, tiny_config
-from tunesmith.adapters.adapter import choose_targets
+from tunesmith.adapters.adapter import choose_targets, find_problem
 from tunesmith.config.schema import LoraSection, ModelSection
 from tunesmith.errors import ConfigError, TunesmithError
 
@@ -115,6 +115,53 @@ def test_all_linear_means_every_linear_layer_but_head_and_router(name: str) -> N
     }
     assert targets == wanted.get(name, wanted["llama"])
     assert parameters == (["mlp.experts.down_proj", "mlp.experts.gate_up_proj"] if name == "qwen3_moe" else [])
+
+
+ODD = {
+    "gemma3n_text": {
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "vocab_size_per_layer_input": 400, "hidden_size_per_layer_input": 8, "altup_num_inputs": 2, "laurel_rank": 4,
+        "intermediate_size": [64] * 4, "activation_sparsity_pattern": [0.0] * 4, "head_dim": 8,
+    },
+    "deepseek_v4": {"n_routed_experts": 4, "moe_intermediate_size": 16, "head_dim": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_architectures_with_layers_of_their_own_kind(
+    run: Run, tokenizer: Any, chats: Path, tmp_path: Path, name: str
+) -> None:
+    """Gemma 3n has a list of sizes; DeepSeek V4's first layers have a grouped matrix and no router."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(name, **sizes | {"vocab_size": 400, "max_position_embeddings": 512} | ODD[name])
+    base = save_folder(tmp_path / "base", config, tokenizer)
+    code, _, err = run(*train_words(base, chats, tmp_path / "run", "lora"), "--train.max_steps", 1)
+    assert code == 0, err
+
+
+class Grouped(torch.nn.Linear):
+    """A layer of several small matrices for several parts of its input, as DeepSeek V4's o_a_proj."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("...gi,goi->...go", input, self.weight.unflatten(0, (input.shape[-2], -1)))
+
+
+class Plain(torch.nn.Linear):
+    """Falcon writes its linear layers out."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input @ self.weight.T
+
+
+def test_all_linear_leaves_out_layers_that_peft_cannot_adapt(tokenizer: Any) -> None:
+    model = build_model(tiny_config("llama"))
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        attention.q_proj, attention.k_proj = (kind(16, 32, bias=False) for kind in (Plain, Grouped))
+    targets, _ = choose_targets(model, LoraSection(kind="lora"))
+    assert "q_proj" in targets
+    assert "k_proj" not in targets
+    assert "k_proj" in find_problem(model, LoraSection(kind="lora"), ["k_proj"], [])
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "qwen3_moe"])

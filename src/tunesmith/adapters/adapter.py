@@ -186,25 +186,46 @@ def choose_targets(model: nn.Module, lora: LoraSection) -> tuple[list[str], list
         is_regex = len(lora.target_modules) == 1 and not is_name(lora.target_modules[0])
         return (_names_for(lora.target_modules[0], model) if is_regex else list(lora.target_modules)), parameters
     head = cast("Any", model).get_output_embeddings()
-    linear = [
+    linear = {
         name for name, m in model.named_modules() if _is_linear(m) and m is not head and not is_router(name, model)
-    ]
+    }
     if lora.target_parameters is None and lora.kind in ("lora", "rslora") and not lora.dropout:
         experts = [found[0] for name, _ in model.named_parameters() if (found := _EXPERTS.search(name))]
         parameters = sorted(set(experts))
-    return sorted({name.rpartition(".")[2] for name in linear}), parameters
+    return _shortened(linear, model), parameters
 
 
 def _names_for(pattern: str, model: nn.Module) -> list[str]:
-    """Modules that a regular expression matches, by the last part of their name where that is unambiguous."""
+    """Modules that a regular expression matches."""
+    return _shortened(set(select_modules(pattern, [name for name, _ in model.named_modules() if name])), model)
+
+
+def _shortened(chosen: set[str], model: nn.Module) -> list[str]:
+    """Modules by the last part of their names; in full where that part also names others (`altup.0`, `layers.0`)."""
     names = [name for name, _ in model.named_modules() if name]
-    chosen = select_modules(pattern, names)
-    short = sorted({name.rpartition(".")[2] for name in chosen})
-    return short if select_modules(short, names) == chosen else sorted(chosen)
+    short = {name.rpartition(".")[2] for name in chosen}
+    clear = {part for part in short if set(select_modules([part], names)) <= chosen}
+    return sorted(clear | {name for name in chosen if name.rpartition(".")[2] not in clear})
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D)) or type(module).__name__ in ("Linear4bit", "Linear8bitLt")
+    if type(module).__name__ in ("Linear4bit", "Linear8bitLt") or isinstance(module, Conv1D):
+        return True
+    return isinstance(module, nn.Linear) and (type(module).forward is nn.Linear.forward or _acts_linear(module))
+
+
+@torch.no_grad()
+def _acts_linear(module: nn.Linear) -> bool:
+    """Whether a class with a forward of its own computes x W' + b; DeepSeek V4's grouped o_a_proj does not, and peft's
+    two matrices do not fit it."""
+    size, weight = module.in_features, module.weight
+    inputs = torch.linspace(-1, 1, 2 * size, dtype=weight.dtype, device=weight.device).view(1, 2, size)
+    try:
+        outputs = module(inputs)
+    except Exception:  # takes other shapes
+        return False
+    expected = nn.functional.linear(inputs, weight, module.bias)
+    return outputs.shape == expected.shape and torch.allclose(outputs, expected, rtol=1e-2, atol=1e-2)
 
 
 def is_router(name: str, model: nn.Module) -> bool:
@@ -224,8 +245,12 @@ def find_problem(model: nn.Module, lora: LoraSection, targets: Sequence[str], pa
     for target in targets:
         if not is_name(target):
             return f"target_modules {target!r} is not the name of a module; give names, or one regular expression alone"
-        if not select_modules([target], names):
+        chosen = select_modules([target], names)
+        if not chosen:
             return f"target_modules {target!r} matches no module; {advice}"
+        module = model.get_submodule(min(chosen))
+        if isinstance(module, nn.Linear) and not _is_linear(module):
+            return f"target_modules {target!r} is a layer that peft cannot adapt ({type(module).__name__}); {advice}"
     for name in lora.modules_to_save or []:
         if not is_name(name) or not select_modules([name], names):
             return f"modules_to_save {name!r} matches no module of this model"

@@ -77,7 +77,7 @@ class SupervisedLM(nn.Module):
             output, logits = self._model_logits(inputs, target_at)
             loss, num_correct = token_loss_sum(logits, targets)
         router_loss = expert_counts = None
-        if self.router:
+        if self.router and output.router_logits:  # none where every layer picks experts by token id (DeepSeek V4)
             router_loss = self.router.loss(output.router_logits)
             expert_counts = self.router.count_choices(output.router_logits)
         return LossSums(loss, router_loss, None if torch.is_grad_enabled() else num_correct, expert_counts)

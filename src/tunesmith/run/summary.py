@@ -187,6 +187,7 @@ def estimate_memory(ready: ReadyRun) -> float:
     config = model.config.get_text_config()
     layers, hidden = config.num_hidden_layers, config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    inner = max(inner) if isinstance(inner, list) else inner  # one size a layer in Gemma 3n
     act_width = 2 if ready.session.precision.autocast or width == 2 else 4
     tokens = ready.session.lengths.capacity if ready.lm.is_packed else ready.session.lengths.max_seq_len
     per_layer = tokens * (12 * hidden + 4 * inner) * act_width

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from conftest import write_jsonl
+from tunesmith.adapters.adapter_config import match_names
 from tunesmith.config.foreign import OTHERWISE, SAME, explain_key
 from tunesmith.config.foreign_reasons import HARMLESS_KEYS, MISSING_KEYS
 from tunesmith.config.runfile import leaf_fields, resolve_config
@@ -213,6 +214,16 @@ def test_raw_text_is_converted_to_pre_training() -> None:
     assert axolotl.ours["data.train"] == ["a/b:en:train"]
     assert (axolotl.ours["data.format"], axolotl.ours["data.fields.text"]) == ("text", "body")
     assert convert({"model_name_or_path": "m", "stage": "pt", "dataset": "wiki"}).ours["data.format"] == "text"
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.layers", "language_model.model.layers", "model.layers"])
+def test_patterns_of_a_model_that_reads_pictures_fit_its_text_model(prefix: str) -> None:
+    pattern = rf"{prefix}.[\d]+.(mlp|self_attn).(up|q)_proj"
+    theirs = {"base_model": "m", "datasets": [{"path": "d", "type": "alpaca"}], "lora_target_modules": pattern}
+    (ours,) = convert({**theirs, "adapter": "lora", "lora_r": 8}, Path(), None).ours["lora.target_modules"]
+    assert match_names(ours, ["model.layers.0.self_attn.q_proj", f"{prefix}.0.mlp.up_proj", "vision.0.mlp.up_proj"]) == [
+        "model.layers.0.self_attn.q_proj", f"{prefix}.0.mlp.up_proj"
+    ]  # fmt: skip
 
 
 def test_names_lead_to_the_files_and_columns_of_dataset_info(tmp_path: Path) -> None:

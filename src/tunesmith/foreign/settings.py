@@ -172,7 +172,8 @@ def turn_targets(draft: Draft, key: str, value: Any) -> None:
             draft.note(key, f"{value}; all-linear (lora_target_linear) is trained")
             return
         # the name of the text part in a model that also reads pictures; loaded alone, its modules lack it
-        pattern = value.replace("language_model.layers", "(language_model.)?layers")
+        pattern = value.replace("language_model.model.layers", "(language_model.)?(model.)?(language_model.)?layers")
+        pattern = pattern.replace("language_model.layers", "(language_model.)?layers") if pattern == value else pattern
         if pattern != value:
             draft.note(key, "matches the layers of the text model alone too")
         draft.ours["lora.target_modules"] = [pattern]

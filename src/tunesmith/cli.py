@@ -174,6 +174,11 @@ def run_command(argv: list[str]) -> None:
     if argv[0] in ("train", "resume", "preview", "check", "lr-find", "tokenizer"):
         _run_config_command(parser, argv)
         return
+    words: list[str] | None = None
+    if argv[0] == "convert-config":
+        from tunesmith.foreign.console import take_command
+
+        argv, words = take_command(argv)
     if command is not None:
         _refuse_unknown_flags(command, argv[1:])
     options = parser.parse_args(argv)
@@ -187,7 +192,9 @@ def run_command(argv: list[str]) -> None:
     elif options.command == "recipes":
         _print_recipes()
     elif options.command == "convert-config":
-        _convert_config(options.file, options.output, options.dataset_info)
+        from tunesmith.foreign.console import run_convert_config
+
+        run_convert_config(options, words)
     elif options.command == "merge":
         from tunesmith.use.merge import run_merge
 
@@ -275,23 +282,6 @@ def _print_recipes() -> None:
     for name, text in recipes:
         print(f"{name:<{width}}  {text}")
     print("\ntrain one:  tunesmith train recipe:NAME --data D --output RUN")
-
-
-def _convert_config(path: Path, output: Path | None, dataset_info: Path | None) -> None:
-    from tunesmith.files import write_text_atomic
-    from tunesmith.foreign.convert import convert_file
-
-    converted = convert_file(path, output, dataset_info)
-    for remark in converted.remarks():
-        print(remark, file=sys.stderr)
-    if output is None:
-        for name in converted.templates:
-            print(f"correct by hand: data.chat_template: {name} is part of {path}; --output writes it", file=sys.stderr)
-        print(converted.text, end="")
-        return
-    for file, text in ((output, converted.text), *((Path(n), text) for n, text in converted.templates.items())):
-        write_text_atomic(file, text)
-        print(f"written: {file}")
 
 
 def _print_schema() -> None:

@@ -14,6 +14,7 @@ from tunesmith.config.choices import (
     FIXED_KEYS,
     FREE_KEYS,
     MERGE_METHODS,
+    MINIMIND_GENERATIONS,
     NAME_KEYS,
     PREVIEW_KINDS,
     RESUME_PARTS,
@@ -57,6 +58,7 @@ _EXAMPLES = {
 """,
     "convert-config": """  tunesmith convert-config axolotl.yaml --output run.yaml
   tunesmith convert-config qwen3_lora_sft.yaml --dataset-info LLaMA-Factory/data > run.yaml
+  tunesmith convert-config --from minimind -- python train_full_sft.py --dim 512 --n_layers 8
 """,
     "demo": """  tunesmith demo
   tunesmith demo --output runs/first
@@ -69,6 +71,8 @@ _EPILOG = {
 _USAGE = {
     "train": "tunesmith train [run.yaml] --model M --data D --output RUN [--section.key value ...]",
     "resume": "tunesmith resume RUN [--allow PART ...] [--section.key value ...]",
+    "convert-config": "tunesmith convert-config FILE [--dataset-info DIR] [--output run.yaml]\n"
+    "       tunesmith convert-config --from minimind [--generation G] [--output run.yaml] -- COMMAND ...",
     "tokenizer": "tunesmith tokenizer [run.yaml] --data D --vocab-size N --output DIR",
     "check": "tunesmith check [run.yaml] --model M --data D [--eval-data E] [--strict] [--json | --html out.html]",
     "lr-find": "tunesmith lr-find [run.yaml] --model M --data D [--section.key value ...]",
@@ -233,8 +237,17 @@ def _add_use_commands(commands: _Commands) -> None:
     report = _add_command(commands, "report", "write RUN/report.html again: verdict, curves, data, replies, config")
     report.add_argument("run", type=_name, metavar="RUN", help="folder of the run (train --output), finished or not")
     _add_command(commands, "recipes", "list the run files of the package, for train recipe:NAME")
-    convert = _add_command(commands, "convert-config", "convert a TRL, LLaMA-Factory or Axolotl YAML to a run file")
-    convert.add_argument("file", type=_path, metavar="FILE", help="the YAML to convert")
+    summary = "convert a TRL, LLaMA-Factory or Axolotl YAML, or a MiniMind command, to a run file"
+    convert = _add_command(commands, "convert-config", summary)
+    convert.add_argument("file", type=_path, nargs="?", metavar="FILE", help="the YAML to convert")
+    convert.add_argument(
+        "--from", dest="source", type=_one_of(("minimind",)), metavar="minimind", help="convert the command after --"
+    )
+    convert.add_argument(
+        "--generation", type=_one_of(MINIMIND_GENERATIONS), metavar="G",
+        help=f"generation of MiniMind's scripts: {', '.join(MINIMIND_GENERATIONS)} (default: the newest that has all "
+        "flags of the command)",
+    )  # fmt: skip
     convert.add_argument("--output", type=_path, metavar="FILE", help="run file to write (default: to standard output)")
     convert.add_argument(
         "--dataset-info", type=_path, metavar="DIR", help="folder with LLaMA-Factory's dataset_info.json"

@@ -52,3 +52,6 @@ def part_of(key: str) -> str:
 
 PREVIEW_KINDS = ("refused", "used", "truncated", "cut", "split", "noted", "unrolled", "composed")
 """Rows that preview --only shows. cut: a reply of it is cut before its stop token; noted: there are remarks on it."""
+
+MINIMIND_GENERATIONS = ("minimind-3", "2026-01", "2025-10", "2025-04", "2025-02", "2024", "2026", "2025")
+"""Generations of MiniMind's scripts, the newest first; then years, each for the newest of its generations that fits."""

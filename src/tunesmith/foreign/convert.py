@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,17 @@ _STRATEGIES = {"eval_strategy": "train.eval_steps", "evaluation_strategy": "trai
 @dataclass(frozen=True, slots=True)
 class Converted:
     """Attributes:
-    tool: "axolotl", "llama-factory" or "trl".
-    method: "sft" or "pretraining".
+    tool: "axolotl", "llama-factory", "trl" or "minimind".
+    method: "sft" or "pretraining"; "chat" for a script that talks to a model.
     ours: dotted key -> value.
     notes: about keys that were converted with a change.
     left_out: why -> keys that need no counterpart.
     lost: keys of theirs whose meaning the run file does not have.
     problems: what is to be corrected by hand.
     templates: file name -> chat template, to be written beside the run file.
-    text: the run file.
+    text: the run file; "" for a script that talks to a model.
+    command: of tunesmith, in place of a command of theirs.
+    differences: between a run of theirs and one of the run file.
     """
 
     tool: str
@@ -48,12 +50,15 @@ class Converted:
     problems: list[str]
     templates: dict[str, str]
     text: str
+    command: str = ""
+    differences: list[str] = field(default_factory=list)
 
     def remarks(self) -> list[str]:
         return [
             *(f"note: {note}" for note in self.notes),
             *(f"left out: {', '.join(keys)}: {why}" for why, keys in self.left_out.items()),
             *(f"no counterpart: {lost}" for lost in self.lost),
+            *(f"differs: {difference}" for difference in self.differences),
             *(f"correct by hand: {problem}" for problem in self.problems),
         ]
 
@@ -106,7 +111,7 @@ def convert(
     text += dump(nest(draft.ours))
     return Converted(
         tool=tool, method=find_method(theirs), ours=draft.ours, notes=draft.notes, left_out=draft.left_out,
-        lost=draft.lost, problems=_problems(draft), templates=draft.templates, text=text,
+        lost=draft.lost, problems=find_problems(draft), templates=draft.templates, text=text,
     )  # fmt: skip
 
 
@@ -226,7 +231,7 @@ def _drop_evaluation(draft: Draft) -> None:
         ours.pop("optim.warmup_ratio", None)
 
 
-def _problems(draft: Draft) -> list[str]:
+def find_problems(draft: Draft) -> list[str]:
     needed = {"model.path": "?", "data.train": ["?"], "train.output_dir": "?"}
     try:
         RunConfig.model_validate(nest(needed | draft.ours))

@@ -237,6 +237,14 @@ def _add_use_commands(commands: _Commands) -> None:
     report = _add_command(commands, "report", "write RUN/report.html again: verdict, curves, data, replies, config")
     report.add_argument("run", type=_name, metavar="RUN", help="folder of the run (train --output), finished or not")
     _add_command(commands, "recipes", "list the run files of the package, for train recipe:NAME")
+    _add_convert_config(commands)
+    demo = _add_command(commands, "demo", "fine-tune the small model of the package in a few minutes and test it")
+    demo.add_argument(
+        "--output", type=_name, default="runs/demo", metavar="RUN", help="folder to create (default: runs/demo)"
+    )
+
+
+def _add_convert_config(commands: _Commands) -> None:
     summary = "convert a TRL, LLaMA-Factory or Axolotl YAML, or a MiniMind command, to a run file"
     convert = _add_command(commands, "convert-config", summary)
     convert.add_argument("file", type=_path, nargs="?", metavar="FILE", help="the YAML to convert")
@@ -251,10 +259,6 @@ def _add_use_commands(commands: _Commands) -> None:
     convert.add_argument("--output", type=_path, metavar="FILE", help="run file to write (default: to standard output)")
     convert.add_argument(
         "--dataset-info", type=_path, metavar="DIR", help="folder with LLaMA-Factory's dataset_info.json"
-    )
-    demo = _add_command(commands, "demo", "fine-tune the small model of the package in a few minutes and test it")
-    demo.add_argument(
-        "--output", type=_name, default="runs/demo", metavar="RUN", help="folder to create (default: runs/demo)"
     )
 
 

@@ -120,8 +120,6 @@ def _set_model(draft: Draft, command: Command, paths: Paths) -> None:
         draft.note("model.path", note)
         for flag in sorted({one.layers, "student_num_layers"} & set(command.given)):
             draft.leave_out(f"--{flag} {command.given[flag]}", "the number of layers is read from the weights")
-    if command.is_moe:
-        ours["train.router_loss"], ours["model.config.router_aux_loss_coef"] = one.router
 
 
 def _base_of(command: Command) -> str:

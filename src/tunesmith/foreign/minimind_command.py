@@ -34,6 +34,15 @@ _EXAMPLE = "tunesmith convert-config --from minimind -- python train_full_sft.py
 _LINE_CONTINUES = re.compile(r"[\\^`][ \t]*\r?\n")
 _BACKSLASH_OF_A_PATH = re.compile(r"\\(?=[\w.])")
 _REDIRECTION = re.compile(r"\d?>|&>|<|\||&$")
+_RENAMED = {  # flags of the same meaning in other generations
+    "dim": ("hidden_size",), "n_layers": ("num_hidden_layers",), "hidden_size": ("dim",),
+    "num_hidden_layers": ("n_layers",),
+    "out_dir": ("save_dir",), "save_dir": ("out_dir",), "lora_name": ("lora_weight",), "lora_weight": ("lora_name",),
+    "history_cnt": ("historys",), "historys": ("history_cnt",), "use_moe": ("student_use_moe",),
+    "student_use_moe": ("use_moe",),
+    "model_mode": ("weight",), "weight": ("model_mode",), "load": ("load_from",), "load_from": ("load",),
+    "max_seq_len": ("max_new_tokens",), "max_new_tokens": ("max_seq_len",),
+}  # fmt: skip
 _PROCESSES = ("nproc_per_node", "num_gpus", "num_processes", "nnodes", "num_nodes")  # of launchers
 
 
@@ -312,7 +321,8 @@ def _explain_mixture(script: Script, texts: dict[str, str | None], allowed: list
         if flag not in script.flags[best]:
             having = [one for one, flags in script.flags.items() if flag in flags]
             rest = [one for one in script.flags[best] if one not in texts]
-            found = did_you_mean(suggest_words(flag, rest), "--")
+            renamed = [one for one in _RENAMED.get(flag, ()) if one in rest]
+            found = f"; it is --{renamed[0]} there" if renamed else did_you_mean(suggest_words(flag, rest), "--")
             lines.append(f"--{flag}: is of {', '.join(having)}; no generation has all of these flags, and {best}, "
                          f"which has most, lacks it{found}")  # fmt: skip
     return lines

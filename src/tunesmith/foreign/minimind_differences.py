@@ -25,9 +25,7 @@ def _of_steps(command: Command) -> list[str]:
                      "tokens")  # fmt: skip
     if steps > 1:
         after = "a step whose gradient is too small" if one.is_3 else "added to the next epoch's first step"
-        lines.append(
-            f"end of an epoch: fewer than {steps} batches are {after} there; here a step as any other"
-        )
+        lines.append(f"end of an epoch: fewer than {steps} batches are {after} there; here a step as any other")
     return lines
 
 
@@ -43,6 +41,10 @@ def _of_weights(command: Command) -> list[str]:
     if not one.is_dtype_used and values["device"] != "cpu" and values["dtype"] == "bfloat16":
         lines.append("precision: their autocast computes in float16 whatever --dtype says, with a scaled loss; here in "
                      "bf16")  # fmt: skip
+    if command.is_moe:
+        how, coefficient = one.router
+        what = "summed over layers" if how == "layers" else "of each row by itself, summed over layers"
+        lines.append(f"router loss: {what}, times {coefficient:g} there; here a mean over layers, as in transformers")
     if command.kind == "lora" and one.name == "2024":
         lines.append("adapter: it is on the head, too, there; all-linear leaves the head out")
     elif command.kind == "lora":

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -146,6 +147,16 @@ def save_folder(folder: Path, config: Any, tokenizer: Any) -> Path:
     build_model(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def run_apart(code: str, *words: object) -> str:
+    """Run Python code in a process of its own, whose ru_maxrss is its own; returns its output.
+
+    A child begins with the peak of the process that starts it, which for pytest is that of all tests before: so a
+    shell starts it.
+    """
+    shell = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", code, *map(str, words)]
+    return subprocess.run(shell, capture_output=True, text=True, check=True).stdout
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from conftest import run_apart
 from tunesmith.config.schema import DataSection
 from tunesmith.sources.read import find_sources, read_rows
 from tunesmith.sources.rowsize import RowTooLarge, measure_row
@@ -115,8 +114,7 @@ def test_memory_stays_a_small_multiple_of_the_bound(tmp_path: Path) -> None:
         "print(rows[0].value.size_bytes, rows[1].number, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     start = time.perf_counter()
-    out = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True).stdout
-    size, number, grown_kb = map(int, out.split())
+    size, number, grown_kb = map(int, run_apart(code, path).split())
     assert (size, number) == (200 * MB + 13, 2)
     assert grown_kb < 150_000  # about nine times the bound of 16 MB
     assert time.perf_counter() - start < 20

@@ -374,7 +374,7 @@ def text_of(row: LabelledRow) -> str:
     if row.status == "refused":
         return ""
     if isinstance(row.source, RawText):
-        return row.source.text.strip()
+        return row.source.text.strip() + row.source.digest
     if isinstance(row.source, Conversation):
         said = [f"{m.role}: {m.reasoning_content or ''} {m.content} {m.tool_calls or ''}" for m in row.source.messages]
         return "\n".join([*said, f"{row.source.tools or ''}"]).strip()

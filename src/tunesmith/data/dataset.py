@@ -167,7 +167,8 @@ def _label_into(
     ledger = Ledger(passed_over=[str(path) for path in sources.passed_over])
     writer = StoreWriter(folder)
     with writer:
-        for row in label_rows(read_rows(sources, data.encoding, data.max_row_mb), encoder, data, max_seq_len):
+        rows = read_rows(sources, data.encoding, data.max_row_mb)
+        for row in label_rows(rows, encoder, data, max_seq_len, folder=folder.parent):
             ledger.add(row)
             writer.add(row)
     ledger.raise_if_unusable(data.max_refused)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,7 @@ from tunesmith.data.labels import (
     REFUSED_INEXACT,
     Sample,
     join_completion,
+    label_blocks,
     label_completion,
     label_rendered,
     label_segments,
@@ -31,10 +34,11 @@ from tunesmith.encode.messages import prepare_messages, prepare_text
 from tunesmith.encode.render import RenderedChat, render_chat
 from tunesmith.errors import DataError
 from tunesmith.rows.conversation import Conversation, Parsed, RawText, RowRefused, Segments, UnknownFormat
-from tunesmith.rows.formats import parse_row
-from tunesmith.rows.textmarks import find_rendered_template
+from tunesmith.rows.formats import parse_document, refuse_lone_surrogates
+from tunesmith.rows.textmarks import NOTE_TRANSCRIPT_TEXT, TextScan, find_rendered_template
 from tunesmith.sources.read import RawRow
 from tunesmith.sources.rowsize import RowTooLarge
+from tunesmith.sources.textfile import LongText
 
 _BATCH_ROWS = 256
 _BATCH_CHARACTERS = 1 << 21  # a row of raw text may be a whole book
@@ -51,6 +55,7 @@ class _Draft:
     Attributes:
         texts: texts to encode for it, except the stretches of a plan.
         conversation: of a planned row, as it is rendered.
+        long_text: a document that is read and encoded block by block, in place of `texts`.
     """
 
     row: RawRow
@@ -61,6 +66,11 @@ class _Draft:
     notes: tuple[str, ...] = ()
     refusal: RowRefused | None = None
     source: Parsed | None = None
+    long_text: LongText | None = None
+
+    @property
+    def num_characters(self) -> int:
+        return sum(map(len, self.texts)) + (len(self.long_text.head) if self.long_text else 0)
 
 
 Stretches = Mapping[str, npt.NDArray[np.uint32]]
@@ -72,17 +82,19 @@ def label_rows(
     data: DataSection,
     max_seq_len: int,
     settings: RenderSettings | None = None,
+    folder: Path | None = None,
 ) -> Iterator[LabelledRow]:
     """Yield every row with its outcome, in order. A row's outcome does not depend on the rows before it.
 
     Args:
         settings: date and template variables; by default the encoder's.
+        folder: for temporary files of long documents; by default the system's.
 
     Raises:
         DataError: the first row of a file has an unknown format.
     """
     rows = itertools.islice(rows, data.limit) if data.limit else rows
-    labeller = _Labeller(encoder, data, max_seq_len, encoder.renderer(settings))
+    labeller = _Labeller(encoder, data, max_seq_len, encoder.renderer(settings), folder)
     for drafts in _draft_batches(rows, labeller):
         yield from labeller.finish(drafts)
 
@@ -97,7 +109,7 @@ def _draft_batches(rows: Iterable[RawRow], labeller: _Labeller) -> Iterator[list
             seen_files.add(row.file)
         draft = labeller.draft(row, is_first)
         drafts.append(draft)
-        num_characters += sum(len(text) for text in draft.texts)
+        num_characters += draft.num_characters
         if len(drafts) == _BATCH_ROWS or num_characters >= _BATCH_CHARACTERS:
             yield drafts
             drafts, num_characters = [], 0
@@ -108,8 +120,16 @@ def _draft_batches(rows: Iterable[RawRow], labeller: _Labeller) -> Iterator[list
 class _Labeller:
     """Label rows with one encoder, config, template (under the run's settings) and its plans."""
 
-    def __init__(self, encoder: Encoder, data: DataSection, max_seq_len: int, renderer: Renderer | None) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        data: DataSection,
+        max_seq_len: int,
+        renderer: Renderer | None,
+        folder: Path | None = None,
+    ) -> None:
         self.encoder, self.data, self.max_seq_len, self.renderer = encoder, data, max_seq_len, renderer
+        self.folder = folder
         may_plan = renderer is not None and data.history == "auto" and data.train_on != "last_assistant"
         self.planner = Planner(encoder, renderer, data.train_reasoning) if renderer and may_plan else None
 
@@ -117,8 +137,11 @@ class _Labeller:
         if isinstance(row.value, RowTooLarge):
             return _Draft(row, refusal=RowRefused(row.value.reason, code="row-too-large"))
         parsed: Parsed | None = None
+        data = self.data
         try:
-            parsed = parse_row(row.value, self.data.format, self.data.fields, self.data.ignore_columns)
+            parsed, long_text = parse_document(row.value, data.format, data.fields, data.ignore_columns)
+            if long_text:
+                return _Draft(row, notes=parsed.notes, source=parsed, long_text=long_text)
             return replace(self._draft_parsed(row, parsed), source=parsed)
         except UnknownFormat as refusal:
             if is_first:  # then the whole file has a format that cannot be trained on
@@ -167,6 +190,8 @@ class _Labeller:
         try:
             if draft.refusal:
                 raise draft.refusal
+            if draft.long_text:
+                return self._finish_document(draft, draft.long_text)
             if not all(encoding.is_exact for encoding in encodings):
                 raise RowRefused(REFUSED_INEXACT, code="control-text-inexact")
             how, labelled = self._label(draft, encodings, stretches)
@@ -187,6 +212,34 @@ class _Labeller:
             file, number, "used", how, fitted.reason, fitted.samples, fitted.tokens_lost, (*notes, *fitted.notes),
             source=draft.source, num_cut=fitted.num_cut,
         )  # fmt: skip
+
+    def _finish_document(self, draft: _Draft, document: LongText) -> LabelledRow:
+        """Label a document without holding its text.
+
+        Raises:
+            RowRefused: as for a text in memory.
+        """
+        assert isinstance(draft.source, RawText)
+        scan, digest = TextScan(), hashlib.sha256()
+
+        def blocks() -> Iterator[str]:
+            for block in document.blocks():
+                refuse_lone_surrogates(block)
+                scan.add(block)
+                digest.update(block.encode())
+                yield block
+
+        samples, control_notes = label_blocks(blocks(), self.encoder, self.max_seq_len, self.folder)
+        notes = dict.fromkeys(draft.notes)
+        for note, is_due in ((NOTE_TRANSCRIPT_TEXT, scan.is_transcript), (NOTE_RENDERED, scan.has_rendered)):
+            notes |= {note: None} if is_due else {}
+        notes |= dict.fromkeys(control_notes)
+        if trains_unknown(samples, self.encoder):
+            notes[NOTE_UNKNOWN] = None
+        source = replace(draft.source, digest=digest.hexdigest())
+        reason = "split" if len(samples) > 1 else ""
+        return LabelledRow(draft.row.file, draft.row.number, "used", "text", reason, samples,
+                           notes=tuple(notes), source=source)  # fmt: skip
 
     def _label(self, draft: _Draft, encodings: list[Encoding], stretches: Stretches) -> tuple[str, list[Sample]]:
         """How the row's samples were made ("as_rendered", ...), and the samples."""

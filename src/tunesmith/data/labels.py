@@ -7,14 +7,18 @@ it never gets at inference.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
 
 from tunesmith.chat_template.trace import Place
 from tunesmith.encode.encoder import Encoder, Encoding
+from tunesmith.encode.longtext import IdFile, encode_blocks
+from tunesmith.encode.messages import prepare_text
 from tunesmith.encode.render import Rendered, RenderedChat, Span
 from tunesmith.rows.conversation import Conversation, RowRefused, Segments
 
@@ -229,18 +233,81 @@ def label_segments(segments: Segments, encodings: Sequence[Encoding], encoder: E
     return Sample(np.array(ids, dtype=np.uint32), np.array(mask, dtype=np.uint8))
 
 
-def label_text(encoding: Encoding, encoder: Encoder, max_seq_len: int) -> Iterator[Sample]:
-    """A document with BOS and EOS (where the tokenizer has them), every token trained once, split without loss.
+class TextSamples(Sequence[Sample]):
+    """A document's samples: every token trained once, split without loss.
 
-    BOS is added even where the tokenizer adds none to prompts: the first token is predicted from it. For the same
-    reason each later piece begins with the last token of the piece before, as context.
+    Each later sample begins with the last token of the one before, as context: its first token is predicted from it.
+
+    Args:
+        ids: of the document, with BOS and EOS.
+        has_bos: whether the first id is BOS, which is not trained.
+    """
+
+    def __init__(self, ids: npt.NDArray[np.uint32] | IdFile, has_bos: bool, max_seq_len: int) -> None:
+        self._ids, self._has_bos, self._max_seq_len = ids, has_bos, max_seq_len
+        self._starts = range(0, max(1, len(ids) - 1), max_seq_len - 1)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        start = self._starts[index]
+        piece = self._ids[start : start + self._max_seq_len]
+        loss_mask = np.ones(len(piece), dtype=np.uint8)
+        if start or self._has_bos:
+            loss_mask[0] = 0
+        return Sample(piece, loss_mask)
+
+
+def text_borders(encoder: Encoder) -> tuple[list[int], list[int]]:
+    """BOS and EOS of a document, where the tokenizer has them.
+
+    BOS is added even where the tokenizer adds none to prompts: the first token is predicted from it.
     """
     bos = [encoder.bos_id] if encoder.bos_id is not None else []
-    eos = [encoder.eos_id] if encoder.eos_id is not None else []
+    return bos, [encoder.eos_id] if encoder.eos_id is not None else []
+
+
+def label_text(encoding: Encoding, encoder: Encoder, max_seq_len: int) -> TextSamples:
+    """The samples of a document in memory."""
+    bos, eos = text_borders(encoder)
     ids = np.concatenate([np.array(part, dtype=np.uint32) for part in (bos, encoding.ids, eos)])
-    for start in range(0, max(1, len(ids) - 1), max_seq_len - 1):
-        piece = ids[start : start + max_seq_len]
-        loss_mask = np.ones(len(piece), dtype=np.uint8)
-        if start or bos:
-            loss_mask[0] = 0
-        yield Sample(piece, loss_mask)
+    return TextSamples(ids, bool(bos), max_seq_len)
+
+
+def label_blocks(
+    blocks: Iterable[str], encoder: Encoder, max_seq_len: int, folder: Path | None = None
+) -> tuple[TextSamples, tuple[str, ...]]:
+    """The samples of a document that is not in memory, and notes about control text in it.
+
+    Args:
+        blocks: its text in order.
+        folder: for a temporary file of its ids.
+
+    Raises:
+        RowRefused: as `prepare_text`, or the text has a lone surrogate.
+    """
+    notes: dict[str, None] = {}
+
+    def encode_ids(texts: Sequence[str]) -> list[list[int]]:
+        prepared = [prepare_text(text, encoder.shield, encoder.control_text) for text in texts]
+        notes.update(dict.fromkeys(note for _, found in prepared for note in found))
+        if not any(found for _, found in prepared):
+            return encoder.encode_ids(texts)
+        encodings = encoder.encode_texts([text for text, _ in prepared])
+        if not all(encoding.is_exact for encoding in encodings):
+            raise RowRefused(REFUSED_INEXACT, code="control-text-inexact")
+        return [list(encoding.ids) for encoding in encodings]
+
+    bos, eos = text_borders(encoder)
+    ids = IdFile(folder)
+    ids.extend(bos)
+    encode_blocks(blocks, encode_ids, ids)
+    ids.extend(eos)
+    return TextSamples(ids, bool(bos), max_seq_len), tuple(notes)

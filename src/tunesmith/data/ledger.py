@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -49,7 +49,7 @@ class LabelledRow:
     status: str
     how: str = ""
     reason: str = ""
-    samples: tuple[Sample, ...] = ()
+    samples: Sequence[Sample] = ()
     tokens_lost: int = 0
     notes: tuple[str, ...] = ()
     is_by_choice: bool = False
@@ -177,8 +177,9 @@ class Ledger:
         elif row.reason == "split":
             entry.split.append(row.number)
         self.num_samples += len(row.samples)
-        self.tokens += sum(len(sample.input_ids) for sample in row.samples)
-        self.target_tokens += sum(sample.num_targets for sample in row.samples)
+        for sample in row.samples:
+            self.tokens += len(sample.input_ids)
+            self.target_tokens += sample.num_targets
         if row.how != "text":
             self.num_replies += sum(sample.num_replies for sample in row.samples)
             self.num_cut += row.num_cut

@@ -126,7 +126,8 @@ class Encoder:
         return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def _encode_alone(self, text: str) -> Encoding:
-        if len(text) > 2 * PIECE and MARK not in text and (found := encode_long(self._backend, text)):
+        if len(text) > 2 * PIECE and MARK not in text:
+            found = encode_long(self._backend, text)
             return Encoding(found.ids, source=found)
         encoding = self._backend.encode(text, add_special_tokens=False)
         return self._encode_marked(text, encoding) if MARK in text else Encoding(encoding.ids, source=encoding)

@@ -71,10 +71,15 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class RawText:
-    """Text for pre-training; every token is trained."""
+    """Text for pre-training; every token is trained.
+
+    Attributes:
+        digest: of the whole text, where `text` is only the beginning of a document that is not in memory; else "".
+    """
 
     text: str
     notes: tuple[str, ...] = ()
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,7 @@ from tunesmith.rows.textmarks import (
 from tunesmith.rows.turns import ROLE_KEYS
 from tunesmith.rows.values import is_missing, show
 from tunesmith.sources.jsontext import parse_json_list
+from tunesmith.sources.textfile import LongText, find_long_text
 
 Row = Mapping[str, Any]
 Parser = Callable[[Keys, FieldsSection], Draft | RawText | Segments]
@@ -178,6 +179,25 @@ def parse_row(row: Any, format_name: str, fields: FieldsSection, ignore_columns:
         raise RowRefused("is nested too deeply. Flatten it, or remove the row", code="nested-too-deeply") from None
 
 
+def parse_document(
+    row: Any, format_name: str, fields: FieldsSection, ignore_columns: Sequence[str] = ()
+) -> tuple[Parsed, LongText | None]:
+    """`parse_row` for rows whose text may not be in memory.
+
+    Raw text that is not in memory is parsed from its beginning, and returned beside it.
+
+    Raises:
+        RowRefused, UnknownFormat: as `parse_row`.
+    """
+    long_text = find_long_text(row)
+    if long_text is not None:
+        parsed = parse_row({**row, "text": long_text.head}, format_name, fields, ignore_columns)
+        if isinstance(parsed, RawText):
+            return parsed, long_text
+        row = {**row, "text": long_text.read()}
+    return parse_row(row, format_name, fields, ignore_columns), None
+
+
 def _parse(row: Row, name: str, fields: FieldsSection, ignore_columns: Sequence[str]) -> Parsed:
     if name == "xtuner" and not fields.messages:
         fields = fields.model_copy(update={"messages": _find_turns(row)[0] or None})
@@ -196,7 +216,7 @@ def _parse(row: Row, name: str, fields: FieldsSection, ignore_columns: Sequence[
     except LostColumns as lost:
         reason = explain_lost_columns(row, lost.columns, name, fields)
         raise UnknownFormat(reason, loses_context=True, code="unread-context") from None
-    _refuse_lone_surrogates("".join(texts))
+    refuse_lone_surrogates("".join(texts))
     if isinstance(draft, Segments):
         return Segments(draft.parts, tuple(reading.notes))
     if is_transcript(draft.text):
@@ -278,7 +298,7 @@ def _finish_chat(draft: Draft, reading: Reading) -> Conversation:
     for index, message in trained:
         _refuse_bad_reply(index, message)
     reading.settle([text for m in messages for text in (m.content, m.reasoning_content) if text])
-    _refuse_lone_surrogates(_text_of(kept, draft))
+    refuse_lone_surrogates(_text_of(kept, draft))
     _note_oddities(draft, kept, reading)
     return Conversation(tuple(kept), draft.tools, tuple(reading.notes), draft.template_kwargs, draft.documents)
 
@@ -327,7 +347,12 @@ def _text_of(messages: list[Message], draft: Draft) -> str:
     return "".join(texts)
 
 
-def _refuse_lone_surrogates(text: str) -> None:
+def refuse_lone_surrogates(text: str) -> None:
+    """Refuse half characters.
+
+    Raises:
+        RowRefused: the text has one.
+    """
     half = find_lone_surrogate(text)
     if half:
         raise RowRefused(

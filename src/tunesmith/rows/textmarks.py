@@ -26,6 +26,7 @@ NOTE_TRANSCRIPT_TEXT = (
 _BRACES = re.compile(r"\{\{([A-Za-z_]\w*)\}\}")
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 _ANSWERERS = ("<bot>", "<assistant>", "ssistant:", "ssistant：", "ASSISTANT:", "Bot:", "AI:", "GPT:", "助手：", "助手:")
+_OVERLAP = 256  # characters; longer than any mark with the spaces before it
 _LINE = r"(?:^[ \t]*|##[ \t]{0,2})"  # "### Human:" begins a turn inside a line too (guanaco)
 _ASKED = re.compile(rf"{_LINE}(?:human|user|question|用户|问)[ \t]*[:：]|<(?:user|human)>[ \t]*[:：]", re.I | re.M)
 _ANSWERED = re.compile(
@@ -58,3 +59,34 @@ def is_transcript(text: str) -> bool:
         return False
     asked = _ASKED.search(text)
     return asked is not None and _ANSWERED.search(text, asked.end()) is not None
+
+
+class TextScan:
+    """What `find_rendered_template` and `is_transcript` find in a text that comes in blocks.
+
+    Each block is searched together with the end of the one before, so that nothing is missed where they meet.
+    """
+
+    def __init__(self) -> None:
+        self.has_rendered = False
+        self._has_answerer = False
+        self._asked_until: int | None = None  # where the first question mark ends
+        self._is_answered = False
+        self._end = "\n"  # nothing is before the first line
+        self._position = -1  # of `_end` in the text
+
+    @property
+    def is_transcript(self) -> bool:
+        return self._has_answerer and self._is_answered
+
+    def add(self, block: str) -> None:
+        text, position = self._end + block, self._position
+        self.has_rendered = self.has_rendered or find_rendered_template(text) is not None
+        self._has_answerer = self._has_answerer or any(mark in text for mark in _ANSWERERS)
+        # from the second character on: the first need not be the beginning of a line
+        if self._asked_until is None and (asked := _ASKED.search(text, 1)):
+            self._asked_until = position + asked.end()
+        if self._asked_until is not None and not self._is_answered:
+            self._is_answered = _ANSWERED.search(text, max(1, self._asked_until - position)) is not None
+        self._end = text[-_OVERLAP:]
+        self._position = position + len(text) - len(self._end)

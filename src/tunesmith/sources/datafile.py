@@ -7,7 +7,7 @@ import contextlib
 import gzip
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -92,6 +92,33 @@ def _byte_order_mark(encoding: str) -> bytes:
         return "\ufeff".encode(encoding)
     except UnicodeError:
         return b""
+
+
+@contextlib.contextmanager
+def explain_errors(file: DataFile, last_row: Callable[[], int] = lambda: 0) -> Iterator[None]:
+    """Turn what goes wrong while a file is read into a DataError.
+
+    Args:
+        last_row: number of the last row that was read.
+    """
+    path = file.path
+    try:
+        yield
+    except UnicodeError as error:
+        raise explain_undecodable(file, error) from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        place = f" after row {last_row()}" if last_row() else ""
+        raise DataError(
+            f"{path}: unreadable{place} (damaged gzip: {error}). Download or copy the file again.", code="file-damaged"
+        ) from None
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read: {error.strerror or error}. Check the file's permissions.", code="file-unreadable"
+        ) from None
+    except MemoryError:
+        raise DataError(
+            f"{path}: does not fit into memory. Split the file or save it as JSON Lines.", code="out-of-memory"
+        ) from None
 
 
 def explain_undecodable(file: DataFile, error: UnicodeError) -> DataError:

@@ -6,7 +6,7 @@ import heapq
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from tunesmith.errors import DataError, ModelError
 from tunesmith.files import atomic_directory
 from tunesmith.model.bpe import CONTROL_TOKENS, train_tokenizer
 from tunesmith.model.source import open_path
-from tunesmith.rows.conversation import RawText, RowRefused, Segments, UnknownFormat
-from tunesmith.rows.formats import parse_row
+from tunesmith.rows.conversation import RawText, RowRefused, Segments, UnknownFormat, find_lone_surrogate
+from tunesmith.rows.formats import parse_document
 from tunesmith.sources.read import find_sources, read_rows
 from tunesmith.sources.rowsize import RowTooLarge
+from tunesmith.sources.textfile import LongText
 
 MIN_VOCAB_SIZE = 256 + len(CONTROL_TOKENS)
 _SAMPLE_LINES = 20_000  # for the compression table
@@ -46,7 +47,7 @@ def run_tokenizer(data: DataSection, vocab_size: int, output: Path, sample_mb: i
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ModelError(f"{output}: already exists; give --output a new folder.", code="output-exists")
     lines = LineSample(_SAMPLE_LINES)
-    texts, num_bytes = sample_texts((lines.keep(text) for text in iterate_texts(data)), sample_mb * 10**6)
+    texts, num_bytes = sample_texts(map(lines.keep, iterate_texts(data)), sample_mb * 10**6)
     tokenizer = train_tokenizer(texts, vocab_size)
     with atomic_directory(output) as partial:
         tokenizer.save_pretrained(partial)
@@ -64,7 +65,7 @@ def run_tokenizer(data: DataSection, vocab_size: int, output: Path, sample_mb: i
     print(f"use it: tunesmith train recipe:laptop-pretrain --tokenizer {output} --data ... --output runs/base")
 
 
-def iterate_texts(data: DataSection) -> Iterator[str]:
+def iterate_texts(data: DataSection) -> Iterator[str | LongText]:
     """Every text of every row: raw text unchanged, and each turn of a chat. Rows that training refuses are skipped."""
     seen_files: set[str] = set()
     for number, row in enumerate(read_rows(find_sources(data.train), data.encoding, data.max_row_mb)):
@@ -75,14 +76,17 @@ def iterate_texts(data: DataSection) -> Iterator[str]:
         if isinstance(row.value, RowTooLarge):
             continue
         try:
-            parsed = parse_row(row.value, data.format, data.fields, data.ignore_columns)
+            parsed, long_text = parse_document(row.value, data.format, data.fields, data.ignore_columns)
         except UnknownFormat as refusal:
             if is_first:
                 raise DataError(f"{row.where}: {refusal.reason}", code="text-unusable") from None
             continue
         except RowRefused:
             continue
-        if isinstance(parsed, RawText):
+        if long_text:
+            if not any(map(find_lone_surrogate, long_text.blocks())):
+                yield long_text
+        elif isinstance(parsed, RawText):
             yield parsed.text
         elif isinstance(parsed, Segments):
             yield from (text for text, _ in parsed.parts)
@@ -90,20 +94,21 @@ def iterate_texts(data: DataSection) -> Iterator[str]:
             yield from (m.content for m in parsed.messages if m.content)
 
 
-def sample_texts(texts: Iterable[str], max_bytes: int) -> tuple[list[str], int]:
+def sample_texts(texts: Iterable[str | LongText], max_bytes: int) -> tuple[list[str], int]:
     """The texts and their UTF-8 bytes; of more than max_bytes, an even sample of pieces, in order.
 
-    Memory holds the sample and one text, however many there are.
+    Memory holds the sample and one text, or one block of a long text.
     """
     texts = iter(texts)
-    whole, total = [], 0
+    whole: list[str | LongText] = []
+    total = 0
     for text in texts:
         whole.append(text)
-        total += len(text.encode())
+        total += sum(len(block.encode()) for block in _blocks_of(text))
         if total > max_bytes:
             break
     else:
-        return whole, total
+        return ["".join(_blocks_of(text)) for text in whole], total
     rng = random.Random(0)
     # the pieces with the smallest random keys, the largest key first
     kept: list[tuple[float, int, str, int]] = []
@@ -118,17 +123,31 @@ def sample_texts(texts: Iterable[str], max_bytes: int) -> tuple[list[str], int]:
     return [piece for _, _, piece, _ in sorted(kept, key=lambda entry: entry[1])], total
 
 
-def _cut_pieces(texts: Iterable[str]) -> Iterator[str]:
+def _blocks_of(text: str | LongText) -> Iterable[str]:
+    return [text] if isinstance(text, str) else text.blocks()
+
+
+def _cut_pieces(texts: Iterable[str | LongText]) -> Iterator[str]:
     """Pieces of one to two thousand characters that end with a line or a word where there is one."""
     for text in texts:
-        start = 0
-        while start < len(text):
-            limit = start + _PIECE
-            middle = start + _PIECE // 2
-            end = text.rfind("\n", middle, limit) + 1 or text.rfind(" ", middle, limit)
-            end = end if start < end and limit < len(text) else limit
-            yield text[start:end]
-            start = end
+        left = ""
+        for block in _blocks_of(text):
+            left = yield from _cut_block(left + block)
+        if left:
+            yield left
+
+
+def _cut_block(text: str) -> Generator[str, None, str]:
+    """The pieces of a text except the last, which is returned: more may follow."""
+    start = 0
+    while start + _PIECE < len(text):
+        limit = start + _PIECE
+        middle = start + _PIECE // 2
+        end = text.rfind("\n", middle, limit) + 1 or text.rfind(" ", middle, limit)
+        end = end if start < end else limit
+        yield text[start:end]
+        start = end
+    return text[start:]
 
 
 class LineSample:
@@ -140,8 +159,8 @@ class LineSample:
         self._seen = 0
         self._rng = random.Random(0)
 
-    def keep(self, text: str) -> str:
-        for line in text.splitlines():
+    def keep(self, text: str | LongText) -> str | LongText:
+        for line in _lines_of(text):
             if not line.strip():
                 continue
             self._seen += 1
@@ -150,6 +169,17 @@ class LineSample:
             elif (place := self._rng.randrange(self._seen)) < self.size:
                 self.lines[place] = line
         return text
+
+
+def _lines_of(text: str | LongText) -> Iterator[str]:
+    """The lines of a text, without their ends."""
+    left = ""
+    for block in _blocks_of(text):
+        lines = (left + block).splitlines(keepends=True)
+        # more may follow the last line, and "\n" its "\r"
+        left = lines.pop() if lines else ""
+        yield from (line.splitlines()[0] for line in lines)
+    yield from left.splitlines()
 
 
 def compression_table(tokenizer: Any, lines: list[str]) -> list[str]:

@@ -2,8 +2,8 @@
 
 The model is the packaged base of `tunesmith demo` (2.8M parameters), the data real chats: alpaca_en_demo.json and the
 questions of GSM8K. Every run is judged by eval_loss on the same 48 chats of its data set, which are never trained on.
-Each result is a line of WORK/results.jsonl; a run that is there is not made again, so the script can be stopped at any
-time, and the tables can be made one after another.
+Each result is a line of WORK/results.jsonl. A run that is there is not made again as long as the chats, the base and
+the torch version are the same, so the script can be stopped at any time, and the tables can be made one after another.
 
     python bench/choosing.py DATA WORK                       # all runs: about 40 minutes on one core
     python bench/choosing.py DATA WORK --only lr             # the runs of one table
@@ -19,10 +19,14 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+from kept import Kept, hash_files
 
 from tunesmith.config.runfile import resolve_config
 from tunesmith.config.schema import RunConfig
@@ -64,11 +68,17 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Result:
+    """What a run gave: eval_loss before and after it, and its last loss, averaged over an eighth of the steps."""
+
     before: float
     eval_loss: float
     loss: float
     steps: int
     seconds: float
+
+
+Made = TypeVar("Made")
+Results = Kept[Setting, Result]
 
 
 # ---- the runs -------------------------------------------------------------------------------------------------------
@@ -128,32 +138,25 @@ def run(setting: Setting, work: Path, demo: Path) -> Result:
     return Result(evals[0], evals[-1], last, records[-1]["step"], time.perf_counter() - started)
 
 
-def read_lines(file: Path) -> list[Any]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+def keep_in(
+    file: Path, result_of: Callable[..., Made], make: Callable[[Setting, Path, Path], Made], work: Path, demo: Path
+) -> Kept[Setting, Made]:
+    """What `make` makes of a setting, kept in a file as long as chats, weights and the torch version are the same."""
+    chats = [work / f"{name}-{part}.jsonl" for name in FILES for part in ("held", "train")]
+
+    @cache
+    def made_from(model: str) -> str:
+        folder = demo if model == "demo" else Path(model)
+        return hash_files([*chats, *sorted(path for path in folder.iterdir() if path.is_file())], torch.__version__)
+
+    return Kept(
+        file, Setting, result_of, lambda setting: make(setting, work, demo), lambda setting: made_from(setting.model)
+    )
 
 
-class Results:
-    """WORK/results.jsonl."""
-
-    def __init__(self, work: Path, demo: Path) -> None:
-        self._work, self._demo, self._file = work, demo, work / "results.jsonl"
-        entries = read_lines(self._file)
-        self._found = {Setting(**entry["setting"]): Result(**entry["result"]) for entry in entries}
-
-    def make(self, settings: Iterable[Setting], most: int) -> None:
-        """Make the runs that are not there yet, at most so many."""
-        for setting in [setting for setting in dict.fromkeys(settings) if setting not in self._found][:most]:
-            result = run(setting, self._work, self._demo)
-            self._found[setting] = result
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"setting": asdict(setting), "result": asdict(result)}) + "\n")
-            print(f"{setting}: eval_loss {result.eval_loss:.4f}, {result.seconds:.0f} s", flush=True)
-
-    def __contains__(self, setting: Setting) -> bool:
-        return setting in self._found
-
-    def __getitem__(self, setting: Setting) -> Result:
-        return self._found[setting]
+def keep_results(work: Path, demo: Path) -> Results:
+    """WORK/results.jsonl. The chats must be in WORK already."""
+    return keep_in(work / "results.jsonl", Result, run, work, demo)
 
 
 # ---- the grids ------------------------------------------------------------------------------------------------------
@@ -168,16 +171,14 @@ def lr_grid(models: Sequence[str]) -> list[Setting]:
                 is_first = data == "alpaca" and model == "demo"
                 settings += [
                     Setting(data, kind, lr, seed=seed, model=model)
-                    for lr in (lrs if is_first else lrs[1:])
+                    for lr in lrs
                     for seed in ((0, 1) if is_first and kind == "none" and lr in lrs[1:4] else (0,))
                 ]
     return settings
 
 
 def batch_grid() -> list[Setting]:
-    """Few tokens a step with low rates, many with high ones: the best rate grows with the step."""
-    lrs = {512: (3e-4, 1e-3, 3e-3), 1024: (3e-4, 1e-3, 3e-3, 1e-2), 4096: (1e-3, 3e-3, 1e-2)}
-    return [Setting(step_tokens=tokens, lr=lr) for tokens, some in lrs.items() for lr in some]
+    return [Setting(step_tokens=tokens, lr=lr) for tokens in (512, 1024, 4096) for lr in (3e-4, 1e-3, 3e-3, 1e-2)]
 
 
 def epoch_grid() -> list[Setting]:
@@ -191,8 +192,8 @@ def rank_grid() -> list[Setting]:
 
 
 def amount_grid() -> list[Setting]:
-    """One epoch over more and more chats; then the same number of steps over fewer and fewer."""
-    return [Setting(rows=rows, epochs=1) for rows in (38, 76, 152, 304)] + [Setting(rows=rows) for rows in (19, 38)]
+    """One epoch over each number of chats, and a fixed number of steps over each."""
+    return [Setting(rows=rows, epochs=epochs) for rows in (19, 38, 76, 152, 304) for epochs in (1, None)]
 
 
 # ---- the tables -----------------------------------------------------------------------------------------------------
@@ -307,7 +308,7 @@ def main() -> None:
     def sized(settings: Iterable[Setting]) -> list[Setting]:
         return [replace(setting, tokens=options.tokens) for setting in settings]
 
-    results = Results(options.work, options.base)
+    results = keep_results(options.work, options.base)
     grids = {
         "lr": sized(lr_grid(models)),
         "batch": sized(batch_grid()),

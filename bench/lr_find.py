@@ -11,15 +11,27 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from choosing import FILES, TOKENS, Results, Setting, flags_of, lr_grid, read_lines, table, write_chats, write_page
+from choosing import (
+    FILES,
+    TOKENS,
+    Results,
+    Setting,
+    flags_of,
+    keep_in,
+    keep_results,
+    lr_grid,
+    table,
+    write_chats,
+    write_page,
+)
+from kept import Kept
 
 from tunesmith.config.runfile import resolve_config
 from tunesmith.config.schema import DEFAULT_LORA_LR, LrFindConfig, OptimSection
@@ -94,25 +106,7 @@ def smoothed(losses: Sequence[float], share: float = 0.8) -> list[float]:
     return smooth
 
 
-class Searches:
-    """WORK/searches.jsonl."""
-
-    def __init__(self, work: Path, demo: Path) -> None:
-        self._work, self._demo, self._file = work, demo, work / "searches.jsonl"
-        self._found = {Setting(**line["setting"]): Search(**line["search"]) for line in read_lines(self._file)}
-
-    def make(self, settings: Iterable[Setting], most: int) -> None:
-        for setting in [setting for setting in settings if setting not in self._found][:most]:
-            found = self._found[setting] = search(setting, self._work, self._demo)
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"setting": asdict(setting), "search": asdict(found)}) + "\n")
-            print(f"{setting}: {found}", flush=True)
-
-    def __contains__(self, setting: Setting) -> bool:
-        return setting in self._found
-
-    def __getitem__(self, setting: Setting) -> Search:
-        return self._found[setting]
+Searches = Kept[Setting, Search]
 
 
 def search_grid(models: Sequence[str]) -> list[Setting]:
@@ -168,7 +162,8 @@ def main() -> None:
     options = parser.parse_args()
     models = ["demo", *options.model]
     write_chats(options.work, options.data)
-    results, searches = Results(options.work, options.base), Searches(options.work, options.base)
+    results = keep_results(options.work, options.base)
+    searches = keep_in(options.work / "searches.jsonl", Search, search, options.work, options.base)
     searched = [replace(setting, tokens=options.tokens) for setting in search_grid(models)]
     grid = [replace(setting, tokens=options.tokens) for setting in lr_grid(models)]
     searches.make(searched, options.runs)

@@ -7,7 +7,9 @@ test_boundary.py, and the part of parity_trl that needs no TRL in test_parity_tr
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import importlib
 import json
 import os
 import runpy
@@ -25,7 +27,7 @@ from conftest import chat_row, save_folder, tiny_config, write_jsonl
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("bench", "bench/parity_trl", "docs", "scripts")
 SCRIPTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).iterdir() if path.suffix in (".py", ".sh"))
-MODULES = ("bench/damage.py", "bench/parity_trl/inputs.py")  # imported by other scripts
+MODULES = ("bench/damage.py", "bench/kept.py", "bench/parity_trl/inputs.py")  # imported by other scripts
 ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
 long = pytest.mark.skipif("TUNESMITH_LONG" not in os.environ, reason="takes long; set TUNESMITH_LONG=1")
 
@@ -190,6 +192,39 @@ def test_choosing_fills_its_tables(script: Script, choosing: list[object], tmp_p
     script("bench/choosing.py", *choosing, "--only", *tables, "--write", page)
     assert page.read_text(encoding="utf-8").count("| --- |") >= len(tables)
     assert "old" not in page.read_text(encoding="utf-8")
+
+
+def test_kept_results_are_used_while_their_inputs_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    kept = importlib.import_module("kept")
+    made: list[int] = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Square:
+        number: int
+
+    @dataclasses.dataclass(frozen=True)
+    class Area:
+        size: int
+
+    def make(square: Square) -> Area:
+        made.append(square.number)
+        return Area(square.number**2)
+
+    def open_file(weights: str) -> Any:
+        (tmp_path / "weights").write_text(weights)
+        key = kept.hash_files([tmp_path / "weights"], "1.0")
+        return kept.Kept(tmp_path / "kept.jsonl", Square, Area, make, lambda _: key)
+
+    first = open_file("a")
+    first.make([Square(1), Square(2), Square(1), Square(3)], most=2)
+    assert (made, first[Square(2)], Square(3) in first) == ([1, 2], Area(4), False)
+    again = open_file("a")
+    again.make([Square(1), Square(2), Square(3)], most=9)
+    assert (made, again[Square(1)]) == ([1, 2, 3], Area(1))
+    open_file("b").make([Square(1)], most=9)  # other weights: made again
+    assert made == [1, 2, 3, 1]
+    assert Square(3) in open_file("a")
 
 
 @long

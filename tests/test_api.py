@@ -421,3 +421,34 @@ def test_on_log_may_change_the_folder(
     os.chdir(tmp_path)
     done = tunesmith.resume("run", max_steps=6, on_log=lambda _: os.chdir(tmp_path / "other"))
     assert done.path == tmp_path / "run"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_model_is_saved_is_honoured_afterwards(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """A caller who loops over runs must not start the next one."""
+    from tunesmith.run import finish
+
+    save = finish.save_model
+
+    def save_slowly(*given: Any) -> None:
+        os.kill(os.getpid(), number)
+        save(*given)
+
+    monkeypatch.setattr(finish, "save_model", save_slowly)
+    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(tunesmith.InterruptedRun) as caught:
+        train(model_folder, ROWS, tmp_path / "run")
+    assert caught.value.code == "interrupted-finished"
+    assert before == [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    run = tunesmith.Run(tmp_path / "run")
+    assert run.is_finished
+    assert "finished" in run.report().read_text(encoding="utf-8")
+    monkeypatch.undo()
+    assert weights(run) == weights(train(model_folder, ROWS, tmp_path / "undisturbed"))
+    monkeypatch.setattr(finish, "save_model", save_slowly)
+    with pytest.raises(tunesmith.InterruptedRun) as caught:
+        run.resume(max_steps=6)
+    assert caught.value.code == "interrupted-finished"
+    assert (run.metrics[-1]["step"], run.is_finished) == (6, True)

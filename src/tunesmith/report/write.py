@@ -97,7 +97,9 @@ def reported(run: Path, note: Callable[[str], None] | None = None) -> Iterator[N
         yield
     except (RunError, InterruptedRun) as error:
         with suppress(KeyboardInterrupt):  # how the run ended is raised all the same
-            if (run / "config.yaml").is_file():
+            if error.code == "interrupted-finished":
+                _finish_quietly(run, "finished", note)
+            elif (run / "config.yaml").is_file():
                 _finish_quietly(run, f"not finished: {error}")
         raise
     try:

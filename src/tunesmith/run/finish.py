@@ -7,12 +7,14 @@ from typing import Any
 
 from tunesmith.adapters.adapter import changes_base, load_adapter_weights
 from tunesmith.adapters.initial import require_initial
+from tunesmith.errors import InterruptedRun
 from tunesmith.model.save import save_adapter, save_model
 from tunesmith.run.assemble import ReadyRun
 from tunesmith.run.records import RunRecord
 from tunesmith.run.summary import model_card
 from tunesmith.runfolder import RunFolder
 from tunesmith.training.checkpoint import Checkpoint, DamagedError, find_damage, read_checkpoint
+from tunesmith.training.interrupt import StopRequest
 from tunesmith.training.progress import Progress
 
 
@@ -34,6 +36,20 @@ def finish_run(ready: ReadyRun, progress: Progress, record: RunRecord) -> Path:
     record.updated(finished_at_step=progress.step).write(folder.record)
     tell_end(ready, progress, saved.name)
     return saved
+
+
+def raise_late_stop(stop: StopRequest, ready: ReadyRun, saved: Path) -> None:
+    """Honour a signal that arrived after the last step, now that the model is saved.
+
+    Raises:
+        InterruptedRun: there was one. A caller that trains several runs must not start the next.
+    """
+    if stop.is_made:
+        named = Path(ready.session.config.train.output_dir)
+        raise InterruptedRun(
+            f"interrupted after the last step. The run is finished: {named / saved.name} is complete.",
+            code="interrupted-finished",
+        )
 
 
 def take_best(ready: ReadyRun, progress: Progress) -> Any:

@@ -22,7 +22,7 @@ from tunesmith.model.source import ModelSource, find_model
 from tunesmith.run.assemble import assemble
 from tunesmith.run.console import ConsoleReporter, Reporter
 from tunesmith.run.failures import explained_failures
-from tunesmith.run.finish import finish_run
+from tunesmith.run.finish import finish_run, raise_late_stop
 from tunesmith.run.given import own_files, own_names
 from tunesmith.run.identity import flatten
 from tunesmith.run.position import check_steps, describe_position, find_position, keep_threads
@@ -83,7 +83,9 @@ def run_resume(
             write_run_files(folder, ready, record)
             trainer = build_trainer(ready, record, stop, position.progress, position.checkpoint, position.state)
             train_to_end(ready, trainer)
-            return finish_run(ready, position.progress, record)
+            saved = finish_run(ready, position.progress, record)
+    raise_late_stop(stop, ready, saved)
+    return saved
 
 
 _NAMES = ("data.train", "data.eval", "data.chat_template", "model.path", "model.tokenizer")

@@ -15,7 +15,7 @@ from tunesmith.model.source import find_model
 from tunesmith.run.assemble import assemble
 from tunesmith.run.console import ConsoleReporter, Reporter
 from tunesmith.run.failures import explained_failures
-from tunesmith.run.finish import finish_run
+from tunesmith.run.finish import finish_run, raise_late_stop
 from tunesmith.run.folder import require_room, resolve_output
 from tunesmith.run.given import Rows, keep_rows, name_rows
 from tunesmith.run.identity import describe_files, run_id, take_fingerprint
@@ -71,4 +71,6 @@ def run_training(config: RunConfig, reporter: Reporter | None = None, rows: Rows
         with locked(folder.path):
             trainer = build_trainer(ready, record, stop, progress)
             train_to_end(ready, trainer)
-            return finish_run(ready, progress, record)
+            saved = finish_run(ready, progress, record)
+    raise_late_stop(stop, ready, saved)
+    return saved

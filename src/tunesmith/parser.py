@@ -118,6 +118,16 @@ class CommandParser(argparse.ArgumentParser):
         """A group of flags with a heading in the help."""
         return _Group(self.add_argument_group(name), self.flags)
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does it, but words too many are an error of the command, shown with its usage."""
+        found, extra = self.parse_known_args(args, namespace)
+        if extra:
+            words = ", ".join(extra)
+            noun = "unexpected argument" if len(extra) == 1 else "unexpected arguments"
+            whose = self.commands.get(getattr(found, "command", None) or "", self)
+            whose.error(f"{noun}: {words}; remove {'it' if len(extra) == 1 else 'them'}, or quote a name with spaces")
+        return found
+
     def error(self, message: str) -> NoReturn:
         super().error("\n  ".join([message, *self.problems]))
 

@@ -142,7 +142,7 @@ class NearDuplicates:
         except ImportError:
             self._lsh = None
             return
-        self._make = MinHash
+        self._empty = MinHash(num_perm=_NUM_PERM)  # drawing its permutations takes as long as sketching a short row
         self._lsh = MinHashLSH(threshold=_SIMILAR, num_perm=_NUM_PERM)
         self._count = 0
 
@@ -154,7 +154,7 @@ class NearDuplicates:
         """An earlier row like this one; `keep` it for those that follow."""
         if self._lsh is None or len(words := _WORD.findall(text[:_COMPARED].casefold())) < 6:
             return None
-        sketch = self._make(num_perm=_NUM_PERM)
+        sketch = self._empty.copy()
         sketch.update_batch([" ".join(words[i : i + 3]).encode() for i in range(len(words) - 2)])
         near = self._lsh.query(sketch)
         if keep and not near and self._count < _MAX_NEAR:

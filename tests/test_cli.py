@@ -17,6 +17,7 @@ import yaml
 import tunesmith
 from tunesmith.cli import _parse_config_command, build_parser
 from tunesmith.config.choices import FIXED_KEYS, RESUME_PARTS
+from tunesmith.config.ranges import bounds_of, example_of
 from tunesmith.config.runfile import dump_yaml, json_schema, leaf_fields, read_yaml, resolve_config
 from tunesmith.config.schema import RunConfig, interval_steps
 from tunesmith.errors import ConfigError, ModelError, UsageError
@@ -101,6 +102,56 @@ def test_all_problems_are_reported_together(run, tmp_path: Path) -> None:
     for word in ("train.grad_accum_steps", "optim", "--model", "cosine"):
         assert any(f"did you mean {word}?" in problem for problem in problems)
     assert "Traceback" not in err
+
+
+NUMERIC = [key for key, field in leaf_fields(RunConfig).items() if bounds_of(field)]
+
+
+@pytest.mark.parametrize("key", NUMERIC)
+def test_a_wrong_number_is_told_with_its_range_and_an_example_that_holds(fails, key: str) -> None:
+    def problem_of(value: object) -> str:
+        values = [value, 0.9] if key == "optim.betas" else [value]
+        given = [f"--{key}={values[0]}"] if len(values) == 1 else [f"--{key}", *values]
+        words = ["train", "--model", "m", "--data", "d", "--output", "o", *given]
+        (problem,) = fails(*words).problems
+        return problem
+
+    field = leaf_fields(RunConfig)[key]
+    bounds = bounds_of(field)
+    wrong = ["many", "nan", *(bounds[name] for name in ("gt", "lt") if name in bounds)]
+    wrong += [bounds["ge"] - 1] if "ge" in bounds else []
+    wrong += [bounds["le"] * 2] if "le" in bounds else []
+    wrong += [1.5] if "int" in str(field.annotation) else []
+    for value in wrong:
+        problem = problem_of(value)
+        assert problem.startswith(f"{key}: must be a "), problem
+        assert "input should" not in problem
+        assert "\n" not in problem
+        assert re.search(rf"not '?{re.escape(str(value))}'?", problem)
+    example = example_of(key, field)
+    section, name = key.split(".")
+    tree = {"model": {"path": "m"}, "data": {"train": ["d"]}, "train": {"output_dir": "o"}, "lora": {"kind": "lora"}}
+    tree[section] = tree.get(section, {}) | {name: [example, example] if key == "optim.betas" else example}
+    tree["data"] |= {"eval": ["e"]} if name in ("eval_steps", "early_stop_patience") else {}
+    tree["train"] |= {"eval_steps": 0.1} if name == "early_stop_patience" else {}
+    RunConfig.model_validate(tree)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optim.lr", True), ("optim.lr", ""), ("optim.lr", [1]), ("train.compile", "maybe"), ("train.output_dir", 3),
+        ("data.train", 3), ("data.train", [3]), ("model.config", 3), ("train.eval_steps", 2.5), ("data.eval_split", 2),
+        ("data.encoding", "utf9"), ("data.template_kwargs", {"messages": 1}), ("train.precision", "fp8"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_names_the_key_the_value_and_what_to_give(key: str, value: object) -> None:
+    section, name = key.split(".")
+    with pytest.raises(ConfigError) as caught:
+        resolve_config(RunConfig, None, {}, arguments={section: {name: value}})
+    (problem,) = [line for line in caught.value.problems if line.startswith(key)]
+    assert not re.search(r"input should|, not .*, not ", problem), problem
+    assert re.search(r"must be|give|did you mean|leave it out|is not one of|needs keys", problem), problem
 
 
 def test_flags_win_over_yaml_and_the_resolved_config_reads_back(tmp_path: Path) -> None:

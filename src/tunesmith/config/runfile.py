@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from tunesmith.config.foreign import explain_key, explain_typo
 from tunesmith.config.plainyaml import MAX_CHARACTERS, dump, load, show
+from tunesmith.config.ranges import explain_value
 from tunesmith.config.schema import RunConfig, Section
 from tunesmith.config.suggest import did_you_mean, edit_distance, suggest_keys, suggest_words
 from tunesmith.errors import ConfigError
@@ -209,13 +210,15 @@ def explain_problems(error: ValidationError, is_python: bool = False) -> list[st
         elif item["type"] == "value_error" and not dotted:
             problems += str(item["ctx"]["error"]).split("\n")
         elif item["type"] == "value_error":
-            problems.append(f"{dotted}: {item['ctx']['error']}, not {show(item['input'])}")
+            problems.append(f"{dotted}: {item['ctx']['error']}")
         elif item["type"] == "literal_error":
             expected = item["ctx"]["expected"].replace("'", "")
             hint = did_you_mean(suggest_words(str(item["input"])[:100], expected.replace(" or ", ", ").split(", ")))
             problems.append(f"{dotted}: {show(item['input'])} is not one of {expected}{hint}")
         else:
-            problems.append(f"{dotted}: {item['msg'][0].lower()}{item['msg'][1:]}, not {show(item['input'])}")
+            needed = explain_value(dotted, leaf_fields(RunConfig).get(dotted), item["type"], item["input"])
+            other = f"{item['msg'][0].lower()}{item['msg'][1:]}, not {show(item['input'])}"
+            problems.append(f"{dotted}: {needed or other}")
     return list(dict.fromkeys(problems))
 
 

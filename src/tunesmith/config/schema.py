@@ -35,10 +35,10 @@ class Section(BaseModel):
     def _refuse_bool_as_number_and_nothing(cls, value: Any, info: ValidationInfo) -> Any:
         """Python counts true as 1, so `lr: yes` would train at a learning rate of 1."""
         if isinstance(value, str) and not value.strip():  # a shell variable that is not set
-            raise ValueError("needs a value")
+            raise ValueError("is empty; give a value, or leave it out")
         has_bool = any(isinstance(item, bool) for item in (value if isinstance(value, list | tuple) else [value]))
         if has_bool and _means_number(cls.model_fields[info.field_name or ""].annotation):
-            raise ValueError("must be a number; YAML reads yes, no, on and off as true and false")
+            raise ValueError(f"must be a number, not {show(value)}; YAML reads yes, no, on and off as true and false")
         return value
 
 
@@ -160,7 +160,7 @@ class DataSection(Section):
         require_plain(variables)
         ours = ("messages", "tools", "add_generation_prompt", "strftime_now", "raise_exception")
         if own := [name for name in ours if name in variables]:
-            raise ValueError(f"sets {own[0]}, which tunesmith sets itself")
+            raise ValueError(f"sets {own[0]}, which tunesmith sets itself; leave it out")
         return variables
 
     @field_validator("encoding")
@@ -239,7 +239,7 @@ LARGEST_SEED = 2**63 - 1  # torch takes no larger one
 
 def _whole_or_share(every: float) -> float:
     if every >= 1 and every != int(every):
-        raise ValueError("must be a whole number of steps, or a share of all steps below 1")
+        raise ValueError(f"must be a whole number of steps, or a share of all steps below 1, not {every:g}")
     return int(every) if every >= 1 else every
 
 

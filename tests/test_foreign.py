@@ -19,7 +19,9 @@ from tunesmith.config.runfile import leaf_fields, resolve_config
 from tunesmith.config.schema import RunConfig
 from tunesmith.errors import ConfigError
 from tunesmith.foreign.classify import find_method, find_tool
+from tunesmith.foreign import axolotl, llamafactory, trl
 from tunesmith.foreign.convert import convert, convert_file, nest
+from tunesmith.foreign.settings import TURNS
 
 OURS = leaf_fields(RunConfig)
 GOLDEN = Path(__file__).parent / "golden" / "foreign_keys.json"  # names of fields in each tool's source, at a version
@@ -315,3 +317,36 @@ def test_damaged_files_are_converted_or_refused(seed: int) -> None:
             theirs[key] = mutated(other[key], rng)
         if find_tool(theirs) and find_method(theirs) == "sft":
             assert all(isinstance(line, str) and len(line) < 10_000 for line in convert(theirs).remarks())
+
+
+_BASES = {
+    "axolotl": ({"base_model": "m", "datasets": [{"path": "d"}], "adapter": "lora", "output_dir": "o"},
+                TURNS | axolotl.TURNS | axolotl.LAST),
+    "llama-factory": ({"model_name_or_path": "m", "stage": "sft", "dataset": "d", "output_dir": "o"},
+                      TURNS | llamafactory.TURNS),
+    "trl": ({"model_name_or_path": "m", "dataset_name": "d", "use_peft": True, "output_dir": "o"}, TURNS | trl.TURNS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["fast", -3, 0.3, [7], {"zebra": 1}], ids=str)
+@pytest.mark.parametrize("tool", _BASES)
+def test_an_invalid_value_of_any_key_is_named(tool: str, value: Any) -> None:
+    """What is written is valid, or the remarks name the key; a value that is written is found in the run file."""
+    base, turns = _BASES[tool]
+    for key in {**SAME, **turns}:
+        converted = convert(base | {key: value})
+        said = "\n".join(converted.remarks())
+        word = next(iter(value)) if isinstance(value, list | dict) else value
+        is_written = any(str(word) in str(ours) for ours in converted.ours.values())
+        assert key in said or SAME.get(key, key) in said or is_written, key
+        if not converted.problems:
+            RunConfig.model_validate(yaml.safe_load(converted.text))
+
+
+def test_an_invalid_value_is_named_with_their_key() -> None:
+    theirs = _BASES["axolotl"][0] | {"learning_rate": "fast", "num_epochs": -3, "lora_r": 0, "saves_per_epoch": "often"}
+    converted = convert(theirs)
+    assert [problem.split(":")[0] for problem in converted.problems] == [
+        "optim.lr (from learning_rate)", "lora.rank (from lora_r)", "train.epochs (from num_epochs)",
+    ]  # fmt: skip
+    assert [lost.split(":")[0] for lost in converted.lost] == ["saves_per_epoch"]

@@ -170,7 +170,10 @@ def _choose_text(draft: Draft, key: str, kinds: list[str]) -> None:
 def turn_per_epoch(target: str) -> Turn:
     def turn(draft: Draft, key: str, value: Any) -> None:
         times = number(value)
-        if not is_number(times) or times <= 0:
+        if not is_number(times) or times < 0:
+            draft.lose(key, value, "not a number of times in an epoch")
+            return
+        if not times:
             return
         if target == "train.eval_steps" and not _has_eval(draft):
             draft.note(key, "nothing to evaluate on")
@@ -202,7 +205,9 @@ def turn_plugins(draft: Draft, key: str, value: Any) -> None:
 def turn_total_batch(draft: Draft, key: str, value: Any) -> None:
     """Rows of a step; their older name for micro_batch_size times gradient_accumulation_steps."""
     rows, total = number(draft.theirs.get("micro_batch_size", ROWS)), number(value)
-    if is_number(rows) and is_number(total) and rows and "gradient_accumulation_steps" not in draft.theirs:
+    if not is_number(total) or total < 1:
+        draft.lose(key, value, "not a number of rows")
+    elif is_number(rows) and rows and "gradient_accumulation_steps" not in draft.theirs:
         draft.ours["train.grad_accum_steps"] = max(1, int(total // rows))
     else:
         draft.note(key, "micro_batch_size and gradient_accumulation_steps say it")

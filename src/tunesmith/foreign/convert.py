@@ -18,7 +18,7 @@ from tunesmith.errors import ConfigError
 from tunesmith.foreign import axolotl, llamafactory, trl
 from tunesmith.foreign.classify import AXOLOTL, LLAMA_FACTORY, find_method, find_tool
 from tunesmith.foreign.draft import Draft, Tree, is_on, number
-from tunesmith.foreign.settings import TURNS, Turn
+from tunesmith.foreign.settings import SWITCHES, TURNS, Turn, is_switch
 
 _KEPT = ("deepspeed", "fsdp", "fsdp_config", "fsdp_version", "dist_config", "accelerator_config")  # as comments
 _STRATEGIES = {"eval_strategy": "train.eval_steps", "evaluation_strategy": "train.eval_steps",
@@ -100,7 +100,7 @@ def convert(
     for key in [key for key in given if key in _STRATEGIES]:
         _turn_strategy(draft, key, given[key])
     for key in [key for key in given if key in last]:
-        last[key](draft, key, given[key])
+        _turn(draft, key, given[key], last)
     if find_method(theirs) == "pretraining":
         draft.ours.setdefault("data.format", "text")
     _finish_batch(draft)
@@ -127,8 +127,16 @@ def _rules(tool: str, is_version_1: bool) -> tuple[dict[str, Turn], dict[str, Tu
 
 
 def _turn(draft: Draft, key: str, value: Any, turns: Mapping[str, Turn]) -> None:
+    before = dict(draft.ours)
+    _turn_key(draft, key, value, turns)
+    draft.origins |= {ours: key for ours, now in draft.ours.items() if ours not in before or before[ours] is not now}
+
+
+def _turn_key(draft: Draft, key: str, value: Any, turns: Mapping[str, Turn]) -> None:
     if key in _KEPT and is_on(value):
         draft.comments.append(f"not used here, where one process trains:\n{dump({key: value}).rstrip()}")
+    elif key in SWITCHES and not is_switch(value):
+        draft.lose(key, value, "neither true nor false")
     elif key in turns:
         turns[key](draft, key, value)
     elif key in SAME:
@@ -236,8 +244,15 @@ def find_problems(draft: Draft) -> list[str]:
     try:
         RunConfig.model_validate(nest(needed | draft.ours))
     except ValidationError as error:
-        return explain_problems(error)
+        return [_name_origin(problem, draft.origins) for problem in explain_problems(error)]
     return []
+
+
+def _name_origin(problem: str, origins: Mapping[str, str]) -> str:
+    """The problem with a key of ours, with their key that has the value."""
+    ours, colon, rest = problem.partition(":")
+    theirs = origins.get(ours, ours)
+    return problem if theirs == ours else f"{ours} (from {theirs}){colon}{rest}"
 
 
 def nest(dotted: Mapping[str, Any]) -> Tree:

@@ -29,6 +29,7 @@ class Draft:
     comments: settings of other processes, kept as comments of the run file.
     templates: file name -> chat template to write beside the run file.
     seen: their keys that are accounted for.
+    origins: our key -> their key that it was converted from.
     """
 
     tool: str
@@ -44,6 +45,7 @@ class Draft:
     comments: list[str] = field(default_factory=list)
     templates: dict[str, str] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
+    origins: dict[str, str] = field(default_factory=dict)
 
     def note(self, key: str, text: str) -> None:
         self.notes.append(f"{key}: {text}")

@@ -144,12 +144,16 @@ def turn_samples(draft: Draft, key: str, value: Any) -> None:
         draft.lose(key, value, "rows of each data set; data.limit counts the rows of all together")
     elif is_number(number(value)):
         draft.ours["data.limit"] = number(value)
+    else:
+        draft.lose(key, value, "not a number of rows")
 
 
 def turn_global_batch(draft: Draft, key: str, value: Any) -> None:
-    rows = number(draft.theirs.get("micro_batch_size", ROWS_1))
-    if is_number(number(value)) and is_number(rows) and rows:
-        draft.ours["train.grad_accum_steps"] = max(1, number(value) // rows)
+    rows, total = number(draft.theirs.get("micro_batch_size", ROWS_1)), number(value)
+    if is_number(total) and total >= 1 and is_number(rows) and rows:
+        draft.ours["train.grad_accum_steps"] = max(1, int(total // rows))
+    else:
+        draft.lose(key, value, "not a number of rows")
 
 
 def turn_optimizer_options(draft: Draft, key: str, value: Any) -> None:

@@ -15,6 +15,7 @@ _OPTIMIZERS = {
     "adamw": "adamw", "adamw_8bit": "adamw_8bit", "adamw_bnb_8bit": "adamw_8bit", "adamw_torch_8bit": "adamw_8bit",
     "paged_adamw": "paged_adamw", "paged_adamw_32bit": "paged_adamw", "paged_adamw_8bit": "paged_adamw_8bit",
 }  # fmt: skip
+_OFFLOADED = ("offload", "unsloth", "legacy")  # ways of gradient checkpointing
 _TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio")
 
 
@@ -186,6 +187,8 @@ def turn_targets(draft: Draft, key: str, value: Any) -> None:
         draft.note(key, f"{', '.join(names)}; all-linear (lora_target_linear) is trained")
     elif names:
         draft.ours["lora.target_modules"] = names
+    else:
+        draft.lose(key, value, "not a name, or a list of names, of modules")
 
 
 def turn_all_linear(draft: Draft, key: str, value: Any) -> None:
@@ -205,7 +208,7 @@ def turn_last_only(draft: Draft, key: str, value: Any) -> None:
 
 def turn_checkpointing(draft: Draft, key: str, value: Any) -> None:
     draft.ours["train.gradient_checkpointing"] = is_on(value)
-    if str(value) in ("offload", "unsloth", "legacy"):
+    if str(value) in _OFFLOADED:
         draft.note(key, f"{value} moves activations to the CPU there; here they are recomputed")
 
 
@@ -216,7 +219,9 @@ def turn_no_checkpointing(draft: Draft, key: str, value: Any) -> None:
 def turn_steps(draft: Draft, key: str, value: Any) -> None:
     """-1 and 0 mean no limit."""
     steps = number(value)
-    if is_number(steps) and steps > 0:
+    if not is_number(steps) or steps != int(steps) or steps < -1:
+        draft.lose(key, value, "not a number of steps")
+    elif steps > 0:
         draft.ours["train.max_steps"] = int(steps)
 
 
@@ -301,3 +306,16 @@ TURNS: dict[str, Turn] = {
     "tokens": turn_special_tokens, "add_tokens": turn_special_tokens, "add_special_tokens": turn_special_tokens,
     "excess_length_strategy": turn_overlong, "val_size": turn_share, "val_set_size": turn_share,
 }  # fmt: skip
+SWITCHES = (  # keys that are on or off
+    "bf16", "bfloat16", "pure_bf16", "fp16", "float16", "float32", "use_wandb", "use_swanlab", "use_trackio",
+    "use_tensorboard", "use_peft", "use_rslora", "use_dora", "peft_use_rslora", "peft_use_dora", "pissa_init",
+    "load_in_4bit", "load_in_8bit", "lora_target_linear", "train_on_prompt", "train_on_inputs", "mask_history",
+    "gradient_checkpointing", "activation_checkpointing", "enable_activation_checkpointing",
+    "disable_gradient_checkpointing",
+)  # fmt: skip
+_SWITCHED = ("true", "false", "yes", "no", "on", "off", "none", "0", "1", "auto", "full", *_OFFLOADED)
+
+
+def is_switch(value: Any) -> bool:
+    """Whether it says on or off, in one of the ways of these tools."""
+    return str(value).lower() in _SWITCHED

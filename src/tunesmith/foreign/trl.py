@@ -36,10 +36,10 @@ def turn_mixture(draft: Draft, key: str, value: Any) -> None:
     entries = value.get("datasets", []) if isinstance(value, Mapping) and "datasets" in value else value
     if isinstance(entries, Mapping):
         entries = [{"id": name, "weight": weight} for name, weight in entries.items()]
-    if not isinstance(entries, list):
+    if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
         draft.lose(key, value, "not a list of data sets")
         return
-    draft.ours["data.train"] = [_name_of(draft, key, entry) for entry in entries if isinstance(entry, Mapping)]
+    draft.ours["data.train"] = [_name_of(draft, key, entry) for entry in entries]
     for name, below in value.items() if isinstance(value, Mapping) and "datasets" in value else ():
         if name == "test_split_size" and _is_evaluated(draft):
             turn_share(draft, f"{key}.{name}", below)

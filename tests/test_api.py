@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -452,3 +453,45 @@ def test_a_signal_while_the_model_is_saved_is_honoured_afterwards(
         run.resume(max_steps=6)
     assert caught.value.code == "interrupted-finished"
     assert (run.metrics[-1]["step"], run.is_finished) == (6, True)
+
+
+def test_refused_rows_in_memory_are_named_as_the_caller_has_them(model_folder: Path, tmp_path: Path) -> None:
+    """The files they are kept in are gone when an error is read."""
+    bad = [*ROWS[:17], {"messages": []}, *ROWS[17:]]
+    given: dict[str, Any] = {"model": str(model_folder), "train": SMALL}
+    twice = [*ROWS[:5], ROWS[2]]
+    for data, options, code in (
+        (bad, {}, "too-many-refused"),
+        ([bad[17], *ROWS], {}, "too-many-refused"),
+        ([{"unknown": 1}, *ROWS], {}, "format-unknown"),
+        (ROWS, {"max_seq_len": 8, "overlong": "error"}, ""),
+        (ROWS, {"max_seq_len": 24}, "too-many-cut-replies"),
+    ):
+        section = {"train": data, **options}
+        for call, more in (
+            (tunesmith.train, {"output": tmp_path / "run"}),
+            (tunesmith.train, {"output": tmp_path / "run", "eval_data": data}),
+            (tunesmith.find_lr, {}),
+        ):
+            with pytest.raises(tunesmith.DataError) as caught:
+                call(data=section, **given, **more)
+            text = str(caught.value)
+            assert not code or caught.value.code == code
+            assert re.search(r"data\[\d+\]", text), text
+            assert str(tmp_path) not in text
+            assert "jsonl" not in text
+            assert "data[17]" in text or data is not bad
+    with pytest.raises(tunesmith.DataError, match=r"eval_data\[17\]"):
+        tunesmith.train(data=ROWS, eval_data=bad, output=tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(tunesmith.DataError, match=r"data\[2\]"):
+        tunesmith.train(data=[*ROWS[:2], 3], output=tmp_path / "run", **given)
+    assert "data[17]" in str(tunesmith.preview(model=str(model_folder), data=bad, only="refused"))
+    found = tunesmith.check(model=str(model_folder), data=bad, eval_data=[bad[17], *ROWS])
+    named = [row for finding in found.findings for row in finding.rows]
+    assert "data[17]" in named
+    assert "eval_data[1] = data[0]" in named
+    assert "eval_data[1] = data[0]" in found.to_html()
+    twins = tunesmith.check(model=str(model_folder), data=twice)
+    assert any("data[5] = data[2]" in finding.rows for finding in twins.findings)
+    assert list(found.to_json()["data"]["files"]["data"]["refused"].values()) == [[17]]

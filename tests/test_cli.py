@@ -288,12 +288,12 @@ def test_a_flag_of_another_command(fails, words: list[str], flag: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["preview", "--rows", "abc"], "'abc' is not a whole number"),
-        (["preview", "--rows", "0"], "0 is not 1 or more"),
-        (["chat", "m", "--temperature", "nan"], "nan is not a number of 0 or more"),
-        (["chat", "m", "--temperature", "warm"], "'warm' is not a number"),
-        (["chat", "m", "--seed", str(2**63)], "is larger than"),
-        (["chat", "m", "--seed", "-1"], "-1 is not 0 or more"),
+        (["preview", "--rows", "abc"], "whole number of 1 or more, such as 5, not 'abc'"),
+        (["preview", "--rows", "0"], "not '0'"),
+        (["chat", "m", "--temperature", "nan"], "a number of 0 or more, such as 0.7, not 'nan'"),
+        (["chat", "m", "--temperature", "warm"], "not 'warm'"),
+        (["chat", "m", "--seed", str(2**63)], "a whole number from 0 to "),
+        (["chat", "m", "--seed", "-1"], "not '-1'"),
     ],
 )
 def test_numbers_in_flags(run, words: list[str], message: str) -> None:

@@ -18,7 +18,7 @@ from conftest import chat_row, write_jsonl
 from tunesmith.config.schema import DataSection, PreviewConfig
 from tunesmith.data.labelling import label_rows
 from tunesmith.encode.encoder import Encoder
-from tunesmith.errors import UsageError
+from tunesmith.errors import DataError, UsageError
 from tunesmith.model.tokenizer import build_encoder
 from tunesmith.sources.read import RawRow
 from tunesmith.use.labels import parse_rows, shorten_names
@@ -133,7 +133,16 @@ def test_from_python(model_folder: Path, folder: Path) -> None:
     assert [row.number for row in tunesmith.preview(**given, row=["train.jsonl:2", range(4, 6)])] == [2, 4, 5]
     assert [row.number for row in tunesmith.preview(**given, only="refused")] == [7]
     rows = [chat_row(f"Q{i}", f"A{i}") for i in range(9)]
-    assert [row.where for row in tunesmith.preview(model=model_folder, data=rows, row=4)] == ["data:4"]
+    assert [row.where for row in tunesmith.preview(model=model_folder, data=rows, row=4)] == ["data[4]"]
+    for row, found in ((0, [0]), ("data[8]", [8]), (range(2, 4), [2, 3]), (["data[0]", 8], [0, 8])):
+        seen = tunesmith.preview(model=model_folder, data=iter(rows), row=row)
+        assert [one.number for one in seen] == found
+    for row in (9, "data[9]"):
+        with pytest.raises(DataError) as late:
+            tunesmith.preview(model=model_folder, data=rows, row=row)
+        assert (late.value.code, "data[8]" in str(late.value)) == ("row-past-end", True)
+    with pytest.raises(UsageError, match="counted from 1"):
+        tunesmith.preview(**given, row=0)
     with pytest.raises(UsageError) as error:
         tunesmith.preview(**given, only="refusd")
     assert error.value.code == "preview-kind"

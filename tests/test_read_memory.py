@@ -85,7 +85,7 @@ def test_several_splits_are_refused() -> None:
 
 def test_rows_are_named_after_the_argument(tmp_path: Path) -> None:
     write_rows("data", ROWS, tmp_path / "rows.jsonl")
-    assert [row.where for row in read_rows(sources_of(tmp_path / "rows.jsonl", "data"))][:2] == ["data:1", "data:2"]
+    assert [row.where for row in read_rows(sources_of(tmp_path / "rows.jsonl", "data"))][:2] == ["data[0]", "data[1]"]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_what_json_has_not_is_refused_with_its_row(tmp_path: Path, value: Any, c
     with pytest.raises(DataError) as error:
         write_rows("data", [{"a": 1}, {"a": [value]}], tmp_path / "rows.jsonl")
     assert error.value.code == code
-    assert "data, row 2" in str(error.value)
+    assert str(error.value).startswith("data[1]: ")
 
 
 def test_a_row_that_holds_itself_is_refused(tmp_path: Path) -> None:

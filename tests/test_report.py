@@ -17,7 +17,7 @@ from tunesmith.errors import TunesmithError
 from tunesmith.files import sealed
 from tunesmith.report.charts import Series, line_chart, smooth, thin
 from tunesmith.report.durations import format_duration, measure_durations
-from tunesmith.report.page import changed_keys, list_facts, list_reasons, show_run, split_keys
+from tunesmith.report.page import changed_keys, list_facts, list_problems, show_run, split_keys
 from tunesmith.report.records import read_metrics, read_run
 from tunesmith.report.replies import SampleReplies, SampleReply, keep_replies, kept_replies
 from tunesmith.report.ticks import format_ticks, format_value, log_ticks, nice_ticks
@@ -205,13 +205,34 @@ def test_only_what_differs_from_the_defaults_comes_first(tmp_path: Path) -> None
     assert "optim" not in changed_keys(lora)  # 2e-4 is an adapter's default
 
 
-def test_reasons_that_differ_in_a_number_are_one() -> None:
-    refused = {"is 300 tokens long": [7], "turn 2: empty": [1, 2], "is 412 tokens long": [3, 9, 8], "is none": [5]}
-    assert list(list_reasons(refused)) == [
-        "is 300 tokens long (or another number): 4 rows (3, 7, 8, 9)",
-        "turn 2: empty: 2 rows (1, 2)",
-        "is none: 1 row (5)",
+def test_a_cause_is_listed_once_for_all_files(tmp_path: Path) -> None:
+    """With its count, the first rows of any file, and its level, as in check."""
+    empty = {"notes": {}, "truncated": [], "rows": 9, "used": 5}
+    files = {
+        "/long/path/a.jsonl": empty | {"refused": {"turn 1 is 300 words long": [7], "has no reply": [1, 2]}},
+        "/long/path/b.jsonl": empty | {"refused": {"turn 3 is 412 words long": [3]}, "notes": {"the key x is not read": [5]}},
+        "/long/path/c.jsonl": empty | {"refused": {"has no reply": [4]}, "notes": {"the key y is not read": [5, 6]}},
+    }  # fmt: skip
+    codes = {"turn 1 is 300 words long": "long", "turn 3 is 412 words long": "long", "has no reply": "no-reply"}
+    ledger = {
+        "train": {"files": files, "codes": codes},
+        "eval": {"files": {"/long/d.jsonl": files["/long/path/a.jsonl"]}},
+    }
+    found = list(list_problems(ledger, read_run(leave_run(tmp_path, records_of(1))).config.data))
+    shown = [
+        (one["part"], one["level"], one["what"], one["count"], [name for _, name in one["places"]]) for one in found
     ]
+    assert shown[:3] == [
+        ("train", "warning", "refused: has no reply", 3, ["a.jsonl:1", "a.jsonl:2", "c.jsonl:4"]),
+        ("train", "warning", "refused: a turn is … words long (…: 300 to 412)", 2, ["a.jsonl:7", "b.jsonl:3"]),
+        ("train", "note", "the key … is not read (…: y 2, x 1)", 3, ["b.jsonl:5", "c.jsonl:5", "c.jsonl:6"]),
+    ]
+    assert [one[0] for one in shown[3:]] == ["eval", "eval"]
+    run = leave_run(tmp_path, records_of(1))
+    (run / "data_ledger.json").write_text(sealed(ledger), encoding="utf-8")
+    page = write_report(run).read_text(encoding="utf-8")
+    assert page.count("has no reply") == 2  # of training, and of evaluation
+    assert '<code title="/long/path/c.jsonl:4">c.jsonl:4</code>' in page
 
 
 def test_flags_of_an_advice_stay_whole() -> None:

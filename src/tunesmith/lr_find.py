@@ -16,7 +16,7 @@ from tunesmith.model.source import find_model
 from tunesmith.run.assemble import ReadyRun, assemble
 from tunesmith.run.console import Silent, print_summary
 from tunesmith.run.failures import explained_failures
-from tunesmith.run.given import Rows, keep_rows, name_rows
+from tunesmith.run.given import Rows, keep_rows, name_rows, named_as_given
 from tunesmith.run.session import open_session, require_packages
 from tunesmith.run.summary import summary_lines
 from tunesmith.runfolder import RunFolder
@@ -139,7 +139,8 @@ def prepare(config: RunConfig, folder: RunFolder, rows: Rows) -> ReadyRun:
             session = keep_rows(session, rows, folder)
             sources = session.sources or sources
         max_seq_len = session.lengths.max_seq_len
-        dataset = write_dataset(config.data, sources, session.encoder, max_seq_len, config.train.seed, folder)
+        with named_as_given(folder, rows):
+            dataset = write_dataset(config.data, sources, session.encoder, max_seq_len, config.train.seed, folder)
         return assemble(session, dataset)
 
 

@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, get_args
 
@@ -230,7 +231,7 @@ def _add_use_commands(commands: _Commands) -> None:
         "--method", type=_one_of(MERGE_METHODS), default="sequential", metavar="METHOD",
         help=f"how to combine several adapters: {', '.join(MERGE_METHODS)} (default: sequential)",
     )  # fmt: skip
-    merge.add_argument("--weights", nargs="+", type=float, metavar="X", help="weight of each adapter (default: 1)")
+    merge.add_argument("--weights", nargs="+", type=_weight, metavar="X", help="weight of each adapter (default: 1)")
     merge.add_argument(
         "--density",
         type=_share,
@@ -311,45 +312,39 @@ def _path(text: str) -> Path:
 
 
 def _positive(text: str) -> int:
-    return _whole_number(text, 1, sys.maxsize)
+    return int(_number(text, "a whole number of 1 or more, such as 5", lambda value: 1 <= value <= sys.maxsize, int))
 
 
 def _seed(text: str) -> int:
     from tunesmith.config.schema import LARGEST_SEED
 
-    return _whole_number(text, 0, LARGEST_SEED)
-
-
-def _whole_number(text: str, smallest: int, largest: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if value < smallest:
-        raise argparse.ArgumentTypeError(f"{value} is not {smallest} or more")
-    if value > largest:
-        raise argparse.ArgumentTypeError(f"{text} is larger than {largest}")
-    return value
+    needed = f"a whole number from 0 to {LARGEST_SEED}, such as 42"
+    return int(_number(text, needed, lambda value: 0 <= value <= LARGEST_SEED, int))
 
 
 def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
-    return value
+    return _number(text, "a share above 0 and at most 1, such as 0.5", lambda value: 0 < value <= 1)
 
 
 def _temperature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"{value} is not a number of 0 or more")
-    return value
+    return _number(text, "a number of 0 or more, such as 0.7", lambda value: math.isfinite(value) and value >= 0)
+
+
+def _weight(text: str) -> float:
+    return _number(text, "a number, such as 0.5", math.isfinite)
+
+
+def _number(text: str, needed: str, fits: Callable[[Any], bool], kind: type[int] | type[float] = float) -> float:
+    """The number that a flag gives.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none, or does not fit; says what is needed.
+    """
+    with suppress(ValueError):
+        if fits(value := kind(text)):
+            return value
+    shown = text if len(text) <= 40 else f"{text[:40]}..."
+    raise argparse.ArgumentTypeError(f"must be {needed}, not {shown!r}")
 
 
 def _add_config_flags(parser: CommandParser, names: tuple[str, ...]) -> None:

@@ -18,6 +18,7 @@ from tunesmith.data.ledger import LabelledRow, Ledger
 from tunesmith.data.scripts import script_of
 from tunesmith.encode.encoder import Encoder
 from tunesmith.rows.conversation import Conversation, RawText
+from tunesmith.sources.names import name_row
 
 _NAMED = 20  # rows that a finding names
 _NAMED_TWICE = "rows read twice, since data.train names their file twice"
@@ -38,7 +39,7 @@ class Place:
     Attributes:
         start: how it begins, on one line.
         sign: how it relates to `twin`, another row: = (the same text) or ~ (nearly).
-        twin: file:row, or "".
+        twin: as `where`, or "".
     """
 
     file: str
@@ -49,7 +50,7 @@ class Place:
 
     @property
     def where(self) -> str:
-        return f"{self.file}:{self.number}" + (f" {self.sign} {self.twin}" if self.twin else "")
+        return name_row(self.file, self.number) + (f" {self.sign} {self.twin}" if self.twin else "")
 
 
 @dataclass
@@ -181,7 +182,7 @@ class SeenTexts:
             if index == len(self._keys) or int(self._keys[index]) != key:
                 return None
             place = int(self._places[index])
-        return f"{self._files[place >> 40]}:{place & ((1 << 40) - 1)}"
+        return name_row(self._files[place >> 40], place & ((1 << 40) - 1))
 
     def add(self, text: str, file: str, number: int) -> None:
         if not self._files or self._files[-1] != file:

@@ -15,6 +15,7 @@ from tunesmith.data.fit import NOTE_CUT_REPLY
 from tunesmith.data.labels import NOTE_UNKNOWN, Sample
 from tunesmith.errors import DataError
 from tunesmith.rows.conversation import Conversation, Parsed, RawText, Segments
+from tunesmith.sources.names import name_row
 from tunesmith.sources.rowsize import RowTooLarge
 
 _TURN_NUMBER = re.compile(r"^turn \d+(?P<role> \(\w+\))?(?P<colon>:)? ")
@@ -61,7 +62,7 @@ class LabelledRow:
 
     @property
     def where(self) -> str:
-        return f"{self.file}:{self.number}"
+        return name_row(self.file, self.number)
 
     def start(self, length: int = _START, as_in_file: bool = False) -> str:
         """How the row begins, on one line: its first question or text; of a row that was not parsed, its JSON.
@@ -285,7 +286,9 @@ class Ledger:
             for name, entry in self.files.items()
             for row in entry.notes.get(NOTE_CUT_REPLY, ())
         ]
-        examples = "\n".join(f"  {name}:{row}: {tokens:,} tokens cut off" for name, row, tokens in cut[:_NAMED])
+        examples = "\n".join(
+            f"  {name_row(name, row)}: {tokens:,} tokens cut off" for name, row, tokens in cut[:_NAMED]
+        )
         more = f"\n  ... and {len(cut) - _NAMED:,} more rows" if len(cut) > _NAMED else ""
         kept_short = int(max_cut_replies * self.num_replies)
         needed = sorted((tokens for *_, tokens in cut), reverse=True)[min(kept_short, len(cut) - 1)]

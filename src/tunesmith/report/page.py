@@ -10,17 +10,21 @@ from markupsafe import Markup
 
 from tunesmith.config.plainyaml import dump
 from tunesmith.config.runfile import dump_yaml, leaf_fields
-from tunesmith.config.schema import DEFAULT_LORA_LR, RunConfig
+from tunesmith.config.schema import DEFAULT_LORA_LR, DataSection, RunConfig
+from tunesmith.data.ledger import FileLedger, Ledger
 from tunesmith.report.charts import Series, line_chart
 from tunesmith.report.durations import format_duration, measure_durations
 from tunesmith.report.records import RunRecords
 from tunesmith.report.replies import SampleReplies, SampleReply
 from tunesmith.report.ticks import format_value
 from tunesmith.report.verdict import Verdict
+from tunesmith.sources.names import name_row
+from tunesmith.use.labels import shorten_names
 from tunesmith.use.pages import render_page
 
 _CELL = 600  # characters
-_REASONS, _ROWS = 20, 8  # of a file, of a reason
+_ROWS = 8  # named of a cause
+_LEVELS = ("error", "warning", "note")
 
 
 def show_run(run: RunRecords, outcome: str, verdict: Verdict, samples: SampleReplies) -> str:
@@ -40,6 +44,7 @@ def show_run(run: RunRecords, outcome: str, verdict: Verdict, samples: SampleRep
         facts=list(list_facts(run)),
         charts=draw_charts(run),
         files=list(list_files(run.ledger)),
+        problems=list(list_problems(run.ledger, run.config.data)),
         remark=samples.remark,
         samples=[SampleReply(_cut(s.prompt), _cut(s.reply), _cut(s.wanted), s.has_stopped) for s in samples.replies],
         changed=dump(changed_keys(run.config)),
@@ -83,28 +88,36 @@ def draw_charts(run: RunRecords) -> list[Markup]:
 
 
 def list_files(ledger: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every file with its numbers of rows, and each reason why rows were left out."""
+    """Every file with its numbers of rows."""
+    for name in ("train", "eval"):
+        for file, entry in (ledger.get(name) or {"files": {}})["files"].items():
+            refused = sum(len(numbers) for numbers in entry["refused"].values())
+            cut = len(entry["truncated"])
+            numbers = [("rows", entry["rows"]), ("used", entry["used"]), ("refused", refused), ("truncated", cut)]
+            yield {"part": name, "file": file, "numbers": numbers}
+
+
+def list_problems(ledger: Mapping[str, Any], data: DataSection) -> Iterator[dict[str, Any]]:
+    """Each cause of refusals and each note once for all files, with its count and first rows, as check has them."""
     for name in ("train", "eval"):
         part = ledger.get(name)
-        for file, entry in (part or {"files": {}})["files"].items():
-            reasons = [f"refused: {text}" for text in list_reasons(entry["refused"])]
-            reasons += [f"truncated: {len(entry['truncated']):,}"] if entry["truncated"] else []
-            reasons += [f"{note}: {len(numbers):,}" for note, numbers in entry["notes"].items()]
-            refused = sum(len(numbers) for numbers in entry["refused"].values())
-            more = [f"and {len(reasons) - _REASONS} more"] if len(reasons) > _REASONS else []
-            numbers = [("rows", entry["rows"]), ("used", entry["used"]), ("refused", refused)]
-            yield {"part": name, "file": file, "numbers": numbers, "remarks": "\n".join(reasons[:_REASONS] + more)}
+        if not part:
+            continue
+        entries = {file: _read_entry(entry) for file, entry in part["files"].items()}
+        counts = part.get("replies", 0), part.get("cut_replies", 0)
+        whole = Ledger(entries, codes=part.get("codes", {}), num_replies=counts[0], num_cut=counts[1])
+        names = shorten_names(entries)
+        problems = whole.problems(data)
+        for problem in sorted(problems, key=lambda one: (_LEVELS.index(one.level), -one.count)):
+            places = [(name_row(file, row), name_row(names[file], row)) for file, row in problem.rows[:_ROWS]]
+            yield {
+                "part": name, "level": problem.level, "what": problem.what, "count": problem.count, "places": places,
+                "advice": split_keys(problem.advice),
+            }  # fmt: skip
 
 
-def list_reasons(refused: Mapping[str, list[int]]) -> Iterator[str]:
-    """Each reason with its rows, most frequent first; reasons that differ in their numbers alone are one."""
-    kinds: dict[str, list[tuple[str, list[int]]]] = {}
-    for reason, numbers in refused.items():
-        kinds.setdefault(re.sub(r"\d+", "0", reason), []).append((reason, numbers))
-    for found in sorted(kinds.values(), key=lambda found: -sum(len(numbers) for _, numbers in found)):
-        numbers = sorted(number for _, numbers in found for number in numbers)
-        others = " (or another number)" if len(found) > 1 else ""
-        yield f"{found[0][0]}{others}: {len(numbers):,} row{'s' if len(numbers) != 1 else ''} ({_some(numbers)})"
+def _read_entry(entry: Mapping[str, Any]) -> FileLedger:
+    return FileLedger(entry["rows"], entry["used"], refused=entry["refused"], notes=entry["notes"])
 
 
 def changed_keys(config: RunConfig) -> dict[str, Any]:
@@ -136,7 +149,3 @@ def split_keys(text: str) -> list[tuple[str, bool]]:
 
 def _cut(text: str) -> str:
     return text if len(text) <= _CELL else text[:_CELL] + " ..."
-
-
-def _some(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers[:_ROWS])) + (" ..." if len(numbers) > _ROWS else "")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -10,10 +12,12 @@ from typing import Any
 
 from tunesmith.config.schema import RunConfig
 from tunesmith.data.dataset import DataSources
+from tunesmith.errors import DataError
 from tunesmith.run.records import Fingerprint
 from tunesmith.run.session import Session
 from tunesmith.runfolder import RunFolder
 from tunesmith.sources.memory import sources_of, write_rows
+from tunesmith.sources.names import name_nth
 
 Rows = Mapping[str, Iterable[Any]]  # "train" or "eval" -> rows
 _ARGUMENTS = {"train": "data", "eval": "eval_data"}
@@ -41,6 +45,24 @@ def keep_rows(session: Session, rows: Rows, staging: RunFolder) -> Session:
         write_rows(_ARGUMENTS[part], given, file)
         sources[part] = sources_of(file, str(session.folder.rows / file.name))
     return replace(session, sources=DataSources(**sources))
+
+
+@contextmanager
+def named_as_given(folder: RunFolder, rows: Rows) -> Iterator[None]:
+    """Name rows in errors as the caller has them, data[16]: the folder with their file is gone afterwards.
+
+    Raises:
+        DataError: as in the block.
+    """
+    try:
+        yield
+    except DataError as error:
+        text = str(error)
+        for part in rows:
+            path, name = re.escape(str(folder.rows / f"{part}.jsonl")), _ARGUMENTS[part]
+            text = re.sub(rf"{path}:(\d+)", lambda found, name=name: name_nth(name, int(found[1])), text)
+            text = re.sub(path, name, text)
+        raise DataError(text, code=error.code) from None
 
 
 def own_names(config: RunConfig, folder: RunFolder) -> RunConfig:

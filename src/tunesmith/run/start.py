@@ -17,7 +17,7 @@ from tunesmith.run.console import ConsoleReporter, Reporter
 from tunesmith.run.failures import explained_failures
 from tunesmith.run.finish import finish_run, raise_late_stop
 from tunesmith.run.folder import require_room, resolve_output
-from tunesmith.run.given import Rows, keep_rows, name_rows
+from tunesmith.run.given import Rows, keep_rows, name_rows, named_as_given
 from tunesmith.run.identity import describe_files, run_id, take_fingerprint
 from tunesmith.run.records import RunRecord
 from tunesmith.run.session import open_session, require_packages
@@ -57,7 +57,8 @@ def run_training(config: RunConfig, reporter: Reporter | None = None, rows: Rows
                 sources = session.sources or sources
             max_seq_len, seed = session.lengths.max_seq_len, config.train.seed
             session.reporter.stage("reading the data")
-            dataset = write_dataset(config.data, sources, session.encoder, max_seq_len, seed, staging)
+            with named_as_given(folder, rows):
+                dataset = write_dataset(config.data, sources, session.encoder, max_seq_len, seed, staging)
             session.reporter.stage("loading the model")
             ready = assemble(session, dataset)
             initial = keep_initial(ready.lm.adapter, staging) if changes_base(config.lora) else None

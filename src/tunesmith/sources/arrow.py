@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.errors import DataError
 from tunesmith.sources.datafile import DataFile
 from tunesmith.sources.jsontext import DuplicateKey, find_repeated, load_json
+from tunesmith.sources.names import name_nth
 from tunesmith.sources.rowsize import BYTES_PER_MB, bound_row
 
 if TYPE_CHECKING:
@@ -83,10 +84,12 @@ def read_batches(name: str, batches: Iterable[pa.RecordBatch | pa.Table], max_ro
                     value = clean(row)
                     yield number, value if is_small else bound_row(value, max_row_mb)
     except DuplicateKey as error:
-        raise DataError(f"{name}:{number}: {error.msg}. Correct or remove the row.", code="duplicate-key") from None
+        raise DataError(
+            f"{name_nth(name, number)}: {error.msg}. Correct or remove the row.", code="duplicate-key"
+        ) from None
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{name}:{number}: broken JSON in a JSON column ({error.msg}). Correct or remove the row.",
+            f"{name_nth(name, number)}: broken JSON in a JSON column ({error.msg}). Correct or remove the row.",
             code="broken-json",
         ) from None
     except (pa.ArrowException, ValueError, TypeError, LookupError, ArithmeticError, RecursionError, OSError) as error:

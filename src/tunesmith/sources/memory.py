@@ -16,6 +16,7 @@ from typing import Any
 from tunesmith.errors import DataError
 from tunesmith.sources.arrow import read_batches
 from tunesmith.sources.jsontext import find_repeated
+from tunesmith.sources.names import name_nth
 from tunesmith.sources.read import Sources
 
 _MAX_DEPTH = 200
@@ -57,13 +58,13 @@ def write_rows(name: str, rows: Iterable[Any], path: Path) -> None:
     count = 0
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for count, row in enumerate(_iterate(name, rows), 1):
-            file.write(_to_line(f"{name}, row {count}", row))
+            file.write(_to_line(name_nth(name, count), row))
     if not count:
         raise DataError(f"{name}: holds no rows. Give a list of dicts, a data set, or file names.", code="no-rows")
 
 
 def sources_of(path: Path, shown: str) -> Sources:
-    """The sources of a file made by `write_rows`; its rows are named SHOWN:NUMBER."""
+    """The sources of a file made by `write_rows`; its rows are named SHOWN:NUMBER, or data[INDEX]."""
     return Sources(files=[path], names={path: shown})
 
 

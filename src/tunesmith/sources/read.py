@@ -17,6 +17,7 @@ from tunesmith.sources.containers import read_file
 from tunesmith.sources.datafile import container_of
 from tunesmith.sources.dataset_info import Entry, convert_rows, find_entry, list_entries
 from tunesmith.sources.folders import has_card_with_configs, pick_data_files, read_folder, refuse_broken_link
+from tunesmith.sources.names import IN_MEMORY, name_row
 from tunesmith.sources.rowsize import DEFAULT_MAX_ROW_MB
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))??(?::(?P<split>[\w.+-]+(?:\[[\d%:-]*\])?))?")
@@ -26,7 +27,8 @@ _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))??(?::(?P<
 class RawRow:
     """A row as in the file, or as converted by an entry of dataset_info.json.
 
-    `number` is 1-based: the first line of a JSON Lines or CSV row, else the item. `value` is a RowTooLarge where the
+    `number` is 1-based: the first line of a JSON Lines or CSV row, else the item; of rows given in Python it is their
+    index, from 0. `value` is a RowTooLarge where the
     row is larger than data.max_row_mb.
     """
 
@@ -36,7 +38,7 @@ class RawRow:
 
     @property
     def where(self) -> str:
-        return f"{self.file}:{self.number}"
+        return name_row(self.file, self.number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +177,11 @@ def read_rows(sources: Sources, encoding: str = "utf-8", max_row_mb: float = DEF
         DataError: a file is unreadable, empty, broken or of an unknown kind.
     """
     for place, path in enumerate(sources.files):
-        entry = sources.entries.get(place)
+        entry, name = sources.entries.get(place), sources.name_of(path)
+        first = 0 if name in IN_MEMORY else 1
         rows = read_file(path, encoding, max_row_mb)
         for number, value in convert_rows(rows, entry) if entry else rows:
-            yield RawRow(sources.name_of(path), number, value)
+            yield RawRow(name, number - 1 + first, value)
     for place, (hub_id, config, split) in enumerate(sources.hub):
         entry = sources.hub_entries.get(place)
         rows = _read_hub(hub_id, config, split, max_row_mb)

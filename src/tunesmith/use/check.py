@@ -19,6 +19,7 @@ from tunesmith.data.ledger import LabelledRow
 from tunesmith.display import LEVEL_STYLES, one_line, raw_stream
 from tunesmith.errors import DataError
 from tunesmith.files import write_text_atomic
+from tunesmith.sources.names import name_row
 from tunesmith.sources.read import Sources
 from tunesmith.use.labels import open_data, shorten_names, with_progress
 from tunesmith.use.pages import render_page, require_writable
@@ -156,12 +157,12 @@ def short_names(check: Check) -> dict[str, str]:
 
 def name_place(place: Place, names: Mapping[str, str]) -> str:
     """FILE:ROW with the end of the path that tells the file from the others."""
-    return f"{names.get(place.file, place.file)}:{place.number}"
+    return name_row(names.get(place.file, place.file), place.number)
 
 
 def name_twin(place: Place, names: Mapping[str, str]) -> str:
-    file, _, number = place.twin.rpartition(":")
-    return f"{names.get(file, file)}:{number}" if place.twin else ""
+    file, colon, number = place.twin.rpartition(":")
+    return f"{names.get(file, file)}:{number}" if colon else place.twin  # data[3] has no colon
 
 
 def facts(check: Check) -> list[tuple[str, str]]:

@@ -67,10 +67,10 @@ def read_weights(
         raise UsageError(f"merge: method {method!r} is unknown; {hint}", code="unknown-method")
     if not 0 < density <= 1:
         raise UsageError(
-            f"merge: density {density} is not a share; give a number above 0 and up to 1.", code="density-value"
+            f"merge: density must be a share above 0 and at most 1, such as 0.5, not {density}.", code="density-value"
         )
     if not 0 <= seed < 2**63:
-        raise UsageError(f"merge: seed {seed} is not a whole number of 0 or more.", code="seed-value")
+        raise UsageError(f"merge: seed must be a whole number of 0 or more, such as 42, not {seed}.", code="seed-value")
     if (weights or method != "sequential") and num_adapters == 1:
         raise UsageError("merge: method and weights need several adapters; one is given.", code="one-adapter")
     if weights and method == "sequential":
@@ -83,7 +83,9 @@ def read_weights(
             f"merge: {len(found)} weights for {num_adapters} adapters; give one for each.", code="wrong-weight-count"
         )
     if not all(map(math.isfinite, found)):
-        raise UsageError(f"merge: weights {list(found)} are not all finite numbers.", code="weight-value")
+        raise UsageError(
+            f"merge: weights must be finite numbers, such as 1 0.5, not {list(found)}.", code="weight-value"
+        )
     return found
 
 

@@ -26,9 +26,11 @@ from tunesmith.model.lengths import choose_lengths
 from tunesmith.model.load import load_config
 from tunesmith.model.reopen import require_one_reading
 from tunesmith.model.tokenizer import load_encoder
+from tunesmith.sources.names import IN_MEMORY, name_row
 from tunesmith.sources.read import RawRow, Sources, find_sources, read_rows
 
 _ROWS = re.compile(r"(\d+)(?:-(\d+))?")
+_INDEX = re.compile(rf"({'|'.join(IN_MEMORY)})\[(\d+)\]")
 _LEFT_OUT = ("…/", ".../", "./")  # how a shortened path may begin
 _LARGEST_ROW = 2**63
 
@@ -125,6 +127,8 @@ class LabelledData:
         names, wanted = names_of(sources), dict[str, _Wanted]()
         for one in ranges:
             name = find_file(one, names)
+            if name is not None and name not in IN_MEMORY and one.first == 0:
+                raise _counted_from_1(one.said)
             if name is not None:
                 wanted.setdefault(name, _Wanted()).ranges.append(one)
             elif is_last or (not self.eval.files and not self.eval.hub):
@@ -169,7 +173,8 @@ class LabelledData:
                 if limit:
                     why = f"is not read: data.limit reads the first {limit:,} rows only. Raise it, or leave it out."
                 else:
-                    why = f"{name} has no such row; its last is row {before or 0}."
+                    last = name_row(name, before or 0)
+                    why = f"{name} ends before it. Give a row up to its last, {last}."
                 raise DataError(f"row {one.said}: {why}", code="row-past-end")
 
 
@@ -183,7 +188,8 @@ def parse_rows(words: int | str | Iterable[object]) -> list[RowRange]:
     several: Iterable[object] = [words] if isinstance(words, (int, str)) else words
     for word in several:
         said = f"{word.start}-{word.stop - 1}" if isinstance(word, range) and word.step == 1 else str(word)
-        file, colon, numbers = said.rpartition(":")
+        index = _INDEX.fullmatch(said)
+        file, colon, numbers = (index[1], "", index[2]) if index else said.rpartition(":")
         match = _ROWS.fullmatch(numbers)
         if match is None or (colon and not file) or isinstance(word, bool):
             raise UsageError(
@@ -193,17 +199,20 @@ def parse_rows(words: int | str | Iterable[object]) -> list[RowRange]:
             )
         first = int(match[1][:20])
         last = int(match[2][:20]) if match[2] else first
-        if not 1 <= first <= last < _LARGEST_ROW:
-            why = (
-                "rows are counted from 1"
-                if first < 1
-                else "the first is behind the last"
-                if last < first
-                else "too large"
+        if first == 0 and file and file not in IN_MEMORY:
+            raise _counted_from_1(said)
+        if not first <= last < _LARGEST_ROW:
+            why = "the first is behind the last" if last < first else "too large"
+            raise UsageError(
+                f"row {said}: names no row: {why}. Give FILE:ROW or FILE:FIRST-LAST, as in chats.jsonl:10-20.",
+                code="row-value",
             )
-            raise UsageError(f"row {said}: names no row: {why}.", code="row-value")
         found.append(RowRange(said, file, first, last))
     return found
+
+
+def _counted_from_1(said: str) -> UsageError:
+    return UsageError(f"row {said}: rows of a file are counted from 1. Give FILE:1 for the first.", code="row-value")
 
 
 def names_of(sources: Sources) -> list[str]:

@@ -22,6 +22,7 @@ from tunesmith.display import LEVEL_STYLES, one_line, raw_stream, visible
 from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import UsageError
 from tunesmith.files import write_text_atomic
+from tunesmith.sources.names import name_row
 from tunesmith.sources.read import Sources
 from tunesmith.use.labels import RowRange, open_data, parse_rows, shorten_names, with_progress
 from tunesmith.use.pages import render_page, require_writable
@@ -91,7 +92,7 @@ class Preview(Sequence[LabelledRow]):
         names = shorten_names(row.file for row in self.rows)
         rows = [
             {
-                "name": f"{names[row.file]}:{row.number}",
+                "name": name_row(names[row.file], row.number),
                 "where": row.where,
                 "status": row.status,
                 "facts": list(describe_labels(row)),
@@ -161,9 +162,10 @@ def choose_rows(
         UsageError: a value means nothing.
     """
     if num_rows is not None and (not isinstance(num_rows, int) or num_rows < 1):
-        raise UsageError(f"rows: {num_rows!r} is not a whole number of 1 or more.", code="rows-value")
+        raise UsageError(f"rows: must be a whole number of 1 or more, such as 5, not {num_rows!r}.", code="rows-value")
     asked, kinds = parse_rows(row), check_kinds(only)
-    return asked, kinds, max(one.last for one in asked) if asked else None if kinds else num_rows or NUM_ROWS
+    last = max((one.last for one in asked), default=0)
+    return asked, kinds, last + 1 if asked else None if kinds else num_rows or NUM_ROWS  # an index counts from 0
 
 
 def check_kinds(only: str | Iterable[str]) -> list[str]:
@@ -249,7 +251,7 @@ def describe_labels(row: LabelledRow) -> Iterator[str]:
 
 def _describe(row: LabelledRow, name: str) -> Iterator[Text]:
     """The lines above a row: its place and status, then what else is to be said about it."""
-    where = one_line(f"{name}:{row.number}")
+    where = one_line(name_row(name, row.number))
     if row.status == "refused":
         yield Text(f"{where}  refused: {one_line(row.reason)}", style=LEVEL_STYLES["error"])
         if start := row.start(_RAW, as_in_file=True):

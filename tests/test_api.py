@@ -144,7 +144,7 @@ def test_errors_are_the_commands_classes(model_folder: Path, tmp_path: Path) -> 
         tunesmith.load(tmp_path / "nothing")
     with pytest.raises(tunesmith.DataError):
         train(model_folder, [], tmp_path / "run")
-    with pytest.raises(tunesmith.DataError, match="row 2"):
+    with pytest.raises(tunesmith.DataError, match=r"data\[1\]"):
         train(model_folder, [ROWS[0], {"messages": object()}], tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

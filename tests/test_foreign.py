@@ -18,8 +18,8 @@ from tunesmith.config.foreign_reasons import HARMLESS_KEYS, MISSING_KEYS
 from tunesmith.config.runfile import leaf_fields, resolve_config
 from tunesmith.config.schema import RunConfig
 from tunesmith.errors import ConfigError
-from tunesmith.foreign.classify import find_method, find_tool
 from tunesmith.foreign import axolotl, llamafactory, trl
+from tunesmith.foreign.classify import find_method, find_tool
 from tunesmith.foreign.convert import convert, convert_file, nest
 from tunesmith.foreign.settings import TURNS
 

@@ -279,8 +279,8 @@ def preview(
 
     Args:
         rows: how many at most; default: all that `row` names, else the first 5.
-        row: rows as `check` names them: "chats.jsonl:12", "chats.jsonl:10-20"; numbers alone where there is one file; of
-            rows given in Python by their index: 16, or "data[16]".
+        row: rows as `check` names them: "chats.jsonl:12", "chats.jsonl:10-20"; numbers alone where there is one file.
+            Rows given in Python by their index: 16, or "data[16]".
         only: kinds of rows: refused, used, truncated, cut (before a stop token), split, noted, unrolled, composed.
         run_file, model, data, tokenizer, sections: as in `train`.
     """

@@ -59,10 +59,17 @@ def named_as_given(folder: RunFolder, rows: Rows) -> Iterator[None]:
     except DataError as error:
         text = str(error)
         for part in rows:
-            path, name = re.escape(str(folder.rows / f"{part}.jsonl")), _ARGUMENTS[part]
-            text = re.sub(rf"{path}:(\d+)", lambda found, name=name: name_nth(name, int(found[1])), text)
-            text = re.sub(path, name, text)
+            text = _rename(text, str(folder.rows / f"{part}.jsonl"), _ARGUMENTS[part])
         raise DataError(text, code=error.code) from None
+
+
+def _rename(text: str, path: str, name: str) -> str:
+    """PATH:17 becomes data[16], and PATH alone data."""
+
+    def name_found(found: re.Match[str]) -> str:
+        return name_nth(name, int(found[1]))
+
+    return re.sub(rf"{re.escape(path)}:(\d+)", name_found, text).replace(path, name)
 
 
 def own_names(config: RunConfig, folder: RunFolder) -> RunConfig:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import shlex
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import yaml
 from conftest import chat_row, raises, write_jsonl
 from tunesmith.config.choices import MINIMIND_GENERATIONS
 from tunesmith.config.schema import RunConfig
-from tunesmith.errors import ConfigError, UsageError
+from tunesmith.errors import ConfigError, TunesmithError, UsageError
 from tunesmith.foreign.convert import Converted
 from tunesmith.foreign.minimind import convert_command, preset_of
 from tunesmith.foreign.minimind_command import find_script, read_command
@@ -387,6 +389,29 @@ def test_all_problems_of_a_command_come_together() -> None:
     with pytest.raises(ConfigError) as caught:
         convert_command(["python train_full_sft.py --epochs x --batch_size y"])
     assert len(caught.value.problems) == 2
+
+
+ODD = ["", "-", "--", "---", "-1", "--=", "--epochs=", "1e400", "nan", "\x00", "a\nb", "&&", ";", "cd", "..", ">", "|", "-m",
+       "=", "--\u202e", "'", '"', "9" * 400, "--nproc_per_node", "train_lora.py", "trainer\\train_pretrain.py", "x.py",
+       "$(rm)", "--dim", "--save", "--from_weight", "--device", "cuda:x", "~/x", "C:\\x"]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_damaged_commands_are_converted_or_refused(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(300):
+        name = rng.choice(list(SCRIPTS))
+        flags = rng.choice(list(SCRIPTS[name].flags.values()))
+        words = ["python", name]
+        for flag in rng.sample(sorted(flags), min(len(flags), rng.randrange(5))):
+            words += [f"--{flag}", rng.choice([*ODD, "1", "0.5", "x"])]
+        for _ in range(rng.randrange(4)):
+            words.insert(rng.randrange(len(words) + 1), rng.choice(ODD))
+        for given in (words, [" ".join(words)]):
+            with contextlib.suppress(TunesmithError):
+                converted = convert_command(given, rng.choice([None, *MINIMIND_GENERATIONS]))
+                assert all(isinstance(line, str) for line in converted.remarks())
+                assert not converted.text or yaml.safe_load(converted.text)["train"]
 
 
 def test_values_that_no_run_can_have_are_named() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import posixpath
 import re
 import shlex
@@ -43,6 +42,7 @@ _RENAMED = {  # flags of the same meaning in other generations
     "model_mode": ("weight",), "weight": ("model_mode",), "load": ("load_from",), "load_from": ("load",),
     "max_seq_len": ("max_new_tokens",), "max_new_tokens": ("max_seq_len",),
 }  # fmt: skip
+_LARGEST = 2**63
 _PROCESSES = ("nproc_per_node", "num_gpus", "num_processes", "nnodes", "num_nodes")  # of launchers
 
 
@@ -360,6 +360,6 @@ def _read_value(flag: str, text: str | None, default: Any) -> Any:
         raise ValueError(kind) from None
     if flag in BITS and value not in (0, 1):
         raise ValueError("0 or 1")
-    if not math.isfinite(value):
-        raise ValueError(kind)
+    if not -_LARGEST < value < _LARGEST:  # nan neither
+        raise ValueError(f"{kind} of usual size")
     return value

@@ -64,8 +64,12 @@ def _of_rows(command: Command) -> list[str]:
         if not one.has_marks:
             lines.append("texts: without BOS and EOS there; here both stand around a text, and EOS is trained")
     elif one.roles_by_place:
-        lines.append("roles: turns are user and assistant by turns there; here each turn's role is read, and a "
-                     "system prompt is one")  # fmt: skip
+        lines.append("roles: turns are user and assistant by turns there, so that behind a system prompt questions are "
+                     "trained; here each turn's role is read")  # fmt: skip
+    elif one.name == "2024":
+        lines.append(
+            "history: a Python list as text there, [['question', 'answer']]; here JSON, and other rows are refused"
+        )
     lines.append("control tokens: text of a row that spells one (<|im_end|>) becomes one there; here it stays text, "
                  "unless data.control_text is allow")  # fmt: skip
     return lines

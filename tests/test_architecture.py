@@ -12,7 +12,7 @@ import tunesmith
 PACKAGE = Path(tunesmith.__file__).parent
 # A module imports from its own package and from those before it.
 ORDER = [
-    "errors", "reading", "display", "streams", "terminal", "runfolder", "files", "config", "tensors", "staging", "sources", "foreign", "rows",
+    "errors", "reading", "display", "streams", "terminal", "runfolder", "files", "config", "tensors", "staging", "minimind", "sources", "foreign", "rows",
     "chat_template", "encode", "data", "adapters", "model", "training", "run", "lr_find", "use", "report", "arguments", "process", "api", "demo", "parser", "boundary", "cli",
     "__main__",
 ]  # fmt: skip

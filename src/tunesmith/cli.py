@@ -22,17 +22,16 @@ from tunesmith.streams import lasting_streams
 from tunesmith.terminal.status import show_status
 
 
-def _take_open_maps(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Split off --model.config.KEY VALUE and --data.template_kwargs.KEY VALUE, whose keys are free."""
+def _take_open_maps(argv: list[str], maps: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Split off flags whose keys are free, as in --model.config.KEY VALUE."""
     from tunesmith.config.plainyaml import load
-    from tunesmith.config.runfile import OPEN_MAPS
 
     rest: list[str] = []
     taken: dict[str, Any] = {}
     words = iter(argv)
     for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
-        if not (word.startswith("--") and any(name.startswith(f"{m}.") for m in OPEN_MAPS)):
+        if not (word.startswith("--") and any(name.startswith(f"{m}.") for m in maps)):
             rest.append(word)
             continue
         if not equals:
@@ -54,7 +53,7 @@ _OTHER_NAMES = {  # of commands, in other tools
     "continue": "resume", "show": "preview", "view": "preview", "inspect": "preview", "preprocess": "preview",
     "validate": "check", "verify": "check", "lint": "check", "talk": "chat", "infer": "chat", "inference": "chat",
     "generate": "chat", "cli": "chat", "fuse": "merge", "merge-lora": "merge", "merge_lora": "merge",
-    "export": "merge", "convert": "convert-config", "convert_config": "convert-config", "list": "recipes",
+    "convert": "convert-config", "convert_config": "convert-config", "list": "recipes",
 }  # fmt: skip
 
 
@@ -121,7 +120,7 @@ def _parse_config_command(parser: CommandParser, argv: list[str]) -> tuple[argpa
     from tunesmith.config.runfile import OPEN_MAPS, explain_flag, leaf_fields, resolve_config
     from tunesmith.config.schema import LrFindConfig, PreviewConfig, RunConfig, TokenizerConfig
 
-    argv, flags = _take_open_maps(argv)
+    argv, flags = _take_open_maps(argv, OPEN_MAPS)
     own_flags = parser.commands[argv[0]].flags
     argv, unknown = _take_unknown_flags(argv, own_flags)
     own_names = [flag[2:] for flag in own_flags if flag.startswith("--") and not flag.endswith(".KEY")]
@@ -156,7 +155,12 @@ def _parse_config_command(parser: CommandParser, argv: list[str]) -> tuple[argpa
     return options, config
 
 
-_DOING = {"check": "reading the data", "tokenizer": "reading the data", "merge": "reading the adapter"}
+_DOING = {
+    "check": "reading the data",
+    "tokenizer": "reading the data",
+    "merge": "reading the adapter",
+    "export": "reading the model",
+}
 
 
 def run_command(argv: list[str]) -> None:
@@ -179,9 +183,13 @@ def run_command(argv: list[str]) -> None:
         from tunesmith.foreign.console import take_command
 
         argv, words = take_command(argv)
+    overrides: dict[str, Any] = {}
+    if argv[0] in ("chat", "export"):
+        argv, overrides = _take_open_maps(argv, ["model.config"])
     if command is not None:
         _refuse_unknown_flags(command, argv[1:])
     options = parser.parse_args(argv)
+    options.model_config = {name.removeprefix("model.config."): value for name, value in overrides.items()}
     _quiet_libraries()
     if options.command == "chat":
         from tunesmith.use.chat import run_chat
@@ -209,6 +217,8 @@ def run_command(argv: list[str]) -> None:
             options.allow_changed_base,
             options.trust_remote_code,
         )
+    elif options.command == "export":
+        _export(options)
     elif options.command == "demo":
         from tunesmith.demo.run import run_demo
 
@@ -272,6 +282,24 @@ def _report(run: Path) -> None:
     from tunesmith.report.write import write_report
 
     print(write_report(run))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from tunesmith.use.export import Export, run_export
+
+    run_export(
+        Export(
+            options.model,
+            options.output,
+            options.format,
+            options.generation,
+            options.weight,
+            options.tokenizer,
+            options.base,
+            options.model_config,
+            options.trust_remote_code,
+        )
+    )
 
 
 def _print_recipes() -> None:

@@ -130,7 +130,7 @@ def prepare(config: RunConfig, folder: RunFolder, rows: Rows) -> ReadyRun:
     config = name_rows(config, folder, rows)
     sources = find_data(config.data, given=rows)
     refuse_shared_files(sources)
-    model = find_model(config.model.path)
+    model = find_model(config.model.path, config.model.config)
     date = datetime.datetime.now().replace(microsecond=0)
     session = open_session(config, folder, Silent(), date, sources, model)
     require_one_reading(config.model, session.encoder, session.model_config, session.is_adapter, session.tokenizer)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NoReturn, get_args
 
 from tunesmith import __version__
 from tunesmith.config.choices import (
+    EXPORT_FORMATS,
     FIXED_KEYS,
     FREE_KEYS,
     MERGE_METHODS,
@@ -19,6 +20,7 @@ from tunesmith.config.choices import (
     NAME_KEYS,
     PREVIEW_KINDS,
     RESUME_PARTS,
+    WEIGHT_GENERATIONS,
     part_of,
 )
 
@@ -46,6 +48,9 @@ _EXAMPLES = {
 """,
     "merge": """  tunesmith merge runs/lora --output merged
   tunesmith merge runs/chat runs/code --method ties --weights 1 0.5 --output both
+""",
+    "export": """  tunesmith export runs/mine --format minimind --output for-minimind
+  tunesmith export full_sft_512.pth --tokenizer minimind/model --format hf --output minimind-26m
 """,
     "tokenizer": """  tunesmith tokenizer --data books/ --vocab-size 4096 --output tokenizer
 """,
@@ -212,6 +217,8 @@ def _add_use_commands(commands: _Commands) -> None:
     chat.add_argument(
         "more", metavar="ADAPTER", nargs="*", default=[], help="more adapters of the same base, to switch between"
     )
+    chat.add_argument("--tokenizer", type=_name, metavar="T", help="folder or hub id; a .pth has none of its own")
+    _add_free_config(chat)
     chat.add_argument("--prompt", metavar="TEXT", help="answer one prompt and exit")
     chat.add_argument("--system", metavar="TEXT", help="system prompt")
     chat.add_argument("--max-new-tokens", type=_positive, default=512, metavar="N", help="longest reply (default: 512)")
@@ -245,6 +252,7 @@ def _add_use_commands(commands: _Commands) -> None:
         "--allow-changed-base", action="store_true", help="merge although the base has changed since training"
     )
     merge.add_argument("--trust-remote-code", action="store_true", help="run Python code in the base's folder")
+    _add_export(commands)
     report = _add_command(commands, "report", "write RUN/report.html again: verdict, curves, data, replies, config")
     report.add_argument("run", type=_name, metavar="RUN", help="folder of the run (train --output), finished or not")
     _add_command(commands, "recipes", "list the run files of the package, for train recipe:NAME")
@@ -270,6 +278,33 @@ def _add_convert_config(commands: _Commands) -> None:
     convert.add_argument("--output", type=_path, metavar="FILE", help="run file to write (default: to standard output)")
     convert.add_argument(
         "--dataset-info", type=_path, metavar="DIR", help="folder with LLaMA-Factory's dataset_info.json"
+    )
+
+
+def _add_export(commands: _Commands) -> None:
+    export = _add_command(commands, "export", "write a model in another tool's files, read back and compared")
+    export.add_argument("model", type=_name, metavar="MODEL", help="a RUN, model folder, hub id, adapter or .pth")
+    export.add_argument("--output", required=True, type=_name, metavar="DIR", help="folder to create")
+    export.add_argument(
+        "--format", required=True, type=_one_of(EXPORT_FORMATS), metavar="FORMAT",
+        help="hf (from a .pth), minimind (a .pth), or minimind-lora (an adapter as its LoRA .pth)",
+    )  # fmt: skip
+    export.add_argument(
+        "--generation", type=_one_of(WEIGHT_GENERATIONS), metavar="G",
+        help=f"of MiniMind's files: {', '.join(WEIGHT_GENERATIONS)} (default: the newest that the architecture has)",
+    )  # fmt: skip
+    export.add_argument(
+        "--weight", type=_name, metavar="NAME", help="begin of the file's name (default: full_sft; lora)"
+    )
+    export.add_argument("--tokenizer", type=_name, metavar="T", help="folder or hub id; a .pth has none of its own")
+    export.add_argument("--base", type=_name, metavar="M", help="the base of a LoRA .pth")
+    _add_free_config(export)
+    export.add_argument("--trust-remote-code", action="store_true", help="run Python code in the model's folder")
+
+
+def _add_free_config(parser: CommandParser) -> None:
+    parser.add_argument(
+        "--model.config.KEY", metavar="VALUE", help="what a .pth does not say, as in num_attention_heads 16"
     )
 
 

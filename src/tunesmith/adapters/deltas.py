@@ -128,6 +128,11 @@ class Delta:
             changed = rows.T if is_transposed else rows
         return changed.to(base.dtype).contiguous()
 
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """(A [rank, in], B [out, rank]) of a plain LoRA's tensor; the change is B A."""
+        parts = self.parts[name]
+        return parts["lora_A"].float(), self._scaling(name, parts) * parts["lora_B"].float()
+
     def _row_numbers(self, module: str) -> list[int]:
         return list(self._config.token_indices(module))
 

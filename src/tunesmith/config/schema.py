@@ -48,9 +48,9 @@ def _means_number(annotation: Any) -> bool:
 
 class ModelSection(Section):
     path: str
-    """Model to train: a local Hugging Face folder, a RUN, a hub id, or new:PRESET for random weights."""
+    """Model to train: a Hugging Face folder, a RUN, a hub id, a .pth of MiniMind, or new:PRESET for random weights."""
     tokenizer: str | None = None
-    """Folder or hub id of the tokenizer; default: the model's own. A new:PRESET model needs one."""
+    """Folder or hub id of the tokenizer; default: the model's own. A new:PRESET model and a .pth need one."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
@@ -59,7 +59,8 @@ class ModelSection(Section):
     """Tokens to add to the tokenizer; with an adapter, only their rows of the embedding are trained. A token that the
     tokenizer has already keeps its id and its row."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """Overrides of a preset's transformers config (hidden_size 256); of other models only dropout (resid_pdrop 0.1)."""
+    """Overrides of a preset's transformers config (hidden_size 256), and what a .pth does not say (num_attention_heads
+    16); of other models only dropout (resid_pdrop 0.1)."""
 
     @field_validator("config")
     @classmethod
@@ -345,7 +346,7 @@ class RunConfig(Section):
             )
         if lora.quantize != "none" and self.model.path.startswith("new:"):
             problems.append("lora.quantize: a new:PRESET model has random weights; train it in full first")
-        if not self.model.path.startswith("new:"):
+        if not self.model.path.startswith("new:") and not self.model.path.lower().endswith(PTH_SUFFIXES):
             problems += _check_overrides(self.model.config)
         if problems:
             raise ValueError("\n".join(problems))
@@ -360,6 +361,9 @@ class LrFindConfig(RunConfig):
     """A run's config for lr-find, which writes no folder: train.output_dir may be left out."""
 
     train: _LrFindTrain = Field(default_factory=_LrFindTrain)
+
+
+PTH_SUFFIXES = (".pth", ".pt")  # of MiniMind's weights, whose names and shapes do not say everything
 
 
 def is_dropout(name: str) -> bool:

@@ -35,7 +35,7 @@ def hub_id(source: ModelSource) -> tuple[str, str | None]:
     """The base's name on the hub and its revision; "" where it has none. Paths of this machine are not for others."""
     if source.kind == "hub":
         return source.name, source.revision
-    found = _CACHED.search(Path(source.name).as_posix()) if source.kind == "local" else None
+    found = _CACHED.search(Path(source.name).as_posix()) if source.kind == "local" and not source.file else None
     return (f"{found[1]}/{found[2]}", found[3]) if found else ("", None)
 
 
@@ -44,7 +44,8 @@ def describe_base(source: ModelSource) -> str:
     name, _ = hub_id(source)
     if name:
         return name
-    return f"new:{source.name}" if source.kind == "preset" else f"a local model ({Path(source.name).name})"
+    local = source.file or Path(source.name)
+    return f"new:{source.name}" if source.kind == "preset" else f"a local model ({local.name})"
 
 
 def front_matter(source: ModelSource, is_adapter: bool) -> str:

@@ -29,7 +29,7 @@ def load_config(section: ModelSection, tokenizer: Any, source: ModelSource | Non
     Args:
         source: result of find_model(section.path), if already known.
     """
-    source = source or find_model(section.path)
+    source = source or find_model(section.path, section.config)
     if source.kind == "preset":
         return build_preset_config(source.name, section.config, tokenizer)
     try:
@@ -38,7 +38,10 @@ def load_config(section: ModelSection, tokenizer: Any, source: ModelSource | Non
         )
     except Exception as error:
         raise explain_load_error(section.path, "its config", error) from None
-    _set_dropout(section, config)
+    if source.file is None:
+        _set_dropout(section, config)
+    else:
+        _require_own_tokenizer(section, config, tokenizer)
     _refuse_odd_dropout(section.path, config)
     return config
 
@@ -58,6 +61,21 @@ def _set_dropout(section: ModelSection, config: PretrainedConfig) -> None:
                 code="no-such-dropout",
             )
         setattr(text, name, value)
+
+
+def _require_own_tokenizer(section: ModelSection, config: PretrainedConfig, tokenizer: Any) -> None:
+    """Check the number of tokens: a .pth comes without a tokenizer, and one of another size belongs to another model.
+
+    Raises:
+        ModelError: the tokenizer is smaller; a larger one is refused where the embedding is known.
+    """
+    rows, ids = int(config.vocab_size), max(tokenizer.get_vocab().values()) + 1
+    if ids < rows:
+        raise ModelError(
+            f"{section.tokenizer}: has {ids} tokens; the embedding of {section.path} has {rows} rows. Give the "
+            "tokenizer that the model was trained with (MiniMind's is in its folder model/).",
+            code="tokenizer-does-not-match",
+        )
 
 
 def _refuse_odd_dropout(name: str, config: PretrainedConfig) -> None:
@@ -90,7 +108,7 @@ def load_model(
         quantization: transformers' quantization config for 4 or 8 bits.
         source: result of find_model(section.path), if already known.
     """
-    source = source or find_model(section.path)
+    source = source or find_model(section.path, section.config)
     logging.disable_progress_bar()
     if source.kind == "preset":
         torch.manual_seed(seed)

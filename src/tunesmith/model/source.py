@@ -1,17 +1,22 @@
-"""Resolve model.path: a folder, a RUN, a hub id or new:PRESET; explain why it cannot be used."""
+"""Resolve model.path: a folder, a RUN, a hub id, new:PRESET or a .pth; explain why it cannot be used."""
 
 from __future__ import annotations
 
 import difflib
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tunesmith.adapters.adapter_config import ADAPTER_CONFIG, find_adapter, read_adapter_config
 from tunesmith.adapters.base import read_record
 from tunesmith.errors import ModelError, RunError, TunesmithError
 from tunesmith.files import is_out_of_memory, lacking_memory
+from tunesmith.minimind.opened import open_weights
+from tunesmith.minimind.read import is_weight_file
+from tunesmith.minimind.settings import settings_of
 from tunesmith.runfolder import RunFolder
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -32,16 +37,23 @@ class ModelSource:
         name: the folder, hub id or preset name; for an adapter, that of its base.
         adapter: the PEFT folder to add to it, if any.
         revision: of the hub base that the adapter was trained on.
+        file: the .pth that `name` was made of.
+        remark: what was read from it and assumed.
     """
 
     kind: str
     name: str
     adapter: Path | None = None
     revision: str | None = None
+    file: Path | None = None
+    remark: str = ""
 
 
-def find_model(path: str) -> ModelSource:
-    """Resolve `path` without loading anything.
+def find_model(path: str, given: Mapping[str, Any] | None = None) -> ModelSource:
+    """Resolve `path` without loading anything; a .pth is converted to a temporary folder.
+
+    Args:
+        given: model.config, for what a .pth does not say.
 
     Raises:
         ModelError: the folder has no model, or the name matches nothing.
@@ -63,8 +75,14 @@ def find_model(path: str) -> ModelSource:
         if os.path.lexists(folder / "config.json"):
             require_plain_files(folder)
         raise _explain_folder(folder)
+    if is_weight_file(folder) and folder.exists():
+        opened = open_weights(folder, given or {})
+        return ModelSource("local", str(opened.folder), file=folder.resolve(), remark=opened.describe())
     if folder.is_file():
-        raise ModelError(f"{path}: is a file; give the folder with config.json and the weights.", code="model-is-file")
+        raise ModelError(
+            f"{path}: is a file; give the folder with config.json and the weights, or a .pth of MiniMind.",
+            code="model-is-file",
+        )
     if not _HUB_ID.fullmatch(path) or (folder.parent != Path() and folder.parent.is_dir()):
         close = []
         if folder.parent.is_dir():
@@ -93,12 +111,12 @@ def _find_base(adapter: Path) -> ModelSource:
         folder = open_path(base)
         if folder.is_dir() and find_adapter(folder):
             raise ModelError(f"{base} is itself an adapter. Merge it first: tunesmith merge.", code="base-is-adapter")
-        source = find_model(base)
+        source = find_model(base, settings_of((record or {}).get("config") or {}) if is_weight_file(folder) else None)
     except ModelError as error:
         raise ModelError(f"{adapter}: its base model cannot be found: {error}", code=error.code) from None
     # the main branch of a hub model may change; use the commit that the adapter was trained on
     revision = (record or {}).get("commit") or config.revision
-    return ModelSource(source.kind, source.name, adapter, revision if source.kind == "hub" else None)
+    return replace(source, adapter=adapter, revision=revision if source.kind == "hub" else None)
 
 
 def require_plain_files(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken
@@ -13,6 +14,7 @@ from tunesmith.chat_template.template import ChatTemplate, RenderSettings, find_
 from tunesmith.config.schema import DataSection, ModelSection
 from tunesmith.encode.encoder import Encoder, bos_ids
 from tunesmith.errors import ModelError
+from tunesmith.minimind.read import is_weight_file
 from tunesmith.model.source import ModelSource, explain_load_error, find_model, open_path, require_plain_files
 
 
@@ -47,7 +49,12 @@ def find_tokenizer(section: ModelSection, model: ModelSource | None = None) -> T
     if section.tokenizer and open_path(name).is_dir():  # a tokenizer folder needs no config.json
         require_plain_files(open_path(name))
         return TokenizerSource(str(open_path(name)), revision, is_models=False)
-    source = model if model and name == section.path else find_model(name)
+    if section.tokenizer is None and is_weight_file(Path(section.path)):
+        raise ModelError(
+            f"{name}: a .pth has no tokenizer. Give its folder with --tokenizer (MiniMind's is its folder model/).",
+            code="pth-without-tokenizer",
+        )
+    source = model if model and name == section.path else find_model(name, section.config)
     if source.adapter and (source.adapter / "tokenizer_config.json").is_file():
         return TokenizerSource(str(source.adapter), revision, is_models=False)
     return TokenizerSource(source.name, revision, is_models=name == section.path)

@@ -72,8 +72,9 @@ def describe_weights(source: ModelSource, revision: str | None) -> dict[str, Any
         return {}
     if source.kind == "hub":
         return {source.name: hub_commit(source.name, source.revision or revision)}
-    folders = [Path(source.name), *([source.adapter] if source.adapter else [])]
+    folders = [*([] if source.file else [Path(source.name)]), *([source.adapter] if source.adapter else [])]
     files = [path for folder in folders for pattern in _WEIGHTS for path in sorted(folder.glob(pattern))]
+    files += [source.file] if source.file else []
     for path in files:
         if not path.exists():
             raise ModelError(

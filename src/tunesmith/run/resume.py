@@ -190,7 +190,7 @@ def require_model(name: str, config: RunConfig) -> ModelSource:
         ModelError: it is no longer where it was.
     """
     try:
-        return find_model(config.model.path)
+        return find_model(config.model.path, config.model.config)
     except ModelError as error:
         raise ModelError(f"{error} If it has moved: tunesmith resume {name} --model FOLDER", code=error.code) from None
 

@@ -45,7 +45,7 @@ def run_training(config: RunConfig, reporter: Reporter | None = None, rows: Rows
     sources = find_data(config.data, given=rows)
     refuse_shared_files(sources)
     date = datetime.datetime.now().replace(microsecond=0)
-    model = find_model(config.model.path)
+    model = find_model(config.model.path, config.model.config)
     session = open_session(config, folder, reporter or ConsoleReporter(), date, sources, model)
     require_one_reading(config.model, session.encoder, session.model_config, session.is_adapter, session.tokenizer)
     progress = Progress()

@@ -28,6 +28,7 @@ def summary_lines(ready: ReadyRun) -> list[tuple[str, str]]:
     trained = "all trained" if parameters == trainable else f"{trainable:,} trained ({trainable / parameters:.2%})"
     lines = [
         ("model", f"{config.model.path}: {type(ready.lm.model).__name__}, {parameters:,} parameters, {trained}"),
+        *([("", remark)] if (remark := ready.session.model.remark) else []),
         *_adapter_lines(ready),
         ("device", f"{ready.session.device.type}, {ready.session.precision.name}, {_threads()}"),
         *_ledger_lines("data", ready.dataset.ledger, config.data),

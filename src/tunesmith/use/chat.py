@@ -24,7 +24,12 @@ HELP = "/reset forgets the conversation, /system TEXT sets the system prompt (an
 
 def run_chat(options: argparse.Namespace) -> None:
     show_status("loading the model")
-    section = ModelSection(path=options.model, trust_remote_code=options.trust_remote_code)
+    section = ModelSection(
+        path=options.model,
+        tokenizer=options.tokenizer,
+        config=options.model_config,
+        trust_remote_code=options.trust_remote_code,
+    )
     speaker = load_speaker(section, options.chat_template, options.more, options.allow_changed_base)
     template = speaker.encoder.template
     if template is not None and template.is_fallback:

@@ -128,7 +128,7 @@ def load_speaker(
     dtype = getattr(config, "dtype", None) or torch.float32
     if device.type == "cpu":
         dtype = torch.float32  # half precision is slow or missing on CPUs
-    source = find_model(section.path)
+    source = find_model(section.path, section.config)
     plain = section.model_copy(update={"path": source.name, "revision": source.revision}) if source.adapter else section
     model = load_model(plain, config, dtype, seed=0)
     adapter: Any = None

@@ -23,7 +23,7 @@ from tunesmith.errors import RunError
 from tunesmith.model.load import check_vocabulary
 from tunesmith.use.combine import MergePlan
 
-_PROMPTS = (
+PROMPTS = (
     "Who are you?",
     "Write a short poem about the sea.",
     "1, 2, 3, 4,",
@@ -63,7 +63,7 @@ def prove(plan: MergePlan, combined: Sequence[Path], output: Path) -> str:
     _compare_weights(merge_adapter(wrapped), found, TOLERANCE[dtype])
     same = (wanted.argmax(-1) == merged.argmax(-1)).float().mean().item()
     return (
-        f"logits on {len(_PROMPTS)} prompts differ by {difference:.1e} of the largest logit (allowed for "
+        f"logits on {len(PROMPTS)} prompts differ by {difference:.1e} of the largest logit (allowed for "
         f"{str(dtype).removeprefix('torch.')}: {TOLERANCE[dtype]:.0e}); the most likely token agrees at {same:.1%}"
     )
 
@@ -106,7 +106,7 @@ def encode_prompts(folder: Path, model: Any, plan: MergePlan) -> list[Tensor]:
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=plan.trust_remote_code)
         check_vocabulary(model, tokenizer)
-        prompts = [torch.tensor(tokenizer(text)["input_ids"]) for text in _PROMPTS]
+        prompts = [torch.tensor(tokenizer(text)["input_ids"]) for text in PROMPTS]
     else:
         prompts = [torch.arange(start, start + 16) % rows for start in range(0, 80, 16)]
     added = [n for adapter in plan.adapters for ids in read_adapter_config(adapter).all_token_indices() for n in ids]

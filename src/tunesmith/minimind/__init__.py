@@ -1,0 +1,1 @@
+"""MiniMind's weight files (.pth): names, sizes, reading, writing, and their LoRA files."""

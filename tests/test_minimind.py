@@ -15,10 +15,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import minimind_reference as reference
+import tunesmith
 from conftest import chat_row, killed_after, write_jsonl
 from minimind_reference import Sizes, make_state, sizes_of
 from tunesmith.config.schema import ModelSection
-from tunesmith.errors import ConfigError, TunesmithError
+from tunesmith.errors import ConfigError, TunesmithError, UsageError
 from tunesmith.model.load import load_config, load_model
 from tunesmith.model.source import find_model
 
@@ -384,3 +385,17 @@ def test_labels_of_a_preview_are_those_of_the_run(run: Run, tokenizer_folder: Pa
     assert code == 0, err
     assert json.loads(out)["samples"]
     assert run("check", *words)[0] == 0
+
+
+def test_python(tokenizer_folder: Path, tmp_path: Path) -> None:
+    sizes = sizes_of("2025", False, vocab=vocabulary(tokenizer_folder))
+    path = save(tmp_path / "full_sft_32.pth", make_state(sizes))
+    model = tunesmith.load(
+        path, tokenizer=tokenizer_folder, config={"num_attention_heads": 4, "num_key_value_heads": 1}
+    )
+    assert isinstance(model.reply("Hello", max_new_tokens=3, temperature=0), str)
+    folder = tunesmith.export(path, tokenizer=tokenizer_folder, format="hf", output=tmp_path / "hf")
+    assert tunesmith.export(folder, format="minimind", weight="dpo", output=tmp_path / "out") == tmp_path / "out"
+    assert (tmp_path / "out" / "dpo_32.pth").is_file()
+    with pytest.raises(UsageError):
+        tunesmith.export(folder, format="gguf", output=tmp_path / "x")

@@ -20,8 +20,9 @@ from tunesmith.errors import (
 )
 
 if TYPE_CHECKING:
-    from tunesmith.api import Run, check, find_lr, load, merge, preview, resume, train
+    from tunesmith.api import Run, check, find_lr, preview, resume, train
     from tunesmith.lr_find import FoundLr
+    from tunesmith.models import export, load, merge
     from tunesmith.use.check import CheckResult
     from tunesmith.use.model import Model
     from tunesmith.use.preview import Preview
@@ -42,6 +43,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "check",
+    "export",
     "find_lr",
     "load",
     "merge",
@@ -54,7 +56,8 @@ _PLACES = {
     "FoundLr": "tunesmith.lr_find",
     "Model": "tunesmith.use.model",
     "Preview": "tunesmith.use.preview",
-    **dict.fromkeys(("Run", "check", "find_lr", "load", "merge", "preview", "resume", "train"), "tunesmith.api"),
+    **dict.fromkeys(("Run", "check", "find_lr", "preview", "resume", "train"), "tunesmith.api"),
+    **dict.fromkeys(("export", "load", "merge"), "tunesmith.models"),
 }
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.arguments import Name, as_path, read_arguments, section_of
 from tunesmith.config.choices import RESUME_PARTS
 from tunesmith.config.runfile import flatten_sections, read_yaml, resolve_config
-from tunesmith.config.schema import ModelSection, PreviewConfig, RunConfig
+from tunesmith.config.schema import PreviewConfig, RunConfig
 from tunesmith.display import LEVEL_STYLES
 from tunesmith.errors import TunesmithError, UsageError
 from tunesmith.process import embedded, one_run
@@ -31,7 +31,6 @@ from tunesmith.runfolder import RunFolder, read_metrics
 from tunesmith.sources.memory import sources_of, write_rows
 from tunesmith.sources.read import Sources
 from tunesmith.use.check import CheckResult
-from tunesmith.use.model import Model
 from tunesmith.use.preview import Preview
 
 if TYPE_CHECKING:
@@ -337,67 +336,6 @@ def find_lr(
     config = resolve_config(LrFindConfig, as_path(run_file), {}, arguments=tree)
     with one_run(), embedded():
         return search(config, rows=rows)
-
-
-def merge(
-    *adapters: Name,
-    output: Name,
-    method: str = "sequential",
-    weights: Sequence[float] | None = None,
-    density: float = 0.5,
-    seed: int = 0,
-    base: Name | None = None,
-    allow_changed_base: bool = False,
-    trust_remote_code: bool = False,
-) -> Path:
-    """Merge adapters into their base model; the result is checked before it appears under its name.
-
-    Args:
-        adapters: PEFT folders, or runs that trained an adapter.
-        output: the folder to make.
-        method: how several adapters are combined (peft's `add_weighted_adapter`), or sequential: one after another.
-        weights: of each adapter; default: 1.
-        density: share of values that ties, dare and prune keep.
-        base: the base in full precision, where it is in another place by now.
-
-    Returns:
-        The folder of the merged model.
-    """
-    from tunesmith.use.merge import run_merge
-
-    if not adapters:
-        raise UsageError("merge: no adapter is given.", code="no-adapter")
-    names = [os.fspath(adapter) for adapter in adapters]
-    given = os.fspath(base) if base is not None else None
-    shares = None if weights is None else [float(weight) for weight in weights]
-    with embedded():
-        run_merge(names, os.fspath(output), method, shares, density, seed, given, allow_changed_base, trust_remote_code)
-    return Path(output).expanduser().absolute()
-
-
-def load(
-    model: Name,
-    *adapters: Name,
-    chat_template: Name | None = None,
-    allow_changed_base: bool = False,
-    trust_remote_code: bool = False,
-) -> Model:
-    """Open a model, a run or an adapter for replies.
-
-    Args:
-        model: a folder, a RUN, a checkpoint or a hub id.
-        adapters: further adapters of the same base, for `Model.switch`.
-        chat_template: a .jinja file, chatml, alpaca or none; default: the model's own.
-    """
-    from tunesmith.use.generate import load_speaker
-
-    name = os.fspath(model)
-    if not name.strip():
-        raise UsageError("model: is empty; give a folder or a hub id.", code="empty-name")
-    section = ModelSection(path=name, trust_remote_code=trust_remote_code)
-    template = os.fspath(chat_template) if chat_template is not None else None
-    with embedded():
-        return Model(load_speaker(section, template, [os.fspath(name) for name in adapters], allow_changed_base))
 
 
 @contextmanager

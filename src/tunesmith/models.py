@@ -1,0 +1,144 @@
+"""The Python API for models: open one for replies, merge adapters, export to other tools' files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.config.choices import EXPORT_FORMATS, GENERATIONS
+from tunesmith.config.schema import ModelSection
+from tunesmith.errors import UsageError
+from tunesmith.process import embedded
+from tunesmith.use.model import Model
+
+if TYPE_CHECKING:
+    from tunesmith.arguments import Name
+
+
+def merge(
+    *adapters: Name,
+    output: Name,
+    method: str = "sequential",
+    weights: Sequence[float] | None = None,
+    density: float = 0.5,
+    seed: int = 0,
+    base: Name | None = None,
+    allow_changed_base: bool = False,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Merge adapters into their base model; the result is checked before it appears under its name.
+
+    Args:
+        adapters: PEFT folders, or runs that trained an adapter.
+        output: the folder to make.
+        method: how several adapters are combined (peft's `add_weighted_adapter`), or sequential: one after another.
+        weights: of each adapter; default: 1.
+        density: share of values that ties, dare and prune keep.
+        base: the base in full precision, where it is in another place by now.
+
+    Returns:
+        The folder of the merged model.
+    """
+    from tunesmith.use.merge import run_merge
+
+    if not adapters:
+        raise UsageError("merge: no adapter is given.", code="no-adapter")
+    names = [os.fspath(adapter) for adapter in adapters]
+    given = os.fspath(base) if base is not None else None
+    shares = None if weights is None else [float(weight) for weight in weights]
+    with embedded():
+        run_merge(names, os.fspath(output), method, shares, density, seed, given, allow_changed_base, trust_remote_code)
+    return Path(output).expanduser().absolute()
+
+
+def load(
+    model: Name,
+    *adapters: Name,
+    tokenizer: Name | None = None,
+    config: Mapping[str, Any] | None = None,
+    chat_template: Name | None = None,
+    allow_changed_base: bool = False,
+    trust_remote_code: bool = False,
+) -> Model:
+    """Open a model, a run or an adapter for replies.
+
+    Args:
+        model: a folder, a RUN, a checkpoint, a hub id or a .pth of MiniMind.
+        adapters: further adapters of the same base, for `Model.switch`.
+        tokenizer: its folder or hub id; default: the model's own. A .pth has none.
+        config: what a .pth does not say, as in {"num_attention_heads": 16}.
+        chat_template: a .jinja file, chatml, alpaca or none; default: the model's own.
+    """
+    from tunesmith.use.generate import load_speaker
+
+    name = os.fspath(model)
+    if not name.strip():
+        raise UsageError("model: is empty; give a folder or a hub id.", code="empty-name")
+    section = _section(name, tokenizer, config, trust_remote_code)
+    template = os.fspath(chat_template) if chat_template is not None else None
+    with embedded():
+        return Model(load_speaker(section, template, [os.fspath(name) for name in adapters], allow_changed_base))
+
+
+def export(
+    model: Name,
+    *,
+    output: Name,
+    format: str,
+    generation: str | None = None,
+    weight: str | None = None,
+    tokenizer: Name | None = None,
+    base: Name | None = None,
+    config: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Write a model in another tool's files; they are read back and compared before they appear under their name.
+
+    Args:
+        model: a RUN, a model folder, a hub id, an adapter or a .pth of MiniMind.
+        output: the folder to make.
+        format: hf (from a .pth), minimind (a .pth) or minimind-lora (an adapter as its LoRA .pth).
+        generation: of MiniMind's files: minimind-3, 2025, 2024; default: the newest that the architecture has.
+        weight: begin of the file's name; default: full_sft, or lora.
+        base: of a LoRA .pth, which does not name its own.
+        tokenizer, config: as in `load`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelError: the model cannot be opened, or has no place in that format.
+        RunError: what was written differs, or the disk is full.
+    """
+    from tunesmith.use.export import Export, run_export
+
+    for name, value, known in (("format", format, EXPORT_FORMATS), ("generation", generation, (None, *GENERATIONS))):
+        if value not in known:
+            names = ", ".join(str(word) for word in known if word)
+            raise UsageError(f"{name}: {value!r} is not one of {names}.", code="unknown-choice")
+    section = _section(os.fspath(model), tokenizer, config, trust_remote_code)
+    given = os.fspath(base) if base is not None else None
+    with embedded():
+        run_export(
+            Export(
+                section.path,
+                os.fspath(output),
+                format,
+                generation,
+                weight,
+                section.tokenizer,
+                given,
+                section.config,
+                trust_remote_code,
+            )
+        )
+    return Path(output).expanduser().absolute()
+
+
+def _section(
+    name: str, tokenizer: Name | None, config: Mapping[str, Any] | None, trust_remote_code: bool
+) -> ModelSection:
+    own = os.fspath(tokenizer) if tokenizer is not None else None
+    return ModelSection(path=name, tokenizer=own, config=dict(config or {}), trust_remote_code=trust_remote_code)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.config.choices import EXPORT_FORMATS, GENERATIONS
+from tunesmith.config.choices import EXPORT_FORMATS, WEIGHT_GENERATIONS
 from tunesmith.config.schema import ModelSection
 from tunesmith.errors import UsageError
 from tunesmith.process import embedded
@@ -114,7 +114,8 @@ def export(
     """
     from tunesmith.use.export import Export, run_export
 
-    for name, value, known in (("format", format, EXPORT_FORMATS), ("generation", generation, (None, *GENERATIONS))):
+    forms = (None, *WEIGHT_GENERATIONS)
+    for name, value, known in (("format", format, EXPORT_FORMATS), ("generation", generation, forms)):
         if value not in known:
             names = ", ".join(str(word) for word in known if word)
             raise UsageError(f"{name}: {value!r} is not one of {names}.", code="unknown-choice")

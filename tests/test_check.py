@@ -13,7 +13,7 @@ from rich.cells import cell_len
 
 from tunesmith.cli import main
 from tunesmith.config.schema import DataSection
-from tunesmith.data.check import SeenTexts, check_rows
+from tunesmith.data.check import NearDuplicates, SeenTexts, check_rows
 from tunesmith.data.labelling import label_rows
 from tunesmith.data.ledger import Ledger
 from tunesmith.encode.encoder import Encoder
@@ -75,6 +75,18 @@ def test_each_thing_is_found_with_its_row(tmp_path: Path, model: Path, capsys: p
     assert found["two turns of one role in a row"]["rows"] == [f"{data}:8"]
     assert found["a system turn that is not the first"]["rows"] == [f"{data}:9"]
     assert check(capsys, model, data, "--strict")[0] == 1
+
+
+def test_of_several_rows_alike_the_first_is_named() -> None:
+    near = NearDuplicates()
+    if not near.is_available:
+        pytest.skip("datasketch is not installed")
+    words = [f"word{number}" for number in range(200)]
+    # 26 words of their own among 226: two of them are 79 % alike, each is 88 % alike to what they share
+    texts = [" ".join([*words, *(f"own{row}-{number}" for number in range(26))]) for row in range(12)]
+    kept = [row for row, text in enumerate(texts) if near.find(text, f"rows:{row}", keep=True) is None]
+    assert len(kept) > 4
+    assert near.find(" ".join(words), "rows:12", keep=False) == f"rows:{kept[0]}"
 
 
 def test_errors_end_with_exit_code_1(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:

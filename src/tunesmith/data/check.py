@@ -145,23 +145,23 @@ class NearDuplicates:
             return
         self._empty = MinHash(num_perm=_NUM_PERM)  # drawing its permutations takes as long as sketching a short row
         self._lsh = MinHashLSH(threshold=_SIMILAR, num_perm=_NUM_PERM)
-        self._count = 0
+        self._kept: list[str] = []  # rows, by their number in the index
 
     @property
     def is_available(self) -> bool:
         return self._lsh is not None
 
     def find(self, text: str, where: str, keep: bool) -> str | None:
-        """An earlier row like this one; `keep` it for those that follow."""
+        """The first row like this one; `keep` it for those that follow."""
         if self._lsh is None or len(words := _WORD.findall(text[:_COMPARED].casefold())) < 6:
             return None
         sketch = self._empty.copy()
         sketch.update_batch([" ".join(words[i : i + 3]).encode() for i in range(len(words) - 2)])
         near = self._lsh.query(sketch)
-        if keep and not near and self._count < _MAX_NEAR:
-            self._lsh.insert(where, sketch)
-            self._count += 1
-        return str(near[0]) if near else None
+        if keep and not near and len(self._kept) < _MAX_NEAR:
+            self._lsh.insert(len(self._kept), sketch)
+            self._kept.append(where)
+        return self._kept[min(near)] if near else None
 
 
 class SeenTexts:

@@ -79,6 +79,7 @@ ARCHITECTURES: dict[str, Callable[..., Any]] = {
     "llama": transformers.LlamaConfig,
     "qwen2": transformers.Qwen2Config,
     "qwen3": transformers.Qwen3Config,
+    "qwen2_moe": transformers.Qwen2MoeConfig,
     "qwen3_moe": transformers.Qwen3MoeConfig,
     "gpt2": transformers.GPT2Config,
     "gemma2": transformers.Gemma2Config,
@@ -101,8 +102,9 @@ def tiny_config(name: str, vocab_size: int = 400, **overrides: Any) -> Any:
             "intermediate_size": 64,
             "max_position_embeddings": 512,
         }
-    if name == "qwen3_moe":
+    if name in ("qwen2_moe", "qwen3_moe"):
         values |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        values |= {"shared_expert_intermediate_size": 16} if name == "qwen2_moe" else {}
         values |= {"experts_implementation": "eager"}  # the default kernel does not support float64
     if name in ("gemma2", "gemma3"):
         # two layers: one sliding with a window shorter than the documents, one full

@@ -70,6 +70,9 @@ def test_every_preset_trains_saves_and_opens_in_plain_transformers(
     model = AutoModelForCausalLM.from_pretrained(output / "model")
     assert model.config.model_type == PRESETS[name]["model_type"]
     assert model.config.hidden_size == 64
+    gates = [weight for key, weight in model.named_parameters() if "shared_expert_gate" in key]
+    assert len(gates) == (2 if name == "minimind-moe" else 0)
+    assert not any(gate.any() for gate in gates)  # MiniMind's shared expert has no gate
     if "moe" in name:
         assert "router loss added" in out
         assert records[0]["router_loss"] > 0
@@ -89,6 +92,26 @@ def test_initialisation_is_transformers_own_and_decided_by_the_seed(tokenizer: A
     assert not torch.equal(one["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
     assert one["model.layers.0.mlp.up_proj.weight"].std().item() == pytest.approx(config.initializer_range, rel=0.05)
     assert (one["model.norm.weight"] == 1).all()
+
+
+def test_a_shared_expert_without_gate_changes_no_other_weight(tokenizer: Any) -> None:
+    from tunesmith.config.schema import ModelSection
+    from tunesmith.model.load import load_model
+
+    config = build_preset_config("minimind-moe", {**SMALL, **SMALL_MOE}, tokenizer)
+    ours = load_model(ModelSection(path="new:minimind-moe"), config, torch.float32, 3).state_dict()
+    torch.manual_seed(3)
+    theirs = AutoModelForCausalLM.from_config(config, dtype=torch.float32).state_dict()
+    changed = {name.split(".", 3)[3] for name in ours if not torch.equal(ours[name], theirs[name])}
+    assert changed == {"mlp.shared_expert_gate.weight"}
+
+
+@pytest.mark.parametrize(("name", "is_divided"), [("minimind-moe", False), ("minimind-3-moe", True)])
+def test_one_expert_a_token_is_weighted_as_in_its_generation(name: str, is_divided: bool, tokenizer: Any) -> None:
+    """MiniMind 3 divides the single weight by itself; before, it stayed the router's score."""
+    assert build_preset_config(name, {"num_experts_per_tok": 1}, tokenizer).norm_topk_prob == is_divided
+    assert build_preset_config(name, {"num_experts_per_tok": 2}, tokenizer).norm_topk_prob
+    assert build_preset_config(name, {"num_experts_per_tok": 1, "norm_topk_prob": True}, tokenizer).norm_topk_prob
 
 
 TEXT = (

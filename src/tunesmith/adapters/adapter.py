@@ -236,6 +236,17 @@ def is_router(name: str, model: nn.Module) -> bool:
     return is_mixture and name.rpartition(".")[2] in ("gate", "router", "shared_expert_gate")
 
 
+def find_zero_gates(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Weights of the shared experts' gates, by name, if they are zero in all layers; otherwise none.
+
+    Such a gate is sigmoid(0) = 0.5 for every token. MiniMind's shared expert, which has no gate, is so in Qwen2-MoE's
+    form, with its down projection doubled.
+    """
+    gates = {name: p for name, p in model.named_parameters() if name.endswith(".shared_expert_gate.weight")}
+    is_plain = all(gate.is_floating_point() and not gate.is_meta for gate in gates.values())  # not quantized
+    return gates if is_plain and not any(gate.any() for gate in gates.values()) else {}
+
+
 def find_problem(model: nn.Module, lora: LoraSection, targets: Sequence[str], parameters: Sequence[str]) -> str:
     """Why the settings do not fit the model's layers; "" if they fit."""
     names = [name for name, _ in model.named_modules()]
@@ -258,6 +269,12 @@ def find_problem(model: nn.Module, lora: LoraSection, targets: Sequence[str], pa
     for parameter in parameters:
         if not any(name.endswith(parameter) for name, _ in model.named_parameters()):
             return f"target_parameters {parameter!r} matches no weight of this model"
+    for gate in find_zero_gates(model):
+        if _trains(gate, targets, lora.modules_to_save or [], parameters):
+            return (
+                f"{gate} would be trained, and is zero in all layers: a shared expert of MiniMind has no gate; leave it "
+                "out"
+            )
     if changes_base(lora) and any(isinstance(module, Conv1D) for module in model.modules()):
         return f"kind: peft cannot initialize {lora.kind} in GPT-2's transposed layers; use lora, rslora or dora"
     if parameters and lora.dropout:
@@ -265,6 +282,14 @@ def find_problem(model: nn.Module, lora: LoraSection, targets: Sequence[str], pa
     if parameters and lora.kind == "dora":
         return f"kind: dora does not support weights that are not modules ({parameters[0]}); use lora"
     return ""
+
+
+def _trains(weight: str, targets: Sequence[str], whole: Sequence[str], parameters: Sequence[str]) -> bool:
+    """Whether an adapter with these targets changes a weight of a module."""
+    parts = weight.split(".")[:-1]
+    modules = [".".join(parts[: end + 1]) for end in range(len(parts))]  # the module and those that it is a part of
+    is_target = select_modules(targets, modules[-1:]) or select_modules(whole, modules)
+    return bool(is_target) or any(weight.endswith(parameter) for parameter in parameters)
 
 
 def find_tying_problem(model: nn.Module, lora: LoraSection, targets: Sequence[str], has_new: bool) -> str:

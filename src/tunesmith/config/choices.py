@@ -37,6 +37,7 @@ _PART_OF_KEY = {
     "train.precision": "precision",
     "train.compile": "precision",
     "train.deterministic": "precision",
+    "train.router_loss": "optimizer",
     "optim.schedule": "schedule",
     "optim.warmup_ratio": "schedule",
     "optim.warmup_steps": "schedule",
@@ -49,6 +50,13 @@ def part_of(key: str) -> str:
     """The part of a run's fingerprint that a key belongs to, for resume --allow."""
     return _PART_OF_KEY.get(key) or _PART_OF_SECTION.get(key.partition(".")[0], "batch")
 
+
+ROUTER_LOSSES = {
+    "transformers": "mean over layers",
+    "layers": "sum over layers",
+    "sequences": "each document by itself, sum over layers",
+}
+"""Ways to compute the router loss of a mixture of experts (train.router_loss)."""
 
 PREVIEW_KINDS = ("refused", "used", "truncated", "cut", "split", "noted", "unrolled", "composed")
 """Rows that preview --only shows. cut: a reply of it is cut before its stop token; noted: there are remarks on it."""

@@ -46,6 +46,10 @@ def _means_number(annotation: Any) -> bool:
     return annotation in (int, float) or any(_means_number(part) for part in get_args(annotation))
 
 
+RouterLoss = Literal["transformers", "layers", "sequences"]
+ROUTER_COEFFICIENT = "router_aux_loss_coef"  # of a transformers config
+
+
 class ModelSection(Section):
     path: str
     """Model to train: a Hugging Face folder, a RUN, a hub id, a .pth of MiniMind, or new:PRESET for random weights."""
@@ -60,12 +64,14 @@ class ModelSection(Section):
     tokenizer has already keeps its id and its row."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Overrides of a preset's transformers config (hidden_size 256), and what a .pth does not say (num_attention_heads
-    16); of other models only dropout (resid_pdrop 0.1)."""
+    16); of other models only dropout (resid_pdrop 0.1) and the router loss's coefficient (router_aux_loss_coef 0.01)."""
 
     @field_validator("config")
     @classmethod
     def _keep_config(cls, overrides: dict[str, Any]) -> dict[str, Any]:
         require_plain(overrides)
+        if type(overrides.get(ROUTER_COEFFICIENT)) is int:  # transformers takes no int for it
+            return overrides | {ROUTER_COEFFICIENT: float(overrides[ROUTER_COEFFICIENT])}
         return overrides
 
 
@@ -263,6 +269,10 @@ class TrainSection(Section):
     """Tokens of one packed forward pass, at least max_seq_len; default: max(max_seq_len, 2048)."""
     grad_accum_steps: int = Field(default=1, ge=1)
     """Forward passes per optimizer step. The loss is the mean over all their supervised tokens."""
+    router_loss: RouterLoss = "transformers"
+    """Load balancing loss of a mixture of experts, times model.config.router_aux_loss_coef. transformers: a mean over
+    layers; layers: a sum over layers (MiniMind 3); sequences: that of each document by itself, divided by the experts a
+    token (MiniMind before 2026-03-24)."""
     precision: Literal["auto", "fp32", "bf16", "bf16_pure", "fp16"] = "auto"
     """bf16, fp16: autocast over fp32 weights; bf16_pure: bf16 weights; auto: bf16 on a GPU that has it, else fp32."""
     gradient_checkpointing: bool = False
@@ -346,8 +356,8 @@ class RunConfig(Section):
             )
         if lora.quantize != "none" and self.model.path.startswith("new:"):
             problems.append("lora.quantize: a new:PRESET model has random weights; train it in full first")
-        if not self.model.path.startswith("new:") and not self.model.path.lower().endswith(PTH_SUFFIXES):
-            problems += _check_overrides(self.model.config)
+        is_free = self.model.path.startswith("new:") or self.model.path.lower().endswith(PTH_SUFFIXES)
+        problems += _check_overrides(self.model.config, is_free)
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -371,15 +381,21 @@ def is_dropout(name: str) -> bool:
     return "dropout" in name or name.endswith("pdrop")
 
 
-def _check_overrides(overrides: dict[str, Any]) -> list[str]:
-    """Of a model with weights only dropout may be set: anything else would change what its weights mean."""
+def _check_overrides(overrides: dict[str, Any], is_free: bool) -> list[str]:
+    """Of a model with weights only dropout and the router loss's coefficient may be set: anything else would change
+    what its weights mean."""
     problems = []
     for name, value in overrides.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_dropout(name):
+        if name == ROUTER_COEFFICIENT:
+            if not (is_number and value >= 0):
+                problems.append(f"model.config.{name}: must be a number of at least 0, not {show(value)}")
+        elif is_free:
+            continue
+        elif not is_dropout(name):
             problems.append(
                 f"model.config.{name}: overrides are for new:PRESET models; of a model with weights of its own only "
-                "dropout can be set"
+                f"dropout and {ROUTER_COEFFICIENT} can be set"
             )
         elif not (is_number and 0 <= value < 1):
             problems.append(f"model.config.{name}: must be at least 0 and below 1, not {show(value)}")

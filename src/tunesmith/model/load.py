@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging
 
-from tunesmith.adapters.adapter import keep_differentiable
+from tunesmith.adapters.adapter import find_zero_gates, keep_differentiable
 from tunesmith.adapters.base import hub_folder, require_base, weight_files
 from tunesmith.adapters.open_adapter import merge_adapter, open_adapter
-from tunesmith.config.schema import ModelSection, is_dropout
+from tunesmith.config.schema import ROUTER_COEFFICIENT, ModelSection, is_dropout
 from tunesmith.errors import ModelError
-from tunesmith.model.presets import build_preset_config, explain_overrides
+from tunesmith.model.presets import build_preset_config, explain_overrides, zero_gates
 from tunesmith.model.source import ModelSource, explain_load_error, find_model
 
 _LOADING = threading.Lock()  # from_pretrained patches torch while it loads; two concurrent calls would leave it patched
@@ -39,28 +40,32 @@ def load_config(section: ModelSection, tokenizer: Any, source: ModelSource | Non
     except Exception as error:
         raise explain_load_error(section.path, "its config", error) from None
     if source.file is None:
-        _set_dropout(section, config)
+        _set_overrides(section, config)
     else:
         _require_own_tokenizer(section, config, tokenizer)
     _refuse_odd_dropout(section.path, config)
     return config
 
 
-def _set_dropout(section: ModelSection, config: PretrainedConfig) -> None:
-    """The dropout that model.config sets; it is saved with the model, and so with every checkpoint.
+def _set_overrides(section: ModelSection, config: PretrainedConfig) -> None:
+    """The values that model.config sets (dropout, coefficient of the router loss); they are saved with the model, and
+    so with every checkpoint.
 
     Raises:
-        ModelError: the model has no such dropout.
+        ModelError: the model has no such value.
     """
     text: Any = config.get_text_config()
     for name, value in section.config.items():
-        if not hasattr(text, name):
+        if name != ROUTER_COEFFICIENT and not hasattr(text, name):
             own = ", ".join(key for key in text.to_dict() if is_dropout(key)) or "none"
             raise ModelError(
                 f"{section.path}: the model has no {name} (model.config.{name}); its dropouts: {own}.",
                 code="no-such-dropout",
             )
-        setattr(text, name, value)
+        try:
+            setattr(text, name, value)
+        except StrictDataclassFieldValidationError:  # no int (0) where a float is meant
+            setattr(text, name, float(value))
 
 
 def _require_own_tokenizer(section: ModelSection, config: PretrainedConfig, tokenizer: Any) -> None:
@@ -92,6 +97,15 @@ def _refuse_odd_dropout(name: str, config: PretrainedConfig) -> None:
             )
 
 
+def find_class(config: PretrainedConfig) -> type | None:
+    """transformers' class of the model; None if the model's folder has its code."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    kind: type = found[0] if isinstance(found, tuple) else found
+    return kind
+
+
 def load_model(
     section: ModelSection,
     config: PretrainedConfig,
@@ -114,7 +128,7 @@ def load_model(
         torch.manual_seed(seed)
         try:
             new: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
-            return new
+            return zero_gates(source.name, new)
         except Exception as error:  # most often, the model is larger than the memory
             raise explain_overrides(source.name, section.config, error) from None
     folder = (
@@ -221,6 +235,12 @@ def extend_vocabulary(model: Any, tokenizer: Any, tokens: list[str]) -> list[int
     for layer, mean in zip(layers.values(), means, strict=True):
         layer.weight[ids] = mean.to(layer.weight.dtype)
     return list(ids)
+
+
+def freeze_zero_gates(model: nn.Module) -> None:
+    """Keep gates that are zero in all layers as they are: trained, they would change the architecture."""
+    for gate in find_zero_gates(model).values():
+        gate.requires_grad_(False)
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:

@@ -6,7 +6,7 @@ A batch has its targets and the positions whose outputs predict them (data/pack.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from tunesmith.config.schema import ROUTER_COEFFICIENT, RouterLoss, RunConfig
 from tunesmith.data.pack import Batch, Documents
+from tunesmith.errors import ModelError
 from tunesmith.model.head import head_logits
 
 _CHUNK_BYTES = 256 * 2**20  # of fp32 logits in memory at once
@@ -28,7 +30,8 @@ class LossSums:
 
     Attributes:
         loss: scalar, cross-entropy summed over targets; differentiable.
-        router_loss: scalar, the load balancing loss of a mixture of experts; differentiable. None for other models.
+        router_loss: scalar, the load balancing loss of a mixture of experts: of the forward, or summed over its
+            documents (see `Router`); differentiable. None for other models.
         num_correct: targets that were the most likely token; counted only without gradient.
         expert_counts: [experts], how often each was chosen over all tokens and layers; None for other models.
     """
@@ -47,14 +50,22 @@ class SupervisedLM(nn.Module):
         is_packed: whether the model uses our attention and takes the layout; otherwise a batch has one document.
         head_path: from choose_head_path.
         adapter: peft's PeftModel around the model, if only an adapter is trained.
+        router_loss: train.router_loss.
     """
 
-    def __init__(self, model: PreTrainedModel, is_packed: bool, head_path: str, adapter: Any = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        is_packed: bool,
+        head_path: str,
+        adapter: Any = None,
+        router_loss: RouterLoss = "transformers",
+    ) -> None:
         super().__init__()
         self.model = model
         self._adapter = (adapter,)  # in a tuple: as a submodule, it would register every weight twice
         self.is_packed = is_packed
-        self.router = find_router(model)
+        self.router = find_router(model.config, type(model), router_loss)
         self.head_path = head_path
 
     @property
@@ -78,7 +89,7 @@ class SupervisedLM(nn.Module):
             loss, num_correct = token_loss_sum(logits, targets)
         router_loss = expert_counts = None
         if self.router and output.router_logits:  # none where every layer picks experts by token id (DeepSeek V4)
-            router_loss = self.router.loss(output.router_logits)
+            router_loss = self.router.loss(output.router_logits, layout.lens)
             expert_counts = self.router.count_choices(output.router_logits)
         return LossSums(loss, router_loss, None if torch.is_grad_enabled() else num_correct, expert_counts)
 
@@ -119,16 +130,43 @@ def token_loss_sum(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """Load balancing loss of a mixture of experts, computed by the model's own function (Fedus et al. 2022)."""
+    """Load balancing loss of a mixture of experts (Fedus et al. 2022): experts * sum(share of choices * mean score).
 
+    It is not linear in the tokens, so its value depends on what it is computed over:
+    - transformers: all tokens and layers of a forward at once, by the model's own function.
+    - layers: all tokens of a forward, by the same function layer by layer, and summed.
+    - sequences: each document by itself, divided by the experts a token, and summed over layers. A step's value, the
+      mean over its documents, does not depend on how they are packed; those of the others, means over forwards, do.
+
+    Attributes:
+        function: load_balancing_loss_func of the model's module.
+    """
+
+    kind: RouterLoss
     function: Any
     coefficient: float
     num_experts: int
     top_k: int
 
-    def loss(self, router_logits: Any) -> Tensor:
-        """coefficient * loss averaged over layers, for one forward."""
-        value: Tensor = self.function(router_logits, self.num_experts, self.top_k)
+    @property
+    def is_per_document(self) -> bool:
+        """Whether a step's value is the mean over its documents, and not over its forwards."""
+        return self.kind == "sequences"
+
+    def loss(self, router_logits: Sequence[Tensor], lens: Sequence[int]) -> Tensor:
+        """coefficient * loss of one forward; for `sequences`, summed over its documents.
+
+        Args:
+            router_logits: [tokens, experts] of each layer.
+            lens: tokens of each document.
+        """
+        value: Tensor
+        if self.kind == "transformers":
+            value = self.function(router_logits, self.num_experts, self.top_k)
+        elif self.kind == "layers":
+            value = sum_tensors([self.function((layer,), self.num_experts, self.top_k) for layer in router_logits])
+        else:
+            value = sum_tensors([balance_documents(layer, lens, self.top_k).sum() for layer in router_logits])
         return self.coefficient * value
 
     @torch.no_grad()
@@ -139,15 +177,67 @@ class Router:
         return counts.scatter_add_(0, chosen, torch.ones_like(chosen))  # bincount would synchronize with the device
 
 
-def find_router(model: PreTrainedModel) -> Router | None:
-    """The router loss of this architecture; None if it has none."""
-    config = model.config.get_text_config()
-    function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
-    coefficient = getattr(config, "router_aux_loss_coef", None)
-    num_experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+def sum_tensors(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)).sum()
+
+
+def balance_documents(logits: Tensor, lens: Sequence[int], top_k: int) -> Tensor:
+    """[documents] balance loss of one layer (expert-level balance loss of DeepSeek-V2, DeepSeek-AI 2024):
+    experts / (top_k * tokens) * sum over experts of choices * mean score.
+
+    Args:
+        logits: [tokens, experts], of consecutive documents.
+        lens: tokens of each document.
+    """
+    num_documents, num_experts = len(lens), logits.shape[-1]
+    scores = logits.reshape(-1, num_experts)
+    scores = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    num_tokens = torch.tensor(lens, device=scores.device)
+    document = torch.repeat_interleave(
+        torch.arange(num_documents, device=scores.device), num_tokens, output_size=len(scores)
+    )
+    chosen = torch.zeros_like(scores).scatter_(-1, scores.detach().topk(top_k, -1).indices, 1.0)
+    zeros = scores.new_zeros(num_documents, num_experts)
+    choices = zeros.index_add(0, document, chosen)
+    score_sums = zeros.index_add(0, document, scores)
+    return num_experts / top_k * (choices * score_sums).sum(-1) / num_tokens**2
+
+
+def find_router(config: PretrainedConfig, model_class: type, kind: RouterLoss = "transformers") -> Router | None:
+    """The router loss of a model; None if it has none, or its coefficient is 0."""
+    text: Any = config.get_text_config()
+    function = getattr(sys.modules[model_class.__module__], "load_balancing_loss_func", None)
+    coefficient = getattr(text, ROUTER_COEFFICIENT, None)
+    num_experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
     if function is None or not coefficient or not num_experts:
         return None
-    return Router(function, coefficient, num_experts, config.num_experts_per_tok)
+    return Router(kind, function, coefficient, num_experts, text.num_experts_per_tok)
+
+
+def require_router(config: RunConfig, router: Router | None) -> None:
+    """Check that keys of the router loss have an effect.
+
+    Args:
+        router: from find_router.
+
+    Raises:
+        ModelError: one of them is set, and the model has no router loss.
+    """
+    if router is not None:
+        return
+    section = config.model
+    if section.config.get(ROUTER_COEFFICIENT):
+        raise ModelError(
+            f"model.config.{ROUTER_COEFFICIENT}: {section.path} has no router loss: it is not a mixture of experts, or "
+            "transformers has no such loss for it. Remove the key.",
+            code="no-router-loss",
+        )
+    if config.train.router_loss != "transformers":
+        raise ModelError(
+            f"train.router_loss {config.train.router_loss}: {section.path} has no router loss: it is not a mixture of "
+            f"experts, or its {ROUTER_COEFFICIENT} is 0. Remove the key, or set model.config.{ROUTER_COEFFICIENT}.",
+            code="no-router-loss",
+        )
 
 
 Objective = Callable[[nn.Module, Batch], LossSums]

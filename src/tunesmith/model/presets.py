@@ -11,6 +11,7 @@ import difflib
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from tunesmith.errors import ModelError, RunError, TunesmithError
@@ -98,6 +99,19 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+_UNGATED = ("minimind-moe",)  # presets whose shared expert has no gate: a gate of zeros, which training keeps
+
+
+@torch.no_grad()
+def zero_gates(name: str, model: nn.Module) -> nn.Module:
+    """Set the shared experts' gates of a new model to zero, where the preset has none; other weights are unchanged."""
+    if name in _UNGATED:
+        for parameter, weight in model.named_parameters():
+            if ".shared_expert_gate." in parameter:
+                weight.zero_()
+    return model
+
+
 def build_preset_config(name: str, overrides: dict[str, Any], tokenizer: Any) -> PretrainedConfig:
     """The config of new:NAME for this tokenizer.
 
@@ -114,6 +128,8 @@ def build_preset_config(name: str, overrides: dict[str, Any], tokenizer: Any) ->
             f"new:{name}: no such preset.{hint} Known: {', '.join(f'new:{p}' for p in PRESETS)}.", code="unknown-preset"
         )
     values = dict(PRESETS[name])
+    if name == "minimind-moe" and overrides.get("num_experts_per_tok") == 1:
+        values["norm_topk_prob"] = False  # as MiniMind before 2026-03-24; MiniMind 3 divides a single weight by itself
     model_type = values.pop("model_type")
     known = AutoConfig.for_model(model_type)
     for key in overrides:

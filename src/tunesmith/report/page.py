@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from tunesmith.config.choices import ROUTER_LOSSES
 from tunesmith.config.plainyaml import dump
 from tunesmith.config.runfile import dump_yaml, leaf_fields
 from tunesmith.config.schema import DEFAULT_LORA_LR, DataSection, RunConfig
@@ -59,6 +60,9 @@ def list_facts(run: RunRecords) -> Iterator[tuple[str, str]]:
         yield "steps", f"{last['step']:,} (epoch {format_value(last.get('epoch') or 0.0, 3)})"
         if last.get("tokens") is not None:
             yield "tokens", f"{last['tokens']:,.0f}, {last.get('supervised_tokens') or 0:,.0f} of them supervised"
+        if last.get("router_loss") is not None:
+            kind = run.config.train.router_loss
+            yield "router loss", f"{format_value(last['router_loss'])} ({kind}: {ROUTER_LOSSES[kind]})"
     took = measure_durations(run)
     if took.total is not None:
         phases = [("preparation", took.preparation), ("training", took.training), ("evaluation", took.evaluation)]

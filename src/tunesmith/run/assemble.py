@@ -18,8 +18,8 @@ from tunesmith.data.feed import Feed
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.model.head import choose_head_path
 from tunesmith.model.isolation import Isolation, probe_isolation, use_packed_attention
-from tunesmith.model.load import check_vocabulary, extend_vocabulary, load_config, load_model
-from tunesmith.model.loss import SupervisedLM
+from tunesmith.model.load import check_vocabulary, extend_vocabulary, freeze_zero_gates, load_config, load_model
+from tunesmith.model.loss import SupervisedLM, require_router
 from tunesmith.model.probe import probe_model
 from tunesmith.model.source import ModelSource, find_model
 from tunesmith.run.session import Session
@@ -91,6 +91,7 @@ def load_weights(session: Session, checkpoint: Path | None) -> PreTrainedModel:
         nn.Module.to(model, session.device)  # transformers' `to` is untyped
     own_memory(model)
     refuse_not_finite(config.model.path, model)
+    freeze_zero_gates(model)
     return model
 
 
@@ -122,7 +123,9 @@ def wrap(session: Session, model: PreTrainedModel, adapter: Any) -> tuple[Isolat
     if isolation.is_isolated:
         use_packed_attention(probe)
         use_packed_attention(model)
-    lm = SupervisedLM(model, isolation.is_isolated, choose_head_path(probe, isolation.is_isolated), adapter)
+    head_path = choose_head_path(probe, isolation.is_isolated)
+    lm = SupervisedLM(model, isolation.is_isolated, head_path, adapter, config.train.router_loss)
+    require_router(config, lm.router)
     if config.train.gradient_checkpointing:
         try:
             model.activation_checkpointing_enable({"use_reentrant": False})

@@ -18,6 +18,8 @@ import torch
 
 from tunesmith.adapters.base import hub_commit
 from tunesmith.config.choices import FREE_KEYS, NAME_KEYS, part_of
+from tunesmith.config.runfile import leaf_fields
+from tunesmith.config.schema import RunConfig
 from tunesmith.data.dataset import DataSources, StoreHashes
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.files import sha256_ends, sha256_file, sha256_text
@@ -145,14 +147,14 @@ def compare_runs(before: Fingerprint, now: Fingerprint) -> tuple[list[str], list
         if getattr(before, part) != getattr(now, part):
             what = {"template": "the chat template", "tokenizer": "the tokenizer", "model": "the model's config"}[part]
             refusals.append(f"{part}: {what} has changed since the run began")
-    old, new = flatten(before.config), flatten(now.config)
+    # a key that is missing before is younger than the run, which then had its default
+    old, new = _default_values() | flatten(before.config), flatten(now.config)
     for key in sorted(set(old) | set(new)):
         if old.get(key) == new.get(key) or any(f"{key}.".startswith(f"{name}.") for name in _BY_HASH):
             continue
         change = f"{key} {_show(old.get(key))} -> {_show(new.get(key))}"
         if key in _FREE:
-            # a key that is missing before is younger than the run
-            if key in old and key not in ("train.output_dir", "train.epochs", "train.max_steps"):
+            if key not in ("train.output_dir", "train.epochs", "train.max_steps"):
                 notes.append(f"accepted: {change}")
         else:
             refusals.append(f"{part_of(key)}: {change}")
@@ -163,6 +165,11 @@ def compare_runs(before: Fingerprint, now: Fingerprint) -> tuple[list[str], list
         elif version != current:
             notes.append(f"{name} {version} -> {current}: a patch release, accepted")
     return refusals, notes
+
+
+def _default_values() -> dict[str, Any]:
+    fields = leaf_fields(RunConfig).items()
+    return {key: field.get_default(call_default_factory=True) for key, field in fields if not field.is_required()}
 
 
 def _compare_weights(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -14,7 +14,8 @@ from tunesmith.data.dataset import DataSources
 from tunesmith.encode.encoder import Encoder
 from tunesmith.model.device import pick_device
 from tunesmith.model.lengths import Lengths, choose_lengths
-from tunesmith.model.load import load_config
+from tunesmith.model.load import find_class, load_config
+from tunesmith.model.loss import find_router, require_router
 from tunesmith.model.source import ModelSource
 from tunesmith.model.tokenizer import TokenizerSource, build_encoder, extend_tokenizer, find_tokenizer
 from tunesmith.run.console import Reporter
@@ -94,6 +95,8 @@ def open_session(
     if kept:
         reporter.note(f"note: model.add_tokens: the tokenizer has {', '.join(kept)} already; kept as it is")
     model_config = load_config(config.model, tokenizer, model)
+    if model_class := find_class(model_config):
+        require_router(config, find_router(model_config, model_class))
     lengths = choose_lengths(model_config, config.data.max_seq_len, config.train.micro_batch_tokens)
     return Session(config, folder, reporter, date, sources, model, source, OneProcess(), device, precision, encoder,
                    new_tokens, model_config, lengths)  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tunesmith import __version__
-from tunesmith.adapters.adapter import describe_adapter
+from tunesmith.adapters.adapter import describe_adapter, find_zero_gates
 from tunesmith.config.schema import DataSection
 from tunesmith.data.ledger import Ledger, Problem
 from tunesmith.display import format_bytes, format_count, to_markdown
@@ -25,9 +25,13 @@ _SHOWN_REASONS = 8  # causes of refusals
 def summary_lines(ready: ReadyRun) -> list[tuple[str, str]]:
     config, held_out = ready.session.config, ready.feed.held_out
     parameters, trainable = count_parameters(ready.lm.model)
-    trained = "all trained" if parameters == trainable else f"{trainable:,} trained ({trainable / parameters:.2%})"
+    gates = {} if ready.lm.adapter else find_zero_gates(ready.lm.model)
+    trained = f"{trainable:,} trained ({trainable / parameters:.2%})"
+    if trainable + sum(gate.numel() for gate in gates.values()) == parameters:
+        trained = "all trained but its shared experts' gates" if gates else "all trained"
     lines = [
         ("model", f"{config.model.path}: {type(ready.lm.model).__name__}, {parameters:,} parameters, {trained}"),
+        *([("", "these gates are all zero and stay frozen: a shared expert of MiniMind has no gate")] if gates else []),
         *([("", remark)] if (remark := ready.session.model.remark) else []),
         *_adapter_lines(ready),
         ("device", f"{ready.session.device.type}, {ready.session.precision.name}, {_threads()}"),
@@ -159,7 +163,7 @@ def _length_line(ready: ReadyRun) -> str:
 
 
 def _head_line(lm: SupervisedLM) -> str:
-    router = ", router loss added" if lm.router else ""
+    router = f", router loss added ({lm.router.kind}, coefficient {lm.router.coefficient:g})" if lm.router else ""
     if lm.head_path == "decoder":
         return f"at supervised positions only{router}"
     if lm.head_path == "logits_to_keep":

@@ -57,8 +57,8 @@ def train_step(
 ) -> StepResult:
     """One update. The loss is the sum over all supervised tokens of the step divided by their count.
 
-    The split into forwards and processes does not change the gradient; only a router loss, which is not linear in the
-    batch, is a mean over the forwards. The host waits for the device once, to see that the numbers are finite.
+    The split into forwards and processes does not change the gradient, except that of a router loss (see `Router`).
+    The host waits for the device once, to see that the numbers are finite.
     `gives_up` is asked before each forward but the first, in one process only: of several none may stop alone.
 
     Raises:
@@ -67,10 +67,10 @@ def train_step(
     """
     world = world or OneProcess()
     device = next(lm.parameters()).device
-    own_counts = torch.tensor([batches.num_tokens, batches.num_targets, len(batches)])
-    num_tokens, num_targets, num_forwards = world.sum(own_counts).tolist()
-    loss_sum = torch.zeros((), device=device)
-    router_sum = torch.zeros((), device=device)
+    num_parts = batches.num_samples if lm.router and lm.router.is_per_document else len(batches)
+    counts = torch.tensor([batches.num_tokens, batches.num_targets, num_parts])  # of this process
+    num_tokens, num_targets, num_parts = world.sum(counts).tolist()
+    loss_sum, router_sum = torch.zeros(2, device=device).unbind()
     expert_counts: Tensor | None = None
     for batch in _until_given_up(batches, gives_up):
         with precision.context(device):
@@ -78,7 +78,7 @@ def train_step(
         loss = sums.loss / max(1, num_targets)
         loss_sum = loss_sum + loss.detach()
         if sums.router_loss is not None:
-            router_loss = sums.router_loss / num_forwards
+            router_loss = sums.router_loss / num_parts
             router_sum = router_sum + router_loss.detach()
             loss = loss + router_loss
         if sums.expert_counts is not None:

@@ -134,7 +134,9 @@ def combine(plan: MergePlan, folder: Path) -> Path:
             state = get_peft_model_state_dict(wrapped, adapter_name="default", save_embedding_layers=False)
     except (ValueError, NotImplementedError, RuntimeError) as error:
         raise ModelError(
-            f"these adapters cannot be combined by {plan.method}: {' '.join(str(error).split())}", code="not-combinable"
+            f"these adapters cannot be combined by {plan.method}: {' '.join(str(error).split())}. Merge them one after "
+            "another: --method sequential.",
+            code="not-combinable",
         ) from None
     write_adapter(wrapped, folder, {name: tensor.contiguous() for name, tensor in state.items()})
     if plan.method == "cat":

@@ -272,7 +272,7 @@ def find_problem(model: nn.Module, lora: LoraSection, targets: Sequence[str], pa
     for gate in find_zero_gates(model):
         if _trains(gate, targets, lora.modules_to_save or [], parameters):
             return (
-                f"{gate} would be trained, and is zero in all layers: a shared expert of MiniMind has no gate; leave it "
+                f"{gate} would be trained, but is zero in all layers: MiniMind's shared expert has no gate. Leave it "
                 "out"
             )
     if changes_base(lora) and any(isinstance(module, Conv1D) for module in model.modules()):

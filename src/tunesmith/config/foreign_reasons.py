@@ -186,8 +186,10 @@ MISSING = (
      "adapter_name_or_path adapter_folder lora_model_dir"),
     ("the model's config stays as it is; --model.config.KEY changes a new:PRESET model",
      """rope_scaling shift_attn s2_attention overrides_of_model_config overrides_of_model_kwargs model_config
-     model_init_kwargs moe_aux_loss_coef router_aux_loss_coef tokenizer_config llama4_linearized_experts
+     model_init_kwargs tokenizer_config llama4_linearized_experts
      upcast_layernorm upcast_lmhead_output fp32_norms fp32_norm_classes model_max_length"""),
+    ("the router loss is added with the model's own coefficient; model.config.router_aux_loss_coef sets another",
+     "moe_aux_loss_coef router_aux_loss_coef"),
     ("weights are trained in fp32, bf16 or fp16 (train.precision)",
      """fp8 fp8_backend fp8_enable_fsdp_float8_all_gather qat quantization model_quantization_config
      model_quantization_config_kwargs use_onebitllms compute_dtype quantize_moe_experts llmcompressor"""),

@@ -64,7 +64,7 @@ class ModelSection(Section):
     tokenizer has already keeps its id and its row."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Overrides of a preset's transformers config (hidden_size 256), and what a .pth does not say (num_attention_heads
-    16); of other models only dropout (resid_pdrop 0.1) and the router loss's coefficient (router_aux_loss_coef 0.01)."""
+    16); of other models only dropout (resid_pdrop 0.1) and the router loss (router_aux_loss_coef 0.01)."""
 
     @field_validator("config")
     @classmethod

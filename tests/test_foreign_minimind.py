@@ -277,6 +277,20 @@ def test_flags_may_be_written_in_every_way_that_argparse_reads() -> None:
     assert any(note.startswith("use_moe") for note in moe.notes)
 
 
+@pytest.mark.parametrize(
+    ("words", "generation", "router"),
+    [
+        ("--hidden_size 768 --use_moe 1", "minimind-3", ("layers", 5e-4)),
+        ("--hidden_size 768 --use_moe 1", "2026-01", ("sequences", 0.01)),
+        ("--dim 512 --use_moe True", "2025-02", ("sequences", 0.1)),
+        ("--hidden_size 768", "minimind-3", (None, None)),
+    ],
+)
+def test_the_router_loss_is_that_of_the_generation(words: str, generation: str, router: tuple[Any, Any]) -> None:
+    ours = convert_command([f"python train_pretrain.py {words}"], generation).ours
+    assert (ours.get("train.router_loss"), ours.get("model.config.router_aux_loss_coef")) == router
+
+
 def test_the_generation_is_the_newest_with_all_flags() -> None:
     def chosen(command: str, generation: str | None = None) -> str:
         return read_command([command], generation).generation.name

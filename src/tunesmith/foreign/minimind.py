@@ -193,6 +193,9 @@ def _set_optimizer(draft: Draft, command: Command) -> None:
     if one.decay:
         ours["optim.weight_decay"] = one.decay
     ours["train.seed"] = one.seed
+    if command.is_moe:
+        kind, ours["model.config.router_aux_loss_coef"] = one.router
+        ours |= {"train.router_loss": kind} if one.router[1] else {}
 
 
 def _set_adapter(draft: Draft, command: Command) -> None:

@@ -43,8 +43,9 @@ def _of_weights(command: Command) -> list[str]:
                      "bf16")  # fmt: skip
     if command.is_moe:
         how, coefficient = one.router
-        what = "summed over layers" if how == "layers" else "of each row by itself, summed over layers"
-        lines.append(f"router loss: {what}, times {coefficient:g} there; here a mean over layers, as in transformers")
+        what = "rows of a batch" if how == "layers" else "each row"
+        if coefficient:
+            lines.append(f"router loss: over {what} with its padding there; here there is no padding")
     if command.kind == "lora" and one.name == "2024":
         lines.append("adapter: it is on the head, too, there; all-linear leaves the head out")
     elif command.kind == "lora":

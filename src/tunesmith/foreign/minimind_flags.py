@@ -27,7 +27,7 @@ class Generation:
     schedule: optim.schedule that fits; minimind begins at 1.1 times the learning rate.
     decay: weight decay of its optimizer.
     rank: of its LoRA.
-    router: (train.router_loss, router_aux_loss_coef).
+    router: (train.router_loss, router_aux_loss_coef). In 2024 it was computed and not added to the loss.
     tracker: what --use_wandb logs to.
     is_dtype_used: its autocast takes --dtype; otherwise it computes in float16 and scales the loss.
     is_shuffled: one process draws the order of the rows.
@@ -72,7 +72,7 @@ GENERATIONS: dict[str, Generation] = {
         Generation("2025-02", "2025-02-09 to 2025-04-25", "dim", "n_layers", "", "model/minimind_tokenizer", 1337,
                    "minimind", 0.01, 16, ("sequences", 0.1), "wandb", False, False, True, True),
         Generation("2024", "2024-08-28 to 2025-02-08", "", "", "", "model/minimind_tokenizer", 1337,
-                   "cosine", 0.0, 8, ("sequences", 0.01), "wandb", False, True, True, False),
+                   "cosine", 0.0, 8, ("sequences", 0.0), "wandb", False, True, True, False),
     )
 }  # fmt: skip
 

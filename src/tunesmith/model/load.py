@@ -56,7 +56,9 @@ def _set_overrides(section: ModelSection, config: PretrainedConfig) -> None:
     """
     text: Any = config.get_text_config()
     for name, value in section.config.items():
-        if name != ROUTER_COEFFICIENT and not hasattr(text, name):
+        if name == ROUTER_COEFFICIENT and not hasattr(text, name):
+            continue  # 0; see require_router
+        if not hasattr(text, name):
             own = ", ".join(key for key in text.to_dict() if is_dropout(key)) or "none"
             raise ModelError(
                 f"{section.path}: the model has no {name} (model.config.{name}); its dropouts: {own}.",

@@ -94,7 +94,8 @@ _SECTIONS = {
 }
 
 
-LABEL_KEYS = ("model", "data", "lora.kind", "train.micro_batch_tokens")  # sections and keys that decide the labels
+LABEL_KEYS = ("model", "data", "lora.kind", "train.micro_batch_tokens", "train.seed")
+"""Sections and keys that decide the labels."""
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -26,6 +26,15 @@ if TYPE_CHECKING:
     from tunesmith.chat_template.template import Renderer
 
 THINK = "<think>"
+THINK_TAGS = (
+    *((f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "thoughts", "reasoning", "seed:think")),
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|inner_prefix|>", "<|inner_suffix|>"),
+)
+"""Opening and closing tags of reasoning in the templates of known model families."""
+_EMPTY = re.compile("(?:" + "|".join(rf"{re.escape(a)}\s*{re.escape(b)}" for a, b in THINK_TAGS) + r")\s*\Z")
 _FLAG = re.compile(r"/\w+")  # anything else that a template removes from a text counts as lost
 _ASKED, _THOUGHT, _SAID, _TOOL, _KEY, _VALUE, _RESULT, _END, _PARAMETER = (
     "tsasked", "tsthought", "tssaid", "tsprobe", "tskey", "tsvalue", "tsresult", "tsend", "tsparameter",
@@ -131,6 +140,33 @@ def find_habits(renderer: Renderer) -> Habits:
         opens_thinking=asked.rstrip().endswith(THINK),
         removed=frozenset(_removed(renderer)),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class EmptyThink:
+    """The empty think block that a template writes before a reply without reasoning.
+
+    Attributes:
+        block: its text, with the white space behind it.
+        before_call: what the template writes between the block and the first part of a tool call; None if unknown.
+    """
+
+    block: str
+    before_call: str | None
+
+
+def find_empty_think(renderer: Renderer) -> EmptyThink | None:
+    """The empty think block of a template, found by rendering probe chats; None if it writes none."""
+    written, said, _ = (_try(renderer, [_user(), _reply(_SAID)]) or "").partition(_SAID)
+    found = _EMPTY.search(written)
+    if not said or found is None:
+        return None
+    block = found[0]
+    turns = [_user(), renderer.habits.call_form.apply(_reply("", call=True))]
+    text = (_try(renderer, turns, tools=True) or "").rpartition(block)[2]
+    first = min((text.index(word) for word in PROBE_WORDS if word in text), default=None)
+    is_whole = first is not None and all(word in text for word in PROBE_WORDS)
+    return EmptyThink(block, text[:first] if is_whole else None)
 
 
 def probe_call() -> list[Message]:

@@ -34,6 +34,7 @@ SAME = {
     "r": "lora.rank", "lora_r": "lora.rank", "lora_rank": "lora.rank", "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout", "lora_modules_to_save": "lora.modules_to_save",
     "additional_target": "lora.modules_to_save", "lora_target_parameters": "lora.target_parameters",
+    "add_system_ratio": "data.system_prompt_share", "empty_think_ratio": "data.empty_think_share",
     "loraplus_lr_ratio": "lora.lr_ratio", "use_bnb_nested_quant": "lora.double_quant",
     "double_quantization": "lora.double_quant",
 }  # fmt: skip
@@ -103,8 +104,8 @@ OTHERWISE = {
     "response_template": "data.train_on assistant, the default",
     "excess_length_strategy": "data.overlong truncate or drop",
     "truncation_mode": "data.overlong truncate, which cuts the end",
-    "default_system": "a system turn in the rows, or data.fields.system",
-    "default_system_message": "a system turn in the rows, or data.fields.system",
+    "default_system": "data.system_prompts, for rows without a system turn",
+    "default_system_message": "data.system_prompts, for rows without a system turn",
     "enable_thinking": "data.template_kwargs.enable_thinking",
     "preserve_thinking": "data.template_kwargs, as the template calls it",
     "chat_template": "data.chat_template, a .jinja file, chatml, alpaca or none",

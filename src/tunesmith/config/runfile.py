@@ -304,8 +304,8 @@ def _join(tree: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _LISTS = (
-    ("data", "train"), ("data", "eval"), ("train", "trackers"), ("model", "add_tokens"), ("lora", "target_modules"),
-    ("lora", "target_parameters"), ("lora", "modules_to_save"),
+    ("data", "train"), ("data", "eval"), ("data", "system_prompts"), ("train", "trackers"), ("model", "add_tokens"),
+    ("lora", "target_modules"), ("lora", "target_parameters"), ("lora", "modules_to_save"),
 )  # fmt: skip
 
 

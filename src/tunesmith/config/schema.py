@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from tunesmith.config.plainyaml import require_plain, show
+from tunesmith.config.rules import check_draws, check_lengths
 
 
 class Section(BaseModel):
@@ -146,6 +147,12 @@ class DataSection(Section):
     """Which tokens of a chat are trained: every reply, the last reply, or everything, the questions too."""
     train_reasoning: bool = True
     """Train the reasoning before </think>; off: it is context only."""
+    system_prompts: list[str] = Field(default_factory=list)
+    """System prompts to add to training chats without one and without tools, one drawn for each by the seed."""
+    system_prompt_share: float = Field(default=1.0, ge=0.0, le=1.0)
+    """Share of these chats that get a system prompt, drawn by the seed."""
+    empty_think_share: float = Field(default=1.0, ge=0.0, le=1.0)
+    """Share of the training rows that keep the empty think block which the template writes, drawn by the seed."""
     history: Literal["auto", "unroll", "last_turn"] = "auto"
     """One sample for all turns where the template allows it (auto), one per turn (unroll), or only the last turn."""
     control_text: Literal["plain", "refuse", "allow"] = "plain"
@@ -169,6 +176,15 @@ class DataSection(Section):
         if own := [name for name in ours if name in variables]:
             raise ValueError(f"sets {own[0]}, which tunesmith sets itself; leave it out")
         return variables
+
+    @field_validator("system_prompts")
+    @classmethod
+    def _keep_system_prompts(cls, prompts: list[str]) -> list[str]:
+        if any(not prompt.strip() for prompt in prompts):
+            raise ValueError("holds an empty text")
+        if any("\ud800" <= char <= "\udfff" for prompt in prompts for char in prompt):
+            raise ValueError("holds a lone surrogate (half a character), which no tokenizer can encode")
+        return prompts
 
     @field_validator("encoding")
     @classmethod
@@ -331,7 +347,7 @@ class RunConfig(Section):
     def _validate_across(self) -> RunConfig:
         """Rules between keys; each message names both keys and a fix."""
         data, train = self.data, self.train
-        problems = _check_lengths(data, train.micro_batch_tokens)
+        problems = [*check_lengths(data, train.micro_batch_tokens), *check_draws(data)]
         if data.eval and data.eval_split:
             problems.append("data.eval_split: data.eval is given too; keep one of the two")
         has_eval = bool(data.eval or data.eval_split)
@@ -414,6 +430,7 @@ class _PreviewLora(Section):
 
 class _PreviewTrain(Section):
     micro_batch_tokens: int | None = Field(default=None, ge=8)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
 
 
 class PreviewConfig(Section):
@@ -426,16 +443,6 @@ class PreviewConfig(Section):
 
     @model_validator(mode="after")
     def _validate_across(self) -> PreviewConfig:
-        if problems := _check_lengths(self.data, self.train.micro_batch_tokens):
+        if problems := [*check_lengths(self.data, self.train.micro_batch_tokens), *check_draws(self.data)]:
             raise ValueError("\n".join(problems))
         return self
-
-
-def _check_lengths(data: DataSection, micro_batch_tokens: int | None) -> list[str]:
-    """The problem, if a packed forward is too small for one sample."""
-    if not (micro_batch_tokens and data.max_seq_len and micro_batch_tokens < data.max_seq_len):
-        return []
-    return [
-        f"train.micro_batch_tokens: {micro_batch_tokens} cannot hold one sample of data.max_seq_len "
-        f"{data.max_seq_len}; set it to {data.max_seq_len} or more, or lower data.max_seq_len"
-    ]

@@ -208,6 +208,7 @@ class Check:
     Attributes:
         lengths: tokens of every sample before it was cut.
         languages: rows by script.
+        drawn: how many rows were changed by what the config's shares drew.
     """
 
     ledger: Ledger
@@ -217,6 +218,7 @@ class Check:
     languages: Counter[str] = field(default_factory=Counter)
     starts: Starts = field(default_factory=Starts)
     looked_for_near: bool = True
+    drawn: list[str] = field(default_factory=list)
 
     @property
     def num_errors(self) -> int:
@@ -282,6 +284,7 @@ def check_rows(
         elif text and (twin := near.find(text, row.where, keep=False)):
             check.findings.add("evaluation rows nearly in the training data", place_of(row, "~", twin))
     _look_at_whole(check, data, max_seq_len)
+    check.drawn = check.ledger.describe_draws(data)
     if encoder.drops_text:
         advice = "take a byte-level tokenizer, or one with byte fallback"
         check.findings.note("the tokenizer leaves out characters that it cannot write", 1, advice=advice)

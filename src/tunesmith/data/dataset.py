@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from tunesmith.data.labelling import label_rows
 from tunesmith.data.ledger import Ledger
 from tunesmith.data.split import Numbers, split_eval
 from tunesmith.data.store import StoreWriter, TokenStore, open_store
+from tunesmith.encode.draws import RowDraws
 from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import DataError, TunesmithError
 from tunesmith.files import sha256_file, sha256_text
 from tunesmith.runfolder import RunFolder
-from tunesmith.sources.read import Sources, find_sources, read_rows
+from tunesmith.sources.read import RawRow, Sources, find_sources, read_rows
 
 StoreHashes = Mapping[str, Mapping[str, str]]  # folder of a store -> file -> SHA-256 of the bytes written
 
@@ -117,21 +119,42 @@ def write_dataset(
 ) -> Dataset:
     """Label all rows into stores in `folder`.
 
+    What is drawn for rows (data.system_prompts, data.empty_think_share) changes training rows only. Rows that
+    data.eval_split holds out are labelled once more, as they are in the data.
+
     Args:
-        seed: for data.eval_split.
+        seed: for data.eval_split and the draws.
 
     Raises:
         DataError: too many rows are refused, or a file changed while it was read.
     """
-    store, ledger, hashes = _label_into(folder.tokens, sources.train, data, encoder, max_seq_len)
+    draws = RowDraws.of(data, seed)
+    raw = read_rows(sources.train, data.encoding, data.max_row_mb)
+    store, ledger, hashes = _label_into(folder.tokens, sources.train, raw, data, encoder, max_seq_len, draws)
+    raw = read_rows(sources.eval, data.encoding, data.max_row_mb)
+    eval_sources = sources.eval
     if not data.eval:
-        return _split(data, seed, store, ledger, None, None, {folder.tokens.name: hashes})
+        held_out = _held_out_rows(store, data, seed) if draws else set()
+        if not held_out:
+            return _split(data, seed, store, ledger, None, None, {folder.tokens.name: hashes})
+        every = read_rows(sources.train, data.encoding, data.max_row_mb)
+        raw = (row for row in itertools.islice(every, data.limit) if (row.file, row.number) in held_out)
+        eval_sources = replace(sources.train, passed_over=[])
     unlimited = data.model_copy(update={"limit": None, "max_cut_replies": 1.0})  # nothing learns from these
     eval_store, eval_ledger, eval_hashes = _label_into(
-        folder.eval_tokens, sources.eval, unlimited, encoder, max_seq_len
+        folder.eval_tokens, eval_sources, raw, unlimited, encoder, max_seq_len
     )
     both = {folder.tokens.name: hashes, folder.eval_tokens.name: eval_hashes}
     return _split(data, seed, store, ledger, eval_store, eval_ledger, both)
+
+
+def _held_out_rows(store: TokenStore, data: DataSection, seed: int) -> set[tuple[str, int]]:
+    """(file, number) of the rows that data.eval_split holds out; none where it holds out pieces of rows."""
+    trained, held_out = split_eval(store, data.eval_split, seed)
+    rows = store.row_ids
+    if np.isin(rows[held_out], rows[trained]).any():
+        return set()
+    return {(store.files[store.file_numbers[index]], int(store.row_numbers[index])) for index in held_out.tolist()}
 
 
 def open_dataset(
@@ -160,15 +183,20 @@ def _split(
 
 
 def _label_into(
-    folder: Path, sources: Sources, data: DataSection, encoder: Encoder, max_seq_len: int
+    folder: Path,
+    sources: Sources,
+    rows: Iterable[RawRow],
+    data: DataSection,
+    encoder: Encoder,
+    max_seq_len: int,
+    draws: RowDraws | None = None,
 ) -> tuple[TokenStore, Ledger, dict[str, str]]:
-    """Label all rows of the sources into a store; returns the store, the ledger and the hashes of its files."""
+    """Label rows of the sources into a store; returns the store, the ledger and the hashes of its files."""
     before = _stamps(sources.files)
     ledger = Ledger(passed_over=[str(path) for path in sources.passed_over])
     writer = StoreWriter(folder)
     with writer:
-        rows = read_rows(sources, data.encoding, data.max_row_mb)
-        for row in label_rows(rows, encoder, data, max_seq_len, folder=folder.parent):
+        for row in label_rows(rows, encoder, data, max_seq_len, folder=folder.parent, draws=draws):
             ledger.add(row)
             writer.add(row)
     ledger.raise_if_unusable(data.max_refused)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from tunesmith.chat_template.habits import find_empty_think
 from tunesmith.chat_template.template import Renderer, RenderSettings
 from tunesmith.config.schema import DataSection
 from tunesmith.data.fit import fit_samples
@@ -29,11 +30,14 @@ from tunesmith.data.labels import (
 )
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.data.patterns import Planned, Planner
+from tunesmith.display import one_line
+from tunesmith.encode.draws import UNCHANGED, RowDraws, add_system_prompt
+from tunesmith.encode.empty_think import find_unreasoned, remove_empty_think
 from tunesmith.encode.encoder import Encoder, Encoding
 from tunesmith.encode.messages import prepare_messages, prepare_text
 from tunesmith.encode.render import RenderedChat, render_chat
 from tunesmith.errors import DataError
-from tunesmith.rows.conversation import Conversation, Parsed, RawText, RowRefused, Segments, UnknownFormat
+from tunesmith.rows.conversation import Conversation, Message, Parsed, RawText, RowRefused, Segments, UnknownFormat
 from tunesmith.rows.formats import parse_document, refuse_lone_surrogates
 from tunesmith.rows.textmarks import NOTE_TRANSCRIPT_TEXT, TextScan, find_rendered_template
 from tunesmith.sources.read import RawRow
@@ -42,10 +46,20 @@ from tunesmith.sources.textfile import LongText
 
 _BATCH_ROWS = 256
 _BATCH_CHARACTERS = 1 << 21  # a row of raw text may be a whole book
+_ASKED = Conversation((Message("user", "Hello."), Message("assistant", "Hello.")))
+_SHOWN = 60  # characters of a system prompt in an error
 
 NOTE_RENDERED = (
     "raw text that already contains a rendered chat template; all of its tokens are trained, questions included"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class _Chat:
+    """A chat ready for rendering, and the turns whose empty think blocks are to be removed."""
+
+    conversation: Conversation
+    bare_turns: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +68,9 @@ class _Draft:
 
     Attributes:
         texts: texts to encode for it, except the stretches of a plan.
-        conversation: of a planned row, as it is rendered.
+        chat: of a planned row, as it is rendered.
+        system_prompt: drawn for it.
+        loses_think: whether an empty think block is removed from it.
         long_text: a document that is read and encoded block by block, in place of `texts`.
     """
 
@@ -62,8 +78,10 @@ class _Draft:
     texts: tuple[str, ...] = ()
     rendered: RenderedChat | None = None
     planned: Planned | None = None
-    conversation: Conversation | None = None
+    chat: _Chat | None = None
     notes: tuple[str, ...] = ()
+    system_prompt: str | None = None
+    loses_think: bool = False
     refusal: RowRefused | None = None
     source: Parsed | None = None
     long_text: LongText | None = None
@@ -83,18 +101,20 @@ def label_rows(
     max_seq_len: int,
     settings: RenderSettings | None = None,
     folder: Path | None = None,
+    draws: RowDraws | None = None,
 ) -> Iterator[LabelledRow]:
     """Yield every row with its outcome, in order. A row's outcome does not depend on the rows before it.
 
     Args:
         settings: date and template variables; by default the encoder's.
         folder: for temporary files of long documents; by default the system's.
+        draws: what is drawn for training rows; rows for evaluation have none.
 
     Raises:
-        DataError: the first row of a file has an unknown format.
+        DataError: the first row of a file has an unknown format, or the template rejects a drawn system prompt.
     """
     rows = itertools.islice(rows, data.limit) if data.limit else rows
-    labeller = _Labeller(encoder, data, max_seq_len, encoder.renderer(settings), folder)
+    labeller = _Labeller(encoder, data, max_seq_len, encoder.renderer(settings), folder, draws)
     for drafts in _draft_batches(rows, labeller):
         yield from labeller.finish(drafts)
 
@@ -127,11 +147,18 @@ class _Labeller:
         max_seq_len: int,
         renderer: Renderer | None,
         folder: Path | None = None,
+        draws: RowDraws | None = None,
     ) -> None:
         self.encoder, self.data, self.max_seq_len, self.renderer = encoder, data, max_seq_len, renderer
-        self.folder = folder
+        self.folder, self.draws = folder, draws
         may_plan = renderer is not None and data.history == "auto" and data.train_on != "last_assistant"
         self.planner = Planner(encoder, renderer, data.train_reasoning) if renderer and may_plan else None
+        removes = renderer is not None and draws is not None and draws.empty_think_share < 1
+        self.empty_think = find_empty_think(renderer) if renderer and removes else None
+        self.bare_planner: Planner | None = None
+        if self.planner and self.empty_think:
+            self.bare_planner = Planner(encoder, self.planner.renderer, data.train_reasoning, self.empty_think)
+        self._taken: set[str] = set()  # system prompts that the template takes
 
     def draft(self, row: RawRow, is_first: bool) -> _Draft:
         if isinstance(row.value, RowTooLarge):
@@ -159,23 +186,66 @@ class _Labeller:
             return _Draft(row, tuple(_segment_texts(parsed, self.encoder)), notes=parsed.notes)
         return self._draft_chat(row, parsed)
 
-    def _draft_chat(self, row: RawRow, conversation: Conversation) -> _Draft:
-        habits = self.renderer.habits if self.renderer else None
-        conversation = prepare_messages(conversation, habits, self.encoder.shield, self.encoder.control_text)
+    def _draft_chat(self, row: RawRow, read: Conversation) -> _Draft:
+        draw = self.draws.draw(row.number, read) if self.draws else UNCHANGED
+        if draw.system_prompt is not None:
+            self._require_taken(draw.system_prompt)
+            read = add_system_prompt(read, draw.system_prompt)
+        conversation = self._prepare(read)
         notes = conversation.notes
         if self.renderer is None:
             prompt, completion = join_completion(conversation)
             return _Draft(row, (prompt, prompt + completion), notes=notes)
-        planned = self.planner.plan(conversation) if self.planner else None
-        if planned:
-            return _Draft(row, planned=planned, notes=notes, conversation=conversation)
-        rendered = self._render(conversation)
-        return _Draft(row, tuple(part.text for part in rendered.parts), rendered, notes=(*notes, *rendered.notes))
+        loses = not draw.keeps_empty_think and self.empty_think is not None
+        chat = _Chat(conversation, find_unreasoned(read.messages, conversation.messages) if loses else frozenset())
+        draft = _Draft(row, notes=notes, system_prompt=draw.system_prompt)
+        planner = self._planner_of(chat)
+        if planner and (planned := planner.plan(conversation)):
+            return replace(draft, planned=planned, chat=chat, loses_think=planner.has_block(conversation))
+        rendered, loses_think = self._render(chat)
+        texts = tuple(part.text for part in rendered.parts)
+        return replace(draft, texts=texts, rendered=rendered, notes=(*notes, *rendered.notes), loses_think=loses_think)
 
-    def _render(self, conversation: Conversation) -> RenderedChat:
+    def _prepare(self, conversation: Conversation) -> Conversation:
+        habits = self.renderer.habits if self.renderer else None
+        return prepare_messages(conversation, habits, self.encoder.shield, self.encoder.control_text)
+
+    def _planner_of(self, chat: _Chat) -> Planner | None:
+        """The planner for a chat; None if some of its turns lose their empty think blocks and others keep them."""
+        if not chat.bare_turns:
+            return self.planner
+        turns = {turn for turn, message in enumerate(chat.conversation.messages) if message.role == "assistant"}
+        return self.bare_planner if turns == chat.bare_turns else None
+
+    def _render(self, chat: _Chat) -> tuple[RenderedChat, bool]:
+        """The row's texts, and whether they lack an empty think block that the template writes."""
         assert self.renderer is not None
         history = "last_turn" if self.data.train_on == "last_assistant" else self.data.history
-        return render_chat(conversation, self.renderer, self.encoder.stops, history, self.data.train_reasoning)
+        written = render_chat(chat.conversation, self.renderer, self.encoder.stops, history, self.data.train_reasoning)
+        if not chat.bare_turns or self.empty_think is None:
+            return written, False
+        rendered = remove_empty_think(written, self.empty_think, chat.bare_turns, history)
+        return rendered, rendered is not written
+
+    def _require_taken(self, system_prompt: str) -> None:
+        """Check once that the template takes a system prompt, so that it does not refuse the rows it is drawn for.
+
+        Raises:
+            DataError: with the template's reason.
+        """
+        if system_prompt in self._taken or self.renderer is None:
+            return
+        try:
+            chat = self._prepare(add_system_prompt(_ASKED, system_prompt))
+            render_chat(chat, self.renderer, self.encoder.stops)
+        except RowRefused as refusal:
+            shown = system_prompt if len(system_prompt) <= _SHOWN else f"{system_prompt[:_SHOWN]}..."
+            raise DataError(
+                f"data.system_prompts: {one_line(shown)!r} cannot be added: {refusal.reason}. Leave it out, or choose "
+                "another template with --data.chat_template.",
+                code="system-prompt-refused",
+            ) from None
+        self._taken.add(system_prompt)
 
     def finish(self, drafts: list[_Draft]) -> Iterator[LabelledRow]:
         """Label the rows of a batch; all of its texts are encoded together."""
@@ -210,7 +280,8 @@ class _Labeller:
             )  # fmt: skip
         return LabelledRow(
             file, number, "used", how, fitted.reason, fitted.samples, fitted.tokens_lost, (*notes, *fitted.notes),
-            source=draft.source, num_cut=fitted.num_cut,
+            source=draft.source, num_cut=fitted.num_cut, system_prompt=draft.system_prompt,
+            loses_think=draft.loses_think,
         )  # fmt: skip
 
     def _finish_document(self, draft: _Draft, document: LongText) -> LabelledRow:
@@ -256,8 +327,8 @@ class _Labeller:
 
     def _label_alone(self, draft: _Draft) -> tuple[str, list[Sample]]:
         """Label the row without its plan, which does not hold for this row's tokens."""
-        assert draft.conversation is not None
-        rendered = self._render(draft.conversation)
+        assert draft.chat is not None
+        rendered, _ = self._render(draft.chat)
         encodings = self.encoder.encode_texts([part.text for part in rendered.parts])
         return label_rendered(rendered, encodings, self.encoder)
 

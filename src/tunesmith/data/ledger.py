@@ -43,6 +43,8 @@ class LabelledRow:
         code: cause of a refusal in kebab-case, which stays the same when the reason is reworded.
         raw: a refused row as it is in the file.
         num_cut: its replies that end before their stop token.
+        system_prompt: that was drawn for it and added (data.system_prompts).
+        loses_think: whether an empty think block of the template was removed (data.empty_think_share).
     """
 
     file: str
@@ -59,6 +61,8 @@ class LabelledRow:
     code: str = ""
     raw: Any = None
     num_cut: int = 0
+    system_prompt: str | None = None
+    loses_think: bool = False
 
     @property
     def where(self) -> str:
@@ -139,6 +143,8 @@ class FileLedger:
     truncated: list[tuple[int, int]] = field(default_factory=list)
     split: list[int] = field(default_factory=list)
     notes: dict[str, list[int]] = field(default_factory=dict)
+    system_prompts_added: int = 0
+    empty_think_removed: int = 0
 
 
 @dataclass
@@ -172,6 +178,8 @@ class Ledger:
             return
         entry.used += 1
         entry.how[row.how] += 1
+        entry.system_prompts_added += row.system_prompt is not None
+        entry.empty_think_removed += row.loses_think
         if row.reason == "truncated":
             entry.truncated.append((row.number, row.tokens_lost))
             self.tokens_lost += row.tokens_lost
@@ -204,6 +212,14 @@ class Ledger:
     @property
     def split(self) -> int:
         return sum(len(f.split) for f in self.files.values())
+
+    @property
+    def system_prompts_added(self) -> int:
+        return sum(f.system_prompts_added for f in self.files.values())
+
+    @property
+    def empty_think_removed(self) -> int:
+        return sum(f.empty_think_removed for f in self.files.values())
 
     def count_how(self) -> Counter[str]:
         return sum((f.how for f in self.files.values()), Counter())
@@ -260,6 +276,17 @@ class Ledger:
                 advice = "use a byte-level tokenizer or one with byte fallback, or correct the rows"
             found.append(Problem(level, cause.text, cause.count, cause.rows, advice))
         return found
+
+    def describe_draws(self, data: DataSection) -> list[str]:
+        """How many rows were changed by what data.system_prompts and data.empty_think_share drew."""
+        lines = []
+        if data.system_prompts:
+            share = f"data.system_prompt_share {data.system_prompt_share:g}"
+            lines.append(f"system prompt added to {self.system_prompts_added:,} rows ({share})")
+        if data.empty_think_share < 1:
+            share = f"data.empty_think_share {data.empty_think_share:g}"
+            lines.append(f"empty think block removed from {self.empty_think_removed:,} rows ({share})")
+        return lines
 
     def is_cut_over(self, max_cut_replies: float) -> bool:
         return self.num_cut > max_cut_replies * self.num_replies
@@ -339,6 +366,8 @@ class Ledger:
             "tokens_lost": self.tokens_lost,
             "replies": self.num_replies,
             "cut_replies": self.num_cut,
+            "system_prompts_added": self.system_prompts_added,
+            "empty_think_removed": self.empty_think_removed,
             "passed_over": self.passed_over,
             "codes": self.codes,
             "files": {
@@ -350,6 +379,8 @@ class Ledger:
                     "truncated": [{"row": row, "tokens_lost": lost} for row, lost in entry.truncated],
                     "split": entry.split,
                     "notes": entry.notes,
+                    "system_prompts_added": entry.system_prompts_added,
+                    "empty_think_removed": entry.empty_think_removed,
                 }
                 for name, entry in self.files.items()
             },
@@ -367,6 +398,8 @@ class Ledger:
                 truncated=[(cut["row"], cut["tokens_lost"]) for cut in entry["truncated"]],
                 split=entry["split"],
                 notes=entry["notes"],
+                system_prompts_added=entry.get("system_prompts_added", 0),
+                empty_think_removed=entry.get("empty_think_removed", 0),
             )
             for name, entry in saved["files"].items()
         }

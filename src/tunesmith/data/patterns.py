@@ -11,6 +11,9 @@ replies, it inspected none of their texts except for strings that this row's tex
 finished chat of the row, rendered by the template itself, must equal the plan's text. And before any plan is used,
 plans of a few lengths are filled with sample texts and compared with ordinary labelling; if anything differs, no plan
 is used. All of this depends on the template and the tokenizer only, so a row's outcome does not depend on other rows.
+
+Chats that lose their empty think blocks (data.empty_think_share) have plans of their own, made in the same way from the
+stand-ins without these blocks. What the template writes for such a row is compared with the plan that has them.
 """
 
 from __future__ import annotations
@@ -23,12 +26,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tunesmith.chat_template.habits import TemplateRefused
+from tunesmith.chat_template.habits import EmptyThink, TemplateRefused
 from tunesmith.chat_template.template import Renderer
 from tunesmith.data.labels import Sample, label_rendered
 from tunesmith.data.neutral import STAND_IN, Terms, Watcher
+from tunesmith.encode.empty_think import find_unreasoned, remove_empty_think
 from tunesmith.encode.encoder import Encoder
-from tunesmith.encode.render import Rendered, render_chat
+from tunesmith.encode.render import Rendered, RenderedChat, render_chat
 from tunesmith.encode.shield import MARK
 from tunesmith.encode.thoughts import has_thoughts
 from tunesmith.rows.conversation import Conversation, Message, RowRefused
@@ -100,10 +104,18 @@ class Planned:
 
 
 class Planner:
-    """Make plans for one encoder, and samples from them."""
+    """Make plans for one encoder, and samples from them.
 
-    def __init__(self, encoder: Encoder, renderer: Renderer, train_reasoning: bool) -> None:
+    Args:
+        removes: the empty think block to remove from the chats; None to label them as the template writes them.
+    """
+
+    def __init__(
+        self, encoder: Encoder, renderer: Renderer, train_reasoning: bool, removes: EmptyThink | None = None
+    ) -> None:
         self.encoder, self.renderer, self.train_reasoning = encoder, renderer, train_reasoning
+        self._removes = removes
+        self._written = Planner(encoder, renderer, train_reasoning) if removes else self
         self._plans: dict[tuple[bool, int], Plan | None] = {}
         self._terms: dict[tuple[bool, int], Terms] = {}
         self._small: dict[bool, int] = {}
@@ -132,7 +144,21 @@ class Planner:
         planned = Planned(plan, [message.content for message in messages])
         for part in plan.parts:
             planned.stretches += [_fill(item, planned.contents) for item in part.items if not isinstance(item, int)]
+        if self._written is not self:
+            return planned if self._written._plan(conversation) else None
         return planned if self._is_as_rendered(planned, conversation) else None
+
+    def has_block(self, conversation: Conversation) -> bool:
+        """Whether the plan of a chat lacks a think block that the template writes."""
+        has_system, pairs = conversation.messages[0].role == "system", len(conversation.messages) // 2
+        return self._find(has_system, pairs) != self._written._find(has_system, pairs)
+
+    def _render(self, conversation: Conversation) -> RenderedChat:
+        rendered = render_chat(conversation, self.renderer, self.encoder.stops, "auto", self.train_reasoning)
+        if self._removes is None:
+            return rendered
+        messages = conversation.messages
+        return remove_empty_think(rendered, self._removes, find_unreasoned(messages, messages))
 
     def _compare(self, has_system: bool) -> bool:
         """Whether plans of a few lengths, filled with sample texts, give the same samples as ordinary labelling."""
@@ -150,7 +176,7 @@ class Planner:
 
     def _is_same(self, how: str, samples: Sequence[Sample], chat: Conversation) -> bool:
         try:
-            rendered = render_chat(chat, self.renderer, self.encoder.stops, "auto", self.train_reasoning)
+            rendered = self._render(chat)
             encodings = self.encoder.encode_texts([part.text for part in rendered.parts])
             other, proven = label_rendered(rendered, encodings, self.encoder)
         except RowRefused:
@@ -188,7 +214,7 @@ class Planner:
             return None
         self._terms[has_system, pairs] = terms
         try:
-            rendered = render_chat(conversation, self.renderer, self.encoder.stops, "auto", self.train_reasoning)
+            rendered = self._render(conversation)
         except (RowRefused, TemplateRefused):
             return None
         if rendered.how == "composed" or rendered.notes:

@@ -22,7 +22,7 @@ def split_eval(store: TokenStore, share: float, seed: int) -> tuple[Numbers, Num
     everything = np.arange(len(store))
     if not share:
         return everything, everything[:0]
-    row_ids = store.file_numbers * (int(store.row_numbers.max()) + 1) + store.row_numbers
+    row_ids = store.row_ids
     units = np.unique(row_ids)
     if len(units) * share < 1:
         row_ids = units = everything

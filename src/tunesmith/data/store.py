@@ -57,6 +57,12 @@ class TokenStore:
         lengths: npt.NDArray[np.int64] = self.offsets[samples + 1] - self.offsets[samples]
         return lengths
 
+    @property
+    def row_ids(self) -> npt.NDArray[np.int64]:
+        """A number for each sample, equal for the samples of one row."""
+        ids: npt.NDArray[np.int64] = self.file_numbers * (int(self.row_numbers.max()) + 1) + self.row_numbers
+        return ids
+
     def where(self, index: int) -> str:
         """FILE:ROW of a sample, for messages."""
         return f"{self.files[self.file_numbers[index]]}:{self.row_numbers[index]}"

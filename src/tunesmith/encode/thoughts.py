@@ -5,26 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from tunesmith.chat_template.habits import Habits
+from tunesmith.chat_template.habits import THINK_TAGS, Habits
 from tunesmith.chat_template.trace import Place
 from tunesmith.encode.shield import MARK
 from tunesmith.rows.conversation import Message, RowRefused
 
-_TAGS = (
-    *((f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "thoughts", "reasoning", "seed:think")),
-    ("[THINK]", "[/THINK]"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),
-    ("<|inner_prefix|>", "<|inner_suffix|>"),
-)
-_BLOCK = re.compile("|".join(rf"{re.escape(a)}.*?{re.escape(b)}\s*" for a, b in _TAGS), re.DOTALL)
-_TAG = re.compile("|".join(re.escape(tag) for pair in _TAGS for tag in pair))
+_BLOCK = re.compile("|".join(rf"{re.escape(a)}.*?{re.escape(b)}\s*" for a, b in THINK_TAGS), re.DOTALL)
+_TAG = re.compile("|".join(re.escape(tag) for pair in THINK_TAGS for tag in pair))
 _END_THINK = "</think>"
 
 
 def has_thoughts(text: str) -> bool:
     """Whether a text has the reasoning tags of any known model family."""
     return _TAG.search(text.replace(MARK, "")) is not None
+
+
+def begins_with_thoughts(text: str) -> bool:
+    """Whether a text begins with a think block of any known model family, which may be empty."""
+    return _BLOCK.match(text.lstrip()) is not None
 
 
 def find_context(

@@ -25,6 +25,7 @@ from tunesmith.use.pages import render_page
 
 _CELL = 600  # characters
 _ROWS = 8  # named of a cause
+_DRAWN = (("system prompt added", "system_prompts_added"), ("think block removed", "empty_think_removed"))
 _LEVELS = ("error", "warning", "note")
 
 
@@ -92,12 +93,15 @@ def draw_charts(run: RunRecords) -> list[Markup]:
 
 
 def list_files(ledger: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every file with its numbers of rows."""
+    """Every file with its numbers of rows; those of drawn changes only where there are any."""
+    every = [entry for part in ledger.values() if isinstance(part, dict) for entry in part.get("files", {}).values()]
+    drawn = [(what, key) for what, key in _DRAWN if any(entry.get(key) for entry in every)]
     for name in ("train", "eval"):
         for file, entry in (ledger.get(name) or {"files": {}})["files"].items():
             refused = sum(len(numbers) for numbers in entry["refused"].values())
             cut = len(entry["truncated"])
             numbers = [("rows", entry["rows"]), ("used", entry["used"]), ("refused", refused), ("truncated", cut)]
+            numbers += [(what, entry.get(key, 0)) for what, key in drawn]
             yield {"part": name, "file": file, "numbers": numbers}
 
 

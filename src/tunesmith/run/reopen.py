@@ -21,6 +21,7 @@ from tunesmith.data.dataset import (
 )
 from tunesmith.data.ledger import Ledger
 from tunesmith.data.replace import replace_dataset
+from tunesmith.encode.draws import RowDraws
 from tunesmith.errors import TunesmithError
 from tunesmith.files import sealed
 from tunesmith.run.assemble import ReadyRun
@@ -69,7 +70,8 @@ def reopen_data(session: Session, before: Fingerprint, allow: Allowed) -> tuple[
     for note in [*notes, *others]:
         session.reporter.note(f"note: {note}")
     damage = find_store_damage(folder, before.store)
-    if set(changed) & set(RELABELS) or (damage and "data" in allow.parts):
+    relabels = {*RELABELS, *(["seed"] if RowDraws.of(config.data, config.train.seed) else [])}
+    if set(changed) & relabels or (damage and "data" in allow.parts):
         why = [f"changed {part}" for part in changed] or [damage]
         session.reporter.note(f"labelling the data again because of {', '.join(why)}")
         now = relabel(session)

@@ -36,9 +36,12 @@ def summary_lines(ready: ReadyRun) -> list[tuple[str, str]]:
         *_adapter_lines(ready),
         ("device", f"{ready.session.device.type}, {ready.session.precision.name}, {_threads()}"),
         *_ledger_lines("data", ready.dataset.ledger, config.data),
+        *(("", line) for line in ready.dataset.ledger.describe_draws(config.data)),
     ]
     if ready.dataset.eval_ledger:
         lines += _ledger_lines("eval data", ready.dataset.eval_ledger, config.data)
+        if config.data.eval_split:
+            lines.append(("", "held out of the rows above; nothing is added to them or removed from them"))
     elif held_out is not None:
         samples = len(ready.dataset.train)
         lines.append(("eval data", f"{held_out.num_samples:,} of {samples:,} samples held out"))

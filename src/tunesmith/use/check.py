@@ -180,6 +180,7 @@ def facts(check: Check) -> list[tuple[str, str]]:
         ("lengths", ", ".join(f"{name} {value:,}" for name, value in check.percentiles().items()) or "none"),
         ("scripts", ", ".join(f"{name} {count:,}" for name, count in check.languages.most_common()) or "none"),
     ]
+    lines += [("drawn" if number == 0 else "", line) for number, line in enumerate(check.drawn)]
     if check.eval_ledger.rows:
         eval_ledger = check.eval_ledger
         lines.append(("eval rows", f"{eval_ledger.rows:,}: {eval_ledger.used:,} used, {eval_ledger.refused:,} refused"))

@@ -20,6 +20,7 @@ from tunesmith.config.schema import DataSection, PreviewConfig
 from tunesmith.data.labelling import label_rows
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.display import raw_stream
+from tunesmith.encode.draws import RowDraws
 from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import DataError, UsageError
 from tunesmith.model.lengths import choose_lengths
@@ -83,6 +84,7 @@ class LabelledData:
 
     Attributes:
         max_seq_len: in tokens.
+        draws: what is drawn for rows of data.train.
     """
 
     data: DataSection
@@ -90,11 +92,12 @@ class LabelledData:
     eval: Sources
     encoder: Encoder
     max_seq_len: int
+    draws: RowDraws | None = None
 
     def rows(self, limit: int | None = None) -> Iterator[LabelledRow]:
         """The labelled rows of data.train; with `limit`, the first of them."""
-        raw = read_rows(self.train, self.data.encoding, self.data.max_row_mb)
-        return label_rows(itertools.islice(raw, limit), self.encoder, self.data, self.max_seq_len)
+        raw = itertools.islice(read_rows(self.train, self.data.encoding, self.data.max_row_mb), limit)
+        return label_rows(raw, self.encoder, self.data, self.max_seq_len, draws=self.draws)
 
     def eval_rows(self) -> Iterator[LabelledRow]:
         """The labelled rows of data.eval, which data.limit does not cut."""
@@ -110,17 +113,18 @@ class LabelledData:
         left = [one for one in ranges if not any(one in found.ranges for found in wanted["train"].values())]
         if left:
             wanted["eval"] = self._find_wanted(left, self.eval, is_last=True)
-        for part, sources, limit in (("train", self.train, self.data.limit), ("eval", self.eval, None)):
+        parts = (("train", self.train, self.data.limit, self.draws), ("eval", self.eval, None, None))
+        for part, sources, limit, draws in parts:
             if not wanted[part]:
                 continue
             taken: set[tuple[str, int]] = set()
             raw = self._read_wanted(sources, wanted[part], limit, taken)
-            yield from (row for row in self._label(raw) if (row.file, row.number) in taken)
+            yield from (row for row in self._label(raw, draws) if (row.file, row.number) in taken)
             self._require_found(wanted[part], limit)
 
-    def _label(self, raw: Iterable[RawRow]) -> Iterator[LabelledRow]:
+    def _label(self, raw: Iterable[RawRow], draws: RowDraws | None = None) -> Iterator[LabelledRow]:
         data = self.data.model_copy(update={"limit": None})
-        return label_rows(raw, self.encoder, data, self.max_seq_len)
+        return label_rows(raw, self.encoder, data, self.max_seq_len, draws=draws)
 
     def _find_wanted(self, ranges: Sequence[RowRange], sources: Sources, is_last: bool = False) -> dict[str, _Wanted]:
         """File -> the rows wanted of it; a file that these sources do not have is an error in the last of them."""
@@ -323,4 +327,5 @@ def open_data(config: PreviewConfig, sources: Mapping[str, Sources] | None = Non
     model_config = load_config(config.model, encoder.tokenizer)
     require_one_reading(config.model, encoder, model_config, config.lora.kind != "none")
     lengths = choose_lengths(model_config, data.max_seq_len, config.train.micro_batch_tokens)
-    return LabelledData(data, train, held_out, encoder, lengths.max_seq_len)
+    draws = RowDraws.of(data, config.train.seed)
+    return LabelledData(data, train, held_out, encoder, lengths.max_seq_len, draws)

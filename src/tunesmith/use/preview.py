@@ -220,6 +220,8 @@ def row_to_json(row: LabelledRow) -> dict[str, Any]:
         "how": row.how or None,
         "reason": row.reason or None,
         "tokens_lost": row.tokens_lost,
+        "system_prompt_added": row.system_prompt,
+        "empty_think_removed": row.loses_think,
         "notes": list(row.notes),
         "samples": [
             {"input_ids": sample.input_ids.tolist(), "loss_mask": sample.loss_mask.tolist()} for sample in row.samples
@@ -247,6 +249,10 @@ def describe_labels(row: LabelledRow) -> Iterator[str]:
         yield f"{len(row.samples)} samples"
     if row.reason:
         yield row.reason + (f", {row.tokens_lost:,} tokens lost" if row.tokens_lost else "")
+    if row.system_prompt is not None:
+        yield "system prompt added"
+    if row.loses_think:
+        yield "empty think block removed"
 
 
 def _describe(row: LabelledRow, name: str) -> Iterator[Text]:

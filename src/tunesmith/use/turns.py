@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from tunesmith.chat_template.habits import TemplateRefused
+from tunesmith.chat_template.habits import TemplateRefused, find_empty_think
 from tunesmith.chat_template.trace import Place
 from tunesmith.config.schema import DataSection
 from tunesmith.data.labels import Sample
 from tunesmith.data.ledger import LabelledRow
+from tunesmith.encode.draws import add_system_prompt
+from tunesmith.encode.empty_think import find_unreasoned, remove_empty_think
 from tunesmith.encode.encoder import Encoder, Encoding
 from tunesmith.encode.messages import prepare_messages
 from tunesmith.encode.render import RenderedChat, render_chat
@@ -57,7 +59,7 @@ def find_turns(row: LabelledRow, encoder: Encoder, data: DataSection) -> list[li
     """The turns of each sample of a row, in order and without gaps; one without a role where they are not known."""
     texts: Sequence[_Text] = ()
     if isinstance(row.source, Conversation) and row.how in ("as_rendered", "unrolled", "composed"):
-        texts = list(_texts_of(row.source, encoder, data))
+        texts = list(_texts_of(add_system_prompt(row.source, row.system_prompt), row.loses_think, encoder, data))
     elif row.how == "joined":
         return [_by_mask(sample) for sample in row.samples]
     found = [_turns_of(sample, texts, encoder, _piece_length(row)) for sample in row.samples]
@@ -102,7 +104,7 @@ def _turns_of(sample: Sample, texts: Sequence[_Text], encoder: Encoder, piece: i
     return [Turn("", 0, count)]
 
 
-def _texts_of(source: Conversation, encoder: Encoder, data: DataSection) -> Iterator[_Text]:
+def _texts_of(source: Conversation, loses_think: bool, encoder: Encoder, data: DataSection) -> Iterator[_Text]:
     """Every text that a sample of the row may have been made of: renderings, and replies behind their prompts."""
     renderer = encoder.renderer()
     if renderer is None:
@@ -111,6 +113,8 @@ def _texts_of(source: Conversation, encoder: Encoder, data: DataSection) -> Iter
     try:
         chat = prepare_messages(source, renderer.habits, encoder.shield, encoder.control_text)
         rendered = render_chat(chat, renderer, encoder.stops, history, data.train_reasoning)
+        if loses_think and (empty := find_empty_think(renderer)):
+            rendered = remove_empty_think(rendered, empty, find_unreasoned(source.messages, chat.messages), history)
     except (RowRefused, TemplateRefused):
         return
     for part, encoding in zip(rendered.parts, _encode(rendered, encoder), strict=True):

@@ -1,0 +1,29 @@
+"""Rules between the keys of a config, each a list of problems that name the keys and a fix."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tunesmith.config.schema import DataSection
+
+
+def check_lengths(data: DataSection, micro_batch_tokens: int | None) -> list[str]:
+    """The problem, if a packed forward is too small for one sample."""
+    if not (micro_batch_tokens and data.max_seq_len and micro_batch_tokens < data.max_seq_len):
+        return []
+    return [
+        f"train.micro_batch_tokens: {micro_batch_tokens} cannot hold one sample of data.max_seq_len "
+        f"{data.max_seq_len}; set it to {data.max_seq_len} or more, or lower data.max_seq_len"
+    ]
+
+
+def check_draws(data: DataSection) -> list[str]:
+    """A share of nothing, and shares that need a chat template."""
+    problems = []
+    if data.system_prompt_share < 1 and not data.system_prompts:
+        problems.append("data.system_prompt_share: nothing to add; give data.system_prompts")
+    for name, is_given in (("system_prompts", data.system_prompts), ("empty_think_share", data.empty_think_share < 1)):
+        if is_given and data.chat_template == "none":
+            problems.append(f"data.{name}: needs a chat template; data.chat_template is none")
+    return problems

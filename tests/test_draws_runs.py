@@ -87,7 +87,8 @@ def ledger_of(folder: Path) -> dict[str, Any]:
 def test_preview_check_and_training_draw_alike(run: Any, model: Path, data: list[Path], tmp_path: Path) -> None:
     given = ["--model", model, "--data.max_seq_len", 128, *DRAWS]
     rows = preview(run, *given, "--data", *data, "--rows", 1000)
-    out = train(run, *given, "--data", *data, "--output", tmp_path / "run")
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", rows_of(200))
+    out = train(run, *given, "--data", *data, "--eval-data", held_out, "--output", tmp_path / "run")
     assert stored(tmp_path / "run" / "tokens") == shown(rows)
     added, removed = (sum(bool(row[key]) for row in rows) for key in ("system_prompt_added", "empty_think_removed"))
     assert 20 < added < 60 < 10 + removed < 90
@@ -100,6 +101,12 @@ def test_preview_check_and_training_draw_alike(run: Any, model: Path, data: list
     for text in (" ".join(out.split()), " ".join(checked.split())):
         assert f"system prompt added to {added} rows" in text
         assert f"empty think block removed from {removed} rows" in text
+    # evaluation rows are as they are in the data
+    plain = preview(run, *given[:4], "--data", held_out, "--rows", 1000)
+    assert stored(tmp_path / "run" / "eval_tokens") == shown(plain)
+    ledger = ledger_of(tmp_path / "run")["eval"]
+    assert ledger["empty_think_removed"] == ledger["system_prompts_added"] == 0
+    assert preview(run, *given, "--data", data[0], "--eval-data", held_out, "--row", "held_out.jsonl:1-42") == plain
     # one file alone, a few rows, one row; and another seed
     assert preview(run, *given, "--data", data[1], "--rows", 1000) == [
         row for row in rows if row["file"] == str(data[1])
@@ -121,40 +128,20 @@ def test_preview_check_and_training_draw_alike(run: Any, model: Path, data: list
     assert all(f"{role} │" in text for role in ("system", "user", "assistant"))
 
 
-def test_evaluation_rows_are_as_they_are_in_the_data(run: Any, model: Path, data: list[Path], tmp_path: Path) -> None:
-    given = ["--model", model, "--data.max_seq_len", 128]
-    plain = {row[:2]: row[2:] for row in shown(preview(run, *given, "--data", *data, "--rows", 1000))}
-    train(run, *given, *DRAWS, "--data", data[0], "--eval-data", data[1], "--output", tmp_path / "run")
-    assert [row[2:] for row in stored(tmp_path / "run" / "eval_tokens")] == [
-        plain["b.jsonl", row] for row in range(1, 43)
-    ]
-    ledger = ledger_of(tmp_path / "run")
-    assert (
-        ledger["eval"]["empty_think_removed"]
-        == ledger["eval"]["system_prompts_added"]
-        == 0
-        < ledger["train"]["empty_think_removed"]
-    )
-    asked = preview(run, *given, *DRAWS, "--data", data[0], "--eval-data", data[1], "--row", "b.jsonl:3-42")
-    assert not any(row["empty_think_removed"] or row["system_prompt_added"] for row in asked)
-    # held out of the training data
-    out = train(run, *given, *DRAWS, "--data", *data, "--data.eval_split", 0.25, "--output", tmp_path / "split")
-    held_out = stored(tmp_path / "split" / "eval_tokens")
-    assert len(held_out) == 21
-    assert all(plain[row[:2]] == row[2:] for row in held_out)
-    names = {
-        f"{Path(name.rpartition(':')[0]).name}:{name.rpartition(':')[2]}"
-        for name in ledger_of(tmp_path / "split")["held_out"]
-    }
-    assert names == {f"{row[0]}:{row[1]}" for row in held_out}
-    assert "nothing is added to them" in " ".join(out.split())
-
-
-def test_a_changed_share_is_refused_on_resume(run: Any, model: Path, data: list[Path], tmp_path: Path) -> None:
+def test_resume_keeps_what_was_drawn_and_refuses_other_shares(
+    run: Any, model: Path, data: list[Path], tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     given = ["--model", model, "--data.max_seq_len", 128, *DRAWS, "--data", *data, "--data.eval_split", 0.25]
-    train(run, *given, "--output", folder)
+    out = train(run, *given, "--output", folder)
     tokens, held_out = stored(folder / "tokens"), stored(folder / "eval_tokens")
+    # rows held out are as they are in the data
+    plain = {row[:2]: row[2:] for row in shown(preview(run, *given[:4], "--data", *data, "--rows", 1000))}
+    assert len(held_out) == 21
+    assert all(plain[row[:2]] == row[2:] for row in held_out)
+    names = {tuple(Path(name).name.split(":")) for name in ledger_of(folder)["held_out"]}
+    assert names == {(row[0], str(row[1])) for row in held_out}
+    assert "nothing is added to them" in " ".join(out.split())
     for changed in (
         ("--data.empty_think_share", 0.9),
         ("--data.system_prompt_share", 0.9),

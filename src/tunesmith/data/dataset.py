@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -129,23 +129,30 @@ def write_dataset(
         DataError: too many rows are refused, or a file changed while it was read.
     """
     draws = RowDraws.of(data, seed)
-    raw = read_rows(sources.train, data.encoding, data.max_row_mb)
-    store, ledger, hashes = _label_into(folder.tokens, sources.train, raw, data, encoder, max_seq_len, draws)
-    raw = read_rows(sources.eval, data.encoding, data.max_row_mb)
-    eval_sources = sources.eval
-    if not data.eval:
-        held_out = _held_out_rows(store, data, seed) if draws else set()
-        if not held_out:
-            return _split(data, seed, store, ledger, None, None, {folder.tokens.name: hashes})
-        every = read_rows(sources.train, data.encoding, data.max_row_mb)
-        raw = (row for row in itertools.islice(every, data.limit) if (row.file, row.number) in held_out)
-        eval_sources = replace(sources.train, passed_over=[])
+    drawn = _Rows(sources.train, read_rows(sources.train, data.encoding, data.max_row_mb), draws)
+    store, ledger, hashes = _label_into(folder.tokens, drawn, data, encoder, max_seq_len)
+    held_out = _held_out_rows(store, data, seed) if draws and data.eval_split else None
+    if not data.eval and not held_out:
+        return _split(data, seed, store, ledger, None, None, {folder.tokens.name: hashes})
+    found = replace(sources.train, passed_over=[]) if held_out else sources.eval
+    rows: Iterator[RawRow] = read_rows(found, data.encoding, data.max_row_mb)
+    if held_out:
+        rows = (row for row in itertools.islice(rows, data.limit) if (row.file, row.number) in held_out)
     unlimited = data.model_copy(update={"limit": None, "max_cut_replies": 1.0})  # nothing learns from these
     eval_store, eval_ledger, eval_hashes = _label_into(
-        folder.eval_tokens, eval_sources, raw, unlimited, encoder, max_seq_len
+        folder.eval_tokens, _Rows(found, rows), unlimited, encoder, max_seq_len
     )
     both = {folder.tokens.name: hashes, folder.eval_tokens.name: eval_hashes}
     return _split(data, seed, store, ledger, eval_store, eval_ledger, both)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of sources, and what is drawn for them."""
+
+    sources: Sources
+    rows: Iterable[RawRow]
+    draws: RowDraws | None = None
 
 
 def _held_out_rows(store: TokenStore, data: DataSection, seed: int) -> set[tuple[str, int]]:
@@ -183,20 +190,15 @@ def _split(
 
 
 def _label_into(
-    folder: Path,
-    sources: Sources,
-    rows: Iterable[RawRow],
-    data: DataSection,
-    encoder: Encoder,
-    max_seq_len: int,
-    draws: RowDraws | None = None,
+    folder: Path, given: _Rows, data: DataSection, encoder: Encoder, max_seq_len: int
 ) -> tuple[TokenStore, Ledger, dict[str, str]]:
-    """Label rows of the sources into a store; returns the store, the ledger and the hashes of its files."""
+    """Label rows into a store; returns the store, the ledger and the hashes of its files."""
+    sources, draws = given.sources, given.draws
     before = _stamps(sources.files)
     ledger = Ledger(passed_over=[str(path) for path in sources.passed_over])
     writer = StoreWriter(folder)
     with writer:
-        for row in label_rows(rows, encoder, data, max_seq_len, folder=folder.parent, draws=draws):
+        for row in label_rows(given.rows, encoder, data, max_seq_len, folder=folder.parent, draws=draws):
             ledger.add(row)
             writer.add(row)
     ledger.raise_if_unusable(data.max_refused)

@@ -281,11 +281,13 @@ class Ledger:
         """How many rows were changed by what data.system_prompts and data.empty_think_share drew."""
         lines = []
         if data.system_prompts:
+            why = "" if self.system_prompts_added else ": chats with a system prompt or tools and raw text get none"
             share = f"data.system_prompt_share {data.system_prompt_share:g}"
-            lines.append(f"system prompt added to {self.system_prompts_added:,} rows ({share})")
+            lines.append(f"system prompt added to {self.system_prompts_added:,} rows ({share}){why}")
         if data.empty_think_share < 1:
+            why = "" if self.empty_think_removed else ": the template wrote none in the rows drawn"
             share = f"data.empty_think_share {data.empty_think_share:g}"
-            lines.append(f"empty think block removed from {self.empty_think_removed:,} rows ({share})")
+            lines.append(f"empty think block removed from {self.empty_think_removed:,} rows ({share}){why}")
         return lines
 
     def is_cut_over(self, max_cut_replies: float) -> bool:

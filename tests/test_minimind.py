@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -399,3 +400,52 @@ def test_python(tokenizer_folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "dpo_32.pth").is_file()
     with pytest.raises(UsageError):
         tunesmith.export(folder, format="gguf", output=tmp_path / "x")
+
+
+def damaged(state: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """A state dict with a few random changes of names, shapes and kinds."""
+    for _ in range(rng.randint(1, 3)):
+        name = rng.choice(sorted(state))
+        value = state[name]
+        change = rng.randrange(9)
+        if change == 0:
+            del state[name]
+        elif change == 1:
+            state[name + rng.choice([".x", "", "\n", "\x1b[2J"])] = torch.zeros(3)
+        elif change == 2:
+            state[name] = torch.zeros(rng.choice([(), (0,), (1,), (2, 3, 4), (0, 32)]))
+        elif change == 3:
+            state[name] = value[:1] if isinstance(value, torch.Tensor) and value.ndim else value
+        elif change == 4:
+            state[name] = rng.choice([None, 1, "text", [1.0], {"a": torch.zeros(1)}, torch.zeros(2, dtype=torch.int8)])
+        elif change == 5:
+            state[name.replace("0", "9999999999", 1)] = state.pop(name)
+        elif change == 6:
+            state[name.replace("layers.1", "layers.7")] = state.pop(name)
+        elif change == 7 and isinstance(value, torch.Tensor) and value.is_floating_point():
+            state[name] = value.to(rng.choice([torch.float64, torch.bfloat16, torch.float8_e4m3fn]))
+        else:
+            state[name.replace("model.", "module.", 1)] = state.pop(name)
+        if not state:
+            break
+    return state
+
+
+@pytest.mark.parametrize(("generation", "is_moe"), KINDS, ids=KIND_NAMES)
+def test_damaged_files_are_opened_or_refused(tmp_path: Path, generation: str, is_moe: bool) -> None:
+    """Whatever is in a file: a model whose tensors all come from it, or an error that says what is wrong."""
+    refused = 0
+    for seed in range(40):
+        rng = random.Random(f"{generation} {is_moe} {seed}")
+        state = damaged(dict(make_state(sizes_of(generation, is_moe, vocab=16))), rng)
+        path = save(tmp_path / f"{seed}.pth", state)
+        try:
+            source = find_model(str(path))
+        except TunesmithError:
+            refused += 1
+            continue
+        model, report = AutoModelForCausalLM.from_pretrained(source.name, output_loading_info=True)
+        assert not report["missing_keys"], seed
+        assert not report["unexpected_keys"], seed
+        assert model(input_ids=torch.arange(4)[None]).logits.isfinite().all()
+    assert refused > 25

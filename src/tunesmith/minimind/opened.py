@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import shutil
 import tempfile
 import time
@@ -102,7 +103,7 @@ def _require_finite(file: Path, state: Mapping[str, Tensor]) -> None:
 def _write(file: Path, state: Mapping[str, Tensor], settings: Settings) -> Path:
     from transformers import AutoConfig
 
-    dtype = next(iter(state.values())).dtype
+    dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in state.values()})
     config = AutoConfig.for_model(settings.model_type, **settings.values, dtype=dtype)
     size = sum(tensor.nbytes for tensor in state.values())
     _remove_abandoned(Path(tempfile.gettempdir()))

@@ -20,6 +20,7 @@ from tunesmith.reading import open_file
 _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 _BUFFERS = re.compile(r"(.*\.)?(pos_cis|freqs_cis|freqs_cos|freqs_sin|mask|rotary_emb\.inv_freq)")
 _LORA = ".lora."
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def is_weight_file(path: Path) -> bool:
@@ -49,7 +50,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             name = name.removeprefix(_WRAPPERS[0]).removeprefix(_WRAPPERS[1])
         if _BUFFERS.fullmatch(name):
             continue
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+        if not isinstance(value, Tensor) or value.dtype not in _DTYPES:
             kind = str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else type(value).__name__
             raise ModelError(
                 f"{path}: {key} is {kind}, not a tensor of weights. Give the .pth that MiniMind's training saved.",

@@ -29,6 +29,7 @@ Fails = Callable[..., TunesmithError]
 IDS = torch.tensor([3, 50, 7, 7, 120, 399, 1, 2, 88, 14, 260, 31])
 GENERATIONS = ("2024", "2025", "minimind-3")
 KINDS = [(generation, is_moe) for generation in GENERATIONS for is_moe in (False, True)]
+FEW = [("2024", False), ("2025", True), ("minimind-3", True)]  # for what takes a training
 KIND_NAMES = [f"{generation}{' MoE' if is_moe else ''}" for generation, is_moe in KINDS]
 
 
@@ -120,6 +121,8 @@ def test_a_file_exported_again_is_the_same_tensors(
     )
     # the sizes of these small models are not those of MiniMind's config class
     assert "intermediate_size=64" in out or "hidden_dim=64" in out
+    if (generation, is_moe) not in FEW:
+        return
     # by way of a Hugging Face folder
     code, _, err = run("export", source, "--tokenizer", tokenizer_folder, "--format", "hf", "--output", tmp_path / "hf")
     assert code == 0, err
@@ -138,7 +141,7 @@ def train_words(base: Path, tokenizer: Path, data: Path, output: Path) -> tuple[
             "--train.keep_checkpoints", 9)  # fmt: skip
 
 
-@pytest.mark.parametrize(("generation", "is_moe"), KINDS, ids=KIND_NAMES)
+@pytest.mark.parametrize(("generation", "is_moe"), FEW)
 def test_a_run_from_a_file_resumes_chats_and_goes_back(
     run: Run, tokenizer_folder: Path, chats: Path, tmp_path: Path, generation: str, is_moe: bool
 ) -> None:
@@ -435,7 +438,7 @@ def damaged(state: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 def test_damaged_files_are_opened_or_refused(tmp_path: Path, generation: str, is_moe: bool) -> None:
     """Whatever is in a file: a model whose tensors all come from it, or an error that says what is wrong."""
     refused = 0
-    for seed in range(40):
+    for seed in range(25):
         rng = random.Random(f"{generation} {is_moe} {seed}")
         state = damaged(dict(make_state(sizes_of(generation, is_moe, vocab=16))), rng)
         path = save(tmp_path / f"{seed}.pth", state)
@@ -444,8 +447,8 @@ def test_damaged_files_are_opened_or_refused(tmp_path: Path, generation: str, is
         except TunesmithError:
             refused += 1
             continue
-        model, report = AutoModelForCausalLM.from_pretrained(source.name, output_loading_info=True)
+        model, report = AutoModelForCausalLM.from_pretrained(source.name, dtype=torch.float32, output_loading_info=True)
         assert not report["missing_keys"], seed
         assert not report["unexpected_keys"], seed
         assert model(input_ids=torch.arange(4)[None]).logits.isfinite().all()
-    assert refused > 25
+    assert refused > 15

@@ -157,11 +157,14 @@ def _guess(state: Mapping[str, Tensor]) -> Shape | None:
         mlp = "mlp.experts.0." if counts["experts"] else "mlp."
         inner = len(first[f"{mlp}gate_proj.weight"])
         vocab, hidden = embedding.shape
-    except (KeyError, ValueError, TypeError):
+        norm = first.get("self_attn.q_norm.weight")
+        head_dim = 0 if norm is None else len(norm)
+    except (KeyError, ValueError, TypeError):  # TypeError: a tensor without dimensions
         return None
-    norm = first.get("self_attn.q_norm.weight")
+    if min(vocab, hidden, q_size, kv_size, inner) < 1 or (norm is not None and not 1 <= head_dim <= kv_size):
+        return None
     generation = "2024" if is_old else "2025" if norm is None else "minimind-3"
     return Shape(
-        generation, vocab, hidden, len(layers), 0 if norm is None else len(norm), q_size, kv_size, inner,
+        generation, vocab, hidden, len(layers), head_dim, q_size, kv_size, inner,
         counts["experts"], counts["shared_experts"],
     )  # fmt: skip

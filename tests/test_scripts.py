@@ -72,7 +72,7 @@ def shared(tmp_path: Path, tokenizer: Any) -> Path:
     """A small folder in the layout of the public data, with rows of our own."""
     data = tmp_path / "shared" / "data"
     names = ["llamafactory/alpaca_en_demo.json", "llamafactory/alpaca_zh_demo.json", "fastchat/dummy_conversation.json",
-             "llamafactory/glaive_toolcall_en_demo.json", "emollm/data.json"]  # fmt: skip
+             "llamafactory/glaive_toolcall_en_demo.json", "llamafactory/identity.json", "emollm/data.json"]  # fmt: skip
     rows = [chat_row(f"What is the answer {i}?", f"The answer is {i} and you.") for i in range(30)]
     for name in names:
         (data / name).parent.mkdir(parents=True, exist_ok=True)
@@ -128,10 +128,19 @@ def test_from_scratch_writes_its_page(script: Script, shared: Path, tmp_path: Pa
     output.mkdir()
     words = [f"--{stage}-flags=--train.max_steps 2" for stage in ("pretrain", "sft")]
     words += ["--questions", 1, "--output", output]
-    script("docs/from_scratch.py", shared / "data", tmp_path / "work", *words)
+    identity = {"instruction": "Who are you?", "input": "", "output": "I am {{name}}, made by {{author}}."}
+    alpaca = {"instruction": "What is the answer?", "input": "", "output": "The answer is forty two."}
+    for name, row in (("identity", identity), ("alpaca_en_demo", alpaca), ("alpaca_zh_demo", alpaca)):
+        (shared / "data" / "llamafactory" / f"{name}.json").write_text(json.dumps([row] * 20), encoding="utf-8")
+    printed = script("docs/from_scratch.py", shared / "data", tmp_path / "work", *words)
+    assert [line.split(":")[0] for line in printed.splitlines()] == ["tokenizer", "pretrain", "name", "sft"]
+    assert "I am Robin, made by Tunesmith." in (tmp_path / "work" / "identity" / "12.json").read_text(encoding="utf-8")
+    again = script("docs/from_scratch.py", shared / "data", tmp_path / "work", *words)
+    assert again == ""  # every command is kept
     page = (output / "from_scratch.md").read_text(encoding="utf-8")
     assert "2 public-domain books" in page
     assert "| Who are you? |" in page
+    assert "1 of the 1 questions are in the chats" in page
     assert sorted(path.name for path in output.iterdir()) == [
         "from_scratch.md", "from_scratch_pretrain.svg", "from_scratch_sft.svg",
     ]  # fmt: skip

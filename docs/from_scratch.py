@@ -70,14 +70,14 @@ LLaMA-Factory's identity chats have placeholders for a name and an author, which
 
 {name}
 
-A small model learns who it is from a share of the rows, not from a few of them. In an earlier run with FastChat's identity chats, "Who are you?" began 4 of 2,081 chats and "What is up?" 137, and the model answered both with "Hello! How can I help you today?".
+A small model learns who it is from a share of the rows, not from a few of them. In an earlier run with FastChat's identity chats, "Who are you?" began 4 of 2,081 chats and "What is up?" 137, and the model answered the first with the reply to the second: "Hello! How can I help you today?".
 
 ## 4. Fine-tuning: only the replies
 
 {sft}
 
 Evaluation loss on held-out replies: **{sft_before:.3f} before, {sft_after:.3f} after** ({sft_tokens:,} tokens, {sft_time:.0f} s).
-The held-out rows are drawn from all rows, so copies of the identity chats are among them: on chats of which nothing was trained it is higher.
+The held-out rows are drawn from all rows, so copies of the identity chats are among them, and this loss says less about new chats.
 
 ![fine-tuning loss](from_scratch_sft.svg)
 

@@ -368,7 +368,7 @@ def test_commands_of_the_data_page_run(run, tmp_path: Path, monkeypatch: pytest.
         code, _, err = run(*words[1:])
         assert code == (1 if "# refused" in line else 0), f"{line}\n{err}"
         codes.append(code)
-    assert codes == [0, 0, 0, 0, 1, 0]
+    assert codes == [0, 0, 0, 0, 1, 0, 0]
 
 
 def test_what_is_fixed_when_a_run_begins(run, fails, model_folder: Path, chats: Path, tmp_path: Path) -> None:

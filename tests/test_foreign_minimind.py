@@ -340,12 +340,12 @@ def test_weights_and_adapters_of_a_chat() -> None:
     def line(command: str) -> str:
         return convert_command([command]).command.removeprefix("tunesmith chat ").partition(" --temp")[0]
 
-    assert line("python eval_llm.py --lora_weight lora_medical") == (
-        "out/full_sft_768.pth out/lora_medical_768.pth --tokenizer model"
+    assert convert_command(["python eval_llm.py --lora_weight lora_medical --temperature 1"]).command == (
+        "tunesmith export out/lora_medical_768.pth --base out/full_sft_768.pth --tokenizer model --format hf --output "
+        "out/lora_medical_768\ntunesmith chat out/lora_medical_768 --temperature 1 --max-new-tokens 8192"
     )
-    assert line("python eval_model.py --dim 768 --n_layers 16 --lora_name lora_identity --model_mode 2") == (
-        "out/rlhf_768.pth out/lora/lora_identity_768.pth --tokenizer model/minimind_tokenizer"
-    )
+    old = "python eval_model.py --dim 768 --n_layers 16 --lora_name lora_identity --model_mode 2"
+    assert line(old).startswith("tunesmith export out/lora/lora_identity_768.pth --base out/rlhf_768.pth")
     assert line("python eval_model.py --load 1") == "MiniMind2"
     assert line("python eval_llm.py --load_from ./minimind-3") == "minimind-3"
     assert line("python eval_llm.py --load_from ./model/") == "out/full_sft_768.pth --tokenizer model"

@@ -12,7 +12,7 @@ from tunesmith.display import one_line
 from tunesmith.errors import ConfigError
 from tunesmith.foreign.convert import Converted, find_problems, nest
 from tunesmith.foreign.draft import Draft, Tree
-from tunesmith.foreign.minimind_chat import chat_line
+from tunesmith.foreign.minimind_chat import chat_lines
 from tunesmith.foreign.minimind_command import Command, Paths, read_command
 from tunesmith.foreign.minimind_differences import list_differences
 from tunesmith.foreign.minimind_flags import Generation
@@ -46,14 +46,10 @@ def convert_command(
     draft, paths = Draft("minimind", command.given, here), Paths(command, here)
     _tell_command(draft, command)
     if command.kind == "chat":
-        line = chat_line(draft, command, paths)
+        text, lines = "", chat_lines(draft, command, paths)
         if output is not None:
-            raise ConfigError(
-                command.script,
-                [f"becomes a command, not a run file; leave out --output: {line}"],
-                code="no-run-file",
-            )
-        text, lines = "", [line]
+            problem = f"becomes a command, not a run file; leave out --output: {'; '.join(lines)}"
+            raise ConfigError(command.script, [problem], code="no-run-file")
     else:
         for convert in (_set_model, _set_data):
             convert(draft, command, paths)
@@ -70,7 +66,7 @@ def convert_command(
     return Converted(
         tool=draft.tool, method=methods.get(command.kind, "sft"), ours=draft.ours, notes=draft.notes,
         left_out=draft.left_out, lost=draft.lost, problems=find_problems(draft) if text else [], templates={},
-        text=text, command=lines[-1], differences=list_differences(command),
+        text=text, command=lines[-1] if text else "\n".join(lines), differences=list_differences(command),
     )  # fmt: skip
 
 

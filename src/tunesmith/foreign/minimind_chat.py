@@ -20,12 +20,18 @@ _SIZES = ("dim", "hidden_size", "n_layers", "num_hidden_layers", "use_moe")
 _OF_WEIGHTS = ("out_dir", "save_dir", "weight", "model_mode", "lora_name", "lora_weight", *_SIZES)
 
 
-def chat_line(draft: Draft, command: Command, paths: Paths) -> str:
-    """The command that talks to the model."""
+def chat_lines(draft: Draft, command: Command, paths: Paths) -> list[str]:
+    """The command that talks to the model; before it, one that makes an adapter of a LoRA file."""
     values = command.values
     device = str(values.get("device", ""))
     number = device.partition(":")[2] if device.startswith("cuda:") else ""
-    words = ["tunesmith", "chat", *_model(draft, command, paths)]
+    opened, adapter = _model(draft, command, paths), _adapter(draft, command, paths)
+    first = []
+    if adapter:
+        weights, tokenizer, *template = opened[0], opened[2], *opened[3:]
+        made = ["--base", weights, "--tokenizer", tokenizer, "--format", "hf", "--output", adapter.removesuffix(".pth")]
+        first, opened = ["tunesmith", "export", adapter, *made], [adapter.removesuffix(".pth"), *template]
+    words = ["tunesmith", "chat", *opened]
     if "temperature" in values:
         words += ["--temperature", f"{values['temperature']:g}"]
     if command.script != "serve_openai_api.py" and "max_seq_len" in values:
@@ -38,11 +44,11 @@ def chat_line(draft: Draft, command: Command, paths: Paths) -> str:
     before = "CUDA_VISIBLE_DEVICES= " if device == "cpu" else ""
     if number not in ("", "0"):
         before = f"CUDA_VISIBLE_DEVICES={shlex.quote(number)} "
-    return one_line(before + shlex.join(words))
+    return [one_line(before + shlex.join(line)) for line in (first, words) if line]
 
 
 def _model(draft: Draft, command: Command, paths: Paths) -> list[str]:
-    """The model, an adapter, the tokenizer, and the template where it is none."""
+    """The model, the tokenizer of weights of their own form, and the template where it is none."""
     values = command.values
     if command.script == "web_demo.py":
         draft.note("model", "the one that is chosen on their page")
@@ -55,13 +61,6 @@ def _model(draft: Draft, command: Command, paths: Paths) -> list[str]:
     out, above = str(values.get("save_dir", values.get("out_dir", "out"))), "../" if command.folder else ""
     name = _weights(command)
     words = [f"{paths.local(f'{above}{out}/{command.weights_name(name)}')}.pth"]
-    lora = str(values.get("lora_weight", values.get("lora_name", "None")))
-    if lora != "None":
-        is_plain = command.script == "eval_llm.py" and command.generation.is_3
-        is_plain = is_plain or (command.script == "serve_openai_api.py" and "lora_name" in values)
-        file = f"{lora}_{command.sizes[0]}.pth"
-        words.append(paths.local(f"{above}{out}/{file}" if is_plain else f"{above}{out}/lora/{file}"))
-        draft.note("lora", "the chat answers with the adapter; /adapter base answers without it")
     tokenizer = str(values.get("load_from", f"{above}{command.generation.tokenizer}"))
     words += ["--tokenizer", paths.local(tokenizer)]
     for flag in [one for one in ("n_layers", "num_hidden_layers") if one in command.given]:
@@ -72,6 +71,31 @@ def _model(draft: Draft, command: Command, paths: Paths) -> list[str]:
     return words
 
 
+def _adapter(draft: Draft, command: Command, paths: Paths) -> str:
+    """Path of a LoRA file; "" without one."""
+    values = command.values
+    lora = str(values.get("lora_weight", values.get("lora_name", "None")))
+    if lora == "None" or _is_folder(command):
+        return ""
+    is_plain = command.script == "eval_llm.py" and command.generation.is_3
+    is_plain = is_plain or (command.script == "serve_openai_api.py" and "lora_name" in values)
+    out, above = str(values.get("save_dir", values.get("out_dir"))), "../" if command.folder else ""
+    folder = f"{above}{out}" if is_plain else f"{above}{out}/lora"
+    draft.note("lora", "export makes an adapter of their file, once; one that tunesmith has trained needs no export")
+    return paths.local(f"{folder}/{lora}_{command.sizes[0]}.pth")
+
+
+def _is_folder(command: Command) -> bool:
+    """Whether the model is a folder of transformers, not weights of their own form."""
+    values = command.values
+    return values.get("load", 0) != 0 or not _means_weights(str(values.get("load_from", "model")))
+
+
+def _means_weights(named: str) -> bool:
+    """Whether --load_from means weights of their own form: model, ../model, ./model/."""
+    return posixpath.normpath(named.replace("\\", "/")).replace("../", "") == "model"
+
+
 def _folder(draft: Draft, command: Command) -> str | None:
     """The model folder, where it is not weights of their own form."""
     values = command.values
@@ -79,7 +103,7 @@ def _folder(draft: Draft, command: Command) -> str | None:
         draft.note("load", f"{values['load']}: the folder that is written in their script")
         return "../MiniMind2" if command.folder else "./MiniMind2"
     named = str(values.get("load_from", "model")).replace("\\", "/")
-    if posixpath.normpath(named).replace("../", "") == "model":
+    if _means_weights(named):
         return None
     if "model" in named:
         weights = command.weights_name(str(values["weight"]))

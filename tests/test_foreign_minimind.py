@@ -110,14 +110,14 @@ WALK_THROUGHS: dict[str, dict[str, Any]] = {
     "python trainer/train_full_sft.py --epochs 2 --batch_size 16 --learning_rate 1e-6 --from_weight pretrain "
     "--data_path ../dataset/sft_mini_512.jsonl": {
         "model.path": "out/pretrain_512.pth", "model.tokenizer": "model", "data.train": ["dataset/sft_mini_512.jsonl"],
-        "data.max_seq_len": 340, "train.micro_batch_tokens": 16 * 340, "optim.lr": 1e-6, "optim.schedule": "cosine",
+        "data.max_seq_len": 340, "data.empty_think_share": 0.05, "train.micro_batch_tokens": 16 * 340, "optim.lr": 1e-6, "optim.schedule": "cosine",
         "optim.min_lr_ratio": 0.1, "optim.warmup_ratio": 0.0, "optim.weight_decay": 0.01, "optim.max_grad_norm": 1.0,
         "train.epochs": 2.0, "train.grad_accum_steps": 1, "train.precision": "auto", "train.seed": 42,
         "train.output_dir": "out/full_sft_512",
     },
     "python trainer/train_full_sft.py --from_weight full_sft --epochs 1": {
         "model.path": "out/full_sft_768.pth", "model.tokenizer": "model", "data.train": ["dataset/sft_t2t_mini.jsonl"],
-        "data.max_seq_len": 768, "train.micro_batch_tokens": 16 * 768, "optim.lr": 1e-5, "optim.schedule": "cosine",
+        "data.max_seq_len": 768, "data.empty_think_share": 0.2, "train.micro_batch_tokens": 16 * 768, "optim.lr": 1e-5, "optim.schedule": "cosine",
         "optim.min_lr_ratio": 0.1, "optim.warmup_ratio": 0.0, "optim.weight_decay": 0.01, "optim.max_grad_norm": 1.0,
         "train.epochs": 1.0, "train.grad_accum_steps": 1, "train.precision": "auto", "train.seed": 42,
         "train.output_dir": "out/full_sft_768",
@@ -226,7 +226,7 @@ def differing(command: str) -> list[str]:
 def test_differences_are_those_that_apply() -> None:
     every = ["batches", "weight decay"]
     assert differing("python train_full_sft.py") == [
-        *every, "control tokens", "labels", "system prompts", "empty think blocks"
+        *every, "control tokens", "labels", "system prompts"
     ]  # fmt: skip
     assert differing("python train_pretrain.py") == [
         "batches", "loss", "end of an epoch", "weight decay", "long texts", "control tokens"
@@ -451,22 +451,31 @@ def test_the_command_line_tells_what_is_missing(fails) -> None:
     assert fails("convert-config", "x.yaml", "--from", "minimind", "--", "python", "x.py").code == "flag-conflict"
 
 
-def test_converted_commands_train(run, tmp_path: Path, monkeypatch, tokenizer, model_folder: Path) -> None:
-    """Pre-training from the preset and SFT on a folder, of tiny sizes, as a person would: convert, then train."""
+def test_converted_commands_train(run, tmp_path: Path, monkeypatch, tokenizer) -> None:
+    """From the preset to a .pth of MiniMind and on to SFT, of tiny sizes, as a person would: convert, then train."""
     monkeypatch.chdir(tmp_path)
-    tokenizer.save_pretrained(tmp_path / "tokens")
+    for folder in ("model", "model/minimind_tokenizer"):
+        tokenizer.save_pretrained(tmp_path / folder)
     write_jsonl(tmp_path / "texts.jsonl", [{"text": f"The answer is {i} and you."} for i in range(40)])
     rows = [{"conversations": chat_row(f"What is {i}?", f"It is {i}.")["messages"]} for i in range(40)]
     write_jsonl(tmp_path / "chats.jsonl", rows)
-    size = "--batch_size 2 --max_seq_len 64 --accumulation_steps 2 --device cpu"
-    pretrain = f"python train_pretrain.py --dim 64 --n_layers 2 {size} --data_path texts.jsonl"
-    sft = f"python trainer/train_full_sft.py --hidden_size 64 {size} --data_path chats.jsonl"
-    for command, others in ((pretrain, ["--tokenizer", "tokens"]),
-                            (sft, ["--model", model_folder, "--tokenizer", model_folder])):  # fmt: skip
-        code, out, err = run("convert-config", "--from", "minimind", "--output", "run.yaml", "--", *command.split())
+
+    def train(command: str) -> None:
+        words = [*command.split(), "--batch_size", "2", "--max_seq_len", "64", "--device", "cpu"]
+        code, out, err = run("convert-config", "--from", "minimind", "--output", "run.yaml", "--", *words)
         assert code == 0, err
         assert out.splitlines()[-1] == "train it: CUDA_VISIBLE_DEVICES= tunesmith train run.yaml"
-        code, _, err = run("train", "run.yaml", *others, "--train.max_steps", "2")
+        code, _, err = run("train", "run.yaml", "--train.max_steps", "2")
         assert code == 0, err
-    assert (tmp_path / "out" / "pretrain_64" / "model").is_dir()
+
+    train("python train_pretrain.py --dim 64 --n_layers 2 --accumulation_steps 2 --data_path texts.jsonl")
+    form = ["--format", "minimind", "--weight", "pretrain", "--generation", "2025"]
+    code, _, err = run("export", "out/pretrain_64", *form, "--output", "there")
+    assert code == 0, err
+    (tmp_path / "there" / "pretrain_64.pth").rename(tmp_path / "out" / "pretrain_64.pth")
+    train("python trainer/train_full_sft.py --hidden_size 64 --data_path chats.jsonl")
+    train(
+        "python trainer/train_lora.py --hidden_size 64 --from_weight pretrain --lora_name mine --data_path chats.jsonl"
+    )
     assert (tmp_path / "out" / "full_sft_64" / "model").is_dir()
+    assert (tmp_path / "out" / "mine_64" / "adapter").is_dir()

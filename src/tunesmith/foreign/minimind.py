@@ -155,6 +155,8 @@ def _set_data(draft: Draft, command: Command, paths: Paths) -> None:
     elif command.generation.name == "2024":
         ours |= {"data.fields.prompt": "q", "data.fields.completion": "a", "data.fields.history": "history"}
         ours["data.train_on"] = "last_assistant"
+    elif command.generation.name in ("2026-01", "minimind-3"):
+        ours["data.empty_think_share"] = 0.2 if command.generation.is_3 else 0.05
     if "data_path" not in command.values:
         draft.note("data.train", "written in their script")
 

@@ -43,7 +43,7 @@ def _of_weights(command: Command) -> list[str]:
                      "bf16")  # fmt: skip
     if command.is_moe:
         how, coefficient = one.router
-        what = "rows of a batch" if how == "layers" else "each row"
+        what = "the rows of a batch" if how == "layers" else "each row"
         if coefficient:
             lines.append(f"router loss: over {what} with its padding there; here there is no padding")
     if command.kind == "lora" and one.name == "2024":
@@ -85,9 +85,8 @@ def _of_labels(command: Command) -> list[str]:
         return [f"labels: the line breaks before and behind the last reply are trained there, too; {ours}"]
     lines = [f"labels: the line break behind a reply's stop token is trained there, too; {ours}"]
     if one.name in ("2026-01", "minimind-3"):
-        kept = 20 if one.is_3 else 5
-        lines.append("system prompts: 20 % of the rows without one get one of ten there; here rows are as they are")
-        lines.append(f"empty think blocks: kept in {kept} % of the rows that have them there; here in all")
+        lines.append("system prompts: 20 % of the rows without one get one of ten there; here rows are as they are. "
+                     "Your own in data.system_prompts with data.system_prompt_share 0.2 do the same")  # fmt: skip
     return lines
 
 

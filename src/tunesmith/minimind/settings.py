@@ -50,7 +50,8 @@ def default_settings(generation: str, hidden: int, ratio: int = 4) -> dict[str, 
         "num_attention_heads": 16 if is_first else 8, "num_key_value_heads": 8 if is_first else 2,
         "head_dim": hidden // (16 if is_first else 8), "rope_theta": 1e4 if is_first else 1e6,
         "intermediate_size": math.ceil(int(8 * hidden / 3) / 64) * 64, "rms_norm_eps": 1e-5, "num_experts": 4,
-        "num_experts_per_tok": 2, "norm_topk_prob": True, "router_aux_loss_coef": 0.01 if is_first else 0.1,
+        "num_experts_per_tok": 2, "norm_topk_prob": True,
+        "router_aux_loss_coef": 0.0 if is_first else 0.1,  # the first release computed the loss and did not add it
     }  # fmt: skip
 
 

@@ -207,7 +207,10 @@ def _write_lora(export: Export, partial: Path) -> Lines:
     return [
         ("file", f"{file.name}, {format_bytes(file.stat().st_size)}, MiniMind {generation}"),
         ("proof", f"logits differ by {difference:.1e} of the largest, by rounding to half precision"),
-        ("note", f"its rank is {rank}: MiniMind's apply_lora(model, rank={rank}) must have the same (there 16)"),
+        (
+            "note",
+            f"MiniMind's scripts must call apply_lora(model, rank={rank}); its default is 16, from 2025-04 to 2026-03: 8",
+        ),
     ]
 
 

@@ -207,10 +207,7 @@ def _write_lora(export: Export, partial: Path) -> Lines:
     return [
         ("file", f"{file.name}, {format_bytes(file.stat().st_size)}, MiniMind {generation}"),
         ("proof", f"logits differ by {difference:.1e} of the largest, by rounding to half precision"),
-        (
-            "note",
-            f"MiniMind's scripts must call apply_lora(model, rank={rank}); its default is 16, from 2025-04 to 2026-03: 8",
-        ),
+        ("note", f"MiniMind must call apply_lora(model, rank={rank}); its default is 16, from 2025-04 to 2026-03: 8"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""README.md and README.zh-CN.md have the same content, and their commands parse."""
+"""Pages in English and Chinese have the same content, and their commands parse."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from tunesmith.config.runfile import leaf_fields
+from tunesmith.config.schema import RunConfig
+from tunesmith.foreign.console import take_command
+from tunesmith.foreign.minimind import convert_command
 from tunesmith.parser import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "README.zh-CN.md")
+PAIRS = (("README.md", "README.zh-CN.md"), ("docs/minimind.md", "docs/minimind.zh-CN.md"))
+PAGES = [page for pair in PAIRS for page in pair]
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.S | re.M)
 
 
@@ -26,30 +31,41 @@ def blocks(page: str) -> list[tuple[str, str]]:
     return [(kind, text.strip()) for kind, text in without]
 
 
-def test_both_languages_have_the_same_code() -> None:
-    english, chinese = map(blocks, PAGES)
-    assert len(english) >= 5
-    assert english == chinese
+@pytest.mark.parametrize(("english", "chinese"), PAIRS)
+def test_both_languages_have_the_same_code(english: str, chinese: str) -> None:
+    assert len(blocks(english)) >= 5
+    assert blocks(english) == blocks(chinese)
 
 
-def test_both_languages_have_the_same_links_and_headings() -> None:
+@pytest.mark.parametrize("pair", PAIRS)
+def test_both_languages_have_the_same_links_and_headings(pair: tuple[str, str]) -> None:
+    names = {Path(page).name for page in pair}
+
     def targets(page: str) -> list[str]:
+        """Links; a Chinese page links the Chinese form of a page."""
         found = re.findall(r"\]\(([^)]+)\)", read(page))
-        return sorted(target for target in found if not target.startswith("README"))
+        return sorted(
+            target.replace(".zh-CN.md", ".md") for target in found if target not in names and "#" not in target
+        )
 
     def levels(page: str) -> list[str]:
         return re.findall(r"^#+(?= )", read(page), re.M)
 
-    assert targets(PAGES[0]) == targets(PAGES[1])
-    assert levels(PAGES[0]) == levels(PAGES[1])
-    rows = [[line for line in read(page).splitlines() if line.startswith("| ")] for page in PAGES]
+    assert targets(pair[0]) == targets(pair[1])
+    assert levels(pair[0]) == levels(pair[1])
+    rows = [[line for line in read(page).splitlines() if line.startswith("| ")] for page in pair]
     assert len(rows[0]) == len(rows[1])
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)", read(page)):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+        assert target.startswith("https://") or (ROOT / page).parent.joinpath(target).exists(), target
+    headings = {
+        re.sub(r"\W+", "-", line.strip("# ").lower()) for line in read(page).splitlines() if line.startswith("#")
+    }
+    for anchor in re.findall(r"\]\(#([^)]+)\)", read(page)):
+        assert anchor in headings, anchor
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -59,14 +75,25 @@ def test_named_tests_and_scripts_exist(page: str) -> None:
 
 
 def commands() -> list[str]:
-    lines = "\n".join(text for kind, text in blocks("README.md") if kind == "sh").splitlines()
+    shells = [text for english, _ in PAIRS for kind, text in blocks(english) if kind == "sh"]
+    lines = "\n".join(shells).splitlines()
     return [line for line in lines if line.startswith("tunesmith ")]
 
 
 @pytest.mark.parametrize("line", commands())
 def test_commands_are_understood(line: str) -> None:
-    options = build_parser().parse_args(shlex.split(line)[1:])
-    assert options.command == shlex.split(line)[1]
+    argv, words = take_command(shlex.split(line)[1:])
+    options = build_parser().parse_args(argv)
+    assert options.command == argv[0]
+    if words is not None:
+        assert not convert_command(words, options.generation).problems
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_keys_exist(page: str) -> None:
+    known = leaf_fields(RunConfig)
+    for key in re.findall(r"`(?:--)?((?:model|data|optim|lora|train)\.[a-z_]+)", read(page)):
+        assert key in known, key
 
 
 def test_python_code_uses_public_names() -> None:

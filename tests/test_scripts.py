@@ -27,7 +27,8 @@ from conftest import chat_row, save_folder, tiny_config, write_jsonl
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("bench", "bench/parity_trl", "docs", "scripts")
 SCRIPTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).iterdir() if path.suffix in (".py", ".sh"))
-MODULES = ("bench/damage.py", "bench/kept.py", "bench/parity_trl/inputs.py")  # imported by other scripts
+MODULES = ("bench/damage.py", "bench/kept.py", "bench/minimind_checkout.py", "bench/minimind_runs.py",
+           "bench/parity_trl/inputs.py")  # fmt: skip  # imported by other scripts
 ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
 long = pytest.mark.skipif("TUNESMITH_LONG" not in os.environ, reason="takes long; set TUNESMITH_LONG=1")
 
@@ -97,7 +98,7 @@ def shared(tmp_path: Path, tokenizer: Any) -> Path:
 def test_help_prints_the_usage(path: Path, script: Script) -> None:
     name = str(path.relative_to(ROOT))
     if name in MODULES:
-        assert "__main__" not in path.read_text(encoding="utf-8")
+        assert 'if __name__ == "__main__"' not in path.read_text(encoding="utf-8")
         return
     printed = script(name, "--help") if path.suffix == ".py" else command(name, "--help")
     assert f"usage: {path.name}" in printed.lower()
@@ -264,6 +265,18 @@ def test_convert_configs_counts_and_trains(script: Script, tmp_path: Path) -> No
     assert "axolotl: families: qwen3 1" in printed
     with pytest.raises(pytest.fail.Exception, match="no YAML files"):
         script("bench/convert_configs.py", tmp_path / "none")
+
+
+def test_minimind_needs_a_checkout(script: Script, tmp_path: Path) -> None:
+    with pytest.raises(pytest.fail.Exception, match="is not a checkout of MiniMind"):
+        script("bench/minimind.py", tmp_path, "--part", "classes", "--work", tmp_path / "work")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_minimind.py").write_text("self.q_norm = 0", encoding="utf-8")
+    with pytest.raises(pytest.fail.Exception, match="has no tokenizer"):
+        script("bench/minimind.py", tmp_path, "--part", "classes", "--work", tmp_path / "work")
+    with pytest.raises(pytest.fail.Exception, match="need --text and --chats"):
+        script("bench/minimind.py", tmp_path, "--part", "train")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "work"]
 
 
 def test_chaos_kills_and_resumes() -> None:

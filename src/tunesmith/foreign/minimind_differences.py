@@ -19,7 +19,8 @@ def _of_steps(command: Command) -> list[str]:
     rows, steps, processes = values["batch_size"], values["accumulation_steps"], command.launch.processes
     length = values.get("max_seq_len", 512)
     lines = [f"batches: {rows} rows there, each padded to {length} tokens; here rows are packed into {rows} x {length} "
-             "tokens without padding, so a step has more rows and an epoch fewer steps"]  # fmt: skip
+             "tokens without padding, so a step has more rows and an epoch fewer steps; for as many steps: "
+             f"train.micro_batch_tokens of {rows} x the mean tokens of a row, which check prints"]  # fmt: skip
     if steps > 1 or processes != 1:
         lines.append("loss: a step is the mean of the means of its batches there; here the mean over all its trained "
                      "tokens")  # fmt: skip

@@ -104,8 +104,12 @@ def remove_abandoned(parent: Path, name: str) -> None:
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
+def locked(run: Path, required: bool = False) -> Iterator[None]:
     """Lock a run for this process; the lock ends with the process.
+
+    Args:
+        required: raise an error where folders cannot be locked (Windows, some file systems), so that nobody can know
+            whether another process uses it.
 
     Raises:
         TunesmithError: another process has the lock.
@@ -113,6 +117,8 @@ def locked(run: Path) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:  # Windows
+        if required:
+            raise _no_lock(run) from None
         yield
         return
     handle = os.open(run, os.O_RDONLY)
@@ -124,7 +130,12 @@ def locked(run: Path) -> Iterator[None]:
                 f"{run}: is being trained by another process. Wait until it has finished.", code="run-in-use"
             ) from None
         except OSError:  # a file system without locks
-            pass
+            if required:
+                raise _no_lock(run) from None
         yield
     finally:
         os.close(handle)
+
+
+def _no_lock(run: Path) -> TunesmithError:
+    return TunesmithError(f"{run}: its file system has no locks. Use another.", code="no-locks")

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import functools
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from tunesmith.display import format_bytes
 from tunesmith.errors import ModelError, RunError, TunesmithError
-from tunesmith.files import is_no_room
+from tunesmith.files import is_no_room, system_error
 from tunesmith.minimind.names import Shape, from_minimind
 from tunesmith.minimind.read import find_shape, read_tensors
 from tunesmith.minimind.settings import Settings, find_settings
@@ -69,10 +70,10 @@ def open_weights(file: Path, given: Mapping[str, Any]) -> Opened:
         RunError: no room in the folder for temporary files.
     """
     try:
-        stat = file.stat()
+        status = file.stat()
     except OSError as error:
         raise ModelError(f"{file}: cannot be read: {error.strerror}.", code="file-unreadable") from None
-    key = (str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino, repr(sorted(given.items())))
+    key = (str(file.resolve()), status.st_size, status.st_mtime_ns, status.st_ino, repr(sorted(given.items())))
     if key not in _opened:
         state = read_tensors(file)
         shape = find_shape(file, state)
@@ -107,22 +108,40 @@ def _write(file: Path, state: Mapping[str, Tensor], settings: Settings) -> Path:
     config = AutoConfig.for_model(settings.model_type, **settings.values, dtype=dtype)
     size = sum(tensor.nbytes for tensor in state.values())
     _remove_abandoned(Path(tempfile.gettempdir()))
+    own = contextlib.ExitStack()
     try:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
-        _ended.callback(shutil.rmtree, folder, ignore_errors=True)
-        _ended.enter_context(locked(folder))
-        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-        write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+        own.callback(shutil.rmtree, folder, ignore_errors=True)
+        own.enter_context(locked(folder))
+        write_tensors(folder / "model.safetensors", _stored_apart(state), {"format": "pt"})
         config.architectures = [_ARCHITECTURES[settings.model_type]]
         config.save_pretrained(folder)
-    except OSError as error:
-        reason = "no space left on the disk" if is_no_room(error) else error.strerror or str(error)
+    except BaseException as error:
+        own.close()
+        refused = system_error(error)
+        if refused is None:
+            raise
+        reason = "no space left on the disk" if is_no_room(error) else refused.strerror or str(refused)
         raise RunError(
             f"{file}: {tempfile.gettempdir()}, the folder for temporary files, cannot hold its {format_bytes(size)} "
             f"under transformers' names: {reason}. Set TMPDIR to a folder with room.",
             code="no-temporary-room",
         ) from None
+    _ended.push(own)
     return folder
+
+
+def _stored_apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that share no memory, as safetensors need them: a file may hold one tensor under several names."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        own = tensor.contiguous()
+        if own.untyped_storage().data_ptr() in seen:
+            own = own.clone()
+        seen.add(own.untyped_storage().data_ptr())
+        found[name] = own
+    return found
 
 
 _ARCHITECTURES = {
@@ -134,8 +153,11 @@ _ARCHITECTURES = {
 def _remove_abandoned(parent: Path) -> None:
     """Delete folders of killed processes; those of running ones are locked."""
     for folder in parent.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - folder.stat().st_mtime < _YOUNG_S or folder in {o.folder for o in _opened.values()}:
+        with contextlib.suppress(OSError, TunesmithError):
+            status = folder.lstat()
+            if not stat.S_ISDIR(status.st_mode) or folder in {o.folder for o in _opened.values()}:
+                continue  # the folder for temporary files is everybody's: a pipe of that name would block
+            if time.time() - status.st_mtime < _YOUNG_S:
                 continue  # another process has just made it, and not locked it yet
-        with contextlib.suppress(OSError, TunesmithError), locked(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+            with locked(folder, required=True):
+                shutil.rmtree(folder, ignore_errors=True)

@@ -50,14 +50,28 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             name = name.removeprefix(_WRAPPERS[0]).removeprefix(_WRAPPERS[1])
         if _BUFFERS.fullmatch(name):
             continue
-        if not isinstance(value, Tensor) or value.dtype not in _DTYPES:
-            kind = str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else type(value).__name__
+        if kind := _odd_kind(value):
             raise ModelError(
                 f"{path}: {key} is {kind}, not a tensor of weights. Give the .pth that MiniMind's training saved.",
                 code="pth-not-weights",
             )
+        if name in state:
+            raise ModelError(
+                f"{path}: has {name} twice, as {key} too. Save the state dict of one model.", code="pth-not-weights"
+            )
         state[name] = value.detach()
     return state
+
+
+def _odd_kind(value: Any) -> str:
+    """What an entry is instead of a plain tensor of weights; "" if it is one."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    if value.dtype not in _DTYPES:
+        return str(value.dtype).removeprefix("torch.")
+    if value.is_meta:
+        return "on the meta device, without values"
+    return "" if value.layout == torch.strided and not value.is_nested else "a sparse or nested tensor"
 
 
 def _load(path: Path) -> Any:
@@ -144,7 +158,7 @@ def _guess(state: Mapping[str, Tensor]) -> Shape | None:
     """Sizes by the tensors of the first layer; None if one that every generation has is missing."""
     is_old = "tok_embeddings.weight" in state
     named = {rename_old(name) if is_old else name: tensor for name, tensor in state.items()}
-    layers = {int(found[1]) for name in named if (found := re.match(r"model\.layers\.(\d+)\.", name))}
+    layers = {int(found[1]) for name in named if (found := re.match(r"model\.layers\.([0-9]{1,9})\.", name))}
     try:
         embedding = named["model.embed_tokens.weight"]
         prefix = "model.layers.0."

@@ -84,9 +84,9 @@ def find_settings(path: Path, shape: Shape, given: Mapping[str, Any], is_tied: b
         free["num_key_value_heads"] = free["num_attention_heads"] * shape.kv_size // shape.q_size
         heads = {}
     given = {key: _as_number(value) for key, value in given.items()}
-    values = {**free, **heads, **given}
+    told = {**_pair_heads(shape, given), **given, **heads}
+    values = {**free, **heads, **told, **given}
     _require_values(path, shape, values)
-    told = {**given, **heads}
     assumed = [key for key in ("num_attention_heads", "num_key_value_heads", "rope_theta") if key not in told]
     if shape.experts:
         assumed += [key for key in ("num_experts_per_tok",) if key not in given]
@@ -105,6 +105,16 @@ def _as_number(value: Any) -> Any:
         return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
+
+
+def _pair_heads(shape: Shape, given: Mapping[str, Any]) -> dict[str, int]:
+    """The number of heads that follows from the other one and the tensors, where one of both is given."""
+    sizes = {"num_attention_heads": shape.q_size, "num_key_value_heads": shape.kv_size}
+    own = [key for key in sizes if key in given]
+    if len(own) != 1 or _find_bad_value(own[0], given[own[0]]):
+        return {}
+    (other,) = set(sizes) - set(own)
+    return {other: given[own[0]] * sizes[other] // sizes[own[0]]}
 
 
 _COUNTS = ("num_attention_heads", "num_key_value_heads", "num_experts_per_tok", "max_position_embeddings")
@@ -141,6 +151,10 @@ def _require_values(path: Path, shape: Shape, values: Mapping[str, Any]) -> None
         problems.append(
             f"model.config.num_attention_heads {heads}: must be a multiple of num_key_value_heads {shared}, with heads "
             "of an even size"
+        )
+    elif not problems and shape.head_dim and rows[0] // heads != shape.head_dim:
+        problems.append(
+            f"model.config.num_attention_heads {heads}: the file's q_norm says {rows[0] // shape.head_dim}; leave it out"
         )
     if problems:
         raise ConfigError(str(path), problems)

@@ -83,14 +83,13 @@ def find_model(path: str, given: Mapping[str, Any] | None = None) -> ModelSource
             f"{path}: is a file; give the folder with config.json and the weights, or a .pth of MiniMind.",
             code="model-is-file",
         )
-    if not _HUB_ID.fullmatch(path) or (folder.parent != Path() and folder.parent.is_dir()):
+    if is_weight_file(folder) or not _HUB_ID.fullmatch(path) or (folder.parent != Path() and folder.parent.is_dir()):
         close = []
         if folder.parent.is_dir():
             close = difflib.get_close_matches(folder.name, [p.name for p in folder.parent.iterdir()], n=1)
         hint = f" Did you mean {folder.parent / close[0]}?" if close else ""
-        raise ModelError(
-            f"{path}: no such model folder.{hint} Hub models are named owner/name.", code="model-not-found"
-        )
+        what = "file." if is_weight_file(folder) else "model folder. Hub models are named owner/name."
+        raise ModelError(f"{path}: no such {what}{hint}", code="model-not-found")
     return ModelSource("hub", path)
 
 

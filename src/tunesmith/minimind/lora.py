@@ -38,10 +38,12 @@ def read_lora(path: Path, state: Mapping[str, Tensor], heads: int, kv_heads: int
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         found = _MATRIX.fullmatch(name)
-        if not found or tensor.ndim != 2:
+        if not found or tensor.ndim != 2 or not tensor.numel():
             raise ModelError(
                 f"{path}: {name} is no matrix of MiniMind's LoRA. Save it there again.", code="pth-not-lora"
             )
+        if not tensor.isfinite().all():
+            raise ModelError(f"{path}: {name} has NaN or infinite values; its training failed.", code="pth-not-finite")
         pairs.setdefault(found["module"], {})[found["matrix"]] = tensor.float()
     turned = {}
     for module, pair in pairs.items():
@@ -54,7 +56,14 @@ def read_lora(path: Path, state: Mapping[str, Tensor], heads: int, kv_heads: int
         if _OLD_ROOT.match(module):
             name = rename_old(module)
             if turn_heads(f"{name}."):
-                b = to_halves(b, heads if name.endswith("q_proj") else kv_heads)
+                count = heads if name.endswith("q_proj") else kv_heads
+                if len(b) % (2 * count):
+                    raise ModelError(
+                        f"{path}: {module} has {len(b)} rows, which {count} heads do not divide into pairs. Give the "
+                        "base that it was trained on.",
+                        code="adapter-does-not-fit",
+                    )
+                b = to_halves(b, count)
         turned[name] = (pair["A"], b)
     return turned
 

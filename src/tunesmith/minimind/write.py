@@ -184,7 +184,8 @@ def write_pth(file: Path, state: Mapping[str, Tensor]) -> None:
     Raises:
         OSError: a write was lost without an error.
     """
-    torch.save(dict(state), file)
+    with file.open("wb") as opened:  # by itself torch reports a full disk as a RuntimeError without a number
+        torch.save(dict(state), opened)
     again = torch.load(file, map_location="cpu", weights_only=True)
     if set(again) != set(state) or not all(is_same_bits(again[name], tensor) for name, tensor in state.items()):
         raise lost_write(file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ from tunesmith.use.merge_output import is_ours, resolve_target
 from tunesmith.use.proof import PROMPTS, logits_of
 
 logger = logging.getLogger(__name__)
+_FILE_NAME = re.compile(r"\w[\w.\- ]{0,59}")
 _ON_CHANGED = "To use this base anyway, merge first: tunesmith merge ADAPTER --allow-changed-base --output MERGED."
 
 
@@ -72,7 +74,10 @@ def run_export(export: Export) -> Path:
         ModelError: the model cannot be opened, or has no place in that format.
         RunError: what was written differs, or the disk is full; no files are left.
     """
-    is_lora = is_weight_file(open_path(export.name)) and bool(lora_names(read_tensors(open_path(export.name))))
+    path = open_path(export.name)
+    if is_weight_file(path) and not path.exists():
+        find_model(export.name)  # raises an error that names a similar file
+    is_lora = is_weight_file(path) and bool(lora_names(read_tensors(path)))
     _refuse_unused(export, is_lora)
     folder = resolve_target(export.output)
     write = {"hf": _write_hf, "minimind": _write_minimind, "minimind-lora": _write_lora}[export.format]
@@ -81,12 +86,12 @@ def run_export(export: Export) -> Path:
     try:
         with atomic_directory(folder) as partial:
             lines = write(export, partial)
-    except OSError as error:
+    except Exception as error:
         if is_no_room(error):
             raise RunError(
                 f"{export.output}: no space left on the disk. No files were written.", code="disk-full"
             ) from None
-        if is_ours(error.filename, folder):
+        if isinstance(error, OSError) and is_ours(error.filename, folder):
             raise RunError(
                 f"{export.output}: cannot be written: {error.strerror}. No files were written.",
                 code="output-not-writable",
@@ -116,6 +121,8 @@ def _refuse_unused(export: Export, is_lora: bool) -> None:
         problems.append("--format: the file is a LoRA .pth of MiniMind already; --format hf makes an adapter of it")
     if is_lora and not export.base and not problems:
         problems.append(f"--base: {export.name} holds LoRA matrices; give the model that they were trained on")
+    if export.weight is not None and not _FILE_NAME.fullmatch(export.weight):
+        problems.append(f"--weight: {export.weight[:60]!r} cannot begin a file's name; use letters, digits, - and _")
     if problems:
         raise UsageError("\n".join(["tunesmith export:", *(f"  {line}" for line in problems)]), code="unused-option")
 
@@ -127,6 +134,8 @@ def _write_hf(export: Export, partial: Path) -> Lines:
     """A .pth as a Hugging Face folder, in the file's own precision."""
     if not is_weight_file(open_path(export.name)):
         source = find_model(export.name)
+        if source.kind == "preset":
+            raise _random_weights(export.name)
         how = f"merge it: tunesmith merge {export.name} --output DIR" if source.adapter else f"copy {source.name}"
         raise ModelError(
             f"{export.name}: is in Hugging Face form already; {how}. --format hf is for the .pth of MiniMind.",
@@ -152,7 +161,8 @@ def _write_minimind(export: Export, partial: Path) -> Lines:
     config: Any = model.config
     generation = choose_generation(export.name, config.model_type, export.generation)
     state = minimind_state(export.name, model, generation)
-    file = partial / f"{export.weight or 'full_sft'}_{config.hidden_size}{_suffix(config)}.pth"
+    weight = export.weight or "full_sft"
+    file = partial / f"{weight}_{config.hidden_size}{_suffix(config)}.pth"
     write_pth(file, state)
     write_tokenizer(encoder, partial)
     reread = AutoConfig.from_pretrained(open_weights(file, {}).folder)
@@ -169,9 +179,9 @@ def _write_minimind(export: Export, partial: Path) -> Lines:
     for parameter in model.parameters():
         parameter.data = parameter.data.half().float()
     said = _compare(model, again, encoder)
-    rounding = (before - _logits(model, encoder)).abs().max() / before.abs().max()
+    rounding = _difference(before, _logits(model, encoder))
     to_set = what_to_set(config, generation)
-    (partial / "README.md").write_text(_minimind_card(file.name, config, source, generation, to_set), encoding="utf-8")
+    (partial / "README.md").write_text(_minimind_card(file.name, weight, config, generation, to_set), encoding="utf-8")
     lines = [("file", f"{file.name}, {format_bytes(file.stat().st_size)}, MiniMind {generation}"), ("proof", said)]
     lines.append(("rounding", f"half precision, MiniMind's own, changes logits by {rounding:.1e} of the largest"))
     if to_set:
@@ -202,7 +212,7 @@ def _write_lora(export: Export, partial: Path) -> Lines:
     wrapped = open_adapter(model, folder)
     wanted = _logits(wrapped, encoder)
     difference = _difference(wanted, _logits(_added(wrapped.unload(), pairs), encoder))
-    if difference > TOLERANCE[torch.float16]:
+    if not difference <= TOLERANCE[torch.float16]:
         raise _differs(difference, TOLERANCE[torch.float16])
     return [
         ("file", f"{file.name}, {format_bytes(file.stat().st_size)}, MiniMind {generation}"),
@@ -233,6 +243,8 @@ def _write_peft(export: Export, partial: Path) -> Lines:
     path, base = open_path(export.name), str(export.base)
     section = export.section(base)
     source, encoder, model = _open(section)
+    if source.adapter:
+        raise ModelError(f"{base}: is itself an adapter. Merge it first: tunesmith merge.", code="base-is-adapter")
     config: Any = model.config
     pairs = read_lora(path, read_tensors(path), config.num_attention_heads, config.num_key_value_heads)
     require_modules(path, pairs, model)
@@ -256,7 +268,7 @@ def _write_peft(export: Export, partial: Path) -> Lines:
     wrapped = open_adapter(model, partial)
     found = _logits(wrapped, encoder)
     difference = _difference(_logits(_added(wrapped.unload(), pairs), encoder), found)
-    if difference > TOLERANCE[torch.float32]:
+    if not difference <= TOLERANCE[torch.float32]:
         raise _differs(difference, TOLERANCE[torch.float32])
     return [
         ("adapter", f"{len(pairs)} layers, rank {rank}, alpha {rank} (MiniMind's LoRA has no scale)"),
@@ -269,12 +281,16 @@ def _open(section: ModelSection) -> tuple[ModelSource, Encoder, Any]:
     """A model in fp32 with its tokenizer; an adapter is merged into its base."""
     source = find_model(section.path, section.config)
     if source.kind == "preset":
-        raise ModelError(f"{section.path}: has random weights. Train it first.", code="random-weights")
+        raise _random_weights(section.path)
     encoder = _encoder(section)
     config = load_config(section, encoder.tokenizer, source)
     model = load_model(section, config, torch.float32, seed=0, source=source)
     check_vocabulary(model, encoder.tokenizer)
     return source, encoder, model.eval().requires_grad_(False)
+
+
+def _random_weights(name: str) -> ModelError:
+    return ModelError(f"{name}: has random weights. Train it first.", code="random-weights")
 
 
 def _encoder(section: ModelSection) -> Encoder:
@@ -297,7 +313,8 @@ def _logits(model: nn.Module, encoder: Encoder) -> Tensor:
 
 
 def _difference(wanted: Tensor, found: Tensor) -> float:
-    return float(((wanted - found).abs().max() / wanted.abs().max()).item())
+    largest = wanted.abs().max().item()
+    return (wanted - found).abs().max().item() / (largest or 1.0)
 
 
 def _compare(wanted: nn.Module, found: nn.Module, encoder: Encoder) -> str:
@@ -331,12 +348,11 @@ def _card(source: ModelSource, lines: str) -> str:
     return f"# {name}\n\nMade from MiniMind's {name} by `tunesmith export`: {source.remark}.\n\n{lines}"
 
 
-def _minimind_card(file: str, config: Any, source: ModelSource, generation: str, to_set: Sequence[str]) -> str:
+def _minimind_card(file: str, weight: str, config: Any, generation: str, to_set: Sequence[str]) -> str:
     moe = 1 if config.model_type.endswith("_moe") else 0
     flags = f"--hidden_size {config.hidden_size} --num_hidden_layers {config.num_hidden_layers} --use_moe {moe}"
     if generation == "2024":
         flags = f"--dim {config.hidden_size} --n_layers {config.num_hidden_layers} --use_moe {bool(moe)}"
-    weight = file.split("_" + str(config.hidden_size))[0]
     text = f"# {file}\n\nWeights for MiniMind, generation {generation}, written by `tunesmith export`.\n\n"
     if to_set:
         text += (

@@ -14,7 +14,18 @@ import torch
 
 import minimind_reference as reference
 from minimind_reference import make_state, sizes_of
-from test_minimind import IDS, Fails, Run, assert_close, logits_of, open_file, save, tokenizer_folder, vocabulary
+from test_minimind import (
+    IDS,
+    Fails,
+    Run,
+    assert_close,
+    logits_of,
+    open_file,
+    save,
+    tokenizer_folder,
+    train_words,
+    vocabulary,
+)
 from tunesmith.errors import ConfigError, TunesmithError
 from tunesmith.minimind import opened
 from tunesmith.model.source import find_model
@@ -170,3 +181,27 @@ def test_only_abandoned_folders_are_removed(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(38, "no locks")))
     opened._remove_abandoned(tmp_path)
     assert (tmp_path / "tunesmith-pth-used").is_dir()
+
+
+def test_a_base_that_moved_is_opened_as_in_training(
+    run: Run, fails: Fails, tokenizer_folder: Path, chats: Path, tmp_path: Path
+) -> None:
+    """Also where model.config said what the file does not; messages name the file, not a temporary folder."""
+    sizes = replace(sizes_of("2025", False, vocab=vocabulary(tokenizer_folder)), heads=4, kv_heads=1)
+    base, moved = save(tmp_path / "p.pth", make_state(sizes)), tmp_path / "moved.pth"
+    words = ("--model.config.num_attention_heads", 4, "--lora.kind", "lora")
+    code, _, err = run(*train_words(base, tokenizer_folder, chats, tmp_path / "run"), *words)
+    assert code == 0, err
+    base.rename(moved)
+    merge = ("merge", tmp_path / "run", "--base", moved, "--output", tmp_path / "merged")
+    code, out, err = run(*merge)
+    assert code == 0, err
+    assert str(moved) in out
+    assert "tunesmith-pth-" not in out
+    assert '"num_attention_heads": 4' in (tmp_path / "merged" / "config.json").read_text()
+    for other in (replace(sizes, vocab=sizes.vocab), sizes_of("minimind-3", True, vocab=sizes.vocab, hidden=64)):
+        save(moved, make_state(other, seed=1))
+        error = fails(*merge[:-1], tmp_path / "other")
+        assert error.code == "base-changed"
+        assert str(moved) in str(error)
+        assert "tunesmith-pth-" not in str(error)

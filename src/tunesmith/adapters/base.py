@@ -176,13 +176,16 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def require_base(adapter: Path, base: Path, is_allowed: bool, advice: str, reads_all: bool = False) -> str:
+def require_base(
+    adapter: Path, base: Path, is_allowed: bool, advice: str, reads_all: bool = False, shown: str = ""
+) -> str:
     """Compare a base with the one that the adapter was trained on; returns a remark to print.
 
     Args:
         is_allowed: report differences only in the remark.
         advice: how to allow them.
         reads_all: hash all files again, whatever their size and time.
+        shown: the base's name in messages, if it is not the folder.
 
     Raises:
         ModelError: it is a different base.
@@ -193,11 +196,11 @@ def require_base(adapter: Path, base: Path, is_allowed: bool, advice: str, reads
     changes = find_changes(record, describe_base(base, known=None if reads_all else record))
     if not changes:
         return ""
-    shown = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
+    name, said = shown or base, "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
     if is_allowed:
-        return f"{base} is not the base that {adapter} was trained on ({shown}); used because changes are allowed"
+        return f"{name} is not the base that {adapter} was trained on ({said}); used because changes are allowed"
     raise ModelError(
-        f"{adapter}: was trained on a different base than {base}: {shown}. Restore the base that it was trained on. "
+        f"{adapter}: was trained on a different base than {name}: {said}. Restore the base that it was trained on. "
         f"{advice}",
         code="base-changed",
     )

@@ -154,7 +154,7 @@ def _require_values(path: Path, shape: Shape, values: Mapping[str, Any]) -> None
         )
     elif not problems and shape.head_dim and rows[0] // heads != shape.head_dim:
         problems.append(
-            f"model.config.num_attention_heads {heads}: the file's q_norm says {rows[0] // shape.head_dim}; leave it out"
+            f"model.config.num_attention_heads {heads}: q_norm says {rows[0] // shape.head_dim}; leave it out"
         )
     if problems:
         raise ConfigError(str(path), problems)

@@ -216,7 +216,7 @@ def require_own_base(source: ModelSource, is_allowed: bool, advice: str) -> str:
     """
     assert source.adapter is not None
     folder = Path(source.name) if source.kind == "local" else hub_folder(source.name, source.revision)
-    return require_base(source.adapter, folder, is_allowed, advice) if folder else ""
+    return require_base(source.adapter, folder, is_allowed, advice, shown=source.shown) if folder else ""
 
 
 @torch.no_grad()

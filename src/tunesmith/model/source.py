@@ -12,7 +12,7 @@ from typing import Any
 
 from tunesmith.adapters.adapter_config import ADAPTER_CONFIG, find_adapter, read_adapter_config
 from tunesmith.adapters.base import read_record
-from tunesmith.errors import ModelError, RunError, TunesmithError
+from tunesmith.errors import ConfigError, ModelError, RunError, TunesmithError
 from tunesmith.files import is_out_of_memory, lacking_memory
 from tunesmith.minimind.opened import open_weights
 from tunesmith.minimind.read import is_weight_file
@@ -47,6 +47,11 @@ class ModelSource:
     revision: str | None = None
     file: Path | None = None
     remark: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The name for messages."""
+        return str(self.file) if self.file else self.name
 
 
 def find_model(path: str, given: Mapping[str, Any] | None = None) -> ModelSource:
@@ -110,12 +115,29 @@ def _find_base(adapter: Path) -> ModelSource:
         folder = open_path(base)
         if folder.is_dir() and find_adapter(folder):
             raise ModelError(f"{base} is itself an adapter. Merge it first: tunesmith merge.", code="base-is-adapter")
-        source = find_model(base, settings_of((record or {}).get("config") or {}) if is_weight_file(folder) else None)
+        source = find_base(base, record)
     except ModelError as error:
         raise ModelError(f"{adapter}: its base model cannot be found: {error}", code=error.code) from None
     # the main branch of a hub model may change; use the commit that the adapter was trained on
     revision = (record or {}).get("commit") or config.revision
     return replace(source, adapter=adapter, revision=revision if source.kind == "hub" else None)
+
+
+def find_base(base: str, record: Mapping[str, Any] | None) -> ModelSource:
+    """The base of an adapter; a .pth is opened as in the adapter's training, which the record remembers.
+
+    Raises:
+        ModelError: no such model, or the .pth is another one than then.
+    """
+    if not record or not is_weight_file(open_path(base)):
+        return find_model(base)
+    try:
+        return find_model(base, settings_of(record.get("config") or {}))
+    except ConfigError as error:
+        raise ModelError(
+            f"{base}: is not the file that the adapter was trained on: {' '.join(str(error).split())}. Restore it.",
+            code="base-changed",
+        ) from None
 
 
 def require_plain_files(folder: Path) -> None:

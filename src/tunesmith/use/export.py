@@ -157,7 +157,7 @@ def _write_hf(export: Export, partial: Path) -> Lines:
 
 def _write_minimind(export: Export, partial: Path) -> Lines:
     section = export.section(export.name)
-    source, encoder, model = _open(section)
+    _, encoder, model = _open(section)
     config: Any = model.config
     generation = choose_generation(export.name, config.model_type, export.generation)
     state = minimind_state(export.name, model, generation)

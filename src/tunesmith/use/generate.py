@@ -162,7 +162,7 @@ def open_all(
             )
         if source.name != first.name:
             raise ModelError(
-                f"{path}: its base is {source.name}, not {first.name} as that of {paths[0]}.", code="bases-differ"
+                f"{path}: its base is {source.shown}, not {first.shown} as that of {paths[0]}.", code="bases-differ"
             )
         if remark := require_own_base(source, allow_changed_base, _ON_CHANGED):
             logger.warning("note: %s", remark)

@@ -28,6 +28,7 @@ from tunesmith.files import atomic_directory, is_no_room
 from tunesmith.model.source import (
     ModelSource,
     explain_load_error,
+    find_base,
     find_model,
     open_path,
     require_plain_files,
@@ -76,7 +77,7 @@ def run_merge(
     folder_of_base = _fetch_base(source, adapters, trust_remote_code)
     plan = MergePlan(folder_of_base, adapters, method, weights, density, seed, trust_remote_code)
     _require_alone(adapters)
-    remarks = [require_base(a, plan.base, allow_changed_base, _ON_CHANGED, reads_all=True) for a in adapters]
+    remarks = [require_base(a, plan.base, allow_changed_base, _ON_CHANGED, True, source.shown) for a in adapters]
     require_room(plan.base, folder)
     try:
         with atomic_directory(folder) as partial, locked(partial), deltas_of(plan) as (deltas, combined):
@@ -90,7 +91,7 @@ def run_merge(
         raise _explain(error, plan, output, folder) from None
     for remark in filter(None, remarks):
         logger.info(f"note: {remark}")
-    _tell(plan, changed, said, output)
+    _tell(plan, source.shown if source.file else str(plan.base), changed, said, output)
     return folder
 
 
@@ -107,9 +108,9 @@ def _explain(error: Exception, plan: MergePlan, output: str, folder: Path) -> Tu
     )
 
 
-def _tell(plan: MergePlan, changed: int, said: str, output: str) -> None:
+def _tell(plan: MergePlan, base: str, changed: int, said: str, output: str) -> None:
     how = f", {plan.method}" if len(plan.adapters) > 1 else ""
-    logger.info(f"base       {plan.base}")
+    logger.info(f"base       {base}")
     for adapter, weight in zip(plan.adapters, plan.weights, strict=True):
         logger.info(f"adapter    {adapter}" + (f", weight {weight:g}" if len(plan.adapters) > 1 else ""))
     logger.info(f"merged     {changed:,} tensors changed, each read back and compared{how}")
@@ -144,7 +145,7 @@ def _find_base(adapters: Sequence[Path], base: str | None) -> ModelSource:
             code="different-bases",
         )
     if base is not None:
-        source = find_model(base)
+        source = find_base(base, read_record(adapters[0]))
         if source.adapter or source.kind == "preset":
             raise ModelError(
                 f"{base}: is not a base model. Give --base a model folder or a hub id.", code="not-a-base-model"

@@ -382,6 +382,8 @@ def test_scripts_for_something_else_are_refused_as_that(name: str) -> None:
         (["python", "train_full_sft.py", "--zzzzzzzzzz", "x"], ConfigError, "script-flags", "--accumulation_steps"),
         (["python", "train_full_sft.py", "--epochs"], ConfigError, "script-flags", "--epochs: needs"),
         (["python", "train_full_sft.py", "--epochs", "--dim"], ConfigError, "script-flags", "--epochs: needs"),
+        (["python", "train_full_sft.py", "--data_path", ""], ConfigError, "script-flags", "--data_path: is empty"),
+        (["python", "train_full_sft.py", "--save_dir= "], ConfigError, "script-flags", "--save_dir: is empty"),
         (["python", "train_full_sft.py", "--epochs", "2.5"], ConfigError, "script-flags", "whole number"),
         (["python", "train_full_sft.py", "--learning_rate", "fast"], ConfigError, "script-flags", "number"),
         (["python", "train_full_sft.py", "--learning_rate", "nan"], ConfigError, "script-flags", "number"),

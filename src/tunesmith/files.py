@@ -81,6 +81,10 @@ def write_text_atomic(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         require_written(partial, hashlib.sha256(data).hexdigest())
         partial.replace(path)
+    except OSError as error:
+        if error.filename == str(partial):  # a name that nobody has given
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
     sync_path(path.parent)

@@ -271,8 +271,10 @@ def _read_flags(name: str, script: Script, words: Sequence[str]) -> dict[str, st
                 problems.append(f"--{flag}: takes no value")
             texts[flag] = None
         elif equals or next_is_value:
-            texts[flag] = value if equals else words[at]
+            texts[flag] = given = value if equals else words[at]
             at += not equals
+            if not given.strip():  # of an unset shell variable
+                problems.append(f"--{flag}: is empty; give a value or leave it out")
         else:
             problems.append(f"--{flag}: needs a value")
     if problems:

@@ -277,11 +277,23 @@ def find_problem(model: nn.Module, lora: LoraSection, targets: Sequence[str], pa
             )
     if changes_base(lora) and any(isinstance(module, Conv1D) for module in model.modules()):
         return f"kind: peft cannot initialize {lora.kind} in GPT-2's transposed layers; use lora, rslora or dora"
+    if changes_base(lora) and (narrow := _find_narrow(model, lora.rank, select_modules(targets, names))):
+        return f"rank: {lora.kind} takes its matrices from the weights, so the rank is at most {narrow}"
     if parameters and lora.dropout:
         return f"dropout: peft has no dropout for weights that are not modules ({parameters[0]}); set it to 0"
     if parameters and lora.kind == "dora":
         return f"kind: dora does not support weights that are not modules ({parameters[0]}); use lora"
     return ""
+
+
+def _find_narrow(model: nn.Module, rank: int, names: Sequence[str]) -> str:
+    """The layer with the fewest rows or columns, if these are fewer than the rank."""
+    weights = {name: getattr(model.get_submodule(name), "weight", None) for name in names}
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items() if weight is not None and weight.ndim == 2}
+    least = min(shapes, key=lambda name: min(shapes[name]), default="")
+    if not least or min(shapes[least]) >= rank:
+        return ""
+    return f"{min(shapes[least])}, as {least} is {list(shapes[least])}"
 
 
 def _trains(weight: str, targets: Sequence[str], whole: Sequence[str], parameters: Sequence[str]) -> bool:

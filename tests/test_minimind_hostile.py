@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -205,3 +207,45 @@ def test_a_base_that_moved_is_opened_as_in_training(
         assert error.code == "base-changed"
         assert str(moved) in str(error)
         assert "tunesmith-pth-" not in str(error)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_a_rank_above_the_size_of_a_layer(
+    run: Run, fails: Fails, tokenizer_folder: Path, chats: Path, tmp_path: Path, kind: str
+) -> None:
+    """These kinds take their matrices from the weights; a run with fewer rows than that could not be saved."""
+    path = save(tmp_path / "p.pth", make_state(sizes_of("2025", False, vocab=vocabulary(tokenizer_folder))))
+    words = (*train_words(path, tokenizer_folder, chats, tmp_path / "run"), "--lora.kind", kind, "--lora.rank")
+    error = fails(*words, 16)
+    assert isinstance(error, ConfigError)
+    assert "k_proj" in str(error)
+    assert not (tmp_path / "run").exists()
+    code, _, err = run(*words, 8)
+    assert code == 0, err
+
+
+def test_a_fork_leaves_the_folder_to_its_maker(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.pth", make_state(sizes_of("2025", False)))
+    folder = find_model(str(path)).name
+    code = (
+        "import os, sys; from tunesmith.model.source import find_model; name = find_model(sys.argv[1]).name\n"
+        "if os.fork() == 0: sys.exit()\n"
+        "os.wait(); assert os.path.isfile(name + '/config.json'); print(name)"
+    )
+    found = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert not Path(found.stdout.strip()).exists()
+    assert Path(folder).is_dir()
+
+
+def test_several_shared_experts_go_back(run: Run, fails: Fails, tokenizer_folder: Path, tmp_path: Path) -> None:
+    sizes = sizes_of("2025", True, vocab=vocabulary(tokenizer_folder), shared=3)
+    state = make_state(sizes, dtype=torch.float16)
+    path = save(tmp_path / "m.pth", state)
+    words = ("export", path, "--tokenizer", tokenizer_folder, "--format", "minimind", "--generation")
+    code, out, err = run(*words, "2025", "--output", tmp_path / "o")
+    assert code == 0, err
+    assert "n_shared_experts=3" in out
+    again = torch.load(tmp_path / "o" / "full_sft_32_moe.pth", weights_only=True)
+    assert set(again) == set(state)
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
+    assert fails(*words, "2024", "--output", tmp_path / "p").code == "wrong-generation"

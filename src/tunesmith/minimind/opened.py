@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import os
 import shutil
 import stat
 import tempfile
@@ -111,7 +112,7 @@ def _write(file: Path, state: Mapping[str, Tensor], settings: Settings) -> Path:
     own = contextlib.ExitStack()
     try:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
-        own.callback(shutil.rmtree, folder, ignore_errors=True)
+        own.callback(_remove, folder, os.getpid())
         own.enter_context(locked(folder))
         write_tensors(folder / "model.safetensors", _stored_apart(state), {"format": "pt"})
         config.architectures = [_ARCHITECTURES[settings.model_type]]
@@ -129,6 +130,12 @@ def _write(file: Path, state: Mapping[str, Tensor], settings: Settings) -> Path:
         ) from None
     _ended.push(own)
     return folder
+
+
+def _remove(folder: Path, maker: int) -> None:
+    """Delete a folder, unless this process is a fork of its maker, which still reads from it."""
+    if os.getpid() == maker:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _stored_apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

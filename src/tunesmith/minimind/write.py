@@ -93,6 +93,12 @@ def minimind_state(name: str, model: nn.Module, generation: str) -> dict[str, Te
                 code="not-a-minimind-model",
             )
     shared = shared_experts(config)
+    if generation == "2024" and shared > 1:
+        raise ModelError(
+            f"{name}: has {shared} shared experts; MiniMind's classes of generation 2024 have one. Use --generation "
+            "2025.",
+            code="wrong-generation",
+        )
     turned = to_minimind(state, generation, config.num_attention_heads, config.num_key_value_heads, shared)
     half = {key: tensor.detach().to("cpu", torch.float16).contiguous().clone() for key, tensor in turned.items()}
     if bad := next((key for key, tensor in half.items() if not tensor.isfinite().all()), ""):

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import minimind_reference as reference
+import tunesmith
 from minimind_reference import make_state, sizes_of
 from test_minimind import (
     IDS,
@@ -249,3 +250,15 @@ def test_several_shared_experts_go_back(run: Run, fails: Fails, tokenizer_folder
     assert set(again) == set(state)
     assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
     assert fails(*words, "2024", "--output", tmp_path / "p").code == "wrong-generation"
+
+
+def test_python_tells_what_is_wrong_in_a_call(tokenizer_folder: Path, tmp_path: Path) -> None:
+    path = save(tmp_path / "m.pth", make_state(sizes_of("2025", False, vocab=vocabulary(tokenizer_folder))))
+    for config in ({1: 2}, {"rope_theta": 10**400}, {"rope_theta": [1]}, {"num_attention_heads": True}):
+        with pytest.raises(ConfigError):
+            tunesmith.load(path, tokenizer=tokenizer_folder, config=config)  # type: ignore[arg-type]
+    with pytest.raises(TunesmithError):
+        tunesmith.export("", format="hf", output=tmp_path / "o")
+    words: Any = {"tokenizer": tokenizer_folder, "format": "minimind", "output": tmp_path / "o"}
+    tunesmith.export(path, **words, generation=2025, weight=5)  # type: ignore[arg-type]
+    assert (tmp_path / "o" / "5_32.pth").is_file()

@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from tunesmith.config.choices import EXPORT_FORMATS, WEIGHT_GENERATIONS
+from tunesmith.config.runfile import explain_problems
 from tunesmith.config.schema import ModelSection
-from tunesmith.errors import UsageError
+from tunesmith.errors import ConfigError, UsageError
 from tunesmith.process import embedded
 from tunesmith.use.model import Model
 
@@ -114,6 +117,7 @@ def export(
     """
     from tunesmith.use.export import Export, run_export
 
+    generation = None if generation is None else str(generation)  # 2025 may be given as a number
     forms = (None, *WEIGHT_GENERATIONS)
     for name, value, known in (("format", format, EXPORT_FORMATS), ("generation", generation, forms)):
         if value not in known:
@@ -128,7 +132,7 @@ def export(
                 os.fspath(output),
                 format,
                 generation,
-                weight,
+                None if weight is None else str(weight),
                 section.tokenizer,
                 given,
                 section.config,
@@ -142,4 +146,7 @@ def _section(
     name: str, tokenizer: Name | None, config: Mapping[str, Any] | None, trust_remote_code: bool
 ) -> ModelSection:
     own = os.fspath(tokenizer) if tokenizer is not None else None
-    return ModelSection(path=name, tokenizer=own, config=dict(config or {}), trust_remote_code=trust_remote_code)
+    try:
+        return ModelSection(path=name, tokenizer=own, config=dict(config or {}), trust_remote_code=trust_remote_code)
+    except ValidationError as error:
+        raise ConfigError("the call", explain_problems(error, is_python=True)) from None

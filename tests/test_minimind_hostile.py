@@ -246,11 +246,14 @@ def test_several_shared_experts_go_back(run: Run, fails: Fails, tokenizer_folder
     assert fails(*words, "2024", "--output", tmp_path / "p").code == "wrong-generation"
 
 
-def test_python_tells_what_is_wrong_in_a_call(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_wrong_values_are_told(fails: Fails, tokenizer_folder: Path, tmp_path: Path) -> None:
     path = save(tmp_path / "m.pth", make_state(sizes_of("2025", False, vocab=vocabulary(tokenizer_folder))))
     for config in ({1: 2}, {"rope_theta": 10**400}, {"rope_theta": [1]}, {"num_attention_heads": True}):
         with pytest.raises(ConfigError):
             tunesmith.load(path, tokenizer=tokenizer_folder, config=config)  # type: ignore[arg-type]
+    for command in (("chat", path, "--prompt", "x"), ("export", path, "--format", "hf", "--output", tmp_path / "o")):
+        error = fails(*command, "--tokenizer", tokenizer_folder, "--model.config.rope_theta", 10**400)
+        assert isinstance(error, ConfigError)
     with pytest.raises(TunesmithError):
         tunesmith.export("", format="hf", output=tmp_path / "o")
     words: Any = {"tokenizer": tokenizer_folder, "format": "minimind", "output": tmp_path / "o"}

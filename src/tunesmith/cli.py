@@ -189,7 +189,7 @@ def run_command(argv: list[str]) -> None:
     if command is not None:
         _refuse_unknown_flags(command, argv[1:])
     options = parser.parse_args(argv)
-    options.model_config = {name.removeprefix("model.config."): value for name, value in overrides.items()}
+    options.model_config = _read_model_config(overrides)
     _quiet_libraries()
     if options.command == "chat":
         from tunesmith.use.chat import run_chat
@@ -223,6 +223,27 @@ def run_command(argv: list[str]) -> None:
         from tunesmith.demo.run import run_demo
 
         run_demo(Path(options.output))
+
+
+def _read_model_config(flags: dict[str, Any]) -> dict[str, Any]:
+    """The values of --model.config.KEY.
+
+    Raises:
+        ConfigError: one of them is a value that no config has.
+    """
+    given = {name.removeprefix("model.config."): value for name, value in flags.items()}
+    if not given:
+        return given
+    from pydantic import ValidationError
+
+    from tunesmith.config.runfile import explain_problems
+    from tunesmith.config.schema import ModelSection
+
+    try:
+        ModelSection(path="?", config=given)
+    except ValidationError as error:
+        raise ConfigError("the command line", [f"model.{problem}" for problem in explain_problems(error)]) from None
+    return given
 
 
 def _run_config_command(parser: CommandParser, argv: list[str]) -> None:

@@ -24,8 +24,8 @@ from test_adapters import base_of, logits_of
 from tunesmith.adapters.adapter_config import PatternError, match_names, resolve_pattern
 from tunesmith.config.schema import ModelSection
 from tunesmith.errors import ModelError, TunesmithError
+from tunesmith.generation.speaker import load_speaker
 from tunesmith.run.resume import run_resume
-from tunesmith.use.generate import load_speaker
 
 Run = Callable[..., tuple[int, str, str]]
 Fails = Callable[..., TunesmithError]

@@ -25,9 +25,9 @@ from test_adapters import logits_of
 from tunesmith.config.runfile import resolve_config
 from tunesmith.config.schema import ModelSection, RunConfig
 from tunesmith.errors import TunesmithError
+from tunesmith.generation.speaker import load_speaker
 from tunesmith.run.resume import run_resume
 from tunesmith.run.start import run_training
-from tunesmith.use.generate import load_speaker
 from tunesmith.use.merge import run_merge
 
 KINDS: dict[str, dict[str, str]] = {

@@ -98,7 +98,7 @@ def test_each_kind_trains_resumes_exactly_and_opens_in_peft(
     assert (logits_of(theirs) - plain).abs().max() > 0.01  # it has learned something
     AutoTokenizer.from_pretrained(output / "adapter")
     if kind not in ("nf4", "int8"):  # they were trained on a quantized base
-        from tunesmith.use.generate import load_speaker
+        from tunesmith.generation.speaker import load_speaker
 
         ours = load_speaker(ModelSection(path=str(output))).model
         assert torch.allclose(logits_of(ours), logits_of(theirs), atol=1e-5)
@@ -171,7 +171,7 @@ def test_other_architectures(run: Run, tokenizer: Any, chats: Path, tmp_path: Pa
     assert code == 0, err
     assert "packed: packed and solo differ" in out
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), output / "adapter")
-    from tunesmith.use.generate import load_speaker
+    from tunesmith.generation.speaker import load_speaker
 
     ours = load_speaker(ModelSection(path=str(output))).model
     assert torch.allclose(logits_of(ours), logits_of(theirs), atol=1e-5)

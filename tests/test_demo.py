@@ -18,7 +18,7 @@ from tunesmith.demo.drills import draw_drills, words_of_books
 from tunesmith.demo.run import ABILITIES, NUM_HELD_OUT, NUM_QUESTIONS, SHARES, base_folder, run_demo
 from tunesmith.demo.tasks import TASKS, HeldOut, Task, Words, draw_held_out_tasks, normalize_question
 from tunesmith.demo.wording import reword, vary
-from tunesmith.use.generate import Reply
+from tunesmith.generation.replies import Reply
 
 _AFTER_COLON = re.compile(r"[:：] ?")
 
@@ -169,9 +169,10 @@ def test_scores_are_by_kind_and_turn() -> None:
 def test_later_turns_are_asked_with_the_models_own_replies(held_out: tuple[list[Chat], HeldOut]) -> None:
     from tunesmith.config.schema import ModelSection
     from tunesmith.demo.exam import ask
+    from tunesmith.generation.replies import reply_to
+    from tunesmith.generation.sampling import Sampling
+    from tunesmith.generation.speaker import load_speaker
     from tunesmith.rows.conversation import Message
-    from tunesmith.use.batch import Sampling
-    from tunesmith.use.generate import load_speaker, reply_to
 
     chat = held_out[0][0][:2]
     first, second = ask(base_folder(), [chat])[0]

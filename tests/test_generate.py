@@ -16,9 +16,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 import tokenizers_of_others as others
 from conftest import build_model, tiny_config
 from tunesmith.errors import ModelError
-from tunesmith.use import batch
-from tunesmith.use.batch import Prompt, Sampling, Token, generate_tokens
-from tunesmith.use.generate import PieceDecoder
+from tunesmith.generation import batch, rules, sampling
+from tunesmith.generation.batch import Prompt, Token, generate_tokens
+from tunesmith.generation.decode import PieceDecoder
+from tunesmith.generation.sampling import Sampling
 
 LENGTHS = (3, 17, 1, 40)
 NEW = 24
@@ -100,7 +101,7 @@ def test_remove_invalid_values() -> None:
 
 def test_every_setting_of_generation_config_is_applied_or_named() -> None:
     """A setting of a coming transformers that nobody has looked at fails here."""
-    source = inspect.getsource(batch)
+    source = "".join(map(inspect.getsource, (batch, rules, sampling)))
     passive = {
         "max_length", "max_new_tokens", "early_stopping", "use_mtp", "use_cache", "cache_implementation",
         "cache_config", "max_cache_len", "length_penalty", "num_return_sequences", "output_attentions",
@@ -116,9 +117,9 @@ def test_every_setting_of_generation_config_is_applied_or_named() -> None:
 
 def test_settings_that_are_not_applied_are_named() -> None:
     config = GenerationConfig(num_beams=4, top_p=0.5, stop_strings=["END"])
-    assert batch.unapplied_settings(config) == ["num_beams", "stop_strings"]
-    assert batch.unapplied_settings(GenerationConfig()) == []
-    assert batch.unapplied_settings(None) == []
+    assert sampling.unapplied_settings(config) == ["num_beams", "stop_strings"]
+    assert sampling.unapplied_settings(GenerationConfig()) == []
+    assert sampling.unapplied_settings(None) == []
 
 
 def test_a_sampled_reply_is_the_same_alone_and_in_a_batch(model: Any) -> None:

@@ -19,8 +19,8 @@ from test_adapters import KINDS, base_of, logits_of, train_words
 from tunesmith.config.choices import MERGE_METHODS
 from tunesmith.config.schema import ModelSection
 from tunesmith.errors import TunesmithError
+from tunesmith.generation.speaker import load_speaker
 from tunesmith.use import merge as merging
-from tunesmith.use.generate import load_speaker
 
 Run = Callable[..., tuple[int, str, str]]
 Fails = Callable[..., TunesmithError]

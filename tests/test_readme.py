@@ -13,7 +13,7 @@ from tunesmith.config.runfile import leaf_fields
 from tunesmith.config.schema import RunConfig
 from tunesmith.foreign.console import take_command
 from tunesmith.foreign.minimind import convert_command
-from tunesmith.parser import build_parser
+from tunesmith.parser.build import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIRS = (("README.md", "README.zh-CN.md"), ("docs/minimind.md", "docs/minimind.zh-CN.md"))

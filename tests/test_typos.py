@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.cli import _find_command, _refuse_unknown_flags, build_parser
 from tunesmith.config.runfile import SHORTHANDS, dump_yaml, explain_flag, leaf_fields, resolve_config
 from tunesmith.config.schema import RunConfig
 from tunesmith.config.suggest import edit_distance, suggest_words
 from tunesmith.errors import ConfigError, UsageError
+from tunesmith.parser.build import build_parser
+from tunesmith.parser.words import find_command, refuse_unknown_flags
 
 PARSER = build_parser()
 KEYS = list(leaf_fields(RunConfig))
@@ -42,14 +43,14 @@ def test_a_mistyped_command_is_answered_with_the_command() -> None:
     for command in PARSER.commands:
         for typo in set(typos(command, rng)) - set(PARSER.commands) - {""}:
             with pytest.raises(UsageError) as refused:
-                _find_command(PARSER, typo)
+                find_command(PARSER, typo)
             assert refused.value.code == "unknown-command"
             assert command in suggested(str(refused.value).splitlines()[0]), typo
     for word, command in (("finetune", "train"), ("sft", "train"), ("fuse", "merge"), ("infer", "chat")):
         with pytest.raises(UsageError, match=command):
-            _find_command(PARSER, word)
+            find_command(PARSER, word)
     with pytest.raises(UsageError) as refused:
-        _find_command(PARSER, "--modle")
+        find_command(PARSER, "--modle")
     assert refused.value.code == "flag-before-command"
 
 
@@ -65,7 +66,7 @@ def test_a_mistyped_flag_of_a_command_is_answered_with_the_flag(name: str) -> No
                 message = explain_flag(typo, [known[2:] for known in own])
             else:
                 with pytest.raises(UsageError) as refused:
-                    _refuse_unknown_flags(command, [typo, "value"])
+                    refuse_unknown_flags(command, [typo, "value"])
                 assert refused.value.code == "unknown-flag"
                 message = str(refused.value)
             meant = {flag, f"--{SHORTHANDS.get(flag, flag[2:])}"} | {
@@ -149,7 +150,7 @@ def test_a_mistyped_choice_is_answered(run, words: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("word", ["serve", "-v", "-x", "--"])
 def test_a_word_that_is_no_typo_gets_no_misleading_command(word: str) -> None:
     with pytest.raises(UsageError) as refused:
-        _find_command(PARSER, word)
+        find_command(PARSER, word)
     assert suggested(str(refused.value).splitlines()[0]) == (["--version"] if word == "-v" else [""])
 
 

@@ -11,9 +11,11 @@ import pytest
 
 from conftest import SHARED, chat_row, needs_shared, write_jsonl
 from tunesmith.errors import ModelError
+from tunesmith.generation.decode import PieceDecoder
+from tunesmith.generation.replies import reply_to, stream_reply
+from tunesmith.generation.sampling import Sampling
+from tunesmith.generation.speaker import load_speaker
 from tunesmith.rows.conversation import Message
-from tunesmith.use.batch import Sampling
-from tunesmith.use.generate import PieceDecoder, load_speaker, reply_to, stream_reply
 
 
 @pytest.fixture(scope="module")

@@ -73,8 +73,8 @@ _READING = frozenset(
         "sources.csvfile", "sources.datafile", "sources.dataset_info", "sources.excel", "sources.folders",
         "sources.jsonfile", "sources.jsontext", "sources.read", "data.store", "adapters.adapter_config",
         "adapters.base", "adapters.open_adapter", "run.folder", "model.load", "model.reopen", "model.source",
-        "model.tokenizer", "training.checkpoint", "training.metrics", "use.combine", "use.generate", "use.merge",
-        "use.proof",
+        "model.tokenizer", "generation.speaker", "training.checkpoint", "training.metrics", "use.combine",
+        "use.merge", "use.proof",
     )
 )  # fmt: skip
 # standard errors about what was read; tokenizers raises Exception itself
@@ -88,6 +88,7 @@ _STAGES = {
     "data": "the data",
     "adapters": "the adapter",
     "model": "the model or its tokenizer",
+    "generation": "the model or adapter",
     "training": "the folder of the run",
     "run": "the folder of the run",
     "use": "the model or adapter",

@@ -17,112 +17,20 @@ from typing import Any
 from tunesmith.boundary import end_at_next_interrupt, report_failure, taken_signals
 from tunesmith.display import visible_streams
 from tunesmith.errors import ConfigError, UsageError
-from tunesmith.parser import CommandParser, build_parser
+from tunesmith.parser.build import build_parser
+from tunesmith.parser.command import CommandParser
+from tunesmith.parser.words import find_command, refuse_unknown_flags, take_open_maps, take_unknown_flags
 from tunesmith.streams import lasting_streams
 from tunesmith.terminal.status import show_status
-
-
-def _take_open_maps(argv: list[str], maps: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Split off flags whose keys are free, as in --model.config.KEY VALUE."""
-    from tunesmith.config.plainyaml import load
-
-    rest: list[str] = []
-    taken: dict[str, Any] = {}
-    words = iter(argv)
-    for word in words:
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not (word.startswith("--") and any(name.startswith(f"{m}.") for m in maps)):
-            rest.append(word)
-            continue
-        if not equals:
-            value = next(words, "--")
-            if value.startswith("--"):
-                raise UsageError(
-                    f"--{name}: needs a value; write one that starts with -- as --{name}=VALUE",
-                    code="flag-without-value",
-                )
-        try:
-            taken[name] = load(value)  # 256 is a number, false is false, text is text
-        except ValueError:
-            taken[name] = value
-    return rest, taken
-
-
-_OTHER_NAMES = {  # of commands, in other tools
-    "sft": "train", "finetune": "train", "fine-tune": "train", "fit": "train", "pretrain": "train", "run": "train",
-    "continue": "resume", "show": "preview", "view": "preview", "inspect": "preview", "preprocess": "preview",
-    "validate": "check", "verify": "check", "lint": "check", "talk": "chat", "infer": "chat", "inference": "chat",
-    "generate": "chat", "cli": "chat", "fuse": "merge", "merge-lora": "merge", "merge_lora": "merge",
-    "convert": "convert-config", "convert_config": "convert-config", "list": "recipes",
-}  # fmt: skip
-
-
-def _find_command(parser: CommandParser, word: str) -> CommandParser:
-    """Raises:
-    UsageError: it is not a command; the message names the nearest one.
-    """
-    from tunesmith.config.suggest import did_you_mean, suggest_words
-
-    if word in parser.commands:
-        return parser.commands[word]
-    if word.startswith("-"):
-        name = word.partition("=")[0]
-        long = [flag for flag in parser.flags if flag.startswith("--")]
-        found = did_you_mean(["--version"] if name.lower() == "-v" else suggest_words(f"--{name.lstrip('-')}", long))
-        raise UsageError(
-            f"{word}: unknown flag{found or '; flags come after a command, as in tunesmith train ' + word}",
-            code="flag-before-command",
-        )
-    other = _OTHER_NAMES.get(word.lower())
-    found = did_you_mean([other] if other in parser.commands else suggest_words(word, parser.commands))
-    raise UsageError(f"{word}: unknown command{found}\ncommands: {', '.join(parser.commands)}", code="unknown-command")
-
-
-def _is_flag(word: str) -> bool:
-    return word != "--" and (word.startswith("--") or (word.startswith("-") and word[1:2].isalpha()))
-
-
-def _take_unknown_flags(argv: list[str], flags: list[str]) -> tuple[list[str], list[str]]:
-    """Split off unknown flags and drop their values, so that they are reported with all other problems."""
-    rest: list[str] = []
-    unknown: list[str] = []
-    is_skipping = False
-    for at, word in enumerate(argv):
-        if word == "--":
-            return rest + argv[at:], unknown
-        if _is_flag(word):
-            name = word.partition("=")[0]
-            is_skipping = name not in flags
-            if is_skipping:
-                unknown.append(name)
-        if not is_skipping:
-            rest.append(word)
-    return rest, unknown
-
-
-def _refuse_unknown_flags(command: CommandParser, argv: list[str]) -> None:
-    """Raises:
-    UsageError: names every flag that the command does not have, each with the nearest one that it has.
-    """
-    from tunesmith.config.suggest import did_you_mean, suggest_words
-
-    _, unknown = _take_unknown_flags(argv, command.flags)
-    lines = []
-    known = [flag for flag in command.flags if flag.startswith("--")]
-    for name in unknown:
-        found = did_you_mean(suggest_words(f"--{name.lstrip('-')}", known))
-        lines.append(f"{name}: unknown flag{found or '; the command has ' + ', '.join(known)}")
-    if lines:
-        raise UsageError("\n".join([f"{command.prog}:", *(f"  {line}" for line in lines)]), code="unknown-flag")
 
 
 def _parse_config_command(parser: CommandParser, argv: list[str]) -> tuple[argparse.Namespace, Any]:
     from tunesmith.config.runfile import OPEN_MAPS, explain_flag, leaf_fields, resolve_config
     from tunesmith.config.schema import LrFindConfig, PreviewConfig, RunConfig, TokenizerConfig
 
-    argv, flags = _take_open_maps(argv, OPEN_MAPS)
+    argv, flags = take_open_maps(argv, OPEN_MAPS)
     own_flags = parser.commands[argv[0]].flags
-    argv, unknown = _take_unknown_flags(argv, own_flags)
+    argv, unknown = take_unknown_flags(argv, own_flags)
     own_names = [flag[2:] for flag in own_flags if flag.startswith("--") and not flag.endswith(".KEY")]
     problems = [explain_flag(name, own_names) for name in unknown]
     parser.commands[argv[0]].problems = problems
@@ -174,7 +82,7 @@ def run_command(argv: list[str]) -> None:
         return
     if argv[0] == "help":  # as in git help train
         argv = [*argv[1:2], "--help"]
-    command = None if argv[0] in ("-h", "--help", "--version") else _find_command(parser, argv[0])
+    command = None if argv[0] in ("-h", "--help", "--version") else find_command(parser, argv[0])
     if argv[0] in ("train", "resume", "preview", "check", "lr-find", "tokenizer"):
         _run_config_command(parser, argv)
         return
@@ -185,9 +93,9 @@ def run_command(argv: list[str]) -> None:
         argv, words = take_command(argv)
     overrides: dict[str, Any] = {}
     if argv[0] in ("chat", "export"):
-        argv, overrides = _take_open_maps(argv, ["model.config"])
+        argv, overrides = take_open_maps(argv, ["model.config"])
     if command is not None:
-        _refuse_unknown_flags(command, argv[1:])
+        refuse_unknown_flags(command, argv[1:])
     options = parser.parse_args(argv)
     options.model_config = _read_model_config(overrides)
     _quiet_libraries()

@@ -74,7 +74,7 @@ def load(
         config: what a .pth does not say, as in {"num_attention_heads": 16}.
         chat_template: a .jinja file, chatml, alpaca or none; default: the model's own.
     """
-    from tunesmith.use.generate import load_speaker
+    from tunesmith.generation.speaker import load_speaker
 
     name = os.fspath(model)
     if not name.strip():

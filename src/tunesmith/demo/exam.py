@@ -9,9 +9,10 @@ from pathlib import Path
 
 from tunesmith.config.schema import ModelSection
 from tunesmith.demo.chats import Chat
+from tunesmith.generation.replies import Reply, reply_to
+from tunesmith.generation.sampling import Sampling
+from tunesmith.generation.speaker import load_speaker
 from tunesmith.rows.conversation import Message
-from tunesmith.use.batch import Sampling
-from tunesmith.use.generate import Reply, load_speaker, reply_to
 
 _REPLY_TOKENS = 48
 

@@ -23,12 +23,12 @@ from tunesmith.config.schema import RunConfig
 from tunesmith.demo.chats import NUM_TURNS, Chat, draw_chats, draw_held_out
 from tunesmith.demo.exam import KindScore, ask, score_kinds, share_right, share_stopped
 from tunesmith.display import raw_stream, visible
+from tunesmith.generation.replies import Reply
 from tunesmith.report.write import reported
 from tunesmith.run.console import ConsoleReporter
 from tunesmith.run.folder import resolve_output
 from tunesmith.run.start import run_training
 from tunesmith.runfolder import RunFolder, read_metrics
-from tunesmith.use.generate import Reply
 
 # how often each kind is trained: some need more practice. Looking up, which the base has drilled too, is left out:
 # a model of this size gets 10 % of it right

@@ -78,8 +78,8 @@ def _ask(folder: RunFolder, config: RunConfig) -> SampleReplies:
     from tunesmith.config.schema import ModelSection
     from tunesmith.data.split import split_eval
     from tunesmith.data.store import open_store
+    from tunesmith.generation.speaker import load_speaker
     from tunesmith.model.load import count_parameters
-    from tunesmith.use.generate import load_speaker
 
     speaker = load_speaker(ModelSection(path=str(folder.path), trust_remote_code=config.model.trust_remote_code))
     device = next(speaker.model.parameters()).device
@@ -96,8 +96,9 @@ def _ask(folder: RunFolder, config: RunConfig) -> SampleReplies:
 
 def _reply_to_all(speaker: Any, samples: Sequence[Any]) -> list[SampleReply]:
     """Replies to the prompt of each sample's first reply, or to the beginning of a raw text."""
-    from tunesmith.use.batch import Sampling
-    from tunesmith.use.generate import decode_reply, reply_to
+    from tunesmith.generation.decode import decode_reply
+    from tunesmith.generation.replies import reply_to
+    from tunesmith.generation.sampling import Sampling
 
     asked, wanted, shares = [], [], []
     for sample in samples:

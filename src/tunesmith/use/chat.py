@@ -12,12 +12,13 @@ from collections.abc import Callable
 
 from tunesmith.config.schema import ModelSection
 from tunesmith.errors import ModelError, Terminated
+from tunesmith.generation.replies import stream_reply
+from tunesmith.generation.sampling import Sampling
+from tunesmith.generation.speaker import Speaker, load_speaker
 from tunesmith.rows.conversation import Message
 from tunesmith.terminal.questions import KEYS, Cleared, Read, has_editor, open_editor, open_lines
 from tunesmith.terminal.status import show_status
 from tunesmith.terminal.tty import held_keys, typed_ahead
-from tunesmith.use.batch import Sampling
-from tunesmith.use.generate import Speaker, load_speaker, stream_reply
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system prompt (and resets), /exit leaves"
 

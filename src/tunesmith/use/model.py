@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tunesmith.errors import ModelError
+from tunesmith.generation.replies import reply_to, stream_reply
+from tunesmith.generation.sampling import Sampling
+from tunesmith.generation.speaker import Speaker
 from tunesmith.rows.chats import read_question
 from tunesmith.rows.conversation import RowRefused
-from tunesmith.use.batch import Sampling
-from tunesmith.use.generate import Speaker, reply_to, stream_reply
 
 Question = str | Sequence[Mapping[str, Any]]
 

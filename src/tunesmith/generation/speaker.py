@@ -1,4 +1,4 @@
-"""Open a model folder for generation, and decode its tokens to text."""
+"""Open a model folder for generation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers.decoders import DecodeStream
 from torch import nn
 
 from tunesmith.adapters.open_adapter import open_adapter
@@ -19,12 +18,13 @@ from tunesmith.config.runfile import read_yaml
 from tunesmith.config.schema import DataSection, ModelSection
 from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import ConfigError, ModelError
+from tunesmith.generation.batch import Prompt, Token, generate_tokens
+from tunesmith.generation.sampling import Sampling, unapplied_settings
 from tunesmith.model.device import pick_device
 from tunesmith.model.load import load_config, load_model, require_own_base
 from tunesmith.model.source import ModelSource, find_model, telling_text
 from tunesmith.model.tokenizer import build_encoder, load_tokenizer
 from tunesmith.runfolder import RunFolder
-from tunesmith.use.batch import Prompt, Sampling, Token, generate_tokens, unapplied_settings
 
 logger = logging.getLogger(__name__)
 
@@ -195,81 +195,3 @@ def _data_section(file: Path) -> dict[str, Any]:
         return DataSection.model_validate({"train": ["?"]} | dict(read_yaml(file).get("data") or {})).model_dump()
     except (ValueError, TypeError) as error:  # pydantic's is a ValueError
         raise ConfigError(str(file), [f"data: is not as written by tunesmith: {telling_text(error)}"]) from None
-
-
-class PieceDecoder:
-    """Decode tokens to printable pieces; holds back the bytes of an unfinished character."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._backend = encoder.tokenizer.backend_tokenizer
-        self._stream: DecodeStream | None = DecodeStream(skip_special_tokens=False)
-        self._ids: list[int] = []
-        self._shown = ""
-
-    def push(self, token_id: int) -> str:
-        """The text completed by a token."""
-        self._ids.append(token_id)
-        if self._stream is None:
-            return ""
-        try:
-            piece = self._stream.step(self._backend, token_id) or ""
-        except Exception:  # some decoders rewrite earlier text later; `finish` returns the rest
-            self._stream = None
-            return ""
-        self._shown += piece
-        return piece
-
-    def finish(self) -> str:
-        """The remaining text: bytes of an unfinished character become U+FFFD."""
-        whole = self._backend.decode(self._ids, skip_special_tokens=False)
-        return whole[len(self._shown) :] if whole.startswith(self._shown) else ""
-
-
-def decode_reply(encoder: Encoder, ids: Sequence[int]) -> str:
-    """Text of a reply without its stop token."""
-    kept = [i for i in ids if i not in encoder.stop_ids and i != encoder.eos_id]
-    return str(encoder.tokenizer.backend_tokenizer.decode(kept, skip_special_tokens=False))
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """The text of a reply without its stop token, and whether it ended with a stop token."""
-
-    text: str
-    has_stopped: bool
-
-
-def stream_reply(speaker: Speaker, prompt: Sequence[int], sampling: Sampling) -> Iterator[str]:
-    """Pieces of the reply to a prompt (as ids) as they are generated; joined, they equal the text of `reply_to`.
-
-    Raises:
-        ModelError: no reply fits the context.
-    """
-    pieces = PieceDecoder(speaker.encoder)
-    for token in speaker.generate([prompt], sampling):
-        if token.id not in speaker.stop_ids:
-            yield pieces.push(token.id)
-    yield pieces.finish()
-
-
-def reply_to(
-    speaker: Speaker, prompts: Sequence[Sequence[int]], sampling: Sampling, batch_size: int = 32
-) -> list[Reply]:
-    """The replies to prompts (as ids), computed in batches.
-
-    Raises:
-        ModelError: no reply fits the context.
-    """
-    found: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths need little padding
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        for token in speaker.generate([prompts[i] for i in chosen], sampling):
-            found[chosen[token.row]].append(token.id)
-    return [
-        Reply(
-            decode_reply(speaker.encoder, [i for i in ids if i not in speaker.stop_ids]),
-            bool(ids) and ids[-1] in speaker.stop_ids,
-        )
-        for ids in found
-    ]

@@ -1,0 +1,109 @@
+"""Commands that use a trained model, and those around it."""
+
+from __future__ import annotations
+
+from tunesmith.config.choices import EXPORT_FORMATS, MERGE_METHODS, MINIMIND_GENERATIONS, WEIGHT_GENERATIONS
+from tunesmith.parser.command import CommandParser, Commands, add_command
+from tunesmith.parser.values import as_name, as_path, as_positive, as_seed, as_share, as_temperature, as_weight, one_of
+
+
+def add_use_commands(commands: Commands) -> None:
+    """Commands that use a trained model."""
+    chat = add_command(commands, "chat", "talk to a model or a finished run")
+    chat.add_argument("model", type=as_name, metavar="MODEL_OR_RUN", help="folder of a run or model, or a hub id")
+    chat.add_argument(
+        "more", metavar="ADAPTER", nargs="*", default=[], help="more adapters of the same base, to switch between"
+    )
+    chat.add_argument("--tokenizer", type=as_name, metavar="T", help="folder or hub id; a .pth has none of its own")
+    _add_free_config(chat)
+    chat.add_argument("--prompt", metavar="TEXT", help="answer one prompt and exit")
+    chat.add_argument("--system", metavar="TEXT", help="system prompt")
+    chat.add_argument(
+        "--max-new-tokens", type=as_positive, default=512, metavar="N", help="longest reply (default: 512)"
+    )
+    chat.add_argument("--temperature", type=as_temperature, metavar="T", help="0: greedy; default: the model's own")
+    chat.add_argument("--seed", type=as_seed, default=0, metavar="N", help="seed of sampling (default: 0)")
+    chat.add_argument(
+        "--chat-template", metavar="T", help="a .jinja file, chatml, alpaca or none; default: the model's"
+    )
+    chat.add_argument("--trust-remote-code", action="store_true", help="run Python code in the model's folder")
+    chat.add_argument("--allow-changed-base", action="store_true", help="open an adapter although its base has changed")
+    merge = add_command(commands, "merge", "merge adapters into their base model and verify the result")
+    merge.add_argument(
+        "adapters", type=as_name, nargs="+", metavar="ADAPTER", help="PEFT folders, or runs that trained an adapter"
+    )
+    merge.add_argument("--output", required=True, type=as_name, metavar="DIR", help="folder to create")
+    merge.add_argument(
+        "--method", type=one_of(MERGE_METHODS), default="sequential", metavar="METHOD",
+        help=f"how to combine several adapters: {', '.join(MERGE_METHODS)} (default: sequential)",
+    )  # fmt: skip
+    merge.add_argument("--weights", nargs="+", type=as_weight, metavar="X", help="weight of each adapter (default: 1)")
+    merge.add_argument(
+        "--density",
+        type=as_share,
+        default=0.5,
+        metavar="X",
+        help="share of values that ties, dare and prune keep (default: 0.5)",
+    )
+    merge.add_argument("--seed", type=as_seed, default=0, metavar="N", help="seed of dare's choice (default: 0)")
+    merge.add_argument("--base", type=as_name, metavar="M", help="the base model in full precision, if it has moved")
+    merge.add_argument(
+        "--allow-changed-base", action="store_true", help="merge although the base has changed since training"
+    )
+    merge.add_argument("--trust-remote-code", action="store_true", help="run Python code in the base's folder")
+    _add_export(commands)
+    report = add_command(commands, "report", "write RUN/report.html again: verdict, curves, data, replies, config")
+    report.add_argument("run", type=as_name, metavar="RUN", help="folder of the run (train --output), finished or not")
+    add_command(commands, "recipes", "list the run files of the package, for train recipe:NAME")
+    _add_convert_config(commands)
+    demo = add_command(commands, "demo", "fine-tune the small model of the package in a few minutes and test it")
+    demo.add_argument(
+        "--output", type=as_name, default="runs/demo", metavar="RUN", help="folder to create (default: runs/demo)"
+    )
+
+
+def _add_convert_config(commands: Commands) -> None:
+    summary = "convert a TRL, LLaMA-Factory or Axolotl YAML, or a MiniMind command, to a run file"
+    convert = add_command(commands, "convert-config", summary)
+    convert.add_argument("file", type=as_path, nargs="?", metavar="FILE", help="the YAML to convert")
+    convert.add_argument(
+        "--from", dest="source", type=one_of(("minimind",)), metavar="minimind", help="convert the command after --"
+    )
+    convert.add_argument(
+        "--generation", type=one_of(MINIMIND_GENERATIONS), metavar="G",
+        help=f"generation of MiniMind's scripts: {', '.join(MINIMIND_GENERATIONS)} (default: the newest that has all "
+        "flags of the command)",
+    )  # fmt: skip
+    convert.add_argument(
+        "--output", type=as_path, metavar="FILE", help="run file to write (default: to standard output)"
+    )
+    convert.add_argument(
+        "--dataset-info", type=as_path, metavar="DIR", help="folder with LLaMA-Factory's dataset_info.json"
+    )
+
+
+def _add_export(commands: Commands) -> None:
+    export = add_command(commands, "export", "write a model in another tool's files, read back and compared")
+    export.add_argument("model", type=as_name, metavar="MODEL", help="a RUN, model folder, hub id, adapter or .pth")
+    export.add_argument("--output", required=True, type=as_name, metavar="DIR", help="folder to create")
+    export.add_argument(
+        "--format", required=True, type=one_of(EXPORT_FORMATS), metavar="FORMAT",
+        help="hf (from a .pth), minimind (a .pth), or minimind-lora (an adapter as its LoRA .pth)",
+    )  # fmt: skip
+    export.add_argument(
+        "--generation", type=one_of(WEIGHT_GENERATIONS), metavar="G",
+        help=f"of MiniMind's files: {', '.join(WEIGHT_GENERATIONS)} (default: the newest that the architecture has)",
+    )  # fmt: skip
+    export.add_argument(
+        "--weight", type=as_name, metavar="NAME", help="begin of the file's name (default: full_sft; lora)"
+    )
+    export.add_argument("--tokenizer", type=as_name, metavar="T", help="folder or hub id; a .pth has none of its own")
+    export.add_argument("--base", type=as_name, metavar="M", help="the base of a LoRA .pth")
+    _add_free_config(export)
+    export.add_argument("--trust-remote-code", action="store_true", help="run Python code in the model's folder")
+
+
+def _add_free_config(parser: CommandParser) -> None:
+    parser.add_argument(
+        "--model.config.KEY", metavar="VALUE", help="what a .pth does not say, as in num_attention_heads 16"
+    )

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import raises
 
+from conftest import raises
 from tunesmith.errors import TunesmithError
 from tunesmith.evaluate.records import (
     SCORES,

@@ -93,6 +93,7 @@ _STAGES = {
     "run": "the folder of the run",
     "use": "the model or adapter",
     "report": "the folder of the run",
+    "serve": "the model or adapter",
 }
 
 
@@ -170,6 +171,7 @@ def _explain_memory(error: BaseException, words: list[str]) -> str:
         "resume": f"{others}; a resumed run keeps its model and batch size",
         "merge": f"{others}, or merge on a machine with memory for two copies of the base model",
         "chat": "use a smaller model or a lower --max-new-tokens",
+        "serve": "use a smaller model or a lower --max-rows",
     }.get(command, f"{others}, or use less data at once")
     return f"out of memory on {whose}. To fix: {advice}."
 

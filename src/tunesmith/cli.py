@@ -92,7 +92,7 @@ def run_command(argv: list[str]) -> None:
 
         argv, words = take_command(argv)
     overrides: dict[str, Any] = {}
-    if argv[0] in ("chat", "export"):
+    if argv[0] in ("chat", "export", "serve"):
         argv, overrides = take_open_maps(argv, ["model.config"])
     if command is not None:
         refuse_unknown_flags(command, argv[1:])
@@ -103,6 +103,10 @@ def run_command(argv: list[str]) -> None:
         from tunesmith.use.chat import run_chat
 
         run_chat(options)
+    elif options.command == "serve":
+        from tunesmith.serve.run import run_serve
+
+        run_serve(options)
     elif options.command == "report":
         _report(Path(options.run))
     elif options.command == "recipes":
@@ -112,19 +116,7 @@ def run_command(argv: list[str]) -> None:
 
         run_convert_config(options, words)
     elif options.command == "merge":
-        from tunesmith.use.merge import run_merge
-
-        run_merge(
-            options.adapters,
-            options.output,
-            options.method,
-            options.weights,
-            options.density,
-            options.seed,
-            options.base,
-            options.allow_changed_base,
-            options.trust_remote_code,
-        )
+        _merge(options)
     elif options.command == "export":
         _export(options)
     elif options.command == "demo":
@@ -211,6 +203,22 @@ def _report(run: Path) -> None:
     from tunesmith.report.write import write_report
 
     print(write_report(run))
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from tunesmith.use.merge import run_merge
+
+    run_merge(
+        options.adapters,
+        options.output,
+        options.method,
+        options.weights,
+        options.density,
+        options.seed,
+        options.base,
+        options.allow_changed_base,
+        options.trust_remote_code,
+    )
 
 
 def _export(options: argparse.Namespace) -> None:

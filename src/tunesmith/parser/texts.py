@@ -37,6 +37,9 @@ EXAMPLES = {
     "chat": """  tunesmith chat runs/mine
   tunesmith chat runs/mine --prompt "Who are you?"
 """,
+    "serve": """  tunesmith serve runs/mine
+  tunesmith serve runs/lora runs/other-lora --port 8080 --api-key-file key.txt
+""",
     "recipes": """  tunesmith recipes
   tunesmith train recipe:qwen2.5-0.5b-lora --data chats.jsonl --output runs/lora
 """,

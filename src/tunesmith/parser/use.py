@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from tunesmith.config.choices import EXPORT_FORMATS, MERGE_METHODS, MINIMIND_GENERATIONS, WEIGHT_GENERATIONS
 from tunesmith.parser.command import CommandParser, Commands, add_command
-from tunesmith.parser.values import as_name, as_path, as_positive, as_seed, as_share, as_temperature, as_weight, one_of
+from tunesmith.parser.values import (
+    as_name,
+    as_path,
+    as_port,
+    as_positive,
+    as_seconds,
+    as_seed,
+    as_share,
+    as_temperature,
+    as_weight,
+    one_of,
+)
 
 
 def add_use_commands(commands: Commands) -> None:
@@ -28,6 +39,7 @@ def add_use_commands(commands: Commands) -> None:
     )
     chat.add_argument("--trust-remote-code", action="store_true", help="run Python code in the model's folder")
     chat.add_argument("--allow-changed-base", action="store_true", help="open an adapter although its base has changed")
+    _add_serve(commands)
     merge = add_command(commands, "merge", "merge adapters into their base model and verify the result")
     merge.add_argument(
         "adapters", type=as_name, nargs="+", metavar="ADAPTER", help="PEFT folders, or runs that trained an adapter"
@@ -107,3 +119,47 @@ def _add_free_config(parser: CommandParser) -> None:
     parser.add_argument(
         "--model.config.KEY", metavar="VALUE", help="what a .pth does not say, as in num_attention_heads 16"
     )
+
+
+def _add_serve(commands: Commands) -> None:
+    serve = add_command(commands, "serve", "answer over HTTP as OpenAI's API does")
+    serve.add_argument("model", type=as_name, metavar="MODEL_OR_RUN", help="folder of a run or model, or a hub id")
+    serve.add_argument(
+        "more", metavar="ADAPTER", nargs="*", default=[], help="more adapters of the same base; each is a model name"
+    )
+    serve.add_argument("--name", type=as_name, metavar="NAME", help="the model's name in requests (default: its own)")
+    serve.add_argument("--tokenizer", type=as_name, metavar="T", help="folder or hub id; a .pth has none of its own")
+    _add_free_config(serve)
+    serve.add_argument(
+        "--chat-template", metavar="T", help="a .jinja file, chatml, alpaca or none; default: the model's"
+    )
+    serve.add_argument("--trust-remote-code", action="store_true", help="run Python code in the model's folder")
+    serve.add_argument(
+        "--allow-changed-base", action="store_true", help="open an adapter although its base has changed"
+    )
+    serve.add_argument(
+        "--host", type=as_name, default="127.0.0.1", metavar="H", help="address to listen on (default: 127.0.0.1)"
+    )
+    serve.add_argument("--port", type=as_port, default=8000, metavar="N", help="0: any free one (default: 8000)")
+    serve.add_argument(
+        "--api-key-file", type=as_name, metavar="FILE",
+        help="file with the key that clients must send; or set TUNESMITH_API_KEY",
+    )  # fmt: skip
+    serve.add_argument(
+        "--allowed-hosts", nargs="+", action="extend", default=[], type=as_name, metavar="NAME",
+        help="more names of this server in the Host header, as behind a proxy",
+    )  # fmt: skip
+    for flag, default, text in (
+        ("--max-rows", 64, "replies generated at once"),
+        ("--max-queue", 256, "replies that wait beyond them; more get status 429"),
+        ("--max-new-tokens", 4096, "longest reply"),
+        ("--max-body-bytes", 4 * 2**20, "largest request"),
+    ):
+        serve.add_argument(flag, type=as_positive, default=default, metavar="N", help=f"{text} (default: {default})")
+    serve.add_argument(
+        "--timeout", type=as_seconds, default=600.0, metavar="S", help="of a reply, in seconds (default: 600)"
+    )
+    serve.add_argument(
+        "--grace", type=as_seconds, default=30.0, metavar="S",
+        help="seconds that replies may go on after SIGTERM or Ctrl-C (default: 30)",
+    )  # fmt: skip

@@ -38,6 +38,14 @@ def as_positive(text: str) -> int:
     return int(number(text, "a whole number of 1 or more, such as 5", lambda value: 1 <= value <= sys.maxsize, int))
 
 
+def as_port(text: str) -> int:
+    return int(number(text, "a port from 0 to 65535, such as 8000", lambda value: 0 <= value <= 65535, int))
+
+
+def as_seconds(text: str) -> float:
+    return number(text, "a number of seconds above 0, such as 30", lambda value: 0 < value <= 10**7)
+
+
 def as_seed(text: str) -> int:
     from tunesmith.config.schema import LARGEST_SEED
 

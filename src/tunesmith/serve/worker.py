@@ -1,0 +1,232 @@
+"""The thread that generates: it owns the batcher, takes requests from the server's event loop and sends tokens back."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+
+from tunesmith.errors import ModelError
+from tunesmith.serve.engine import Batcher, Request, Token
+from tunesmith.serve.errors import ApiError, from_model_error, internal_error, log_unexpected
+
+_RETRY_AFTER_S = 1
+
+
+@dataclass(eq=False)
+class _Row:
+    """One choice of a response.
+
+    Attributes:
+        number: what the batcher calls it; None while it waits.
+    """
+
+    replies: Replies
+    index: int
+    request: Request
+    number: int | None = None
+    is_over: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A token of one choice, or the error that ended it."""
+
+    index: int
+    token: Token | None
+    error: ApiError | None = None
+
+
+@dataclass(eq=False)
+class Replies:
+    """The choices of one response as they are generated; used from the event loop."""
+
+    _worker: Worker
+    _rows: list[_Row] = field(default_factory=list)
+    _pieces: asyncio.Queue[Piece] = field(default_factory=asyncio.Queue)
+    _ended: set[int] = field(default_factory=set)
+    _is_closed: bool = False
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        """Tokens of all choices as they come, until each has ended."""
+        while len(self._ended) < len(self._rows):
+            piece = await self._pieces.get()
+            if piece.index in self._ended:
+                continue
+            if piece.token is None or piece.token.finish_reason is not None:
+                self._ended.add(piece.index)
+            yield piece
+
+    def put(self, piece: Piece) -> None:
+        if not self._is_closed:
+            self._pieces.put_nowait(piece)
+
+    def cancel(self, index: int) -> None:
+        """End one choice; its row is free for others."""
+        self._ended.add(index)
+        self._worker.cancel([self._rows[index]])
+
+    def close(self) -> None:
+        """End all choices and give their places in the queue to others; to be called in any case."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._worker.release(self._rows)
+
+
+class Worker:
+    """Generates the replies of all requests in a thread of its own.
+
+    Args:
+        make_batcher: called in the thread, and again after an unexpected error.
+        max_rows: rows that run at once.
+        max_queue: further rows that may wait.
+    """
+
+    def __init__(self, make_batcher: Callable[[], Batcher], max_rows: int, max_queue: int) -> None:
+        self._make_batcher = make_batcher
+        self._max_rows, self._limit = max_rows, max_rows + max_queue
+        self._lock = threading.Condition()
+        self._waiting: deque[_Row] = deque()
+        self._cancelled: list[_Row] = []
+        self._running: dict[int, _Row] = {}
+        self._num_open = 0  # rows whose response is not yet sent in full; of the event loop
+        self.num_cut = 0  # rows that `stop` has ended
+        self._is_stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
+
+    # -- the event loop --
+
+    def start(self) -> None:
+        """Called in the event loop that will use it."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End all replies with an error, and the thread after its current step."""
+        with self._lock:
+            self._is_stopping = True
+            self._lock.notify()
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def open(self, requests: Sequence[Request]) -> Replies:
+        """Queue the choices of one response.
+
+        Raises:
+            ApiError: 429, the queue is full; 503, the server is stopping.
+        """
+        if self._is_stopping:
+            raise _stopping()
+        if self._num_open + len(requests) > self._limit:
+            raise ApiError(
+                429, "the server is busy: its queue is full. Ask again later.", code="queue-full",
+                retry_after_s=_RETRY_AFTER_S,
+            )  # fmt: skip
+        self._num_open += len(requests)
+        replies = Replies(self)
+        replies._rows += [_Row(replies, index, request) for index, request in enumerate(requests)]
+        with self._lock:
+            self._waiting.extend(replies._rows)
+            self._lock.notify()
+        return replies
+
+    def cancel(self, rows: Sequence[_Row]) -> None:
+        with self._lock:
+            self._cancelled += [row for row in rows if not row.is_over]
+            self._lock.notify()
+
+    def release(self, rows: Sequence[_Row]) -> None:
+        """Forget the rows of a response that was sent, or whose client has left."""
+        self._num_open -= len(rows)
+        self.cancel(rows)
+
+    # -- the thread --
+
+    def _work(self) -> None:
+        batcher = self._make_batcher()
+        while True:
+            with self._lock:
+                while not (self._waiting or self._cancelled or batcher.has_work or self._is_stopping):
+                    self._lock.wait()
+                cancelled, self._cancelled = self._cancelled, []
+                if self._is_stopping:
+                    break
+            try:
+                pieces = self._turn(batcher, cancelled)
+            except Exception as error:  # a bug, or memory is full: these rows are lost, the server is not
+                log_unexpected(error)
+                pieces = [self._end(row, internal_error()) for row in [*self._running.values()]]
+                batcher = self._make_batcher()
+            self._send(pieces)
+        left = [row for row in [*self._running.values(), *self._waiting] if row not in cancelled]
+        self.num_cut = len(left)
+        self._send([self._end(row, _stopping()) for row in left])
+
+    def _turn(self, batcher: Batcher, cancelled: Sequence[_Row]) -> list[tuple[_Row, Piece]]:
+        """Free the rows of clients that have left, start waiting ones, and generate one token of each."""
+        for row in cancelled:
+            if row.is_over:
+                continue
+            row.is_over = True
+            if row.number is None:
+                with self._lock:
+                    self._waiting.remove(row)
+            else:
+                del self._running[row.number]
+                batcher.cancel(row.number)
+        pieces = []
+        while self._waiting and len(self._running) < self._max_rows:
+            with self._lock:
+                row = self._waiting.popleft()
+            try:
+                row.number = batcher.submit(row.request)
+                self._running[row.number] = row
+            except ModelError as error:
+                pieces.append(self._end(row, from_model_error(error)))
+            except Exception as error:
+                log_unexpected(error)
+                pieces.append(self._end(row, internal_error()))
+        if batcher.has_work:
+            pieces += [self._piece(token) for token in batcher.step() if token.row in self._running]
+        return pieces
+
+    def _piece(self, token: Token) -> tuple[_Row, Piece]:
+        row = self._running[token.row]
+        if token.finish_reason is None:
+            return row, Piece(row.index, token)
+        if token.finish_reason == "error":
+            return self._end(row, from_model_error(token.error) if token.error else internal_error())
+        row.is_over = True
+        del self._running[token.row]
+        return row, Piece(row.index, token)
+
+    def _end(self, row: _Row, error: ApiError) -> tuple[_Row, Piece]:
+        row.is_over = True
+        if row.number is not None:
+            self._running.pop(row.number, None)
+        return row, Piece(row.index, None, error)
+
+    def _send(self, pieces: Sequence[tuple[_Row, Piece]]) -> None:
+        if pieces and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_deliver, pieces)
+
+
+def _deliver(pieces: Sequence[tuple[_Row, Piece]]) -> None:
+    for row, piece in pieces:
+        row.replies.put(piece)
+
+
+def _stopping() -> ApiError:
+    return ApiError(503, "the server is stopping. Ask again later.", code="stopping", retry_after_s=5)

@@ -81,6 +81,8 @@ class LoggedReporter:
 
     def begin(self, total_steps: int, first_step: int, total_epochs: float) -> None: ...
 
+    def doing(self, text: str) -> None: ...
+
     def step(self, record: dict[str, Any], remark: str) -> None:
         if remark:
             logger.warning("step %s: %s", record["step"], remark)

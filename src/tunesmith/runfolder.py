@@ -36,6 +36,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def eval_replies(self) -> Path:
+        """Replies to held-out rows at each evaluation (train.eval_generate)."""
+        return self.path / "eval_replies.jsonl"
+
+    @property
     def ledger(self) -> Path:
         return self.path / LEDGER_FILE
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tunesmith.config.schema import DataSection
+    from tunesmith.config.schema import DataSection, TrainSection
 
 
 def check_lengths(data: DataSection, micro_batch_tokens: int | None) -> list[str]:
@@ -16,6 +16,20 @@ def check_lengths(data: DataSection, micro_batch_tokens: int | None) -> list[str
         f"train.micro_batch_tokens: {micro_batch_tokens} cannot hold one sample of data.max_seq_len "
         f"{data.max_seq_len}; set it to {data.max_seq_len} or more, or lower data.max_seq_len"
     ]
+
+
+def check_held_out(data: DataSection, train: TrainSection) -> list[str]:
+    """Held-out rows given twice, and keys that need some."""
+    problems = []
+    if data.eval and data.eval_split:
+        problems.append("data.eval_split: data.eval is given too; keep one of the two")
+    if not (data.eval or data.eval_split):
+        for name in ("eval_steps", "eval_generate"):
+            if getattr(train, name):
+                problems.append(f"train.{name}: nothing to evaluate on; give data.eval or data.eval_split")
+    if train.early_stop_patience and not train.eval_steps:
+        problems.append("train.early_stop_patience: needs train.eval_steps and data to evaluate on")
+    return problems
 
 
 def check_draws(data: DataSection) -> list[str]:

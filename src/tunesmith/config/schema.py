@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from tunesmith.config.plainyaml import require_plain, show
-from tunesmith.config.rules import check_draws, check_lengths
+from tunesmith.config.rules import check_draws, check_held_out, check_lengths
 
 
 class Section(BaseModel):
@@ -311,6 +311,9 @@ class TrainSection(Section):
     """Number of checkpoints to keep, besides the best one."""
     early_stop_patience: int | None = Field(default=None, ge=1)
     """Stop after this many evaluations without a lower eval_loss."""
+    eval_generate: int = Field(default=0, ge=0, le=100)
+    """Number of held-out rows to answer at each evaluation, greedily and with at most 128 tokens each: exact match,
+    ROUGE-L and the share that stops go to metrics.jsonl, the replies to the report. 0: none."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """On a NaN or infinite loss or gradient: stop the run, or skip the step (up to 10 in a row)."""
     trackers: list[Literal["tensorboard", "wandb", "swanlab", "trackio"]] = Field(default_factory=list)
@@ -347,14 +350,7 @@ class RunConfig(Section):
     def _validate_across(self) -> RunConfig:
         """Rules between keys; each message names both keys and a fix."""
         data, train = self.data, self.train
-        problems = [*check_lengths(data, train.micro_batch_tokens), *check_draws(data)]
-        if data.eval and data.eval_split:
-            problems.append("data.eval_split: data.eval is given too; keep one of the two")
-        has_eval = bool(data.eval or data.eval_split)
-        if train.eval_steps and not has_eval:
-            problems.append("train.eval_steps: nothing to evaluate on; give data.eval or data.eval_split")
-        if train.early_stop_patience and not train.eval_steps:
-            problems.append("train.early_stop_patience: needs train.eval_steps and data to evaluate on")
+        problems = [*check_lengths(data, train.micro_batch_tokens), *check_draws(data), *check_held_out(data, train)]
         # a resolved config has both keys, so a ratio at its default or at 0 counts as not given
         if self.optim.warmup_steps is not None and self.optim.warmup_ratio not in (0.0, DEFAULT_WARMUP_RATIO):
             problems.append(

@@ -51,6 +51,7 @@ class SupervisedLM(nn.Module):
         head_path: from choose_head_path.
         adapter: peft's PeftModel around the model, if only an adapter is trained.
         router_loss: train.router_loss.
+        own_attention: what the model's config named before our attention replaced it, which generation needs.
     """
 
     def __init__(
@@ -60,9 +61,11 @@ class SupervisedLM(nn.Module):
         head_path: str,
         adapter: Any = None,
         router_loss: RouterLoss = "transformers",
+        own_attention: str | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.own_attention = own_attention
         self._adapter = (adapter,)  # in a tuple: as a submodule, it would register every weight twice
         self.is_packed = is_packed
         self.router = find_router(model.config, type(model), router_loss)

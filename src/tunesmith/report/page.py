@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from markupsafe import Markup
@@ -15,6 +16,7 @@ from tunesmith.config.schema import DEFAULT_LORA_LR, DataSection, RunConfig
 from tunesmith.data.ledger import FileLedger, Ledger
 from tunesmith.report.charts import Series, line_chart
 from tunesmith.report.durations import format_duration, measure_durations
+from tunesmith.report.during import RowReplies, read_replies
 from tunesmith.report.records import RunRecords
 from tunesmith.report.replies import SampleReplies, SampleReply
 from tunesmith.report.ticks import format_value
@@ -49,6 +51,7 @@ def show_run(run: RunRecords, outcome: str, verdict: Verdict, samples: SampleRep
         problems=list(list_problems(run.ledger, run.config.data)),
         remark=samples.remark,
         samples=[SampleReply(_cut(s.prompt), _cut(s.reply), _cut(s.wanted), s.has_stopped) for s in samples.replies],
+        during=[_cut_row(row) for row in read_replies(run.folder.eval_replies)],
         changed=dump(changed_keys(run.config)),
         config=dump_yaml(run.config),
     )
@@ -87,6 +90,14 @@ def draw_charts(run: RunRecords) -> list[Markup]:
         line_chart("tokens per second", [series("tokens_per_s", is_smoothed=True)]),
         line_chart("evaluation perplexity", [series("eval_perplexity", is_marked=True)], can_be_log=True),
         line_chart("evaluation token accuracy", [series("eval_token_accuracy", is_marked=True)]),
+        line_chart(
+            "held-out replies: exact match, ROUGE-L",
+            [
+                series("eval_exact_match", is_marked=True),
+                series("eval_rougeL", is_marked=True),
+            ],
+        ),
+        line_chart("held-out replies that stop", [series("eval_stopped", is_marked=True)]),
         line_chart("router loss", [series("router_loss", is_smoothed=True)]),
     ]
     return [chart for chart in charts if chart]
@@ -153,6 +164,11 @@ def split_keys(text: str) -> list[tuple[str, bool]]:
     """Pieces of an advice, and whether they are flags, which must not be broken at the end of a line."""
     pieces = re.split(r"(--[a-z_]+(?:\.[a-z_]+)*(?: \d(?:[\d.e-]*\d)?)?)", text)
     return [(piece, index % 2 == 1) for index, piece in enumerate(pieces) if piece]
+
+
+def _cut_row(row: RowReplies) -> RowReplies:
+    replies = [replace(at, reply=_cut(at.reply)) for at in row.replies]
+    return RowReplies(row.row, _cut(row.prompt), _cut(row.reference), replies)
 
 
 def _cut(text: str) -> str:

@@ -134,7 +134,8 @@ def _as_record(line: str) -> Record | None:
 
 _NUMBERS = (
     "epoch", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "tokens_per_s", "router_loss", "eval_loss",
-    "eval_perplexity", "eval_token_accuracy", "eval_s", "time", "skipped", "grad_norm_jump",
+    "eval_perplexity", "eval_token_accuracy", "eval_exact_match", "eval_rougeL", "eval_stopped", "eval_s", "time",
+    "skipped", "grad_norm_jump",
 )  # fmt: skip
 _LARGEST_STEP = 10**12
 _LARGEST = 1e100

@@ -97,14 +97,14 @@ def _ask(folder: RunFolder, config: RunConfig) -> SampleReplies:
 def _reply_to_all(speaker: Any, samples: Sequence[Any]) -> list[SampleReply]:
     """Replies to the prompt of each sample's first reply, or to the beginning of a raw text."""
     from tunesmith.generation.decode import decode_reply
+    from tunesmith.generation.held_out import find_first_reply
     from tunesmith.generation.replies import reply_to
     from tunesmith.generation.sampling import Sampling
 
     asked, wanted, shares = [], [], []
     for sample in samples:
         ids, mask = sample.input_ids.tolist(), sample.loss_mask.tolist()
-        start = mask.index(1) if 1 in mask else len(ids)
-        end = next((i for i in range(start, len(mask)) if not mask[i]), len(mask))
+        start, end = find_first_reply(ids, mask)
         is_text = start <= 1  # nothing, or BOS alone, is before what is trained
         shares.append(None if is_text else (end - start) / _REPLY_TOKENS)
         if is_text:

@@ -120,11 +120,13 @@ def wrap(session: Session, model: PreTrainedModel, adapter: Any) -> tuple[Isolat
     config, lengths = session.config, session.lengths
     probe = probe_model(model)
     isolation = probe_isolation(probe, lengths.max_seq_len, lengths.capacity)
+    own_attention = None
     if isolation.is_isolated:
+        own_attention = model.config._attn_implementation
         use_packed_attention(probe)
         use_packed_attention(model)
     head_path = choose_head_path(probe, isolation.is_isolated)
-    lm = SupervisedLM(model, isolation.is_isolated, head_path, adapter, config.train.router_loss)
+    lm = SupervisedLM(model, isolation.is_isolated, head_path, adapter, config.train.router_loss, own_attention)
     require_router(config, lm.router)
     if config.train.gradient_checkpointing:
         try:

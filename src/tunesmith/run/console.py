@@ -42,6 +42,9 @@ class Reporter(Protocol):
     def begin(self, total_steps: int, first_step: int, total_epochs: float) -> None:
         """Training starts after `first_step`."""
 
+    def doing(self, text: str) -> None:
+        """What is done between two steps, until the next record."""
+
     def step(self, record: dict[str, Any], remark: str) -> None:
         """A record of metrics.jsonl; `remark` says what could not be saved, until a save succeeds."""
 
@@ -69,6 +72,10 @@ class ConsoleReporter:
     def begin(self, total_steps: int, first_step: int, total_epochs: float) -> None:
         self._display = StepDisplay(total_steps, first_step, total_epochs)
 
+    def doing(self, text: str) -> None:
+        if self._display is not None:
+            self._display.tell(text)
+
     def step(self, record: dict[str, Any], remark: str) -> None:
         assert self._display is not None
         self._display.show(record, remark)
@@ -94,6 +101,9 @@ class Silent:
         pass
 
     def begin(self, total_steps: int, first_step: int, total_epochs: float) -> None:
+        pass
+
+    def doing(self, text: str) -> None:
         pass
 
     def step(self, record: dict[str, Any], remark: str) -> None:
@@ -141,6 +151,11 @@ class StepDisplay:
         if self._console and not self._console.is_dumb_terminal:  # such a one cannot draw a line again
             self._bar = StepBar(total_steps, first_step, self._console)
 
+    def tell(self, doing: str) -> None:
+        """What the bar says until the next record; plain lines have no place for it."""
+        if self._bar:
+            self._bar.tell(doing)
+
     def show(self, record: dict[str, Any], remark: str = "") -> None:
         """A record as a line, with `remark` at its end."""
         step = record["step"]
@@ -187,6 +202,8 @@ def format_findings(record: dict[str, Any]) -> list[str]:
             f"perplexity {record['eval_perplexity']:.2f}",
             f"accuracy {record['eval_token_accuracy']:.1%}",
         ]
+    if "eval_exact_match" in record:
+        parts += [f"exact match {record['eval_exact_match']:.0%}", f"stopped {record['eval_stopped']:.0%}"]
     if "rows" in record:
         times = record.get("grad_norm_jump")
         what = f"gradient norm {times:.0f} times the usual" if times else "left out, its loss is not finite"

@@ -6,6 +6,7 @@ import contextlib
 
 from tunesmith.config.runfile import dump_yaml
 from tunesmith.files import sealed, write_text_atomic
+from tunesmith.generation.held_out import HeldOutQuestions
 from tunesmith.run.assemble import ReadyRun
 from tunesmith.run.failures import tell_interrupted
 from tunesmith.run.records import RunRecord
@@ -13,7 +14,7 @@ from tunesmith.runfolder import RunFolder
 from tunesmith.training.checkpoint import Checkpoint, restore_optimizer
 from tunesmith.training.interrupt import StopRequest
 from tunesmith.training.loop import Trainer
-from tunesmith.training.metrics import Tracker, start_trackers, tracker_hints
+from tunesmith.training.metrics import MetricsFile, Tracker, start_trackers, tracker_hints
 from tunesmith.training.optim import build_optimizer
 from tunesmith.training.progress import Progress, TrainState, Window
 from tunesmith.training.randomness import restore_random_states, seed_all
@@ -48,6 +49,7 @@ def build_trainer(
     scaler = session.precision.scaler(session.device)
     names, last_step = list(config.train.trackers), state.step if state else None
     trackers: list[Tracker] = []
+    questions = choose_questions(ready)
     if session.world.is_main:
         trackers = start_trackers(names, folder, config.model_dump(mode="json"), record.id, last_step)
     saver = Saver(folder, lm, session.encoder, record.guard.to_json(), config.train.keep_checkpoints)
@@ -68,10 +70,30 @@ def build_trainer(
         trackers=trackers,
         stop=stop,
         on_log=session.reporter.step,
+        questions=questions,
+        replies=MetricsFile(folder.eval_replies, last_step) if questions and session.world.is_main else None,
+        on_doing=session.reporter.doing,
         progress=progress,
         window=state.window if state else Window(),
         saved_step=state.step if state else None,
     )
+
+
+def choose_questions(ready: ReadyRun) -> HeldOutQuestions | None:
+    """The held-out rows to answer at each evaluation; where there are fewer than asked for, a note says so."""
+    session, held_out = ready.session, ready.feed.held_out
+    wanted = session.config.train.eval_generate
+    if not wanted or held_out is None:
+        return None
+    learned = getattr(session.model_config.get_text_config(), "max_position_embeddings", None)
+    context = max(learned, session.lengths.max_seq_len) if learned else None
+    questions = HeldOutQuestions(held_out, session.encoder, wanted, context, session.lengths.capacity)
+    if (found := len(questions.questions)) < wanted:
+        session.reporter.note(
+            f"note: train.eval_generate {wanted}: {found or 'none'} of the held-out rows can be answered: a row needs "
+            "a prompt and a whole reply (raw text has none)"
+        )
+    return questions if found else None
 
 
 def train_to_end(ready: ReadyRun, trainer: Trainer) -> None:
@@ -94,12 +116,12 @@ def train_to_end(ready: ReadyRun, trainer: Trainer) -> None:
         if not trainer.stop.is_urgent:
             with contextlib.suppress(Exception):
                 trainer.saver.wait()  # an earlier snapshot is still worth keeping
-        for tracker in trainer.trackers:
+        for tracker in trainer.all_trackers:
             with contextlib.suppress(OSError):  # a full disk must not hide the original error
                 tracker.finish()
         raise
     else:
-        for tracker in trainer.trackers:
+        for tracker in trainer.all_trackers:
             tracker.finish()
     finally:
         reporter.end()

@@ -31,7 +31,7 @@ class StepBar:
     def __init__(self, total_steps: int, first_step: int, console: Console) -> None:
         self._total, self._first, self._console = total_steps, first_step, console
         self._began = self._updated = time.monotonic()
-        self._step, self._parts = first_step, [f"{first_step}/{total_steps}"]
+        self._step, self._parts, self._doing = first_step, [f"{first_step}/{total_steps}"], ""
         self._stack = ExitStack()
         self._stack.enter_context(no_echo())  # Enter would leave a copy of the bar behind
         self._live = Live(self, console=console, refresh_per_second=_REFRESHES)
@@ -46,8 +46,15 @@ class StepBar:
         """Args:
         parts: what to say beside the bar; the last ones are left out where the terminal is narrow.
         """
-        self._step, self._updated = step, time.monotonic()
+        self._step, self._updated, self._doing = step, time.monotonic(), ""
         self._parts = [f"{step}/{self._total}", *parts]
+
+    def tell(self, doing: str) -> None:
+        """Args:
+        doing: what is done between two steps, in place of the last numbers until `update`.
+        """
+        self._doing = doing
+        self._live.refresh()
 
     def print(self, lines: Sequence[str]) -> None:
         """Lines above the bar."""
@@ -60,7 +67,7 @@ class StepBar:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = max(1, options.max_width - _MARGIN)
-        parts = [self._parts[0], self._time(), *self._parts[1:]]
+        parts = [self._parts[0], self._time(), *([self._doing] if self._doing else self._parts[1:])]
         while len(parts) > 3 and len("  ".join(parts)) + _SHORTEST + 1 > width:
             parts.pop()
         while len(parts) > 1 and len("  ".join(parts)) > width:  # too narrow for a bar

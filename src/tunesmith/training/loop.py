@@ -12,7 +12,8 @@ import torch
 
 from tunesmith.config.schema import RunConfig, interval_steps
 from tunesmith.data.feed import Feed, Step
-from tunesmith.errors import InterruptedRun, RunError
+from tunesmith.errors import InterruptedRun, ModelError, RunError
+from tunesmith.generation.held_out import HeldOutQuestions, mean_scores
 from tunesmith.model.loss import SupervisedLM
 from tunesmith.training.checkpoint import Snapshot, copy_optimizer, copy_weights
 from tunesmith.training.evaluate import evaluate
@@ -37,6 +38,9 @@ class Trainer:
 
     Attributes:
         on_log: gets each record, and what could not be saved.
+        questions: held-out rows that are answered at each evaluation; None: none.
+        replies: where the answers go.
+        on_doing: gets what is done between two steps, for the bar.
         saved_step: of the newest checkpoint.
         pace: what the loop is doing, and how long that took before.
     """
@@ -52,10 +56,18 @@ class Trainer:
     trackers: list[Tracker]
     stop: StopRequest
     on_log: Callable[[Record, str], None]
+    questions: HeldOutQuestions | None = None
+    replies: Tracker | None = None
+    on_doing: Callable[[str], None] = lambda text: None
     progress: Progress = field(default_factory=Progress)
     window: Window = field(default_factory=Window)
     saved_step: int | None = None
     pace: Pace = field(default_factory=Pace)
+    answer_failure: str = ""
+
+    @property
+    def all_trackers(self) -> list[Tracker]:
+        return [*self.trackers, *([self.replies] if self.replies else [])]
 
     def train(self) -> None:
         """Run all steps from where `progress` is, and save the last one.
@@ -164,7 +176,7 @@ class Trainer:
         record = record | {"time": round(time.time(), 1)}
         for tracker in self.trackers:
             tracker.log(record)
-        self.on_log(record, self.saver.failure)
+        self.on_log(record, self.saver.failure or self.answer_failure)
 
     def _record(self, window: Window, lr: float, grad_norm: float) -> Record:
         record = self._head() | {
@@ -190,8 +202,28 @@ class Trainer:
     def _evaluate(self) -> Record:
         assert self.feed.held_out is not None
         with self.pace.of("evaluation"):  # always to its end: a resumed run does not repeat it
+            self.on_doing("evaluating")
             result = evaluate(self.lm, self.feed.held_out, self.precision, self.world)
-            return result.to_record() | {"eval_s": round(self.pace.seconds(), 3)}
+            return result.to_record() | self._answer() | {"eval_s": round(self.pace.seconds(), 3)}
+
+    def _answer(self) -> Record:
+        """Answer a few held-out rows, as if it had not been done: the next step draws the same random numbers."""
+        if not self.questions or not self.world.is_main:
+            return {}
+        number = len(self.questions.questions)
+        self.on_doing(f"answering {number} held-out row{'s' if number > 1 else ''}")
+        random, self.answer_failure = take_random_states(), ""
+        try:
+            with self.precision.context(next(self.lm.parameters()).device):
+                answers = self.questions.ask(self.lm)
+        except (ModelError, torch.OutOfMemoryError) as error:  # training itself may go on
+            self.answer_failure = f"the held-out rows could not be answered: {str(error).splitlines()[0]}"
+            return {}
+        finally:
+            restore_random_states(*random)
+        if self.replies is not None:
+            self.replies.log(self._head() | {"replies": [answer.to_json() for answer in answers]})
+        return mean_scores(answers)
 
     def _evaluate_first(self) -> Record:
         """Before step 1, where an interrupted evaluation is repeated."""
@@ -200,10 +232,14 @@ class Trainer:
         assert self.feed.held_out is not None
         try:
             with self.pace.of("forward", len(self.feed.held_out)):
+                self.on_doing("evaluating")
                 result = evaluate(self.lm, self.feed.held_out, self.precision, gives_up=self._gives_up)
-                return result.to_record() | {"eval_s": round(self.pace.seconds(), 3)}
+                eval_s = self.pace.seconds()
         except StepAborted:
             self._stop()
+        with self.pace.of("evaluation"):
+            answered = self._answer()
+            return result.to_record() | answered | {"eval_s": round(eval_s + self.pace.seconds(), 3)}
 
     def _judge(self, eval_loss: float) -> bool:
         """Whether this is the best model so far, and so worth a checkpoint; notes where patience has run out."""
@@ -232,7 +268,7 @@ class Trainer:
         state = TrainState(self.progress, self.feed.total_steps, self.window, self.scaler.state_dict(), others)
         content = state.to_json()  # now: training changes it while it is written
         if self.world.is_main:
-            for tracker in self.trackers:
+            for tracker in self.all_trackers:
                 tracker.sync()  # what a resumed run will not log again must be on disk before its checkpoint
             self.saver.wait()
             if self.saver.failure:

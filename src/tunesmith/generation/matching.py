@@ -35,7 +35,8 @@ def split_words(text: str) -> list[str]:
     Runs of a-z and 0-9, as rouge-score finds them; it drops all else. Of scripts that it drops whole, words; of those
     written without spaces between words (Chinese, Japanese, Thai, ...), characters.
     """
-    return _WORD.findall(text.lower())
+    words: list[str] = _WORD.findall(text.lower())
+    return words
 
 
 def rouge_l(reply: str, reference: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import inspect
 import random
 import time
@@ -16,29 +17,48 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 import tokenizers_of_others as others
 from conftest import build_model, tiny_config
 from tunesmith.errors import ModelError
-from tunesmith.generation import batch, rules, sampling
-from tunesmith.generation.batch import Prompt, Token, generate_tokens
+from tunesmith.generation import choose, rules, sampling
+from tunesmith.generation.batcher import Batcher
 from tunesmith.generation.decode import PieceDecoder
+from tunesmith.generation.request import Request
 from tunesmith.generation.sampling import Sampling
+from tunesmith.generation.speaker import Speaker
+from tunesmith.model.bpe import train_tokenizer
+from tunesmith.model.tokenizer import build_encoder
 
 LENGTHS = (3, 17, 1, 40)
 NEW = 24
 GREEDY = Sampling(NEW, temperature=0)
 
 
-def prompts_of(lengths: tuple[int, ...], sampling: Sampling) -> list[Prompt]:
+ENCODER = build_encoder(train_tokenizer(["a b"], vocab_size=300), None, {}, datetime.datetime(2026, 1, 2))
+
+
+def speaker_of(model: Any, stops: tuple[int, ...] = ()) -> Speaker:
+    """A speaker whose rows end at these tokens."""
+    speaker = Speaker(model, ENCODER)
+    speaker.__dict__["stop_ids"] = frozenset(stops)
+    return speaker
+
+
+def prompts_of(lengths: tuple[int, ...], sampling: Sampling) -> list[Request]:
     rng = random.Random(0)
-    return [Prompt([rng.randrange(3, 400) for _ in range(length)], sampling) for length in lengths]
+    return [Request([rng.randrange(3, 400) for _ in range(length)], sampling) for length in lengths]
 
 
-def replies(model: Any, prompts: list[Prompt], stops: tuple[int, ...] = ()) -> list[list[int]]:
-    found: list[list[int]] = [[] for _ in prompts]
-    for token in generate_tokens(model, prompts, stops):
-        found[token.row].append(token.id)
-    return found
+def replies(model: Any, prompts: list[Request], stops: tuple[int, ...] = ()) -> list[list[int]]:
+    """Tokens of the replies, all computed together; raises what ended a row."""
+    batcher = Batcher(speaker_of(model, stops))
+    found: dict[int, list[int]] = {batcher.submit(prompt): [] for prompt in prompts}
+    while batcher.has_work:
+        for token in batcher.step():
+            if token.error is not None:
+                raise token.error
+            found[token.row].append(token.id)
+    return list(found.values())
 
 
-def theirs(model: Any, prompt: Prompt, **options: Any) -> list[int]:
+def theirs(model: Any, prompt: Request, **options: Any) -> list[int]:
     """Tokens of transformers' generate, without those after the stop token."""
     ids = torch.tensor([list(prompt.ids)])
     output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, pad_token_id=0, **options)
@@ -101,7 +121,7 @@ def test_remove_invalid_values() -> None:
 
 def test_every_setting_of_generation_config_is_applied_or_named() -> None:
     """A setting of a coming transformers that nobody has looked at fails here."""
-    source = "".join(map(inspect.getsource, (batch, rules, sampling)))
+    source = "".join(map(inspect.getsource, (choose, rules, sampling)))
     passive = {
         "max_length", "max_new_tokens", "early_stopping", "use_mtp", "use_cache", "cache_implementation",
         "cache_config", "max_cache_len", "length_penalty", "num_return_sequences", "output_attentions",
@@ -123,11 +143,11 @@ def test_settings_that_are_not_applied_are_named() -> None:
 
 
 def test_a_sampled_reply_is_the_same_alone_and_in_a_batch(model: Any) -> None:
-    prompts = [Prompt(prompt.ids, Sampling(NEW, 1.5, seed)) for seed, prompt in enumerate(prompts_of(LENGTHS, GREEDY))]
+    prompts = [Request(prompt.ids, Sampling(NEW, 1.5, seed)) for seed, prompt in enumerate(prompts_of(LENGTHS, GREEDY))]
     together = replies(model, prompts)
     assert together == [replies(model, [prompt])[0] for prompt in prompts]
     assert together == replies(model, prompts)
-    again = [Prompt(prompt.ids, Sampling(NEW, 1.5, seed=9)) for prompt in prompts]
+    again = [Request(prompt.ids, Sampling(NEW, 1.5, seed=9)) for prompt in prompts]
     assert all(one != other for one, other in zip(replies(model, again), together, strict=True))
 
 
@@ -141,7 +161,7 @@ def test_samples_follow_the_probabilities_that_generation_config_leaves() -> Non
         logits = model(torch.tensor([ids])).logits[0, -1] / 2.0
     top = logits.topk(3)
     probable = dict(zip(top.indices.tolist(), top.values.softmax(-1).tolist(), strict=True))
-    drawn = [reply[0] for reply in replies(model, [Prompt(ids, Sampling(1, seed=seed)) for seed in range(2000)])]
+    drawn = [reply[0] for reply in replies(model, [Request(ids, Sampling(1, seed=seed)) for seed in range(2000)])]
     assert set(drawn) == set(probable)
     for token, share in probable.items():
         assert drawn.count(token) / 2000 == pytest.approx(share, abs=0.04)
@@ -149,7 +169,7 @@ def test_samples_follow_the_probabilities_that_generation_config_leaves() -> Non
 
 def test_top_k_is_transformers_default_where_the_model_names_none() -> None:
     model = build_model(tiny_config("qwen3", initializer_range=1e-6)).eval()  # all tokens are about equally likely
-    drawn = [reply[0] for reply in replies(model, [Prompt([5], Sampling(1, 1.0, seed)) for seed in range(2000)])]
+    drawn = [reply[0] for reply in replies(model, [Request([5], Sampling(1, 1.0, seed)) for seed in range(2000)])]
     assert len(set(drawn)) <= 50
 
 
@@ -160,21 +180,22 @@ def test_a_row_ends_at_its_stop_token_or_its_own_limit() -> None:
     stop = whole[1][5]
     ends = [reply.index(stop) + 1 if stop in reply else NEW for reply in whole]
     assert replies(model, prompts, (stop,)) == [reply[:end] for reply, end in zip(whole, ends, strict=True)]
-    limits = (1, 4, 0, 9)
-    some = [Prompt(prompt.ids, Sampling(limit, 0)) for prompt, limit in zip(prompts, limits, strict=True)]
+    limits = (1, 4, 24, 9)
+    some = [Request(prompt.ids, Sampling(limit, 0)) for prompt, limit in zip(prompts, limits, strict=True)]
     assert replies(model, some) == [reply[:limit] for reply, limit in zip(whole, limits, strict=True)]
-    tokens = list(generate_tokens(model, prompts[:1], ()))
-    assert tokens == [Token(0, token, number == NEW) for number, token in enumerate(whole[0], 1)]
 
 
 def test_tokens_come_one_by_one() -> None:
     model = build_model(tiny_config("qwen3")).eval()
+    speaker = speaker_of(model)
+    assert speaker.cache_check.remark == ""
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
-    tokens = generate_tokens(model, prompts_of((4, 7), GREEDY), ())
+    tokens = speaker.generate([prompt.ids for prompt in prompts_of((4, 7), GREEDY)], GREEDY)
     rows = [next(tokens).row for _ in range(6)]
     assert (rows, len(calls)) == ([0, 1, 0, 1, 0, 1], 3)
     tokens.close()
+    assert not speaker.batcher.has_work
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def test_replies_to_many_prompts_are_those_to_each(trained: Path) -> None:
     asked = ["Who are you?", "And the fox?", "you " * 30, "And the fox?"]
     prompts = [speaker.encoder.encode_prompt([Message("user", text)]) for text in asked]
     sampling = Sampling(20, temperature=0)
-    together = reply_to(speaker, prompts, sampling, batch_size=3)
+    together = reply_to(speaker, prompts, sampling)
     assert [(reply.text, reply.has_stopped) for reply in together[:2]] == [
         ("I am a small model. 你好🙂", True),
         ("jumps over the lazy dog", True),

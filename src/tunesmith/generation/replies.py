@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from tunesmith.generation.decode import PieceDecoder, decode_reply
+from tunesmith.generation.decode import decode_reply
 from tunesmith.generation.sampling import Sampling
 from tunesmith.generation.speaker import Speaker
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The text of a reply without its stop token, and whether it ended with a stop token."""
+    """The text of a reply without its stop token, and whether it ended with a stop token or a stop string."""
 
     text: str
     has_stopped: bool
@@ -24,31 +24,25 @@ def stream_reply(speaker: Speaker, prompt: Sequence[int], sampling: Sampling) ->
     Raises:
         ModelError: no reply fits the context.
     """
-    pieces = PieceDecoder(speaker.encoder)
     for token in speaker.generate([prompt], sampling):
-        if token.id not in speaker.stop_ids:
-            yield pieces.push(token.id)
-    yield pieces.finish()
+        yield token.text
 
 
-def reply_to(
-    speaker: Speaker, prompts: Sequence[Sequence[int]], sampling: Sampling, batch_size: int = 32
-) -> list[Reply]:
-    """The replies to prompts (as ids), computed in batches.
+def reply_to(speaker: Speaker, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Reply]:
+    """The replies to prompts (as ids), computed together.
 
     Raises:
         ModelError: no reply fits the context.
     """
-    found: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths need little padding
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        for token in speaker.generate([prompts[i] for i in chosen], sampling):
-            found[chosen[token.row]].append(token.id)
-    return [
-        Reply(
-            decode_reply(speaker.encoder, [i for i in ids if i not in speaker.stop_ids]),
-            bool(ids) and ids[-1] in speaker.stop_ids,
-        )
-        for ids in found
-    ]
+    ids: list[list[int]] = [[] for _ in prompts]
+    pieces: list[list[str]] = [[] for _ in prompts]
+    has_stopped = [False] * len(prompts)
+    for token in speaker.generate(prompts, sampling):
+        ids[token.row].append(token.id)
+        pieces[token.row].append(token.text)
+        has_stopped[token.row] = token.finish_reason == "stop"
+    if sampling.stop:
+        texts = ["".join(some) for some in pieces]
+    else:
+        texts = [decode_reply(speaker.encoder, [i for i in some if i not in speaker.stop_ids]) for some in ids]
+    return [Reply(text, stopped) for text, stopped in zip(texts, has_stopped, strict=True)]

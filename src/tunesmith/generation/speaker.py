@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +19,10 @@ from tunesmith.config.runfile import read_yaml
 from tunesmith.config.schema import DataSection, ModelSection
 from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import ConfigError, ModelError
-from tunesmith.generation.batch import Prompt, Token, generate_tokens
+from tunesmith.generation.batcher import Batcher, Token
+from tunesmith.generation.request import Request
 from tunesmith.generation.sampling import Sampling, unapplied_settings
+from tunesmith.generation.selfcheck import CacheCheck, check_cache
 from tunesmith.model.device import pick_device
 from tunesmith.model.load import load_config, load_model, require_own_base
 from tunesmith.model.source import ModelSource, find_model, telling_text
@@ -44,18 +47,73 @@ class Speaker:
     context: int | None = None
     adapter: Any = None
     adapters: Mapping[str, str] = field(default_factory=dict)
+    _chosen: list[str] = field(default_factory=list)
+    _unread: dict[int, list[Token]] = field(default_factory=dict)
 
     @property
     def adapter_names(self) -> list[str]:
         return list(self.adapters)
 
+    @property
+    def active(self) -> str:
+        """Name of the adapter in use; "base" where there is none."""
+        return self._chosen[-1] if self._chosen else next(iter(self.adapters), "base")
+
     def switch(self, name: str) -> None:
         """Use another of the opened adapters; "base" uses none."""
+        if name == self.active:
+            return
         if name == "base":
             self.adapter.base_model.disable_adapter_layers()
         else:
             self.adapter.base_model.enable_adapter_layers()
             self.adapter.set_adapter(self.adapters[name])
+        self._chosen[:] = [name]
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        """Another adapter for a while."""
+        before = self.active
+        self.switch(name)
+        try:
+            yield
+        finally:
+            self.switch(before)
+
+    def resolve_adapter(self, name: str | None) -> str:
+        """The name of an opened adapter, or "base".
+
+        Args:
+            name: None means the one in use.
+
+        Raises:
+            ModelError: no such adapter is open.
+        """
+        if name is None:
+            return self.active
+        if name not in (*self.adapters, "base"):
+            known = ", ".join([*self.adapters, "base"])
+            raise ModelError(f"{name!r}: no such adapter is open; open are: {known}", code="unknown-adapter")
+        return name
+
+    @cached_property
+    def cache_check(self) -> CacheCheck:
+        """Whether rows of this model can be computed together, by a test on it."""
+        check = check_cache(self.model, self.context)
+        if check.remark:
+            logger.warning("note: replies are computed one by one: %s", check.remark)
+        return check
+
+    @cached_property
+    def batcher(self) -> Batcher:
+        """The generator of `generate`; it keeps caches of earlier conversations."""
+        return Batcher(self)
+
+    @cached_property
+    def num_embeddings(self) -> int:
+        """Number of token ids that the model knows."""
+        embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        return int(embeddings.weight.shape[0])
 
     def room_for_reply(self, prompt_tokens: int, wanted: int) -> int:
         """Number of new tokens that fit after a prompt, at most `wanted`.
@@ -93,11 +151,36 @@ class Speaker:
         Raises:
             ModelError: no reply fits the context, or the model's generation_config or weights cannot be used.
         """
-        rows = [
-            Prompt(ids, replace(sampling, max_new_tokens=self.room_for_reply(len(ids), sampling.max_new_tokens)))
-            for ids in prompts
-        ]
-        return generate_tokens(self.model, rows, self.stop_ids)
+        if not sampling.max_new_tokens:
+            return
+        batcher, rows = self.batcher, {}
+        try:
+            for place, ids in enumerate(prompts):
+                rows[batcher.submit(Request(ids, sampling))] = place
+            while rows:
+                for token in self._next_tokens(rows):
+                    place = rows[token.row]
+                    if token.error is not None:
+                        raise token.error
+                    if token.is_last:
+                        del rows[token.row]
+                    yield replace(token, row=place)
+        finally:
+            for row in rows:
+                batcher.cancel(row)
+                self._unread.pop(row, None)
+
+    def _next_tokens(self, rows: Mapping[int, int]) -> list[Token]:
+        """Tokens of these rows; those of other callers' rows are put aside for them."""
+        found = [token for row in rows for token in self._unread.pop(row, ())]
+        if found:
+            return found
+        for token in self.batcher.step():
+            if token.row in rows:
+                found.append(token)
+            else:
+                self._unread.setdefault(token.row, []).append(token)
+        return found
 
 
 def load_speaker(

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tunesmith.caches.alone import RowsAlone
+from tunesmith.caches.memory import MemoryPlan, plan_memory
+from tunesmith.caches.packed import PackedRows
+from tunesmith.caches.rows import CachedRow
 from tunesmith.errors import ModelError, UsageError
-from tunesmith.generation.alone import RowsAlone
 from tunesmith.generation.choose import Chooser, choose
 from tunesmith.generation.decode import ReplyText
-from tunesmith.generation.memory import MemoryPlan, plan_memory
-from tunesmith.generation.packed import PackedRows
-from tunesmith.generation.request import Request, Row
+from tunesmith.generation.request import Request
 
 if TYPE_CHECKING:
     from tunesmith.generation.speaker import Speaker
@@ -52,6 +53,20 @@ class Token:
         return self.finish_reason is not None
 
 
+@dataclass(slots=True)
+class Row:
+    """A reply that is being written."""
+
+    cached: CachedRow
+    request: Request
+    chooser: Chooser
+    text: ReplyText
+
+    @property
+    def number(self) -> int:
+        return self.cached.number
+
+
 class Batcher:
     """Generate for many rows at once. Not thread-safe: one thread calls its methods.
 
@@ -73,7 +88,9 @@ class Batcher:
         self._speaker = speaker
         self._max_rows, self._prefill_tokens = max_rows, prefill_tokens
         check = speaker.cache_check
-        self.memory: MemoryPlan = plan_memory(speaker, check.bytes_a_token, max_rows, memory_bytes)
+        self.memory: MemoryPlan = plan_memory(
+            speaker.model, speaker.context, check.bytes_a_token, max_rows, memory_bytes
+        )
         self._engine: PackedRows | RowsAlone
         if check.layout is None:
             self._engine = RowsAlone(speaker.model, check.bytes_a_token, self.memory.memory_bytes)
@@ -84,7 +101,7 @@ class Batcher:
         self._numbers = itertools.count()
         self._waiting: deque[Row] = deque()
         self._rows: dict[int, Row] = {}  # running, oldest first
-        self._reading: list[Row] = []
+        self._reading: list[CachedRow] = []
 
     @property
     def has_work(self) -> bool:
@@ -122,7 +139,7 @@ class Batcher:
         stops = (*request.stop_strings, *request.sampling.stop)
         chooser = Chooser(speaker.model, request, limit, speaker.stop_ids, self._device)
         text = ReplyText(speaker.encoder, stops)
-        row = Row(next(self._numbers), request, adapter, ids, limit, chooser, text)
+        row = Row(CachedRow(next(self._numbers), adapter, ids, limit), request, chooser, text)
         self._waiting.append(row)
         return row.number
 
@@ -150,16 +167,16 @@ class Batcher:
         """The next token of each running row that has read its prompt; reads a chunk of the others' prompts."""
         self._admit()
         for row in list(self._rows.values()):
-            while row.number in self._rows and row.shelf is not None and not self._engine.grow(row):
+            while row.number in self._rows and row.cached.shelf is not None and not self._engine.grow(row.cached):
                 self._preempt()
         chunks = self._plan_chunks()
         found: list[Token] = []
         for adapter in sorted(self._engine.adapters() | {row.adapter for row, _ in chunks}):
             own = [(row, size) for row, size in chunks if row.adapter == adapter]
             with self._speaker.using(adapter):
-                rows, logits = self._engine.forward(adapter, own)
-            if rows:
-                found += self._take(rows, logits)
+                done, logits = self._engine.forward(adapter, own)
+            if done:
+                found += self._take([self._rows[row.number] for row in done], logits)
         return found
 
     def _admit(self) -> None:
@@ -170,18 +187,18 @@ class Batcher:
             if unread >= self._prefill_tokens and len(self._reading) >= _MOST_READING:
                 break
             row = self._waiting.popleft()
-            if self._engine.reads_beginning_of(row):
+            if self._engine.reads_beginning_of(row.cached):
                 skipped.append(row)  # a step or two later it can copy that beginning
                 continue
-            if not self._engine.admit(row):
+            if not self._engine.admit(row.cached):
                 self._waiting.appendleft(row)
                 break
             self._rows[row.number] = row
-            self._reading.append(row)
-            unread += row.pending
+            self._reading.append(row.cached)
+            unread += row.cached.pending
         self._waiting.extendleft(reversed(skipped))
 
-    def _plan_chunks(self) -> list[tuple[Row, int]]:
+    def _plan_chunks(self) -> list[tuple[CachedRow, int]]:
         """How much of which prompt is read: half of the tokens for the oldest, the rest for the shortest ones first."""
         if not self._engine.can_read_in_chunks:
             return [(row, row.pending) for row in self._reading]
@@ -208,9 +225,9 @@ class Batcher:
             self._waiting.remove(row)
             return
         del self._rows[row.number]
-        if row in self._reading:
-            self._reading.remove(row)
-        self._engine.leave(row, is_kept, is_damaged)
+        if row.cached in self._reading:
+            self._reading.remove(row.cached)
+        self._engine.leave(row.cached, is_kept, is_damaged)
 
     def _take(self, rows: Sequence[Row], logits: Tensor) -> list[Token]:
         """Choose each row's next token; rows that end leave."""
@@ -228,16 +245,16 @@ class Batcher:
         return found
 
     def _continue(self, row: Row, token: int, logprob: float | None, top: Sequence[tuple[int, float]]) -> Token:
-        row.left -= 1
+        row.cached.left -= 1
         is_stop = token in self._speaker.stop_ids
         text = "" if is_stop or token == self._speaker.encoder.eos_id else row.text.push(token)
-        reason = "stop" if is_stop or row.text.is_stopped else None if row.left else "length"
+        reason = "stop" if is_stop or row.text.is_stopped else None if row.cached.left else "length"
         if reason is None:
-            row.ids.append(token)
+            row.cached.ids.append(token)
             row.chooser.accept(token)
-            if row in self._reading:
-                self._reading.remove(row)
-                while row.number in self._rows and not self._engine.settle(row):
+            if row.cached in self._reading:
+                self._reading.remove(row.cached)
+                while row.number in self._rows and not self._engine.settle(row.cached):
                     self._preempt()
             return Token(row.number, token, text, logprob, top)
         text += row.text.finish()

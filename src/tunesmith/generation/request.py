@@ -1,19 +1,14 @@
-"""What is asked of the generator, a prompt with its settings, and the row that answers it."""
+"""What is asked of the generator: a prompt with its settings."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
-from tunesmith.generation.cache import RowCache, Shelf
-from tunesmith.generation.decode import ReplyText
 from tunesmith.generation.sampling import Sampling
-
-if TYPE_CHECKING:
-    from tunesmith.generation.choose import Chooser
 
 
 class Constraint(Protocol):
@@ -44,40 +39,3 @@ class Request:
     top_logprobs: int | None = None
     adapter: str | None = None
     constraint: Constraint | None = None
-
-
-@dataclass(slots=True, eq=False)
-class Row:
-    """A prompt and its reply so far.
-
-    Attributes:
-        adapter: its resolved name; "base" where there is none.
-        ids: tokens of the prompt and the reply.
-        left: new tokens that it may still have.
-        computed: how many of `ids` are in the cache.
-        cache: keys and values while the prompt is read.
-        shelf: where they are afterwards.
-        own: the model's own cache, where rows cannot be batched.
-    """
-
-    number: int
-    request: Request
-    adapter: str
-    ids: list[int]
-    left: int
-    chooser: Chooser
-    text: ReplyText
-    computed: int = 0
-    cache: RowCache | None = None
-    shelf: Shelf | None = None
-    own: Any = None
-
-    @property
-    def pending(self) -> int:
-        """Tokens that are not in the cache."""
-        return len(self.ids) - self.computed
-
-    @property
-    def final_length(self) -> int:
-        """Length of the prompt with the longest reply."""
-        return len(self.ids) + self.left

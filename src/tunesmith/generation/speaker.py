@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from tunesmith.adapters.open_adapter import open_adapter
+from tunesmith.caches.selfcheck import CacheCheck, check_cache
 from tunesmith.config.runfile import read_yaml
 from tunesmith.config.schema import DataSection, ModelSection
 from tunesmith.encode.encoder import Encoder
@@ -22,7 +23,6 @@ from tunesmith.errors import ConfigError, ModelError
 from tunesmith.generation.batcher import Batcher, Token
 from tunesmith.generation.request import Request
 from tunesmith.generation.sampling import Sampling, unapplied_settings
-from tunesmith.generation.selfcheck import CacheCheck, check_cache
 from tunesmith.model.device import pick_device
 from tunesmith.model.load import load_config, load_model, require_own_base
 from tunesmith.model.source import ModelSource, find_model, telling_text

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from tunesmith.errors import ModelError
-from tunesmith.generation.batch import Token as Drawn
+from tunesmith.generation.batcher import Token as Drawn
 from tunesmith.generation.decode import PieceDecoder
 from tunesmith.generation.sampling import Sampling
 from tunesmith.generation.speaker import Speaker

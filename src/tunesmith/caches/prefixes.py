@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tunesmith.generation.cache import RowCache
+from tunesmith.caches.store import RowCache
 
 WORTHWHILE = 32  # tokens; copying fewer costs about as much as computing them
 _MOST = 256  # caches

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from tunesmith.generation.attention import CachedRows, ChunkPart, Part, ShelfPart, configs_of, swapped_attention
-from tunesmith.generation.cache import Layout, RowCache, Shelf, size_of_shelf
-from tunesmith.generation.prefixes import WORTHWHILE, Kept, KeptPrefixes, common_length
-from tunesmith.generation.request import Row
+from tunesmith.caches.attention import CachedRows, ChunkPart, Part, ShelfPart, configs_of, swapped_attention
+from tunesmith.caches.prefixes import WORTHWHILE, Kept, KeptPrefixes, common_length
+from tunesmith.caches.rows import CachedRow
+from tunesmith.caches.store import Layout, RowCache, Shelf, size_of_shelf
 
 _SHARE_KEPT = 0.25  # of the memory, at most, for caches of finished rows
 
@@ -33,7 +33,7 @@ class PackedRows:
         self._takes_kept = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._device = next(model.parameters()).device
         self._shelves: dict[tuple[str, int], Shelf] = {}
-        self._reading: list[Row] = []
+        self._reading: list[CachedRow] = []
         self._kept = KeptPrefixes()
 
     @property
@@ -43,7 +43,7 @@ class PackedRows:
         reading = sum(row.cache.num_bytes for row in self._reading if row.cache is not None)
         return shelves + reading + self._kept.num_bytes
 
-    def admit(self, row: Row) -> bool:
+    def admit(self, row: CachedRow) -> bool:
         """Make room to read a row's prompt, with the cached beginning that it shares with another row.
 
         Returns:
@@ -61,11 +61,11 @@ class PackedRows:
         self._reading.append(row)
         return True
 
-    def _expected(self, row: Row) -> int:
+    def _expected(self, row: CachedRow) -> int:
         """Tokens for which a row first gets room: its longest reply, if that is not much longer than its prompt."""
         return min(row.final_length, max(256, 2 * len(row.ids)), self._longest)
 
-    def _find_beginning(self, row: Row) -> tuple[Sequence[tuple[Tensor, Tensor]], int]:
+    def _find_beginning(self, row: CachedRow) -> tuple[Sequence[tuple[Tensor, Tensor]], int]:
         """Keys and values of the longest beginning that is cached, and its length; the last token is computed."""
         wanted = row.ids[:-1]
         source: Sequence[tuple[Tensor, Tensor]] = ()
@@ -86,12 +86,12 @@ class PackedRows:
                 source = list(zip(best.cache.keys, best.cache.values, strict=True))
         return (source, length) if source else ((), 0)
 
-    def _running(self) -> Iterator[Row]:
+    def _running(self) -> Iterator[CachedRow]:
         yield from self._reading
         for shelf in self._shelves.values():
             yield from shelf.rows
 
-    def reads_beginning_of(self, row: Row) -> bool:
+    def reads_beginning_of(self, row: CachedRow) -> bool:
         """Whether a row is just now reading a beginning that this one shares for its larger part."""
         return any(
             other.adapter == row.adapter
@@ -100,14 +100,14 @@ class PackedRows:
             for other in self._reading
         )
 
-    def grow(self, row: Row) -> bool:
+    def grow(self, row: CachedRow) -> bool:
         """Make room for a row's next token; False where there is no memory."""
         assert row.shelf is not None
         if row.computed < row.shelf.capacity:
             return True
         return self._move(row, size_of_shelf(row.computed + 1, self._longest))
 
-    def _move(self, row: Row, size: int) -> bool:
+    def _move(self, row: CachedRow, size: int) -> bool:
         """Move a row from its own cache, or from its shelf, to a shelf of a size."""
         key = (row.adapter, size)
         shelf = self._shelves.get(key)
@@ -132,11 +132,11 @@ class PackedRows:
         row.shelf = shelf
         return True
 
-    def settle(self, row: Row) -> bool:
+    def settle(self, row: CachedRow) -> bool:
         """Put a row that has read its prompt onto a shelf; False where there is no memory."""
         return self._move(row, size_of_shelf(self._expected(row), self._longest))
 
-    def leave(self, row: Row, is_kept: bool, is_damaged: bool = False) -> None:
+    def leave(self, row: CachedRow, is_kept: bool, is_damaged: bool = False) -> None:
         """Free a row's room; its cache is kept for later rows if there is memory for it."""
         if is_kept and not is_damaged and row.computed >= WORTHWHILE:
             self._keep(row)
@@ -148,7 +148,7 @@ class PackedRows:
             row.shelf = None
         row.computed = 0
 
-    def _keep(self, row: Row) -> None:
+    def _keep(self, row: CachedRow) -> None:
         size = row.computed * self._layout.bytes_a_token
         limit = int(self._memory_bytes * _SHARE_KEPT)
         if size > limit or (self.num_bytes + size > self._memory_bytes and not self._make_room(size)):
@@ -183,7 +183,7 @@ class PackedRows:
         """Adapters of rows that are on shelves."""
         return {adapter for (adapter, _), shelf in self._shelves.items() if shelf.rows}
 
-    def forward(self, adapter: str, chunks: Sequence[tuple[Row, int]]) -> tuple[list[Row], Tensor]:
+    def forward(self, adapter: str, chunks: Sequence[tuple[CachedRow, int]]) -> tuple[list[CachedRow], Tensor]:
         """One forward: the next token of every row on a shelf of an adapter, and chunks of prompts.
 
         Returns:
@@ -192,7 +192,7 @@ class PackedRows:
         parts: list[Part] = []
         ids: list[int] = []
         positions: list[int] = []
-        rows: list[Row] = []
+        rows: list[CachedRow] = []
         last: list[int] = []
         for (owner, _), shelf in self._shelves.items():
             if owner == adapter and shelf.rows:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.generation.alone import RowsAlone
-from tunesmith.generation.attention import LayoutProbe, configs_of, swapped_attention
-from tunesmith.generation.cache import Layout
-from tunesmith.generation.packed import PackedRows
-from tunesmith.generation.request import Row
+from tunesmith.caches.alone import RowsAlone
+from tunesmith.caches.attention import LayoutProbe, configs_of, swapped_attention
+from tunesmith.caches.packed import PackedRows
+from tunesmith.caches.rows import CachedRow
+from tunesmith.caches.store import Layout
 
 _LENGTHS = (5, 41, 12)
 _STEPS = 4
@@ -109,7 +109,10 @@ def _logits(
     engine: PackedRows | RowsAlone, texts: Sequence[list[int]], lengths: Sequence[int], chunk: int
 ) -> list[list[Tensor]]:
     """Logits behind each row's prompt and behind each of the given tokens that follow it."""
-    rows = [_row(number, ids[:length]) for number, (ids, length) in enumerate(zip(texts, lengths, strict=True))]
+    rows = [
+        CachedRow(number, "base", ids[:length], _STEPS)
+        for number, (ids, length) in enumerate(zip(texts, lengths, strict=True))
+    ]
     found: list[list[Tensor]] = [[] for _ in rows]
     for row in rows:
         engine.admit(row)
@@ -128,12 +131,6 @@ def _logits(
                 row.ids.append(texts[row.number][len(row.ids)])
                 engine.grow(row)
     return found
-
-
-def _row(number: int, ids: list[int]) -> Row:
-    from typing import cast
-
-    return Row(number, cast(Any, None), "base", list(ids), 0, cast(Any, None), cast(Any, None))
 
 
 @torch.no_grad()

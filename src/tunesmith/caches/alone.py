@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tunesmith.generation.request import Row
+from tunesmith.caches.rows import CachedRow
 
 
 class RowsAlone:
@@ -20,14 +20,14 @@ class RowsAlone:
         self._model, self._bytes_a_token, self._memory_bytes = model, bytes_a_token, memory_bytes
         self._takes = inspect.signature(model.forward).parameters
         self._device = next(model.parameters()).device
-        self._rows: list[Row] = []
+        self._rows: list[CachedRow] = []
 
     @property
     def num_bytes(self) -> int:
         """Memory of all caches at their longest, as measured at start."""
         return sum(row.final_length for row in self._rows) * self._bytes_a_token
 
-    def admit(self, row: Row) -> bool:
+    def admit(self, row: CachedRow) -> bool:
         """Take a row; False where it must wait for memory."""
         if self._rows and self.num_bytes + row.final_length * self._bytes_a_token > self._memory_bytes:
             return False
@@ -35,16 +35,16 @@ class RowsAlone:
         self._rows.append(row)
         return True
 
-    def reads_beginning_of(self, row: Row) -> bool:
+    def reads_beginning_of(self, row: CachedRow) -> bool:
         return False
 
-    def grow(self, row: Row) -> bool:
+    def grow(self, row: CachedRow) -> bool:
         return True
 
-    def settle(self, row: Row) -> bool:
+    def settle(self, row: CachedRow) -> bool:
         return True
 
-    def leave(self, row: Row, is_kept: bool, is_damaged: bool = False) -> None:
+    def leave(self, row: CachedRow, is_kept: bool, is_damaged: bool = False) -> None:
         row.own, row.computed = None, 0
         self._rows.remove(row)
 
@@ -52,14 +52,14 @@ class RowsAlone:
         """Adapters of rows that have read their prompt."""
         return {row.adapter for row in self._rows if row.computed}
 
-    def forward(self, adapter: str, chunks: Sequence[tuple[Row, int]]) -> tuple[list[Row], Tensor]:
+    def forward(self, adapter: str, chunks: Sequence[tuple[CachedRow, int]]) -> tuple[list[CachedRow], Tensor]:
         """The next token of each row of an adapter, and of the new ones: (rows, logits [rows, vocab] in float32)."""
         new = [row for row, _ in chunks]
         rows = [row for row in self._rows if row.adapter == adapter and (row.computed or row in new)]
         return rows, torch.cat([self._run(row) for row in rows])
 
     @torch.no_grad()
-    def _run(self, row: Row) -> Tensor:
+    def _run(self, row: CachedRow) -> Tensor:
         ids = torch.tensor([row.ids[0 if row.own is None else row.computed :]], device=self._device)
         end = len(row.ids)
         given = {

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
 from tunesmith.errors import ModelError
-
-if TYPE_CHECKING:
-    from tunesmith.generation.speaker import Speaker
 
 _SHARE = 0.5  # of the free memory, by default
 _MOVING = 2  # a row that has read its prompt is in two places for a moment
@@ -64,16 +60,17 @@ class MemoryPlan:
         return self.row_tokens - prompt_tokens
 
 
-def plan_memory(speaker: Speaker, bytes_a_token: int, max_rows: int, memory_bytes: int | None) -> MemoryPlan:
+def plan_memory(
+    model: torch.nn.Module, context: int | None, bytes_a_token: int, max_rows: int, memory_bytes: int | None
+) -> MemoryPlan:
     """Limits of the caches for a model.
 
     Raises:
         ModelError: the memory that was given does not hold one row of the model's context, or, where none was given,
             not even a short one.
     """
-    limit = memory_bytes if memory_bytes is not None else int(_free_bytes(speaker.model) * _SHARE)
+    limit = memory_bytes if memory_bytes is not None else int(_free_bytes(model) * _SHARE)
     fitting = limit // (_MOVING * bytes_a_token) if bytes_a_token else _UNLIMITED
-    context = speaker.context
     needed = min(context or _FEWEST, context or _FEWEST if memory_bytes is not None else _FEWEST)
     if fitting < needed:
         raise ModelError(

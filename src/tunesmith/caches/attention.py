@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from tunesmith.generation.cache import Layout, RowCache, Shelf
+from tunesmith.caches.store import Layout, RowCache, Shelf
 
 CACHED_ATTENTION = "tunesmith_cached"
 

@@ -9,7 +9,7 @@ import pytest
 
 from conftest import raises
 from tunesmith.errors import TunesmithError
-from tunesmith.evaluate.records import (
+from tunesmith.evaluation.records import (
     SCORES,
     DataSummary,
     Difference,

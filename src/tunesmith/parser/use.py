@@ -149,6 +149,10 @@ def _add_serve(commands: Commands) -> None:
         "--allowed-hosts", nargs="+", action="extend", default=[], type=as_name, metavar="NAME",
         help="more names of this server in the Host header, as behind a proxy",
     )  # fmt: skip
+    serve.add_argument(
+        "--runs", nargs="+", action="extend", type=as_name, metavar="RUN",
+        help="runs whose curves and training data the page shows (default: those served, on this machine only)",
+    )  # fmt: skip
     for flag, default, text in (
         ("--max-rows", 64, "replies generated at once"),
         ("--max-queue", 256, "replies that wait beyond them; more get status 429"),

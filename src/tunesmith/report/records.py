@@ -102,7 +102,7 @@ def read_metrics(path: Path) -> tuple[list[Record], list[int]]:
     lines = text.split("\n")
     records, damaged = [], []
     for number, line in enumerate(lines, start=1):
-        record = _as_record(line)
+        record = parse_record(line)
         if record is not None:
             records.append(record)
         elif line.strip() and number < len(lines):
@@ -116,7 +116,7 @@ def read_metrics(path: Path) -> tuple[list[Record], list[int]]:
     return records, damaged
 
 
-def _as_record(line: str) -> Record | None:
+def parse_record(line: str) -> Record | None:
     """A JSON object with a step, whose other values are numbers where the report needs numbers."""
     try:
         record = json.loads(line)

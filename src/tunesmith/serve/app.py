@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,8 @@ from tunesmith.generation.speaker import Speaker
 from tunesmith.serve.access import HostCheck, require_key
 from tunesmith.serve.engine import Batcher
 from tunesmith.serve.errors import ApiError, add_error_handlers
+from tunesmith.serve.page import add_page
+from tunesmith.serve.runs import ServedRun
 from tunesmith.serve.settings import ServeSettings
 from tunesmith.serve.worker import Worker
 
@@ -51,11 +53,12 @@ class Serving:
         return self.models[model]
 
 
-def create_app(speaker: Speaker, name: str, settings: ServeSettings) -> FastAPI:
+def create_app(speaker: Speaker, name: str, settings: ServeSettings, runs: Sequence[ServedRun] = ()) -> FastAPI:
     """The application that answers for a model and its adapters.
 
     Args:
         name: of the model in requests; the adapters' own names are used if there are any.
+        runs: that the page shows.
     """
     adapters = [*speaker.adapter_names, "base"] if speaker.adapter_names else []
     models: dict[str, str | None] = {one: one for one in adapters} or {name: None}
@@ -77,6 +80,7 @@ def create_app(speaker: Speaker, name: str, settings: ServeSettings) -> FastAPI:
     add_error_handlers(app)
     app.include_router(_open)
     app.include_router(_models, dependencies=[Depends(require_key)])
+    add_page(app, runs)
     if settings.allowed_hosts is not None:
         app.add_middleware(HostCheck, allowed=settings.allowed_hosts)
     return app

@@ -25,6 +25,8 @@ from tunesmith.terminal.status import show_status
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from tunesmith.serve.runs import ServedRun
+
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
@@ -58,10 +60,30 @@ def run_serve(options: argparse.Namespace) -> None:
             trust_remote_code=options.trust_remote_code,
         )
         speaker = load_speaker(section, options.chat_template, options.more, options.allow_changed_base)
-        app = create_app(speaker, options.name or model_name(options.model), settings)
+        app = create_app(speaker, options.name or model_name(options.model), settings, _runs(options))
         _serve(app, listener, options.host, settings)
     finally:
         listener.close()
+
+
+def _runs(options: argparse.Namespace) -> list[ServedRun]:
+    """The runs that the page shows: those of --runs, else those that are served to this machine only.
+
+    Whoever may use a model from elsewhere need not see what it was trained on.
+
+    Raises:
+        TunesmithError: --runs names a folder that is not a run.
+    """
+    from tunesmith.serve.runs import find_runs, open_runs
+
+    if options.runs:
+        return open_runs(options.runs)
+    served = find_runs([options.model, *options.more])
+    if served and not is_loopback(options.host):
+        names = ", ".join(run.name for run in served)
+        logger.warning("note: the page shows neither curves nor training data of %s. --runs RUN shows them.", names)
+        return []
+    return served
 
 
 def model_name(path: str) -> str:

@@ -15,7 +15,7 @@ export function lineChart(title, series, canBeLog = false) {
   const lines = series.flatMap(linesOf);
   if (!lines.length) return null;
   const all = lines.flatMap((line) => line.points);
-  const x = scale(all.map((point) => point[0]), 4, false);
+  const x = stepScale(all.map((point) => point[0]));
   const y = scale(all.map((point) => point[1]), 5, canBeLog);
   const labels = y.ticks.map((tick) => short(tick));
   const left = 10 + 6.6 * Math.max(...labels.map((label) => label.length));
@@ -71,14 +71,27 @@ export function thin(points) {
   return kept;
 }
 
+const lowest = (values) => values.reduce((a, b) => Math.min(a, b));
+const highest = (values) => values.reduce((a, b) => Math.max(a, b));
+
+// From the first step to the last.
+function stepScale(values) {
+  const [low, high] = [lowest(values), highest(values)];
+  const ticks = low === high ? [low] : niceTicks(low, high, 4).filter((tick) => tick >= low && tick <= high && Number.isInteger(tick));
+  return { ticks, place: (value) => (low === high ? 0.5 : (value - low) / (high - low)) };
+}
+
 function scale(values, wanted, canBeLog) {
-  let low = values.reduce((a, b) => Math.min(a, b));
-  let high = values.reduce((a, b) => Math.max(a, b));
+  let low = lowest(values);
+  let high = highest(values);
   const isLog = canBeLog && low > 0 && high / low > LOG_FROM;
   let ticks;
   if (isLog) {
     ticks = [];
-    for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power += 1) if (10 ** power >= low) ticks.push(10 ** power);
+    for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power += 1) {
+      ticks.push(...[1, 2, 5].map((factor) => factor * 10 ** power).filter((tick) => tick >= low && tick <= high));
+    }
+    if (ticks.length > wanted + 2) ticks = ticks.filter((tick) => Number.isInteger(Math.round(1e6 * Math.log10(tick)) / 1e6));
     while (ticks.length > wanted + 1) ticks = ticks.filter((_, at) => at % 2 === 0);
   } else {
     ticks = niceTicks(low, high, wanted);

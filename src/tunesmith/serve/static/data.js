@@ -63,7 +63,6 @@ function pager(page, first, link) {
 function drawSample(row) {
   const facts = [t("sampleFacts", { tokens: count(row.tokens), trained: count(row.trained) })];
   if (row.tokens_lost) facts.push(t("truncated", { tokens: count(row.tokens_lost) }));
-  if (row.is_held_out) facts.push(t("heldOut"));
   return el("section", { class: "row" }, el("h2", {}, row.name), el("p", { class: "muted" }, [...facts, ...row.notes].join(" · ")),
     el("div", { class: "sample" }, ...row.turns.map(drawTurn),
       row.not_shown ? el("p", { class: "muted" }, t("longText", { count: count(row.not_shown) })) : null));

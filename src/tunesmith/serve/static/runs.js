@@ -3,10 +3,11 @@
 import { getJson } from "./api.js";
 import { lineChart } from "./chart.js";
 import { el, find, visible } from "./dom.js";
-import { count, t } from "./texts.js";
+import { count, has, t } from "./texts.js";
 
 const POLL_MS = 2000;
 const IDLE_MS = 15000;  // of a run that has ended: it may be resumed
+const ABOUT_MS = 10000;  // between two readings of the verdict, which is made of all records
 const CHARTS = [  // title, names of series, whether the axis may be logarithmic
   ["loss", ["loss", "eval_loss"], false],
   ["lr", ["lr"], false],
@@ -20,6 +21,7 @@ const CHARTS = [  // title, names of series, whether the axis may be logarithmic
 let runs = null;
 let current = null;  // {name, records, offset, mark}
 let about = null;  // facts of the current run
+let toldAt = 0;
 let polling = 0;
 let visit = 0;  // raised whenever the view changes, so that late answers are dropped
 
@@ -49,8 +51,7 @@ export async function showRuns(name) {
     return;
   }
   if (current?.name !== chosen) current = { name: chosen, records: [], offset: 0, mark: "" };
-  about = await getJson("ui/runs/" + encodeURIComponent(chosen));
-  if (own !== visit) return;
+  await readAbout(own);
   await readMore();
   if (own !== visit) return;
   draw(names);
@@ -66,21 +67,25 @@ function plan(names, own) {
   polling = setTimeout(async () => {
     if (own !== visit) return;
     try {
-      if (!document.hidden && (await readMore())) {
-        const fresh = await getJson("ui/runs/" + encodeURIComponent(current.name));
-        if (own !== visit) return;
-        about = fresh;
-        draw(names);
-      }
+      const hasMore = !document.hidden && (await readMore());
+      if (hasMore && performance.now() - toldAt > ABOUT_MS) await readAbout(own);
+      if (own === visit && hasMore) draw(names);
     } catch {  // the server may be back at the next try
     }
     if (own === visit) plan(names, own);
-  }, about.is_finished ? IDLE_MS : POLL_MS);
+  }, about.is_live ? POLL_MS : IDLE_MS);
+}
+
+async function readAbout(own) {
+  const found = await getJson("ui/runs/" + encodeURIComponent(current.name));
+  if (own !== visit) return;
+  about = found;
+  toldAt = performance.now();
 }
 
 // Read the records that were logged since; whether there are any.
 async function readMore() {
-  const run = current;
+  const run = current;  // the view may change meanwhile
   let isChanged = false;
   for (;;) {
     const query = `?offset=${run.offset}&mark=${encodeURIComponent(run.mark)}`;
@@ -103,12 +108,14 @@ function draw(names) {
   const drawn = charts.filter(Boolean);
   find("runs").replaceChildren(el("div", { class: "page" },
     picker(names, current.name, (name) => "#runs/" + encodeURIComponent(name)),
-    el("p", { class: "muted" }, about.is_finished ? null : el("span", { class: "live" }, t("live")), " ", about.outcome),
+    el("p", { class: "muted" }, about.is_live ? el("span", { class: "live" }, t("live")) : null, about.is_finished ? t("finished") : about.outcome),
     verdict(),
-    el("dl", {}, ...about.facts.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)])),
+    el("dl", {}, ...about.facts.flatMap(([name, value]) => [el("dt", {}, has(factKey(name)) ? t(factKey(name)) : name), el("dd", {}, value)])),
     drawn.length ? el("div", { class: "charts" }, ...drawn) : el("p", {}, t("noSteps")),
     el("h2", {}, t("rowsOfData")), files(), problems()));
 }
+
+const factKey = (name) => "fact_" + name.replaceAll(" ", "_");
 
 function verdict() {
   const findings = about.findings.map(({ what, advice }) => el("li", {}, el("b", {}, what), " ", advice));

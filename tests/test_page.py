@@ -8,7 +8,6 @@ import datetime
 import json
 import re
 import shutil
-from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -226,7 +225,8 @@ def test_training_data_is_shown_to_other_machines_only_if_asked(
 
 def test_run_is_described_as_in_its_report(client: TestClient, trained: Path) -> None:
     about = client.get("/ui/runs/run <i>y").json()
-    assert about["is_finished"] and not about["is_live"]
+    assert about["is_finished"]
+    assert not about["is_live"]
     assert about["summary"] == tunesmith.Run(trained).verdict.summary
     assert [(one["rows"], one["used"], one["refused"]) for one in about["files"]] == [(58, 56, 2)]
     assert about["problems"][0]["count"] == 2

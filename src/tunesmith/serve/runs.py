@@ -46,7 +46,8 @@ _MARK_BYTES = 256
 _LIVE_S = 300.0  # since something was logged
 _SHOWN_TOKENS = 3000  # of a sample
 _SERIES = (
-    "step", "loss", "eval_loss", "lr", "grad_norm", "tokens_per_s", "eval_perplexity", "eval_token_accuracy", "router_loss",
+    "step", "loss", "eval_loss", "lr", "grad_norm", "tokens_per_s", "eval_perplexity", "eval_token_accuracy",
+    "router_loss",
 )  # fmt: skip
 
 

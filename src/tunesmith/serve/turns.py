@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -41,12 +41,17 @@ def learn_openings(encoder: Encoder, data: DataSection) -> dict[Opening, str]:
                     turns.setdefault(turn.role, []).append(_without_bos(sample, turn, encoder))
     openings: dict[Opening, str] = {}
     for role in ("tool", "system", "user", "assistant"):  # one opening may serve several; the last of these has it
-        common = tuple(os.path.commonprefix(turns.get(role, [])))
+        common = _common_start(turns.get(role, []))
         if common and len(turns[role]) > 1:
             openings[common] = role
     if any(sum(turn.role == "user" for turn in split_turns(sample, openings)) < count for sample, count in questions):
         return {opening: role for opening, role in openings.items() if role != "system"}  # it begins questions too
     return openings
+
+
+def _common_start(several: Sequence[Sequence[int]]) -> Opening:
+    columns = itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*several, strict=False))
+    return tuple(ids[0] for ids in columns)
 
 
 def _without_bos(sample: Sample, turn: Turn, encoder: Encoder) -> list[int]:
@@ -74,7 +79,7 @@ def _probes() -> Iterator[dict[str, Any]]:
 
 
 def split_turns(sample: Sample, openings: dict[Opening, str]) -> list[Turn]:
-    """The turns of a sample, in order and without gaps. Where no opening is found, trained tokens are the assistant's."""
+    """The turns of a sample, in order and without gaps; trained tokens are the assistant's where no opening says so."""
     ids, mask = sample.input_ids.tolist(), sample.loss_mask.tolist()
     if not any(mask) or (all(mask) and not _has_opening(ids, openings)):
         return _by_openings(ids, openings) or [Turn("", 0, len(ids))]

@@ -172,7 +172,9 @@ class Batcher:
         chunks = self._plan_chunks()
         found: list[Token] = []
         for adapter in sorted(self._engine.adapters() | {row.adapter for row, _ in chunks}):
-            own = [(row, size) for row, size in chunks if row.adapter == adapter]
+            own = [(row, size) for row, size in chunks if row.adapter == adapter and row in self._reading]
+            if not own and adapter not in self._engine.adapters():  # preempted within this step
+                continue
             with self._speaker.using(adapter):
                 done, logits = self._engine.forward(adapter, own)
             if done:

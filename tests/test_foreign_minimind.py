@@ -126,11 +126,11 @@ WALK_THROUGHS: dict[str, dict[str, Any]] = {
 WALKED_TO_CHAT = {
     "python eval_model.py --model_mode 0 --dim 512 --n_layers 8 --out_dir out --load 0":
         "tunesmith chat out/pretrain_512.pth --tokenizer model/minimind_tokenizer --chat-template none "
-        "--temperature 0.85 --max-new-tokens 8192",
+        "--temperature 0.85 --top-p 0.85 --max-new-tokens 8192",
     "python eval_llm.py --weight full_sft":
-        "tunesmith chat out/full_sft_768.pth --tokenizer model --temperature 0.85 --max-new-tokens 8192",
-    "streamlit run web_demo.py": "tunesmith chat ../minimind-3",
-    "python serve_openai_api.py": "tunesmith chat ../out/full_sft_768.pth --tokenizer ../model",
+        "tunesmith chat out/full_sft_768.pth --tokenizer model --temperature 0.85 --top-p 0.95 --max-new-tokens 8192",
+    "streamlit run web_demo.py": "tunesmith serve ../minimind-3 --port 8501",
+    "python serve_openai_api.py": "tunesmith serve ../out/full_sft_768.pth --tokenizer ../model --name minimind --port 8998",
 }  # fmt: skip
 
 
@@ -342,7 +342,7 @@ def test_weights_and_adapters_of_a_chat() -> None:
 
     assert convert_command(["python eval_llm.py --lora_weight lora_medical --temperature 1"]).command == (
         "tunesmith export out/lora_medical_768.pth --base out/full_sft_768.pth --tokenizer model --format hf --output "
-        "out/lora_medical_768\ntunesmith chat out/lora_medical_768 --temperature 1 --max-new-tokens 8192"
+        "out/lora_medical_768\ntunesmith chat out/lora_medical_768 --temperature 1 --top-p 0.95 --max-new-tokens 8192"
     )
     old = "python eval_model.py --dim 768 --n_layers 16 --lora_name lora_identity --model_mode 2"
     assert line(old).startswith("tunesmith export out/lora/lora_identity_768.pth --base out/rlhf_768.pth")
@@ -355,9 +355,10 @@ def test_weights_and_adapters_of_a_chat() -> None:
     with raises(ConfigError, "script-flags", "--model_mode", "9"):
         line("python eval_model.py --model_mode 9")
     assert convert_command(["python eval_llm.py --device cpu"]).command.startswith("CUDA_VISIBLE_DEVICES= tunesmith")
-    assert [at.split(":")[0] for at in convert_command(["python eval_llm.py --top_p 0.9 --open_thinking 1"]).lost] == [
+    assert [at.split(":")[0] for at in convert_command(["python eval_llm.py --top_p 1.5 --open_thinking 1"]).lost] == [
         "--top_p", "--open_thinking"
     ]  # fmt: skip
+    assert " --top-p 0.9 " in convert_command(["python eval_llm.py --top_p 0.9"]).command
 
 
 @pytest.mark.parametrize("name", [*OTHERS, *ELSEWHERE])

@@ -1,9 +1,10 @@
-"""Convert MiniMind's scripts that talk to a model to `tunesmith chat`."""
+"""Convert MiniMind's scripts that talk to a model to `tunesmith chat` and `tunesmith serve`."""
 
 from __future__ import annotations
 
 import posixpath
 import shlex
+from typing import Any
 
 from tunesmith.display import one_line
 from tunesmith.errors import ConfigError
@@ -12,10 +13,7 @@ from tunesmith.foreign.minimind_command import Command, Paths
 
 _MODES = ("pretrain", "full_sft", "rlhf", "reason")  # names of weights by --model_mode
 _LATER_MODES = {"eval_model.py": ("grpo",), "eval_llm.py": ("ppo_actor", "grpo")}
-_SERVERS = {
-    "serve_openai_api.py": "tunesmith has no server; this talks to the same model in the terminal",
-    "web_demo.py": "tunesmith has no web page; this talks to the same model in the terminal",
-}
+_PORTS = {"serve_openai_api.py": 8998, "web_demo.py": 8501}  # of their servers
 _SIZES = ("dim", "hidden_size", "n_layers", "num_hidden_layers", "use_moe")
 _OF_WEIGHTS = ("out_dir", "save_dir", "weight", "model_mode", "lora_name", "lora_weight", *_SIZES)
 
@@ -31,20 +29,34 @@ def chat_lines(draft: Draft, command: Command, paths: Paths) -> list[str]:
         weights, tokenizer, *template = opened[0], opened[2], *opened[3:]
         made = ["--base", weights, "--tokenizer", tokenizer, "--format", "hf", "--output", adapter.removesuffix(".pth")]
         first, opened = ["tunesmith", "export", adapter, *made], [adapter.removesuffix(".pth"), *template]
-    words = ["tunesmith", "chat", *opened]
+    port = _PORTS.get(command.script)
+    words = ["tunesmith", "serve" if port else "chat", *opened]
     if "temperature" in values:
         words += ["--temperature", f"{values['temperature']:g}"]
-    if command.script != "serve_openai_api.py" and "max_seq_len" in values:
+    if "top_p" in values:
+        words += _top_p(draft, values["top_p"])
+    if port is None and "max_seq_len" in values:
         words += ["--max-new-tokens", str(values["max_seq_len"])]
     if "max_new_tokens" in values:
         words += ["--max-new-tokens", str(values["max_new_tokens"])]
     _tell_flags(draft, command)
-    if command.script in _SERVERS:
-        draft.lost.append(f"{command.script}: {_SERVERS[command.script]}")
+    if port is not None:
+        if command.script == "serve_openai_api.py":
+            words += ["--name", "minimind"]  # as their clients call it
+        words += ["--port", str(port)]
+        draft.note("host", "theirs answers other machines too; this one answers only its own, unless --host says so")
     before = "CUDA_VISIBLE_DEVICES= " if device == "cpu" else ""
     if number not in ("", "0"):
         before = f"CUDA_VISIBLE_DEVICES={shlex.quote(number)} "
     return [one_line(before + shlex.join(line)) for line in (first, words) if line]
+
+
+def _top_p(draft: Draft, top_p: Any) -> list[str]:
+    """Their scripts give top_p in every call."""
+    if 0 < top_p <= 1:
+        return ["--top-p", f"{top_p:g}"]
+    draft.lose("--top_p", top_p, "must be above 0 and at most 1")
+    return []
 
 
 def _model(draft: Draft, command: Command, paths: Paths) -> list[str]:
@@ -139,8 +151,6 @@ def _tell_flags(draft: Draft, command: Command) -> None:
         draft.leave_out(f"--device {one_line(str(given['device']))}", why)
     if "max_seq_len" in given and command.script == "serve_openai_api.py":
         draft.leave_out(f"--max_seq_len {given['max_seq_len']}", "the model's own context counts")
-    if "top_p" in given:
-        draft.lose("--top_p", given["top_p"], "chat draws from all tokens, or as the model's generation_config says")
     if values.get("inference_rope_scaling"):
         draft.lose("--inference_rope_scaling", True, "positions are those that the model was trained with")
     if values.get("open_thinking"):

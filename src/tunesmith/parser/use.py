@@ -5,8 +5,11 @@ from __future__ import annotations
 from tunesmith.config.choices import EXPORT_FORMATS, MERGE_METHODS, MINIMIND_GENERATIONS, WEIGHT_GENERATIONS
 from tunesmith.parser.command import CommandParser, Commands, add_command
 from tunesmith.parser.values import (
+    as_count,
     as_name,
+    as_part,
     as_path,
+    as_penalty,
     as_port,
     as_positive,
     as_seconds,
@@ -33,6 +36,7 @@ def add_use_commands(commands: Commands) -> None:
         "--max-new-tokens", type=as_positive, default=512, metavar="N", help="longest reply (default: 512)"
     )
     chat.add_argument("--temperature", type=as_temperature, metavar="T", help="0: greedy; default: the model's own")
+    _add_sampling(chat)
     chat.add_argument("--seed", type=as_seed, default=0, metavar="N", help="seed of sampling (default: 0)")
     chat.add_argument(
         "--chat-template", metavar="T", help="a .jinja file, chatml, alpaca or none; default: the model's"
@@ -72,6 +76,17 @@ def add_use_commands(commands: Commands) -> None:
     demo.add_argument(
         "--output", type=as_name, default="runs/demo", metavar="RUN", help="folder to create (default: runs/demo)"
     )
+
+
+def _add_sampling(parser: CommandParser) -> None:
+    """Settings that default to those of the model's generation_config.json."""
+    for flag, kind, letter, text in (
+        ("--top-p", as_share, "P", "draw from the likeliest tokens that have this probability together"),
+        ("--top-k", as_count, "K", "draw from the K likeliest tokens; 0: from all"),
+        ("--min-p", as_part, "P", "leave out tokens less likely than this share of the likeliest"),
+        ("--repetition-penalty", as_penalty, "X", "above 1: fewer repetitions"),
+    ):
+        parser.add_argument(flag, type=kind, metavar=letter, help=f"{text} (default: the model's own)")
 
 
 def _add_convert_config(commands: Commands) -> None:

@@ -18,6 +18,10 @@ def as_name(text: str) -> str:
     return text
 
 
+def as_count(text: str) -> int:
+    return int(number(text, "a whole number of 0 or more, such as 50", lambda value: 0 <= value <= sys.maxsize, int))
+
+
 def one_of(options: tuple[str, ...]) -> Callable[[str], str]:
     def parse(text: str) -> str:
         from tunesmith.config.suggest import did_you_mean, suggest_words
@@ -30,12 +34,20 @@ def one_of(options: tuple[str, ...]) -> Callable[[str], str]:
     return parse
 
 
+def as_part(text: str) -> float:
+    return number(text, "a number from 0 to 1, such as 0.05", lambda value: 0 <= value <= 1)
+
+
 def as_path(text: str) -> Path:
     return Path(as_name(text))
 
 
 def as_positive(text: str) -> int:
     return int(number(text, "a whole number of 1 or more, such as 5", lambda value: 1 <= value <= sys.maxsize, int))
+
+
+def as_penalty(text: str) -> float:
+    return number(text, "a number above 0, such as 1.1", lambda value: 0 < value < math.inf)
 
 
 def as_port(text: str) -> int:

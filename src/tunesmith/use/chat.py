@@ -39,7 +39,15 @@ def run_chat(options: argparse.Namespace) -> None:
             "trained with another, or none, give that as --chat-template",
             file=sys.stderr,
         )
-    sampling = Sampling(options.max_new_tokens, options.temperature, options.seed)
+    sampling = Sampling(
+        options.max_new_tokens,
+        options.temperature,
+        options.seed,
+        options.top_p,
+        options.top_k,
+        options.min_p,
+        options.repetition_penalty,
+    )
     chat = Chat(speaker, sampling, options.system)
     if options.prompt is not None:
         chat.answer(options.prompt)

@@ -20,8 +20,9 @@ class Model:
 
     It encodes with the code that training labels with. The methods take a text, which becomes the user's turn, or a
     list of messages ({"role", "content"}, also with tool calls and in the other spellings of training rows). Their
-    keyword arguments are those of `Sampling`: max_new_tokens (512), temperature (None: as the model's
-    generation_config says; 0: greedy), seed (0).
+    keyword arguments are those of `Sampling`: max_new_tokens (512), temperature (0: greedy), top_p, top_k, min_p and
+    repetition_penalty (each None: as the model's generation_config says), seed (0) and stop, a text or several that
+    end the reply.
 
     Attributes:
         speaker: the model, its encoder and its adapters.

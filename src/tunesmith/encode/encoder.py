@@ -274,6 +274,14 @@ class Encoder:
             ) from None
         return self._encode_typed(text)
 
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a plain text to continue, begun as texts of pre-training are; control text in it is marked already.
+
+        Raises:
+            ModelError: the text cannot be encoded.
+        """
+        return self.bos_ids + self._encode_typed(text)
+
     def _encode_typed(self, text: str) -> list[int]:
         half = find_lone_surrogate(text)
         if half:

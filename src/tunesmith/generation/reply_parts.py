@@ -63,6 +63,7 @@ class ReplyFormat:
     """How a model writes replies."""
 
     def __init__(self, shapes: ReplyShapes) -> None:
+        self.shapes = shapes
         self.patterns = ReplyPatterns(shapes)
 
     @property
@@ -128,6 +129,11 @@ class ReplyReader:
         self._scanner = JsonScanner()
         self._key = self._opening = ""
         self._read: Callable[[], bool] = self._begin_reasoning if form.patterns.begins_inside else self._begin
+
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether the text so far ends within reasoning."""
+        return self._read in (self._begin_reasoning, self._reasoning)
 
     def push(self, text: str) -> list[Part]:
         """The parts that the text so far makes certain."""

@@ -5,52 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tunesmith.generation.batcher import Batcher
 from tunesmith.generation.speaker import Speaker
+from tunesmith.serve import chat, completions
 from tunesmith.serve.access import HostCheck, require_key
-from tunesmith.serve.engine import Batcher
-from tunesmith.serve.errors import ApiError, add_error_handlers
+from tunesmith.serve.errors import add_error_handlers
 from tunesmith.serve.page import add_page
 from tunesmith.serve.runs import ServedRun
+from tunesmith.serve.serving import Metrics, Serving
 from tunesmith.serve.settings import ServeSettings
 from tunesmith.serve.worker import Worker
 
 _STOP_S = 5.0
-
-
-@dataclass(frozen=True, eq=False)
-class Serving:
-    """What all requests share, as `request.app.state.serving`.
-
-    Attributes:
-        models: name in requests -> the adapter to use ("base": none; None: the model has no adapters).
-        created: when the server started, in seconds since 1970.
-    """
-
-    speaker: Speaker
-    worker: Worker
-    settings: ServeSettings
-    models: dict[str, str | None]
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def adapter_of(self, model: str) -> str | None:
-        """The adapter of a model name in a request.
-
-        Raises:
-            ApiError: 404, there is no such model.
-        """
-        if model not in self.models:
-            known = ", ".join(self.models)
-            raise ApiError(
-                404, f"model {model[:200]!r} does not exist here; there are: {known}.", code="model-not-found",
-                param="model",
-            )  # fmt: skip
-        return self.models[model]
 
 
 def create_app(speaker: Speaker, name: str, settings: ServeSettings, runs: Sequence[ServedRun] = ()) -> FastAPI:
@@ -62,7 +35,11 @@ def create_app(speaker: Speaker, name: str, settings: ServeSettings, runs: Seque
     """
     adapters = [*speaker.adapter_names, "base"] if speaker.adapter_names else []
     models: dict[str, str | None] = {one: one for one in adapters} or {name: None}
-    worker = Worker(lambda: Batcher(speaker, max_rows=settings.max_rows), settings.max_rows, settings.max_queue)
+
+    def make_batcher() -> Batcher:
+        return Batcher(speaker, max_rows=settings.max_rows)
+
+    worker = Worker(make_batcher(), make_batcher, settings.max_rows, settings.max_queue)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -76,16 +53,45 @@ def create_app(speaker: Speaker, name: str, settings: ServeSettings, runs: Seque
     # FastAPI's own pages for documentation load scripts from other hosts; its telemetry sends requests to others
     silent: Any = {"tracing": False, "metrics": False, "logs": False}
     app = FastAPI(lifespan=life, docs_url=None, redoc_url=None, openapi_url=None, telemetry=silent)
-    app.state.serving = Serving(speaker, worker, settings, models)
+    app.state.serving = Serving(speaker, worker, settings, models, Metrics(worker))
     add_error_handlers(app)
     app.include_router(_open)
-    app.include_router(_models, dependencies=[Depends(require_key)])
+    for router in (_models, chat.router, completions.router):
+        app.include_router(router, dependencies=[Depends(require_key)])
     add_page(app, runs)
+    app.add_middleware(Measured, metrics=app.state.serving.metrics)
     if settings.allowed_hosts is not None:
         app.add_middleware(HostCheck, allowed=settings.allowed_hosts)
     return app
 
 
+class Measured:
+    """Counts requests and their time, by path."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"] if scope["path"] in _PATHS else "other"
+        status, start = "none", time.monotonic()
+
+        async def watch(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = str(message["status"])
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watch)
+        finally:
+            self._metrics.requests.labels(path, status).inc()
+            self._metrics.seconds.labels(path).observe(time.monotonic() - start)
+
+
+_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/")
 _open = APIRouter()
 _models = APIRouter()
 
@@ -93,6 +99,12 @@ _models = APIRouter()
 @_open.get("/health")
 async def health() -> Response:
     return JSONResponse({"status": "ok"})
+
+
+@_models.get("/metrics")
+async def metrics(request: Request) -> Response:
+    serving: Serving = request.app.state.serving
+    return Response(generate_latest(serving.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 @_models.get("/v1/models")

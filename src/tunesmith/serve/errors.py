@@ -12,11 +12,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from tunesmith.display import shorten
-from tunesmith.errors import ModelError
+from tunesmith.errors import TunesmithError
 
 logger = logging.getLogger(__name__)
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+_CODES = {"context-full": "context_length_exceeded"}  # names that OpenAI's clients know
 
 
 class ApiError(Exception):
@@ -26,7 +29,7 @@ class ApiError(Exception):
         status: of HTTP.
         message: what is wrong and what to do; never about the server's files or other requests.
         param: the field of the request that is wrong.
-        code: cause in kebab-case.
+        code: cause; shown with underscores, as OpenAI's are.
         retry_after_s: when the client may ask again.
     """
 
@@ -43,7 +46,12 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        error = {"message": shorten(self.message), "type": kind, "param": self.param, "code": self.code}
+        error = {
+            "message": shorten(self.message),
+            "type": kind,
+            "param": self.param,
+            "code": self.code.replace("-", "_"),
+        }
         return {"error": error}
 
     def response(self) -> Response:
@@ -53,9 +61,9 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, headers)
 
 
-def from_model_error(error: ModelError, param: str | None = None) -> ApiError:
+def from_model_error(error: TunesmithError, param: str | None = None) -> ApiError:
     """The answer to a request that the model cannot answer; the messages of these errors name no files."""
-    return ApiError(400, str(error), code=error.code or "model-error", param=param)
+    return ApiError(400, str(error), code=_CODES.get(error.code, error.code) or "model-error", param=param)
 
 
 def internal_error() -> ApiError:
@@ -69,8 +77,8 @@ def add_error_handlers(app: FastAPI) -> None:
     async def _api(request: Request, error: ApiError) -> Response:
         return error.response()
 
-    @app.exception_handler(ModelError)
-    async def _model(request: Request, error: ModelError) -> Response:
+    @app.exception_handler(TunesmithError)
+    async def _model(request: Request, error: TunesmithError) -> Response:
         return from_model_error(error).response()
 
     @app.exception_handler(HTTPException)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
-from tunesmith.errors import ModelError
-from tunesmith.serve.engine import Batcher, Request, Token
+from tunesmith.errors import TunesmithError
+from tunesmith.generation.batcher import Batcher, Token
+from tunesmith.generation.request import Request
 from tunesmith.serve.errors import ApiError, from_model_error, internal_error, log_unexpected
 
 _RETRY_AFTER_S = 1
@@ -48,16 +50,37 @@ class Replies:
     _pieces: asyncio.Queue[Piece] = field(default_factory=asyncio.Queue)
     _ended: set[int] = field(default_factory=set)
     _is_closed: bool = False
+    _opened: float = field(default_factory=time.monotonic)
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         """Tokens of all choices as they come, until each has ended."""
         while len(self._ended) < len(self._rows):
-            piece = await self._pieces.get()
-            if piece.index in self._ended:
-                continue
-            if piece.token is None or piece.token.finish_reason is not None:
-                self._ended.add(piece.index)
-            yield piece
+            for piece in self._admit(await self._pieces.get()):
+                yield piece
+
+    async def batches(self, deadline: float) -> AsyncIterator[list[Piece]]:
+        """As iteration, but what has come since the last time in one list.
+
+        Raises:
+            TimeoutError: there is more to come at this time of the event loop.
+        """
+        while len(self._ended) < len(self._rows):
+            async with asyncio.timeout_at(deadline):
+                pieces = self._admit(await self._pieces.get())
+            while not self._pieces.empty():
+                pieces += self._admit(self._pieces.get_nowait())
+            yield pieces
+
+    def _admit(self, piece: Piece) -> list[Piece]:
+        """A piece of a choice that has not ended."""
+        if piece.index in self._ended:
+            return []
+        if self._opened:
+            self._worker.on_first_token(time.monotonic() - self._opened)
+            self._opened = 0
+        if piece.token is None or piece.token.finish_reason is not None:
+            self._ended.add(piece.index)
+        return [piece]
 
     def put(self, piece: Piece) -> None:
         if not self._is_closed:
@@ -79,19 +102,20 @@ class Worker:
     """Generates the replies of all requests in a thread of its own.
 
     Args:
-        make_batcher: called in the thread, and again after an unexpected error.
+        make_batcher: makes another one after an unexpected error.
         max_rows: rows that run at once.
         max_queue: further rows that may wait.
     """
 
-    def __init__(self, make_batcher: Callable[[], Batcher], max_rows: int, max_queue: int) -> None:
-        self._make_batcher = make_batcher
+    def __init__(self, batcher: Batcher, make_batcher: Callable[[], Batcher], max_rows: int, max_queue: int) -> None:
+        self._batcher, self._make_batcher = batcher, make_batcher
         self._max_rows, self._limit = max_rows, max_rows + max_queue
         self._lock = threading.Condition()
         self._waiting: deque[_Row] = deque()
         self._cancelled: list[_Row] = []
         self._running: dict[int, _Row] = {}
-        self._num_open = 0  # rows whose response is not yet sent in full; of the event loop
+        self.on_first_token: Callable[[float], None] = lambda seconds: None
+        self.num_open = 0  # rows whose response is not yet sent in full; of the event loop
         self.num_cut = 0  # rows that `stop` has ended
         self._is_stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -129,12 +153,15 @@ class Worker:
         """
         if self._is_stopping:
             raise _stopping()
-        if self._num_open + len(requests) > self._limit:
+        if len(requests) > self._limit:
+            text = f"the request asks for {len(requests):,} replies; this server takes at most {self._limit:,} at once."
+            raise ApiError(400, text, code="too-many-replies", param="n")
+        if self.num_open + len(requests) > self._limit:
             raise ApiError(
                 429, "the server is busy: its queue is full. Ask again later.", code="queue-full",
                 retry_after_s=_RETRY_AFTER_S,
             )  # fmt: skip
-        self._num_open += len(requests)
+        self.num_open += len(requests)
         replies = Replies(self)
         replies._rows += [_Row(replies, index, request) for index, request in enumerate(requests)]
         with self._lock:
@@ -149,13 +176,13 @@ class Worker:
 
     def release(self, rows: Sequence[_Row]) -> None:
         """Forget the rows of a response that was sent, or whose client has left."""
-        self._num_open -= len(rows)
+        self.num_open -= len(rows)
         self.cancel(rows)
 
     # -- the thread --
 
     def _work(self) -> None:
-        batcher = self._make_batcher()
+        batcher = self._batcher
         while True:
             with self._lock:
                 while not (self._waiting or self._cancelled or batcher.has_work or self._is_stopping):
@@ -193,7 +220,7 @@ class Worker:
             try:
                 row.number = batcher.submit(row.request)
                 self._running[row.number] = row
-            except ModelError as error:
+            except TunesmithError as error:
                 pieces.append(self._end(row, from_model_error(error)))
             except Exception as error:
                 log_unexpected(error)

@@ -21,8 +21,9 @@ from tunesmith.errors import (
 
 if TYPE_CHECKING:
     from tunesmith.api import Run, check, find_lr, preview, resume, train
+    from tunesmith.evaluation.records import Evaluation
     from tunesmith.lr_find import FoundLr
-    from tunesmith.models import export, load, merge
+    from tunesmith.models import evaluate, export, load, merge
     from tunesmith.use.check import CheckResult
     from tunesmith.use.model import Model
     from tunesmith.use.preview import Preview
@@ -32,6 +33,7 @@ __all__ = [
     "CheckResult",
     "ConfigError",
     "DataError",
+    "Evaluation",
     "FoundLr",
     "InterruptedRun",
     "Model",
@@ -43,6 +45,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "check",
+    "evaluate",
     "export",
     "find_lr",
     "load",
@@ -53,11 +56,12 @@ __all__ = [
 ]
 _PLACES = {
     "CheckResult": "tunesmith.use.check",
+    "Evaluation": "tunesmith.evaluation.records",
     "FoundLr": "tunesmith.lr_find",
     "Model": "tunesmith.use.model",
     "Preview": "tunesmith.use.preview",
     **dict.fromkeys(("Run", "check", "find_lr", "preview", "resume", "train"), "tunesmith.api"),
-    **dict.fromkeys(("export", "load", "merge"), "tunesmith.models"),
+    **dict.fromkeys(("evaluate", "export", "load", "merge"), "tunesmith.models"),
 }
 
 

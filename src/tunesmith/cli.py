@@ -68,6 +68,7 @@ _DOING = {
     "tokenizer": "reading the data",
     "merge": "reading the adapter",
     "export": "reading the model",
+    "evaluate": "reading the data",
 }
 
 
@@ -94,9 +95,12 @@ def run_command(argv: list[str]) -> None:
     overrides: dict[str, Any] = {}
     if argv[0] in ("chat", "export", "serve"):
         argv, overrides = take_open_maps(argv, ["model.config"])
+    elif argv[0] == "evaluate":
+        argv, overrides = take_open_maps(argv, ["model.config", "data.template_kwargs"])
     if command is not None:
         refuse_unknown_flags(command, argv[1:])
     options = parser.parse_args(argv)
+    template_kwargs = {name: overrides.pop(name) for name in [*overrides] if name.startswith("data.")}
     options.model_config = _read_model_config(overrides)
     _quiet_libraries()
     if options.command == "chat":
@@ -107,6 +111,8 @@ def run_command(argv: list[str]) -> None:
         from tunesmith.serve.run import run_serve
 
         run_serve(options)
+    elif options.command == "evaluate":
+        _evaluate(options, template_kwargs)
     elif options.command == "report":
         _report(Path(options.run))
     elif options.command == "recipes":
@@ -239,6 +245,31 @@ def _export(options: argparse.Namespace) -> None:
     )
 
 
+def _evaluate(options: argparse.Namespace, template_kwargs: dict[str, Any]) -> None:
+    from tunesmith.evaluation.run import run_evaluate
+    from tunesmith.evaluation.settings import EvaluateSettings, data_section
+
+    keys = {name: value for name, value in vars(options).items() if name.startswith("data.")}
+    settings = EvaluateSettings(
+        models=options.models,
+        data=data_section(keys | template_kwargs),
+        has_base=options.base,
+        replies=options.replies,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        limit=options.limit,
+        seed=options.seed,
+        bleu_tokenizer=options.bleu_tokenizer,
+        output=options.output,
+        overwrites=options.overwrite,
+        tokenizer=options.tokenizer,
+        config=options.model_config,
+        trust_remote_code=options.trust_remote_code,
+        allow_changed_base=options.allow_changed_base,
+    )
+    run_evaluate(settings, options.json)
+
+
 def _print_recipes() -> None:
     from tunesmith.config.runfile import list_recipes
 
@@ -325,7 +356,8 @@ def _needs_output(words: list[str]) -> tuple[bool, bool]:
     """
     command = words[0] if words else ""
     makes_files = (
-        command in ("train", "resume", "merge", "tokenizer", "report", "demo") and "--json-schema" not in words
+        command in ("train", "resume", "merge", "tokenizer", "report", "demo", "evaluate")
+        and "--json-schema" not in words
     )
     if makes_files or any(word.partition("=")[0] == "--html" for word in words):
         return False, False

@@ -1,4 +1,4 @@
-"""The Python API for models: open one for replies, merge adapters, export to other tools' files."""
+"""The Python API for models: open one for replies, evaluate, merge adapters, export to other tools' files."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from tunesmith.config.choices import EXPORT_FORMATS, WEIGHT_GENERATIONS
+from tunesmith.arguments import read_arguments
+from tunesmith.config.choices import BLEU_TOKENIZERS, EXPORT_FORMATS, REPLY_CHOICES, WEIGHT_GENERATIONS
 from tunesmith.config.runfile import explain_problems
 from tunesmith.config.schema import ModelSection
 from tunesmith.errors import ConfigError, UsageError
-from tunesmith.process import embedded
+from tunesmith.process import embedded, one_run
 from tunesmith.use.model import Model
 
 if TYPE_CHECKING:
     from tunesmith.arguments import Name
+    from tunesmith.evaluation.records import Evaluation
+    from tunesmith.evaluation.settings import EvaluateSettings
 
 
 def merge(
@@ -83,6 +86,80 @@ def load(
     template = os.fspath(chat_template) if chat_template is not None else None
     with embedded():
         return Model(load_speaker(section, template, [os.fspath(name) for name in adapters], allow_changed_base))
+
+
+def evaluate(
+    *models: Name,
+    data: Any = None,
+    base: bool = False,
+    replies: str = "all",
+    limit: int | None = None,
+    max_new_tokens: int = 512,
+    temperature: float | None = 0.0,
+    seed: int = 0,
+    bleu_tokenizer: str = "auto",
+    output: Name | None = None,
+    overwrite: bool = False,
+    tokenizer: Name | None = None,
+    config: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    allow_changed_base: bool = False,
+) -> Evaluation:
+    """Score models on the same rows: by likelihood, and by the replies that they write.
+
+    The same call continues an evaluation that was interrupted.
+
+    Args:
+        models: runs, model folders, adapters or hub ids.
+        data: names of files, folders or hub data sets; or rows, as in `train`; or a dict of keys of the data section
+            (train, format, fields, ...). Default: the rows that the first run held out. A run's rows are labelled as
+            in its training.
+        base: put the base of each run or adapter beside it.
+        replies: to generate: all trained ones, the last of each row, or none: likelihoods only.
+        limit: score only so many rows, drawn by the seed.
+        temperature: 0: greedy; None: as each model's generation_config says.
+        bleu_tokenizer: sacrebleu's; auto: by the script of the references.
+        output: the folder of evaluate.json and replies.jsonl; default: RUN/evaluate, or evaluate/NAME.
+        overwrite: replace another evaluation in that folder.
+        tokenizer, config: as in `load`.
+
+    Raises:
+        TunesmithError: a model or the data cannot be used, or the folder holds another evaluation.
+        InterruptedRun: Ctrl-C or SIGTERM.
+    """
+    from tunesmith.evaluation.run import evaluate_models
+    from tunesmith.evaluation.table import Progress
+
+    options = {
+        "has_base": base, "replies": replies, "limit": limit, "max_new_tokens": max_new_tokens,
+        "temperature": temperature, "seed": seed, "bleu_tokenizer": bleu_tokenizer, "overwrites": overwrite,
+        "trust_remote_code": trust_remote_code, "allow_changed_base": allow_changed_base, "config": dict(config or {}),
+        "tokenizer": os.fspath(tokenizer) if tokenizer is not None else None,
+        "output": Path(output) if output is not None else None,
+    }  # fmt: skip
+    settings = _evaluate_settings(models, data, options)
+    with one_run(), embedded():
+        return evaluate_models(settings, Progress(is_shown=False))
+
+
+def _evaluate_settings(models: Sequence[Name], data: Any, options: Mapping[str, Any]) -> EvaluateSettings:
+    """Raises:
+    UsageError: a value is not allowed.
+    """
+    from tunesmith.evaluation.settings import EvaluateSettings
+
+    if not models:
+        raise UsageError("evaluate: no model is given.", code="no-model")
+    for name, known in (("replies", REPLY_CHOICES), ("bleu_tokenizer", BLEU_TOKENIZERS)):
+        if options[name] not in known:
+            raise UsageError(f"{name}: {options[name]!r} is not one of {', '.join(known)}.", code="unknown-choice")
+    for name, least in (("limit", 1), ("max_new_tokens", 1), ("seed", 0)):
+        value = options[name]
+        if not (type(value) is int and value >= least) and not (name == "limit" and value is None):
+            raise UsageError(f"{name}: must be a whole number of {least} or more, not {value!r}.", code="bad-number")
+    tree, rows = read_arguments(None, data, None, None, {})
+    section = {name: value for name, value in tree.get("data", {}).items() if not (name == "train" and rows)}
+    return EvaluateSettings([os.fspath(model) for model in models], section, rows.get("train"), **options)
 
 
 def export(

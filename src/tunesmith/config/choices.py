@@ -66,3 +66,8 @@ MINIMIND_GENERATIONS = ("minimind-3", "2026-01", "2025-10", "2025-04", "2025-02"
 EXPORT_FORMATS = ("hf", "minimind", "minimind-lora")
 WEIGHT_GENERATIONS = ("minimind-3", "2025", "2024")
 """Forms of MiniMind's weight files."""
+
+REPLY_CHOICES = ("all", "last", "none")
+"""Which trained replies of a row evaluate generates."""
+BLEU_TOKENIZERS = ("auto", "13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "none")
+"""sacrebleu's tokenizers that evaluate takes."""

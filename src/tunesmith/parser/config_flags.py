@@ -28,6 +28,25 @@ def add_config_flags(parser: CommandParser, names: tuple[str, ...]) -> None:
             _add_config_flag(groups[section], dotted, field)
 
 
+EVALUATE_KEYS = (
+    "data.train", "data.format", "data.fields", "data.ignore_columns", "data.chat_template", "data.template_kwargs",
+    "data.max_seq_len", "data.overlong", "data.train_on", "data.train_reasoning", "data.history", "data.control_text",
+    "data.max_refused", "data.encoding", "data.max_row_mb",
+)  # fmt: skip
+"""Keys of data that evaluate takes: those that decide how rows are read and labelled."""
+
+
+def add_data_flags(parser: CommandParser) -> None:
+    """Add a flag for every config key that evaluate takes; those of a run need not be given again."""
+    from tunesmith.config.runfile import leaf_fields
+    from tunesmith.config.schema import RunConfig
+
+    group = parser.add_section(f"data ({SECTIONS['data']}; a run keeps its own)")
+    for dotted, field in leaf_fields(RunConfig).items():
+        if dotted.startswith(EVALUATE_KEYS):
+            _add_config_flag(group, dotted, field)
+
+
 def add_resume_flags(parser: CommandParser) -> None:
     """Add a flag for every config key that resume takes, grouped by what it needs."""
     from tunesmith.config.runfile import leaf_fields

@@ -34,6 +34,10 @@ EXAMPLES = {
 """,
     "report": """  tunesmith report runs/mine
 """,
+    "evaluate": """  tunesmith evaluate runs/mine
+  tunesmith evaluate runs/mine --data held-out.jsonl --base
+  tunesmith evaluate runs/one runs/two --data held-out.jsonl --limit 500
+""",
     "chat": """  tunesmith chat runs/mine
   tunesmith chat runs/mine --prompt "Who are you?"
 """,
@@ -52,10 +56,12 @@ EXAMPLES = {
 """,
 }
 EPILOG = {
+    "evaluate": "without --data, a run is evaluated on the rows that it held out\n",
     "lr-find": "takes the flags and run file of train, makes no RUN folder, and prints the optim.lr to use\n",
     "chat": "in the chat: /reset forgets the conversation, /system TEXT sets the system prompt, /exit leaves\n",
 }
 USAGE = {
+    "evaluate": "tunesmith evaluate MODEL_OR_RUN ... [--data D ...] [--base] [--limit N] [--json]",
     "train": "tunesmith train [run.yaml] --model M --data D --output RUN [--section.key value ...]",
     "resume": "tunesmith resume RUN [--allow PART ...] [--section.key value ...]",
     "convert-config": "tunesmith convert-config FILE [--dataset-info DIR] [--output run.yaml]\n"

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from tunesmith.config.choices import EXPORT_FORMATS, MERGE_METHODS, MINIMIND_GENERATIONS, WEIGHT_GENERATIONS
+from tunesmith.config.choices import (
+    BLEU_TOKENIZERS,
+    EXPORT_FORMATS,
+    MERGE_METHODS,
+    MINIMIND_GENERATIONS,
+    REPLY_CHOICES,
+    WEIGHT_GENERATIONS,
+)
 from tunesmith.parser.command import CommandParser, Commands, add_command
+from tunesmith.parser.config_flags import add_data_flags
 from tunesmith.parser.values import (
     as_count,
     as_name,
@@ -43,6 +51,7 @@ def add_use_commands(commands: Commands) -> None:
     )
     chat.add_argument("--trust-remote-code", action="store_true", help="run Python code in the model's folder")
     chat.add_argument("--allow-changed-base", action="store_true", help="open an adapter although its base has changed")
+    _add_evaluate(commands)
     _add_serve(commands)
     merge = add_command(commands, "merge", "merge adapters into their base model and verify the result")
     merge.add_argument(
@@ -107,6 +116,49 @@ def _add_convert_config(commands: Commands) -> None:
     convert.add_argument(
         "--dataset-info", type=as_path, metavar="DIR", help="folder with LLaMA-Factory's dataset_info.json"
     )
+
+
+def _add_evaluate(commands: Commands) -> None:
+    evaluate = add_command(commands, "evaluate", "score models on data: by likelihood, and by the replies they write")
+    evaluate.add_argument(
+        "models", type=as_name, nargs="+", metavar="MODEL_OR_RUN", help="runs, model folders, adapters or hub ids"
+    )
+    evaluate.add_argument("--base", action="store_true", help="put the base of each run or adapter beside it")
+    evaluate.add_argument(
+        "--limit", type=as_positive, metavar="N", help="score only N rows, drawn by the seed (default: all)"
+    )
+    evaluate.add_argument(
+        "--replies", type=one_of(REPLY_CHOICES), default="all", metavar="|".join(REPLY_CHOICES),
+        help="replies to generate: to all trained turns, the last of each row, or none: likelihoods only "
+        "(default: all)",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--max-new-tokens", type=as_positive, default=512, metavar="N", help="longest reply (default: 512)"
+    )
+    evaluate.add_argument(
+        "--temperature", type=as_temperature, default=0.0, metavar="T", help="of sampling (default: 0, greedy)"
+    )
+    evaluate.add_argument(
+        "--seed", type=as_seed, default=0, metavar="N", help="of --limit, sampling and intervals (default: 0)"
+    )
+    evaluate.add_argument(
+        "--bleu-tokenizer", type=one_of(BLEU_TOKENIZERS), default="auto", metavar="T",
+        help=f"sacrebleu's: {', '.join(BLEU_TOKENIZERS)} (default: by the script of the references)",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--output", type=as_path, metavar="DIR", help="folder to write (default: RUN/evaluate, or evaluate/NAME)"
+    )
+    evaluate.add_argument(
+        "--overwrite", action="store_true", help="replace another evaluation in the folder; the same one is continued"
+    )
+    evaluate.add_argument("--json", action="store_true", help="print evaluate.json instead of a table")
+    evaluate.add_argument("--tokenizer", type=as_name, metavar="T", help="folder or hub id; a .pth has none of its own")
+    _add_free_config(evaluate)
+    evaluate.add_argument("--trust-remote-code", action="store_true", help="run Python code in the models' folders")
+    evaluate.add_argument(
+        "--allow-changed-base", action="store_true", help="open an adapter although its base has changed"
+    )
+    add_data_flags(evaluate)
 
 
 def _add_export(commands: Commands) -> None:

@@ -1,0 +1,114 @@
+"""Score the tool calls of a reply: against the schemas of the row's tools, and against the reference's calls."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import regex
+
+from tunesmith.evaluation.forms import INVALID, load_json, spell_json
+from tunesmith.generation.reply_parts import ToolCall
+
+_PATTERN_S = 1.0  # a pattern of a schema may take exponential time
+
+
+def score_calls(
+    calls: Sequence[ToolCall], reference: Sequence[ToolCall], tools: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+    """Scores of a reply in a row with tools, or whose reference calls some.
+
+    Args:
+        tools: schemas as {"type": "function", "function": {...}}.
+    """
+    scores: dict[str, float] = {}
+    if tools:
+        scores["tool_choice"] = float(bool(calls) == bool(reference))
+    if not reference:
+        return scores
+    schemas = _schemas(tools)
+    if schemas:
+        scores["tool_name"] = float(bool(calls) and all(call.name in schemas for call in calls))
+        verdicts = [
+            fits_schema(_arguments(call), schemas[call.name]) if call.name in schemas else False for call in calls
+        ]
+        if None not in verdicts:
+            scores["tool_arguments"] = float(bool(calls) and all(verdicts))
+    scores["tool_equal"] = float(Counter(map(_spell, calls)) == Counter(map(_spell, reference)))
+    return scores
+
+
+def _schemas(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Name of each tool -> the schema of its arguments."""
+    found = {}
+    for tool in tools:
+        function = tool.get("function", tool)
+        if isinstance(function, Mapping) and isinstance(function.get("name"), str):
+            found[function["name"]] = function.get("parameters")
+    return found
+
+
+def _arguments(call: ToolCall) -> Any:
+    """The call's arguments as a JSON value; INVALID where they are broken."""
+    return load_json(call.arguments) if isinstance(call.arguments, str) else call.arguments
+
+
+def _spell(call: ToolCall) -> tuple[str, str]:
+    arguments = _arguments(call)
+    return call.name, call.text if arguments is INVALID else spell_json(arguments)
+
+
+def fits_schema(arguments: Any, schema: Any) -> bool | None:
+    """Whether arguments are an object that fits a JSON schema; None where the schema itself cannot be used.
+
+    No reference to another document is followed, and a pattern has a second.
+    """
+    if not isinstance(arguments, dict):
+        return False
+    if schema is None:
+        return True
+    if not isinstance(schema, (dict, bool)):
+        return None
+    try:
+        validator = _validator_class(schema)
+        validator.check_schema(schema)
+        return bool(validator(schema, registry=_no_registry()).is_valid(arguments))
+    except Exception:  # jsonschema and referencing: broken schemas, unknown types, endless references
+        return None
+
+
+def _no_registry() -> Any:
+    from referencing import Registry
+
+    return Registry()
+
+
+def _validator_class(schema: Any) -> Any:
+    """jsonschema's class for the dialect of a schema, with patterns that end."""
+    from jsonschema import validators
+
+    own = validators.validator_for(schema, default=validators.Draft202012Validator)
+    return validators.extend(own, {"pattern": _match_pattern, "patternProperties": _match_properties})
+
+
+def _match_pattern(validator: Any, pattern: str, instance: Any, schema: Any) -> Iterator[Any]:
+    from jsonschema import ValidationError
+
+    if isinstance(instance, str) and not _finds(pattern, instance):
+        yield ValidationError("does not match")
+
+
+def _match_properties(validator: Any, patterns: Mapping[str, Any], instance: Any, schema: Any) -> Iterator[Any]:
+    if isinstance(instance, dict):
+        for pattern, below in patterns.items():
+            for key, value in instance.items():
+                if _finds(pattern, key):
+                    yield from validator.descend(value, below, path=key, schema_path=pattern)
+
+
+def _finds(pattern: str, text: str) -> bool:
+    """Raises:
+    TimeoutError: it takes too long.
+    """
+    return regex.search(pattern, text, timeout=_PATTERN_S) is not None

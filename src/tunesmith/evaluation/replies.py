@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,10 +24,12 @@ from tunesmith.files import read_sealed, sealed, sync_path, write_text_atomic
 from tunesmith.generation.decode import decode_reply
 from tunesmith.generation.matching import matches_exactly
 from tunesmith.generation.reply_parts import ReplyFormat, ReplyParts
+from tunesmith.generation.request import Request
 from tunesmith.generation.sampling import Sampling
 from tunesmith.generation.speaker import Speaker
 
-_BATCH = 32
+_WAITING = 64  # rows handed to the batcher before they run
+_ROW_ERRORS = ("context-full", "prompt-empty", "token-out-of-range")  # of one prompt, not of the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,37 +135,38 @@ def answer_of(text: str, parts: ReplyParts) -> str:
 
 def generate(
     speaker: Speaker, asked: Sequence[Asked], sampling: Sampling, model: str
-) -> Iterator[list[tuple[Asked, ReplyRecord]]]:
-    """The replies, a batch at a time, prompts of similar length together; without their scores."""
-    order = sorted(asked, key=lambda one: len(one.ids))
-    for start in range(0, len(order), _BATCH):
-        yield list(_generate_batch(speaker, order[start : start + _BATCH], sampling, model))
-
-
-def _generate_batch(
-    speaker: Speaker, batch: Sequence[Asked], sampling: Sampling, model: str
 ) -> Iterator[tuple[Asked, ReplyRecord]]:
-    from tunesmith.generation.batch import Prompt, generate_tokens
+    """The replies as they end, without their scores; each is what the model replies to its prompt alone."""
+    batcher, waiting = speaker.batcher, deque(asked)
+    running: dict[int, tuple[Asked, list[int]]] = {}
+    try:
+        while waiting or running:
+            while waiting and batcher.num_waiting < _WAITING:
+                one = waiting.popleft()
+                try:
+                    row = batcher.submit(Request(one.ids, replace(sampling, seed=one.seed)))
+                except ModelError as error:
+                    if error.code not in _ROW_ERRORS:
+                        raise
+                    yield one, _record(speaker, one, [], False, model, error.code)
+                else:
+                    running[row] = (one, [])
+            for token in batcher.step():
+                one, ids = running[token.row]
+                if token.error is None:
+                    ids.append(token.id)
+                if token.is_last:
+                    del running[token.row]
+                    code = token.error.code if token.error else ""
+                    yield one, _record(speaker, one, ids, token.finish_reason == "stop", model, code)
+    finally:
+        for row in running:
+            batcher.cancel(row)
 
-    fitting: list[Asked] = []
-    prompts: list[Prompt] = []
-    for one in batch:
-        try:
-            room = speaker.room_for_reply(len(one.ids), sampling.max_new_tokens)
-        except ModelError as error:
-            yield one, _record(speaker, one, [], model, error.code)
-            continue
-        fitting.append(one)
-        prompts.append(Prompt(one.ids, replace(sampling, max_new_tokens=room, seed=one.seed)))
-    found: list[list[int]] = [[] for _ in fitting]
-    for token in generate_tokens(speaker.model, prompts, speaker.stop_ids):
-        found[token.row].append(token.id)
-    for one, ids in zip(fitting, found, strict=True):
-        yield one, _record(speaker, one, ids, model)
 
-
-def _record(speaker: Speaker, asked: Asked, ids: Sequence[int], model: str, error: str = "") -> ReplyRecord:
-    has_stopped = bool(ids) and ids[-1] in speaker.stop_ids
+def _record(
+    speaker: Speaker, asked: Asked, ids: Sequence[int], has_stopped: bool, model: str, error: str = ""
+) -> ReplyRecord:
     said = [token for token in ids if token not in speaker.stop_ids]
     prompt = str(speaker.encoder.tokenizer.backend_tokenizer.decode(list(asked.ids), skip_special_tokens=False))
     return ReplyRecord(
@@ -200,6 +204,9 @@ class ReplyLog:
         return found
 
     def add(self, records: Sequence[ReplyRecord]) -> None:
+        """Append lines, which are on the disk when this returns."""
+        if not records:
+            return
         self._file.write("".join(f"{record.to_line()}\n" for record in records).encode())
         self._file.flush()
         os.fsync(self._file.fileno())

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import re
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from tunesmith.evaluation.records import (
     Evaluation,
     EvaluationFolder,
     ModelResult,
+    ReplyRecord,
     write_evaluation,
 )
 from tunesmith.evaluation.replies import Asked, EvaluationState, ReplyLog, ReplyScorer, find_asked, generate, open_state
@@ -46,6 +48,7 @@ from tunesmith.run.identity import describe_weights
 from tunesmith.sources.memory import sources_of, write_rows
 from tunesmith.staging import locked
 
+_KEPT_TOGETHER, _KEPT_S = 64, 1.0  # replies written to the disk at once, and seconds until they are
 _PACKAGES = {"sacrebleu": "sacrebleu", "rouge_score": "rouge-score", "jsonschema": "jsonschema"}
 
 
@@ -259,10 +262,19 @@ def _answer(
     if done:
         progress.note(f"{name}: {done:,} replies of an earlier process are kept")
     sampling = Sampling(settings.max_new_tokens, settings.temperature)
-    for batch in generate(speaker, todo, sampling, name):
-        log.add([scorer.score(record, one) for one, record in batch])
-        done += len(batch)
-        progress.update(done, len(asked))
+    kept: list[ReplyRecord] = []
+    last = time.monotonic()
+    try:
+        for one, record in generate(speaker, todo, sampling, name):
+            kept.append(scorer.score(record, one))
+            done += 1
+            if len(kept) >= _KEPT_TOGETHER or time.monotonic() - last > _KEPT_S:
+                log.add(kept)
+                kept, last = [], time.monotonic()
+                progress.update(done, len(asked))
+    finally:
+        log.add(kept)
+    progress.update(done, len(asked))
 
 
 @contextmanager

@@ -139,7 +139,10 @@ def test_the_table_fits_and_json_is_the_file(run, trained: Path, tmp_path: Path)
     words = ("evaluate", trained, "--base", *SHORT, "--output", tmp_path / "out")
     code, out, err = run(*words)
     assert code == 0
-    assert max(map(len, out.splitlines())) <= 80
+    assert (
+        max(len(line) for line in out.splitlines() if str(tmp_path.parent) not in line and "chats.jsonl" not in line)
+        <= 80
+    )
     for text in ("loss", "exact match, strict", "ROUGE-L", "difference", "base"):
         assert text in out
     assert "base: replies  10/10" in err
@@ -296,12 +299,18 @@ def test_odd_rows_and_replies_are_scored(run, trained: Path, tmp_path: Path) -> 
 
 
 def test_a_prompt_without_room_counts_as_an_empty_reply(run, tmp_path: Path, tokenizer: Any) -> None:
+    model = save_folder(tmp_path / "m", tiny_config("llama", max_position_embeddings=64), tokenizer)
+    data = write_jsonl(tmp_path / "d.jsonl", [chat_row("the quick brown " * 30, "no"), chat_row("Who?", "me")])
+    evaluation = evaluated(run, tmp_path / "o", model, "--data", data, *SHORT, "--data.max_seq_len", 400)
+    full, other = sorted(records_of(tmp_path / "o"), key=lambda record: -len(record.prompt))
+    assert (full.error, full.reply, full.has_stopped, full.scores["exact_match"]) == ("context-full", "", False, 0)
+    assert not other.error
+    assert any("leave no room" in remark for remark in evaluation.models[0].remarks)
+
+
+def test_cut_replies_are_not_generated(run, tmp_path: Path, tokenizer: Any) -> None:
     model = save_folder(tmp_path / "m", tiny_config("gpt2", n_positions=64), tokenizer)
-    rows = [chat_row("brown " * 60, "no"), chat_row("Who?", "me")]
-    data = write_jsonl(tmp_path / "d.jsonl", rows)
-    evaluation = evaluated(run, tmp_path / "o", model, "--data", data, *SHORT, "--data.overlong", "split")
-    assert evaluation.data.replies in (1, 2)
-    data = write_jsonl(tmp_path / "d.jsonl", [chat_row("Who?", "me " * 40)])  # cut: no whole reply
+    data = write_jsonl(tmp_path / "d.jsonl", [chat_row("Who?", "the answer and " * 40)])
     evaluation = evaluated(run, tmp_path / "p", model, "--data", data, *SHORT)
     assert evaluation.data.replies == 0
     assert any("cut at 64 tokens" in remark for remark in evaluation.models[0].remarks)
@@ -324,9 +333,12 @@ def test_a_prompt_without_room_counts_as_an_empty_reply(run, tmp_path: Path, tok
         (["{base}", "--data", "{data}", "--model.config.hidden_size", "9"], ModelError, ""),
     ],
 )
-def test_wrong_commands_have_their_errors(fails, trained: Path, words: list[str], kind, code: str) -> None:
+def test_wrong_commands_have_their_errors(
+    fails, trained: Path, tmp_path: Path, words: list[str], kind, code: str
+) -> None:
     names = {"base": trained.parent / "base", "data": trained.parent / "chats.jsonl", "run": trained}
-    error = fails("evaluate", *[word.format(**names) for word in words])
+    output = [] if "--output" in words else ["--output", tmp_path / "out"]
+    error = fails("evaluate", *[word.format(**names) for word in words], *output)
     assert isinstance(error, kind)
     assert not code or error.code == code
 

@@ -267,7 +267,8 @@ def open_state(folder: EvaluationFolder, fingerprint: Mapping[str, Any], overwri
         ) from None
     if not differences:
         return EvaluationState(plain, likelihoods)
-    if overwrites:
+    has_begun = bool(likelihoods) or (folder.replies.exists() and folder.replies.stat().st_size)
+    if overwrites or not has_begun:
         for path in (folder.state, folder.replies, folder.result, folder.page, folder.judgements):
             path.unlink(missing_ok=True)
         return EvaluationState(plain, {})

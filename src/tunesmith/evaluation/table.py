@@ -78,7 +78,7 @@ def format_evaluation(evaluation: Evaluation, width: int = WIDTH) -> list[str]:
         lines += ["", *_block(evaluation, models, start == 0)]
     for difference in evaluation.differences if len(evaluation.models) > 2 else []:
         lines += ["", *_difference_block(difference)]
-    lines += ["", "± is half the width of the 95 % interval over rows (bootstrap); < and > its only limit."]
+    lines += ["", "± is half the width of the 95 % interval over rows; < and > are its limit."]
     if evaluation.differences:
         lines.append("* marks a difference whose interval does not contain 0.")
     return [one_line(line).rstrip() for line in lines]

@@ -93,12 +93,12 @@ class Browser:
         assert "exceptionDetails" not in result, (code, result["exceptionDetails"])
         return result["result"].get("value")
 
-    def wait(self, code: str, timeout_s: float = 15.0) -> Any:
-        """The value of an expression once it is true."""
+    def wait(self, code: str, timeout_s: float = 15.0) -> None:
+        """Until an expression is true."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
-            if value := self.run(code):
-                return value
+            if self.run(f"(() => {{ try {{ return Boolean({code}) }} catch {{ return false }} }})()"):
+                return
             time.sleep(0.03)
         shown = self.run("document.body.innerText")
         raise AssertionError(f"{code} did not become true; problems: {self.problems}; the page shows:\n{shown}")

@@ -2,13 +2,13 @@
 
 import { ApiError, streamChat } from "./api.js";
 import { conversation, keepConversation, messagesFor, newReply, newStep } from "./conversation.js";
-import { copyText, el, find, icon, iconButton, toast, visible } from "./dom.js";
+import { copyText, el, find, icon, iconButton, put, toast, visible } from "./dom.js";
 import { renderMarkdown } from "./markdown.js";
 import { historyTurns, samplingFields, settings, tools } from "./settings.js";
 import { currentLanguage, short, t } from "./texts.js";
 import { renderTokens, appendTokens } from "./tokens.js";
 
-let names = [];  // models of the server
+let names = null;  // models of the server, once they are known
 let running = new Map();  // reply -> AbortController
 let editing = null;  // turn or reply that is being edited
 const cards = new Map();  // reply -> its element
@@ -128,7 +128,7 @@ function drawModels() {
   const group = find("models");
   group.setAttribute("aria-label", t("models"));
   group.title = t("models");
-  group.replaceChildren(...names.map((name) => {
+  group.replaceChildren(...(names ?? []).map((name) => {
     const isChosen = conversation.models.includes(name);
     return el("button", { type: "button", class: "chip", "aria-pressed": String(isChosen), "data-model": name, onclick: () => toggleModel(name) },
       el("span", {}, visible(name)));
@@ -165,6 +165,7 @@ export function drawThread() {
 }
 
 function greeting() {
+  if (names === null) return el("div", { class: "greeting" }, el("p", { class: "muted pulse" }, t("loading")));
   const chosen = conversation.models;
   const how = !names.length ? t("noModels") : chosen.length > 1 ? t("helloSeveral", { count: chosen.length }) : t("helloOne", { model: visible(chosen[0]) });
   const examples = [1, 2, 3].map((number) => t("example" + number));
@@ -273,7 +274,7 @@ function fillCard(card, turn, index, model) {
     if (steps.children[at] !== drawn) steps.children[at] ? steps.children[at].replaceWith(drawn) : steps.append(drawn);
   });
   card.querySelector(".state").textContent = isRunning ? "" : reply.edited ? t("edited") : "";
-  card.querySelector("footer").replaceChildren(...footer(turn, index, model, isRunning));
+  put(card.querySelector("footer"), ...footer(turn, index, model, isRunning));
 }
 
 function drawStep(step, before, { reply, index, model, isRunning, isLast }) {
@@ -342,11 +343,11 @@ function footer(turn, index, model, isRunning) {
   const tokens = reply.usage?.completion_tokens;
   const speed = tokens > 1 && reply.steps.length === 1 && reply.seconds > 0 ? short(tokens / reply.seconds, 3) : null;
   const text = reply.steps.map((step) => step.text).filter(Boolean).join("\n\n");
-  const stats = tokens === undefined ? null
+  const stats = tokens === undefined || reply.edited ? null
     : t(speed ? "stats" : "statsShort", { tokens: short(tokens, 6), speed, seed: reply.seed });
   return [
     el("div", { class: "actions" },
-      iconButton("copy", t("copy"), () => copy(text)),
+      text ? iconButton("copy", t("copy"), () => copy(text)) : null,
       needsIdle(iconButton("again", t("regenerate"), () => regenerate(index, model))),
       needsIdle(iconButton("edit", t("editReply"), () => edit(reply)))),
     ...notes,

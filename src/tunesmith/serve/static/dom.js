@@ -21,6 +21,12 @@ function fill(node, attributes, children) {
   return node;
 }
 
+// Replace what a node holds; children may be missing, as for el.
+export function put(node, ...children) {
+  node.replaceChildren();
+  fill(node, {}, children);
+}
+
 export const find = (id) => document.getElementById(id);
 
 const ICONS = {

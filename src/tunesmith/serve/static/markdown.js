@@ -183,9 +183,10 @@ export function inline(text) {
     plain += text.slice(at, next.index);
     at = next.index;
     const mark = text[at];
-    if (mark === "\\" && at + 1 < text.length && PUNCTUATION.test(text[at + 1])) {
-      plain += text[at + 1];
-      at += 2;
+    if (mark === "\\") {
+      const isEscape = PUNCTUATION.test(text[at + 1] ?? "");
+      plain += isEscape ? text[at + 1] : mark;
+      at += isEscape ? 2 : 1;
     } else if (mark === "\n") {
       flush();
       nodes.push(el("br"));

@@ -135,6 +135,6 @@ function problems() {
   return el("div", {}, el("h2", {}, t("problems")), el("ul", { class: "problems" }, ...about.problems.map((problem) => {
     const rest = problem.count - problem.rows.length;
     const places = [problem.rows.join(", "), rest > 0 ? t("andMore", { count: count(rest) }) : ""].filter(Boolean).join(" ");
-    return el("li", {}, el("span", { class: problem.level }, problem.what), el("small", {}, `${t("rowsTotal", { count: count(problem.count) })}: ${places}`));
+    return el("li", {}, el("span", { class: problem.level }, problem.what), el("small", {}, `${t("rowsTotal", { count: count(problem.count) })} (${places})`));
   })));
 }

@@ -1,6 +1,6 @@
 // The settings panel: the conversation's system prompt and tools, sampling, and what is displayed. Kept in the browser.
 
-import { el, icon, find, store, stored } from "./dom.js";
+import { el, icon, find, put, store, stored } from "./dom.js";
 import { t } from "./texts.js";
 
 const SAMPLING = [  // name in a request, smallest, largest, step, what an empty field means
@@ -70,7 +70,7 @@ export function drawSettings() {
   const panel = find("settings");
   panel.setAttribute("aria-label", t("settings"));
   const close = el("button", { type: "button", class: "quiet icon", "aria-label": t("close"), title: t("close"), onclick: () => showSettings(false) }, icon("close"));
-  panel.replaceChildren(
+  put(panel,
     el("header", {}, el("h2", {}, t("settings")), close),
     el("h3", {}, t("conversation")),
     area("system", t("system"), t("systemHint"), 3),

@@ -1,6 +1,6 @@
 // Tokens shaded by probability, with their alternatives on hover and on tap.
 
-import { el, find, visible } from "./dom.js";
+import { el, find, put, visible } from "./dom.js";
 import { t, short } from "./texts.js";
 
 const LEVELS = [0.9, 0.7, 0.5, 0.3, 0.1, 0.03];  // probabilities below which a token has a stronger shade
@@ -35,7 +35,7 @@ function show(span) {
   const isAmong = others.some((one) => one.text === text);
   const rows = isAmong ? others : [{ text, p }, ...others];
   const rest = 1 - rows.reduce((sum, one) => sum + one.p, 0);
-  tip.replaceChildren(
+  put(tip,
     el("b", {}, t("tokenOf", { number })),
     ...rows.map((one) => bar(spelled(one.text), one.p, one.text === text)),
     others.length && rest > 0.0005 ? bar(t("otherTokens"), rest, false, true) : null,

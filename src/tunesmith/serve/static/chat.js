@@ -1,7 +1,7 @@
 // The chat: turns with the replies of one model, or of several side by side.
 
 import { ApiError, streamChat } from "./api.js";
-import { conversation, keepConversation, messagesFor, newReply, newStep } from "./conversation.js";
+import { conversation, keepConversation, messagesFor, newReplies, newReply, newStep } from "./conversation.js";
 import { copyText, el, find, icon, iconButton, put, toast, visible } from "./dom.js";
 import { renderMarkdown } from "./markdown.js";
 import { historyTurns, samplingFields, settings, tools } from "./settings.js";
@@ -25,7 +25,7 @@ export const isBusy = () => running.size > 0;
 
 export function send(text) {
   if (isBusy() || !text.trim() || !conversation.models.length || !toolsAreRight()) return false;
-  conversation.turns.push({ text, replies: {} });
+  conversation.turns.push({ text, replies: newReplies() });
   answer(conversation.turns.length - 1, conversation.models);
   return true;
 }
@@ -202,7 +202,7 @@ function editTurn(turn, index) {
     if (!area.value.trim() || isBusy() || !toolsAreRight()) return;
     turn.text = area.value;
     conversation.turns.length = index + 1;
-    turn.replies = {};
+    turn.replies = newReplies();
     editing = null;
     answer(index, conversation.models);
   };

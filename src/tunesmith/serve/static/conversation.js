@@ -9,11 +9,21 @@ import { stored, store } from "./dom.js";
 export const newStep = () => ({ reasoning: "", text: "", calls: [], results: null, tokens: [] });
 export const newReply = (seed) => ({ steps: [newStep()], state: "waiting", problem: null, finish: null, usage: null, seed, seconds: 0 });
 
-export const conversation = { turns: [], models: [], ...stored("sessionStorage", "conversation", {}) };
+export const newReplies = () => Object.create(null);  // a model may have any name, __proto__ too
 
-for (const turn of conversation.turns) {
-  for (const reply of Object.values(turn.replies)) {
-    if (reply.state === "waiting" || reply.state === "streaming") reply.state = "stopped";  // the page was left
+export const conversation = readKept();
+
+function readKept() {
+  try {
+    const { turns, models } = stored("sessionStorage", "conversation", { turns: [], models: [] });
+    const read = turns.map(({ text, replies }) => ({ text: String(text), replies: Object.assign(newReplies(), replies) }));
+    for (const reply of read.flatMap((turn) => Object.values(turn.replies))) {
+      if (reply.state === "waiting" || reply.state === "streaming") reply.state = "stopped";  // the page was left
+      if (!reply.steps.every((step) => typeof step.text === "string" && Array.isArray(step.calls))) throw new Error();
+    }
+    return { turns: read, models: models.map(String) };
+  } catch {  // of another version of the page
+    return { turns: [], models: [] };
   }
 }
 

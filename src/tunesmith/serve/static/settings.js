@@ -22,10 +22,10 @@ const EXAMPLE = [{
   },
 }];
 
-export const settings = {
-  system: "", tools: "", history: "", thinking: "", sampling: {}, showTokens: false,
-  ...stored("localStorage", "settings", {}),
-};
+export const settings = { system: "", tools: "", history: "", thinking: "", sampling: {}, showTokens: false };
+for (const [name, value] of Object.entries(stored("localStorage", "settings", null) ?? {})) {
+  if (Object.hasOwn(settings, name) && value !== null && typeof value === typeof settings[name]) settings[name] = value;
+}
 
 let changed = () => {};
 let forgetKey = () => {};

@@ -41,7 +41,7 @@ function linesOf({ name, points, isMarked, isSmoothed }, index) {
   if (!isSmoothed || points.length < SMOOTHED_FROM) return [{ name, index, points: thin(points), css: "", isMarked }];
   return [
     { name, index, points: thin(points), css: "faint" },
-    { name: t("smoothed", { name }), index, points: thin(smooth(points)), css: "strong" },
+    { name, label: t("smoothed", { name }), index, points: thin(smooth(points)), css: "strong" },
   ];
 }
 
@@ -131,7 +131,7 @@ function watch(picture, here, output, lines, across) {
     here.classList.add("shown");
     const texts = lines.map((line) => {
       const [x, y] = nearestPoint(line.points, across(step), across);
-      return Math.abs(across(x) - across(step)) < 2 ? `${line.name} ${short(y)}` : "";
+      return Math.abs(across(x) - across(step)) < 2 ? `${line.label ?? line.name} ${short(y)}` : "";
     });
     output.textContent = `${t("step", { step: count(step) })}: ${texts.filter(Boolean).join(", ")}`;
   };

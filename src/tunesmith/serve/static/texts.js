@@ -347,7 +347,7 @@ export const count = (number) => Number(number).toLocaleString(language === "zh"
 export function short(number, digits = 4) {
   if (!Number.isFinite(number)) return String(number);
   const size = Math.abs(number);
-  if (size >= 1e7 || (size < 1e-3 && size > 0)) return number.toExponential(Math.max(0, digits - 2)).replace(/\.?0+e/, "e");
+  if (size >= 1e7 || (size < 1e-4 && size > 0)) return number.toExponential(Math.max(0, digits - 2)).replace(/\.?0+e/, "e");
   if (size >= 1000) return count(Math.round(number));
   return String(Number(number.toPrecision(digits)));
 }

@@ -188,7 +188,7 @@ def test_other_runs_and_folders_cannot_be_asked_for(client: TestClient) -> None:
 def test_wrong_queries_are_refused_in_the_apis_shape(client: TestClient, query: str) -> None:
     answer = client.get(f"/ui/runs/run <i>y/rows?{query}")
     assert answer.status_code == 400
-    assert answer.json()["error"]["code"] == "invalid-value"
+    assert answer.json()["error"]["code"] == "invalid_value"
 
 
 def test_served_folders_of_a_run_lead_to_it_once(trained: Path, tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_damaged_files_of_a_run_give_an_error_without_paths(trained: Path, tmp_p
     client = client_of(runs)
     answer = client.get("/ui/runs/run/rows")
     assert answer.status_code == 503
-    assert answer.json()["error"]["code"] == "run-unreadable"
+    assert answer.json()["error"]["code"] == "run_unreadable"
     assert str(tmp_path) not in answer.text
     assert client.get("/ui/runs").json() == {"runs": [{"name": "run", "parts": ["train"]}]}
 

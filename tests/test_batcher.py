@@ -394,6 +394,21 @@ def test_a_constraint_that_allows_nothing_ends_its_row_alone(qwen: Speaker) -> N
     assert [token.id for token in others] == run(Batcher(qwen), greedy(ids_of(4), 3))[0]
 
 
+@pytest.mark.parametrize("method", ["mask", "accept"])
+def test_a_constraint_that_fails_ends_its_row_alone(qwen: Speaker, method: str) -> None:
+    constraint = Only([7, 8])
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("broken library")
+
+    setattr(constraint, method, fail)
+    tokens, others = run_tokens(Batcher(qwen), Request([5], Sampling(9, 0), constraint=constraint), greedy([6], 3))
+    assert tokens[-1].error is not None
+    assert tokens[-1].error.code == "constraint-failed"
+    assert "broken library" in str(tokens[-1].error)
+    assert [token.id for token in others] == run(Batcher(qwen), greedy([6], 3))[0]
+
+
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_damaged_logits_end_their_row_alone(temperature: float) -> None:
     """A token whose embedding is nan ruins the row that has it, now and where its cache is used by another row."""

@@ -167,6 +167,45 @@ def test_samples_follow_the_probabilities_that_generation_config_leaves() -> Non
         assert drawn.count(token) / 2000 == pytest.approx(share, abs=0.04)
 
 
+@pytest.mark.parametrize("spread", [0.01, 0.3])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_k": 7}, {"top_k": 0}, {"top_k": 0, "top_p": 0.6}, {"top_p": 0.3}, {"top_k": 0, "min_p": 0.2},
+        {"top_k": 1100, "top_p": 0.9}, {"top_k": 0, "top_p": 0.97, "min_p": 0.01}, {"temperature": 1e-9},
+        {"repetition_penalty": 3.0}, {"top_k": 2000},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_tokens_that_may_be_drawn_are_those_that_transformers_keeps(
+    settings: dict[str, Any], spread: float
+) -> None:
+    """Whatever the random number, with a vocabulary beyond what is sorted; all rows at once, in one call."""
+    vocab, count = 1500, 300
+    torch.manual_seed(0)
+    logits = torch.randn(1, vocab) * spread * 10
+    history = [5, 9, int(logits.argmax())]
+    given = Sampling(4, **({"temperature": 1.4} | settings))
+    model = types.SimpleNamespace(generation_config=GenerationConfig())
+    config = sampling.settings_of(model, given)  # type: ignore[arg-type]
+    kept = logits
+    for rule in rules.rules_of(config, 3, 4, (), "cpu"):
+        kept = rule(torch.tensor([history]), kept)
+    wanted = kept.softmax(-1)[0]
+    cpu = torch.device("cpu")
+    rows = []
+    for seed in range(count):
+        request = Request(history, Sampling(4, seed=seed, **({"temperature": 1.4} | settings)))
+        rows.append(choose.Chooser(model, request, 4, (), cpu))  # type: ignore[arg-type]
+    drawn = choose.choose(logits.repeat(count, 1), rows)
+    cumulative = wanted.double().cumsum(-1)
+    for seed, token in enumerate(drawn):
+        number = random.Random(seed).random() * float(cumulative[-1])
+        assert token == int(torch.searchsorted(cumulative, number, right=True)), seed
+    mixed = [choose.Chooser(model, Request(history, one), 4, (), cpu) for one in (given, Sampling(4, 0))]  # type: ignore[arg-type]
+    assert choose.choose(logits.repeat(2, 1), mixed)[1] == int(logits.argmax())
+
+
 def test_top_k_is_transformers_default_where_the_model_names_none() -> None:
     model = build_model(tiny_config("qwen3", initializer_range=1e-6)).eval()  # all tokens are about equally likely
     drawn = [reply[0] for reply in replies(model, [Request([5], Sampling(1, 1.0, seed)) for seed in range(2000)])]

@@ -251,9 +251,11 @@ class Batcher:
         is_stop = token in self._speaker.stop_ids
         text = "" if is_stop or token == self._speaker.encoder.eos_id else row.text.push(token)
         reason = "stop" if is_stop or row.text.is_stopped else None if row.cached.left else "length"
+        if reason is None and (error := row.chooser.accept(token)) is not None:
+            self._leave(row, is_kept=True)
+            return Token(row.number, token, text + row.text.finish(), logprob, top, "error", error)
         if reason is None:
             row.cached.ids.append(token)
-            row.chooser.accept(token)
             if row.cached in self._reading:
                 self._reading.remove(row.cached)
                 while row.number in self._rows and not self._engine.settle(row.cached):

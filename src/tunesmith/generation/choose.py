@@ -21,7 +21,7 @@ from tunesmith.generation.rules import rules_of
 from tunesmith.generation.sampling import settings_of
 from tunesmith.model.source import telling_text
 
-_NARROW = 1024  # candidates that are sorted; more only for a row whose top_p or top_k needs them
+_FEW, _NARROW = 128, 1024  # candidates that are sorted; more only where a row's top_p or top_k needs them
 _VECTORISED = (
     process.RepetitionPenaltyLogitsProcessor,
     process.TemperatureLogitsWarper,
@@ -72,9 +72,17 @@ class Chooser:
         assert self._seen is not None
         return self._seen[: self._num_seen]
 
-    def accept(self, token_id: int) -> None:
+    def accept(self, token_id: int) -> ModelError | None:
+        """Go on behind a token; the error that ends the row, if its constraint fails."""
         if self.constraint is not None:
-            self.constraint.accept(token_id)
+            try:
+                self.constraint.accept(token_id)
+            except Exception as error:  # of a library; only this row depends on it
+                return _constraint_error(error)
+        self._note(token_id)
+        return None
+
+    def _note(self, token_id: int) -> None:
         if self._seen is None:
             return
         if self._num_seen == len(self._seen):
@@ -89,7 +97,7 @@ def choose(logits: Tensor, rows: Sequence[Chooser]) -> list[int | ModelError]:
     Args:
         logits: [rows, vocab] in float32; may be changed.
     """
-    _apply_constraints(logits, rows)
+    failed = _apply_constraints(logits, rows)
     special = [place for place, row in enumerate(rows) if row.rules]
     one_by_one = {place: logits[place : place + 1].clone() for place in special}
     _penalise(logits, rows)
@@ -103,29 +111,45 @@ def choose(logits: Tensor, rows: Sequence[Chooser]) -> list[int | ModelError]:
         if rows[place].repairs or found[place] != -1:
             found[place] = _follow_rules(one_by_one[place], rows[place])
     for place, token in enumerate(found):
-        if token == -1:
-            found[place] = _damaged(rows[place])
+        if place in failed:
+            found[place] = failed[place]
+        elif token == -1:
+            found[place] = _damaged()
     return found
 
 
-def _damaged(row: Chooser) -> ModelError:
-    if row.constraint is not None and not row.constraint.mask().any():
-        return ModelError(
-            "the constraint allows no token here, so that the reply cannot be continued. Change the schema.",
-            code="constraint-dead-end",
-        )
+def _damaged() -> ModelError:
     return ModelError(
         "the model's logits are inf or nan: its weights are damaged. Use another checkpoint or model.",
         code="logits-not-finite",
     )
 
 
-def _apply_constraints(logits: Tensor, rows: Sequence[Chooser]) -> None:
+def _apply_constraints(logits: Tensor, rows: Sequence[Chooser]) -> dict[int, ModelError]:
+    """Hide the tokens that are not allowed; errors of rows whose constraint allows none, or fails itself."""
+    failed = {}
     for place, row in enumerate(rows):
-        if row.constraint is not None:
-            allowed = row.constraint.mask().to(logits.device, torch.bool)[: logits.shape[-1]]
-            logits[place, : len(allowed)].masked_fill_(~allowed, -torch.inf)
-            logits[place, len(allowed) :] = -torch.inf
+        if row.constraint is None:
+            continue
+        try:
+            allowed = row.constraint.mask()[: logits.shape[-1]].bool()
+        except Exception as error:  # of a library; only this row depends on it
+            failed[place] = _constraint_error(error)
+            continue
+        if not bool(allowed.any()):
+            failed[place] = ModelError(
+                "the constraint allows no token here, so the reply cannot be continued. Change the schema.",
+                code="constraint-dead-end",
+            )
+        logits[place, : len(allowed)].masked_fill_(~allowed.to(logits.device), -torch.inf)
+        logits[place, len(allowed) :] = -torch.inf
+    return failed
+
+
+def _constraint_error(error: Exception) -> ModelError:
+    return ModelError(
+        f"the constraint of this reply failed: {telling_text(error)}. Use another schema.", code="constraint-failed"
+    )
 
 
 def _penalise(logits: Tensor, rows: Sequence[Chooser]) -> None:
@@ -208,18 +232,21 @@ def _keep_likeliest(top: Tensor, kept: Tensor, top_p: Tensor) -> Tensor:
 
 def _cut(scores: Tensor, top_k: Sequence[int], top_p: Tensor) -> Tensor:
     """Scores with -inf for what top_k and top_p leave out, where top_k leaves more than `_NARROW`."""
-    width = scores.shape[-1]
-    if width > _NARROW and all(k >= width for k in top_k):
-        first = scores.topk(_NARROW, -1).values
-        mass = (first.logsumexp(-1) - scores.logsumexp(-1)).exp()
-        if bool(((mass > top_p[:, 0] + 1e-4) | (top_p[:, 0] >= 1)).all()):
-            total = scores.logsumexp(-1, keepdim=True)
+    vocab = scores.shape[-1]
+    is_whole = top_p >= 1
+    if all(k >= vocab for k in top_k):  # top_p alone, which mostly keeps few: no need to sort the vocabulary
+        total = scores.logsumexp(-1, keepdim=True)
+        for width in (_FEW, _NARROW):
+            if width >= vocab:
+                break
+            first = scores.topk(width, -1).values
             probabilities = (first - total).exp()
-            kept = (probabilities.cumsum(-1) - probabilities < top_p) | (top_p >= 1)
-            return _above_last(scores, first, kept, top_p >= 1)
+            summed = probabilities.cumsum(-1)
+            if bool(((summed[:, -1:] > top_p + 1e-4) | is_whole).all()):
+                return _above_last(scores, first, (summed - probabilities < top_p) | is_whole, is_whole)
     top = scores.sort(-1, descending=True).values
-    kept = torch.arange(width, device=scores.device)[None] < torch.tensor(top_k, device=scores.device)[:, None]
-    return _above_last(scores, top, _keep_likeliest(top, kept, top_p), torch.zeros_like(top_p, dtype=torch.bool))
+    kept = torch.arange(vocab, device=scores.device)[None] < torch.tensor(top_k, device=scores.device)[:, None]
+    return _above_last(scores, top, _keep_likeliest(top, kept, top_p), torch.zeros_like(is_whole))
 
 
 def _above_last(scores: Tensor, top: Tensor, kept: Tensor, is_whole: Tensor) -> Tensor:

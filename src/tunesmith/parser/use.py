@@ -198,6 +198,10 @@ def _add_serve(commands: Commands) -> None:
     serve.add_argument("--tokenizer", type=as_name, metavar="T", help="folder or hub id; a .pth has none of its own")
     _add_free_config(serve)
     serve.add_argument(
+        "--temperature", type=as_temperature, metavar="T", help="of requests that give none (default: the model's own)"
+    )
+    _add_sampling(serve)
+    serve.add_argument(
         "--chat-template", metavar="T", help="a .jinja file, chatml, alpaca or none; default: the model's"
     )
     serve.add_argument("--trust-remote-code", action="store_true", help="run Python code in the model's folder")

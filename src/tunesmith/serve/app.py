@@ -26,15 +26,23 @@ from tunesmith.serve.worker import Worker
 _STOP_S = 5.0
 
 
-def create_app(speaker: Speaker, name: str, settings: ServeSettings, runs: Sequence[ServedRun] = ()) -> FastAPI:
+def create_app(
+    speaker: Speaker,
+    name: str,
+    settings: ServeSettings,
+    runs: Sequence[ServedRun] = (),
+    alias: str | None = None,
+) -> FastAPI:
     """The application that answers for a model and its adapters.
 
     Args:
-        name: of the model in requests; the adapters' own names are used if there are any.
+        name: of the model in requests; adapters have names of their own.
         runs: that the page shows.
+        alias: another name of the first adapter, or the name of the model.
     """
-    adapters = [*speaker.adapter_names, "base"] if speaker.adapter_names else []
-    models: dict[str, str | None] = {one: one for one in adapters} or {name: None}
+    models: dict[str, str | None] = {one: one for one in [*speaker.adapter_names, "base"] if speaker.adapter_names}
+    first = next(iter(models), None)
+    models = {alias: first} | models if alias else models or {name: None}
 
     def make_batcher() -> Batcher:
         return Batcher(speaker, max_rows=settings.max_rows)

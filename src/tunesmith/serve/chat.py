@@ -79,7 +79,7 @@ def _prepare(serving: Serving, fields: ChatFields) -> Asked:
             adapter,
             serving.grammars.start(grammar, form) if grammar else None,
         )
-        for sampling in fields.samplings(fields.max_new_tokens(serving.settings))
+        for sampling in fields.samplings(serving.settings)
     ]
     return Asked(requests, form, tools)
 

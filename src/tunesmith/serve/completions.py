@@ -40,11 +40,10 @@ def _prepare(serving: Serving, fields: CompletionFields) -> list[Request]:
     prompts = read_prompts(fields, serving.speaker.encoder)
     for ids in prompts:
         serving.require_room(len(ids), "prompt")
-    limit = fields.max_new_tokens(serving.settings)
     return [
         Request(ids, sampling, fields.stops, fields.logprobs, adapter)
         for ids in prompts
-        for sampling in fields.samplings(limit)
+        for sampling in fields.samplings(serving.settings)
     ]
 
 

@@ -80,19 +80,14 @@ class Fields(BaseModel):
         """Whether a stream ends with the numbers of tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def samplings(self, limit: int) -> list[Sampling]:
+    def samplings(self, settings: ServeSettings) -> list[Sampling]:
         """The settings of each choice; a request without a seed gets other replies each time."""
+        given = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+        chosen: dict[str, Any] = {name: settings.sampling.get(name) if value is None else value for name, value in given.items()}
+        chosen["top_k"] = None if chosen["top_k"] is None else max(0, chosen["top_k"])
         first = secrets.randbits(62) if self.seed is None else self.seed
         return [
-            Sampling(
-                max_new_tokens=limit,
-                temperature=self.temperature,
-                seed=(first + choice) % 2**63,
-                top_p=self.top_p,
-                top_k=None if self.top_k is None else max(0, self.top_k),
-                min_p=self.min_p,
-                repetition_penalty=self.repetition_penalty,
-            )
+            Sampling(max_new_tokens=self.max_new_tokens(settings), seed=(first + choice) % 2**63, **chosen)
             for choice in range(self.num_choices)
         ]
 

@@ -23,6 +23,7 @@ from tunesmith.serve.settings import KEY_VARIABLE, LOOPBACK_NAMES, ServeSettings
 from tunesmith.terminal.status import show_status
 
 if TYPE_CHECKING:
+    import uvicorn
     from fastapi import FastAPI
 
     from tunesmith.serve.runs import ServedRun
@@ -60,7 +61,7 @@ def run_serve(options: argparse.Namespace) -> None:
             trust_remote_code=options.trust_remote_code,
         )
         speaker = load_speaker(section, options.chat_template, options.more, options.allow_changed_base)
-        app = create_app(speaker, options.name or model_name(options.model), settings, _runs(options))
+        app = create_app(speaker, model_name(options.model), settings, _runs(options), options.name)
         _serve(app, listener, options.host, settings)
     finally:
         listener.close()
@@ -100,7 +101,9 @@ def _settings(options: argparse.Namespace) -> ServeSettings:
     names = frozenset(name.lower() for name in options.allowed_hosts)
     if is_loopback(options.host):
         names |= LOOPBACK_NAMES | {_bracketed(options.host).lower()}
+    sampling = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     return ServeSettings(
+        sampling={name: getattr(options, name) for name in sampling},
         api_key=read_api_key(options.api_key_file, os.environ),
         allowed_hosts=names or None,
         max_rows=options.max_rows,
@@ -171,13 +174,10 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _serve(app: FastAPI, listener: socket.socket, host: str, settings: ServeSettings) -> None:
+def server_config(app: FastAPI, settings: ServeSettings) -> uvicorn.Config:
     import uvicorn
 
-    port = listener.getsockname()[1]
-    shown = "127.0.0.1" if host in ("0.0.0.0", "::") else _bracketed(host)
-    names, worker = ", ".join(app.state.serving.models), app.state.serving.worker
-    config = uvicorn.Config(
+    return uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
@@ -186,6 +186,15 @@ def _serve(app: FastAPI, listener: socket.socket, host: str, settings: ServeSett
         lifespan="on",
         timeout_graceful_shutdown=int(settings.grace_s + _EXTRA_GRACE_S),
     )
+
+
+def _serve(app: FastAPI, listener: socket.socket, host: str, settings: ServeSettings) -> None:
+    import uvicorn
+
+    port = listener.getsockname()[1]
+    shown = "127.0.0.1" if host in ("0.0.0.0", "::") else _bracketed(host)
+    names, worker = ", ".join(app.state.serving.models), app.state.serving.worker
+    config = server_config(app, settings)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
     class Server(uvicorn.Server):

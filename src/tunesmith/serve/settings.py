@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tunesmith.errors import UsageError
@@ -20,6 +20,7 @@ class ServeSettings:
     """How a server behaves.
 
     Attributes:
+        sampling: temperature, top_p and so on of requests that give none.
         api_key: what a client must send as `Authorization: Bearer KEY`; None: everyone may ask.
         allowed_hosts: names of this server in the Host header, without port; None: any.
         max_rows: replies generated at once.
@@ -30,6 +31,7 @@ class ServeSettings:
         grace_s: how long replies may go on after SIGTERM.
     """
 
+    sampling: Mapping[str, float | None] = field(default_factory=dict)
     api_key: str | None = None
     allowed_hosts: frozenset[str] | None = LOOPBACK_NAMES
     max_rows: int = 64

@@ -91,7 +91,7 @@ def client(trained: Path) -> TestClient:
 
 def test_page_and_its_files_come_with_strict_headers() -> None:
     client = client_of([])
-    for name in ("", *(f"static/{path.name}" for path in STATIC.iterdir())):
+    for name in ("", "favicon.ico", *(f"static/{path.name}" for path in STATIC.iterdir())):
         answer = client.get(f"/{name}")
         assert answer.status_code == 200, name
         policy = dict(part.strip().split(" ", 1) for part in answer.headers["content-security-policy"].split(";"))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 
 import tunesmith
 from chromium import PROGRAM, Browser
-from conftest import WORDS, chat_row, save_folder, tiny_config, write_jsonl
+from conftest import SHARED, WORDS, chat_row, needs_shared, save_folder, tiny_config, write_jsonl
 from tunesmith.config.schema import DataSection, ModelSection
 from tunesmith.data.labelling import label_rows
 from tunesmith.generation.speaker import load_speaker
@@ -25,7 +27,7 @@ from tunesmith.sources.read import RawRow
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 from tunesmith.serve.app import create_app  # noqa: E402
-from tunesmith.serve.runs import find_runs  # noqa: E402
+from tunesmith.serve.runs import ServedRun, find_runs  # noqa: E402
 from tunesmith.serve.settings import ServeSettings  # noqa: E402
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="Chromium is not installed")
@@ -67,21 +69,28 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         folder, "full <i>y", base, [*rows, chat_row(EVIL, "the fox"), chat_row("And?", "")], 130, optim={"lr": 3e-3}
     )
     lora = train(folder, "<img src=x onerror=alert(4)>", tuned, rows, 3, optim={"lr": 1e-6}, lora={"kind": "lora"})
-    speaker = load_speaker(ModelSection(path=str(lora)))
     runs = find_runs([str(tuned), str(lora)])
-    app = create_app(speaker, "unused", ServeSettings(), runs)
+    with serving(lora, runs) as (url, app):
+        browser = Browser(folder / "profile")
+        try:
+            yield Served(url, app, app.state.serving.speaker, runs[0].folder, browser)
+        finally:
+            browser.close()
+
+
+@contextmanager
+def serving(model: Path, runs: Sequence[ServedRun] = ()) -> Iterator[tuple[str, Any]]:
+    """The address of a server for a model, and its application."""
+    app = create_app(load_speaker(ModelSection(path=str(model))), "tuned", ServeSettings(), runs)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive()
         time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    browser = Browser(folder / "profile")
     try:
-        yield Served(f"http://127.0.0.1:{port}/", app, speaker, runs[0].folder, browser)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/", app
     finally:
-        browser.close()
         server.should_exit = True
         thread.join(10)
 
@@ -278,6 +287,76 @@ def test_every_view_fits_a_phone_in_both_languages_and_schemes(page: Browser, se
     assert page.run("document.getElementById('settings').scrollWidth") <= 390
 
 
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Current weather of a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+
+
+@needs_shared
+@pytest.mark.skipif("TUNESMITH_LONG" not in os.environ, reason="set TUNESMITH_LONG=1 to run it")
+def test_a_model_reasons_calls_a_tool_and_goes_on_with_its_result(tmp_path: Path, served: Served) -> None:
+    template = SHARED / "templates" / "llamacpp" / "Qwen-Qwen3-0.6B.jinja"
+    call = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Paris"}}}
+    called = [
+        {"role": "user", "content": "How warm is it in Paris?"},
+        {"role": "assistant", "content": "", "reasoning_content": "I need the weather.", "tool_calls": [call]},
+    ]
+    row = {
+        "messages": [
+            *called,
+            {"role": "tool", "content": "21 degrees"},
+            {"role": "assistant", "content": "It is **21** degrees."},
+        ],
+        "tools": [TOOL],
+    }
+    tokenizer = train_tokenizer([WORDS, json.dumps(row), template.read_text(encoding="utf-8")] * 9, vocab_size=900)
+    base = save_folder(
+        tmp_path / "base",
+        tiny_config("qwen3", vocab_size=900, hidden_size=64, initializer_range=0.02, max_position_embeddings=2048),
+        tokenizer,
+    )
+    data = write_jsonl(tmp_path / "chats.jsonl", [row] * 8)
+    tunesmith.train(
+        model={"path": str(base)}, data={"train": [str(data)], "chat_template": str(template), "max_seq_len": 1024},
+        train={"output_dir": str(tmp_path / "run"), "max_steps": 150, "micro_batch_tokens": 2048}, optim={"lr": 3e-3},
+    )  # fmt: skip
+    browser = served.browser
+    browser.resize(1280, 900)
+    with serving(tmp_path / "run") as (url, _):
+        browser.open(url)
+        browser.wait("document.querySelectorAll('#models .chip').length == 1")
+        browser.click("#open-settings")
+        browser.run(
+            f"(() => {{ const area = document.querySelector('[data-setting=tools]'); area.value = {json.dumps(json.dumps([TOOL]))}; area.dispatchEvent(new Event('input')) }})()"
+        )
+        set_number(browser, "temperature", 0)
+        ask(browser, "How warm is it in Paris?")
+        browser.wait("document.querySelector('.call')")
+        assert browser.run("document.querySelector('.reasoning div').textContent.trim()") == "I need the weather."
+        assert not browser.run("document.querySelector('.reasoning').open")
+        assert browser.run("document.querySelector('.call code').textContent") == "get_weather"
+        assert json.loads(browser.run("document.querySelector('.call pre').textContent")) == {"city": "Paris"}
+        browser.run("document.querySelector('.results textarea').value = '21 degrees'")
+        browser.run("document.querySelector('.results button').click()")
+        browser.wait(f"document.querySelectorAll('.step').length == 2 && {IDLE}")
+        assert (
+            browser.run("[...document.querySelectorAll('.step .markdown')].at(-1).textContent") == "It is 21 degrees."
+        )
+        browser.click("#export")
+        saved = json.loads(browser.run("document.querySelector('.preview').textContent"))
+    assert [turn["role"] for turn in saved["messages"]] == ["user", "assistant", "tool", "assistant"]
+    assert saved["messages"][1]["tool_calls"][0]["function"] == call["function"]
+    assert saved["tools"] == [TOOL]
+    encoder = load_speaker(ModelSection(path=str(tmp_path / "run"))).encoder
+    labelled = next(label_rows([RawRow("x", 1, saved)], encoder, DataSection(train=["x"]), 1024))
+    assert labelled.status == "used", labelled.reason
+
+
 PIECES = ["*", "[", "`", "> ", "- ", "|", "#", "_", "~", "![", "](", "[a](", "\\", "**a", "[x](http://a", "`` ` ", "h", "http://", "~~~", "a|b\n-|-\n", "1. ", "``` ", "* * ", "*_", "***", '(http://x "', "\u202e", "```" + " " * 200 + "`"]  # fmt: skip
 DOCUMENT = (
     "# T\n\n1. a **b *c* d** `e`\n   - f [g](https://h.example/i_(j)) ~~k~~\n\n> q\n\n```py\nx = '<b>'\n```\n\n| a | b |\n|:-|-:|\n| 1 | `2|` |\n\n"
@@ -343,3 +422,22 @@ def test_markdown_is_bounded_and_half_of_it_shows(page: Browser) -> None:
     ]
     assert {rel for _, rel in shown["links"]} == {"noopener noreferrer nofollow"}
     assert shown["code"] == "x = '<b>'"
+
+
+def test_events_are_read_in_whatever_pieces_they_come(page: Browser) -> None:
+    text = ': comment\r\n\r\ndata: {"a": "é你"}\r\n\r\nevent: x\ndata: one\ndata:two\n\ndata: [DONE]\n\ndata: cut'
+    for size in (1, 2, 3, 7, 1000):
+        found = page.run(
+            f"""(async () => {{
+              const {{ readEvents }} = await import("/static/api.js");
+              const bytes = new TextEncoder().encode({json.dumps(text)});
+              const stream = new ReadableStream({{ start(controller) {{
+                for (let at = 0; at < bytes.length; at += {size}) controller.enqueue(bytes.slice(at, at + {size}));
+                controller.close();
+              }} }});
+              const found = [];
+              for await (const data of readEvents(stream)) found.push(data);
+              return found;
+            }})()"""
+        )
+        assert found == ['{"a": "é你"}', "one\ntwo", "[DONE]"], size

@@ -35,7 +35,6 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-cache",  # asked again each time, by its ETag
 }
@@ -63,6 +62,10 @@ def add_page(app: FastAPI, runs: Sequence[ServedRun] = ()) -> None:
         if name not in static:
             raise ApiError(404, "there is no such file.", code="not-found")
         return _answer(request, static[name])
+
+    @app.api_route("/favicon.ico", methods=["GET", "HEAD"])  # asked for beside any other answer, as of /health
+    async def _icon(request: Request) -> Response:
+        return _answer(request, static["icon.svg"])
 
     app.include_router(_run_routes(named), prefix="/ui", dependencies=[Depends(require_key)])
 

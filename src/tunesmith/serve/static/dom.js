@@ -69,7 +69,7 @@ export async function copyText(text) {
   } catch {  // without a secure context, as over plain HTTP from another machine
     const area = el("textarea", { class: "offscreen" });
     area.value = text;
-    document.body.append(area);
+    (document.querySelector("dialog[open]") ?? document.body).append(area);  // what is behind a dialog cannot be selected
     area.select();
     const copied = document.execCommand("copy");
     area.remove();

@@ -170,6 +170,16 @@ def test_models_answer_side_by_side_with_the_probabilities_of_their_tokens(page:
     assert token["p"] == max(one["p"] for one in token["others"]) > 0.5
     assert sum(one["p"] for one in token["others"]) <= 1.0001
     require_harmless(page)
+    parts = page.run(
+        """(async () => {
+          const { readToken } = await import("/static/tokens.js");
+          const decoder = new TextDecoder();
+          const bytes = [...new TextEncoder().encode("猫")];
+          const read = (token, bytes) => readToken({ token, bytes, logprob: 0, top_logprobs: [] }, decoder);
+          return [read("\ufffd", bytes.slice(0, 2)), read("\ufffd", bytes.slice(2)), read("a", [97])].map((token) => [token.shown, token.text]);
+        })()"""
+    )
+    assert parts == [["·", "⟨e7 8c⟩"], ["猫", "⟨ab⟩"], ["a", "a"]]
 
 
 def test_stopping_frees_the_row(page: Browser, served: Served) -> None:

@@ -6,12 +6,13 @@ import { copyText, el, find, icon, iconButton, put, toast, visible } from "./dom
 import { renderMarkdown } from "./markdown.js";
 import { historyTurns, samplingFields, settings, tools } from "./settings.js";
 import { currentLanguage, short, t } from "./texts.js";
-import { renderTokens, appendTokens } from "./tokens.js";
+import { appendTokens, readToken, renderTokens } from "./tokens.js";
 
 let names = null;  // models of the server, once they are known
 let running = new Map();  // reply -> AbortController
 let editing = null;  // turn or reply that is being edited
 const cards = new Map();  // reply -> its element
+const decoders = new WeakMap();  // step -> TextDecoder of its tokens
 
 export function setModels(found) {
   names = found;
@@ -97,10 +98,8 @@ function take(chunk, reply) {
     call.name += part.function?.name ?? "";
     call.arguments += part.function?.arguments ?? "";
   }
-  for (const token of choice.logprobs?.content ?? []) {
-    const others = token.top_logprobs ?? [];
-    step.tokens.push({ text: token.token, p: Math.exp(token.logprob), others: others.map((one) => ({ text: one.token, p: Math.exp(one.logprob) })) });
-  }
+  if (!decoders.has(step)) decoders.set(step, new TextDecoder());
+  for (const token of choice.logprobs?.content ?? []) step.tokens.push(readToken(token, decoders.get(step)));
   if (choice.finish_reason) reply.finish = choice.finish_reason;
 }
 

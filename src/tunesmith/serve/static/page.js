@@ -1,6 +1,6 @@
 // The page: its views, its header, its keyboard, and the key that the server may ask for.
 
-import { getJson, onKeyNeeded } from "./api.js";
+import { ApiError, getJson, onKeyNeeded } from "./api.js";
 import { clearChat, drawChat, drawThread, isBusy, send, setModels, stopAll } from "./chat.js";
 import { conversation, exportable, trainingRow } from "./conversation.js";
 import { copyText, download, el, find, icon, store, stored, toast, visible } from "./dom.js";
@@ -31,8 +31,13 @@ async function show() {
     await VIEWS[name](...rest.map(decode));
   } catch (error) {
     find(name).querySelector(".pulse, .problem")?.remove();
-    if (name !== "chat") find(name).replaceChildren(el("p", { class: "problem page" }, t("unreachable", { message: visible(error.message) })));
+    if (name !== "chat") find(name).replaceChildren(el("p", { class: "problem page" }, explain(error)));
   }
+}
+
+// What the server said, or that it said nothing.
+function explain(error) {
+  return error instanceof ApiError ? visible(error.message) : t("unreachable", { message: visible(error.message) });
 }
 
 function decode(text) {
@@ -179,7 +184,7 @@ async function loadModels() {
   } catch (error) {
     setModels([]);
     drawChat();
-    find("thread").replaceChildren(el("div", { class: "greeting" }, el("p", { class: "problem", role: "alert" }, t("unreachable", { message: visible(error.message) })),
+    find("thread").replaceChildren(el("div", { class: "greeting" }, el("p", { class: "problem", role: "alert" }, explain(error)),
       el("button", { type: "button", onclick: loadModels }, t("tryAgain"))));
   }
 }

@@ -9,7 +9,19 @@ export function level(probability) {
   return LEVELS.filter((limit) => probability < limit).length;
 }
 
-// tokens: [{text, p, others: [{text, p}]}]
+// A token of a reply's logprobs as {shown, text, p, others: [{text, p}]}. A character that several tokens make up is shown
+// with the last of them; `decoder` (a TextDecoder) holds its beginning.
+export function readToken(token, decoder) {
+  const shown = token.bytes ? decoder.decode(new Uint8Array(token.bytes), { stream: true }) : token.token;
+  return { shown: shown || "·", ...readOne(token), others: (token.top_logprobs ?? []).map(readOne) };
+}
+
+function readOne({ token, bytes, logprob }) {
+  const isPart = token.includes("\ufffd") && bytes?.length;  // part of a character
+  const text = isPart ? `⟨${bytes.map((byte) => byte.toString(16).padStart(2, "0")).join(" ")}⟩` : token;
+  return { text, p: Math.exp(logprob) };
+}
+
 export function renderTokens(tokens) {
   const root = el("div", { class: "tokens" });
   appendTokens(root, tokens, 0);
@@ -18,8 +30,8 @@ export function renderTokens(tokens) {
 
 export function appendTokens(root, tokens, from) {
   for (let at = from; at < tokens.length; at += 1) {
-    const { text, p } = tokens[at];
-    const span = el("span", { class: "p" + level(p) }, visible(text) || "∅");
+    const { shown, p } = tokens[at];
+    const span = el("span", { class: "p" + level(p) }, visible(shown));
     span.token = { ...tokens[at], number: at + 1 };
     root.append(span);
   }

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from tunesmith.data.scripts import script_of
-from tunesmith.evaluate.records import (
+from tunesmith.evaluation.records import (
     SCORES,
     Difference,
     Evaluation,
@@ -132,7 +132,7 @@ def _facts(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
     yield "data", sources
     yield "rows", f"{data.rows:,} read, {data.scored:,} scored, {data.replies:,} replies of each model"
     for model in evaluation.models:
-        what = f"base of {model.path}" if model.base_of else model.path
+        what = f"{model.path}, the base of {model.base_of}" if model.base_of else model.path
         yield model.name, f"{what}; template {model.template}" if model.template != "none" else what
     temperature = settings.get("temperature")
     how = "greedy" if temperature == 0 else "as the models say" if temperature is None else f"temperature {temperature}"
@@ -239,10 +239,8 @@ def _row(place: int, key: Key, found: Found, names: Sequence[str], answers: Sequ
     name = row.rpartition("/")[2] + (f", reply {turn + 1}" if turn else "")
     prompt, reference = records[0].prompt, records[0].reference
     verdicts = [(one.first, one.second, _winner(one), _cut(one.answer or one.problem, _TEXT)) for one in answers]
-    script = script_of(" ".join((reference, prompt)))
-    return Row(
-        name, place, script, _cut_start(prompt, _PROMPT), _cut(reference, _TEXT), replies, list(kinds), verdicts
-    )
+    script = script_of(reference.replace("\n", " "))
+    return Row(name, place, script, _cut_start(prompt, _PROMPT), _cut(reference, _TEXT), replies, list(kinds), verdicts)
 
 
 def _winner(one: Judgement) -> str:

@@ -111,6 +111,8 @@ class Endpoint:
                     break  # no judge has so much to say: it is not read as an answer
                 if time.monotonic() > deadline:  # a server that sends a byte now and then
                     raise TimeoutError("timed out")
+            if response.length and size <= _LARGEST_ANSWER:  # read1 does not tell that the connection broke
+                raise http.client.IncompleteRead(b"", response.length)
             return b"".join(parts)
 
     def _adapt(self, said: str, sent: Mapping[str, Any]) -> bool:
@@ -127,7 +129,8 @@ class Endpoint:
     def _refused(self, status: int, location: str | None, said: str) -> Answer:
         """The answer to a question that the server refuses; an error where it would refuse all of them."""
         if 300 <= status < 400:
-            why = f"redirects to {self._shown(location or '?')}, where the key and the rows are not sent. Give that address"
+            where = self._shown(location or "?")
+            why = f"redirects to {where}, where the key and the rows are not sent. Give the right address"
         elif status in (401, 403):
             key = "its key" if self.settings.key else "no key (--judge-key-env NAME)"
             why = f"refuses {key}: {status} {said}"

@@ -22,7 +22,9 @@ _SYSTEM = (
 )
 _CONTROL = re.compile(r"<\||<(?:start|end)_of_turn>|</?s>|<｜|\[/?(?:INST|SYSTEM_PROMPT)\]")
 _THOUGHTS = re.compile(r"<think>.*?</think>|^.*?</think>", re.DOTALL)
-_VERDICT = re.compile(r"[\s*_#>`\[(\"']*verdict\s*[*_]*\s*[:：]\s*[\s*_`\[(\"'<]*(1|2|tie)\b[^\w(]*(?:\(.*\)\W*)?", re.IGNORECASE)
+_VERDICT = re.compile(
+    r"""[\s*_#>`\[("']*verdict\s*[*_]*\s*[:：][\s*_`\[("'<]*(1|2|tie)\b[^\w(]*(?:\(.*\)\W*)?""", re.IGNORECASE
+)
 _MEANING: dict[str, Verdict] = {"1": "first", "2": "second", "tie": "tie"}
 
 
@@ -31,9 +33,7 @@ def build_question(prompt: str, first: str, second: str) -> list[dict[str, str]]
     texts = [_without_control(_cut(text)) for text in (prompt, first, second)]
     code = _mark_code(texts)
     names = ("PROMPT", "FIRST REPLY", "SECOND REPLY")
-    parts = [
-        f"[{name} {code}]\n{text}\n[END OF {name} {code}]" for name, text in zip(names, texts, strict=True)
-    ]
+    parts = [f"[{name} {code}]\n{text}\n[END OF {name} {code}]" for name, text in zip(names, texts, strict=True)]
     ask = "Which reply is better? Explain in at most three sentences, then end with the line VERDICT: 1, 2 or TIE."
     return [
         {"role": "system", "content": _SYSTEM.format(code=code)},

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tunesmith.errors import InterruptedRun, TunesmithError
-from tunesmith.evaluate.records import (
+from tunesmith.evaluation.records import (
     Evaluation,
     EvaluationFolder,
     ReplyRecord,
@@ -221,6 +221,7 @@ def _in_parallel(
             try:
                 found.put(ask(one))
             except Exception as error:
+                endpoint.stopped.set()
                 found.put(error)
 
     for _ in range(min(parallel, len(waiting))):

@@ -88,8 +88,8 @@ def chat_url(url: str) -> str:
         )
     if parts.username is not None or parts.password is not None:
         raise UsageError(
-            f"--judge {_without_secrets(url)}: holds a name or a password. Put the key into an environment variable and "
-            "give --judge-key-env NAME.",
+            f"--judge {_without_secrets(url)}: holds a name or a password. Put the key into an environment variable "
+            "and give --judge-key-env NAME.",
             code="judge-url",
         )
     path = parts.path.rstrip("/")

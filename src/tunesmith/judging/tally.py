@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from tunesmith.display import one_line
-from tunesmith.evaluate.intervals import METHOD, Counted, ratio, score_models
-from tunesmith.evaluate.records import Score
+from tunesmith.evaluation.intervals import METHOD, Counted, ratio, score_models
+from tunesmith.evaluation.records import Score
 from tunesmith.judging.question import Verdict
 
 REFERENCE = "reference"
@@ -51,7 +51,8 @@ class Tally:
 
     Attributes:
         model, reference: names; the win rate is that of `model`.
-        pairs: of replies; judged: those with both verdicts; equal: the same text twice, a tie that nobody was asked about.
+        pairs: of replies; judged: those with both verdicts.
+        equal: pairs of the same text, which are ties that the judge is not asked about.
         wins, losses: both orders say so. ties: both say tie. split: the orders differ.
         first_twice, second_twice: split pairs where the same place won in both orders, whatever stood there.
         without_verdict: answers that hold none.
@@ -113,8 +114,8 @@ def _score(points: Sequence[tuple[str, float, float]], seed: int) -> Score:
     counts = np.zeros((len(places), 2))
     for row, got, possible in points:
         counts[places[row]] += (got, possible)
-    ((found,), _) = score_models([{"share": Counted(counts, ratio, is_share=True)}], [], seed)
-    return found["share"]
+    models, _ = score_models([{"share": Counted(counts, ratio, is_share=True)}], [], seed)
+    return models[0]["share"]
 
 
 def format_judge(judge: Mapping[str, Any]) -> list[str]:

@@ -31,7 +31,7 @@
   };
   document.getElementById("order").addEventListener("change", () => {
     const isByData = chosen("order") === "data";
-    main.append(...(isByData ? rows.toSorted((a, b) => a.dataset.place - b.dataset.place) : rows));
+    main.append(...(isByData ? [...rows].sort((a, b) => a.dataset.place - b.dataset.place) : rows));
   });
   let timer = 0;
   form.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(show, 120); });

@@ -12,6 +12,7 @@ from tunesmith.encode.encoder import Encoder
 from tunesmith.generation.decode import decode_reply
 from tunesmith.generation.matching import matches_exactly, rouge_l
 from tunesmith.generation.replies import reply_to
+from tunesmith.generation.reply_parts import reply_format
 from tunesmith.generation.sampling import Sampling
 from tunesmith.generation.speaker import Speaker
 from tunesmith.model.loss import SupervisedLM
@@ -96,6 +97,7 @@ class HeldOutQuestions:
     def __init__(self, held_out: Batches, encoder: Encoder, count: int, context: int | None, batch_tokens: int) -> None:
         self.questions = pick_questions(held_out, encoder, count)
         self._encoder, self._context, self._batch_tokens = encoder, context, batch_tokens
+        self._form = reply_format(encoder)
 
     def ask(self, lm: SupervisedLM) -> list[Answer]:
         """Greedy replies of at most REPLY_TOKENS tokens; the model is left unchanged.
@@ -109,7 +111,7 @@ class HeldOutQuestions:
             for group in self._groups():
                 replies = reply_to(speaker, [question.ids for question in group], Sampling(REPLY_TOKENS, temperature=0))
                 for question, reply in zip(group, replies, strict=True):
-                    answers[question.row] = _mark(question, reply.text, reply.has_stopped)
+                    answers[question.row] = self._mark(question, reply.text, reply.has_stopped)
         return [answers[question.row] for question in self.questions]
 
     def _groups(self) -> Iterator[list[Question]]:
@@ -123,10 +125,12 @@ class HeldOutQuestions:
             yield group
 
 
-def _mark(question: Question, reply: str, has_stopped: bool) -> Answer:
-    wanted = question.reference
-    exact, overlap = matches_exactly(reply, wanted), round(rouge_l(reply, wanted), 4)
-    return Answer(question.row, question.prompt, reply, wanted, has_stopped, exact, overlap)
+    def _mark(self, question: Question, reply: str, has_stopped: bool) -> Answer:
+        """The scores leave out reasoning, as those of `tunesmith evaluate`; tool calls are compared as text."""
+        said, wanted = (self._form.parse(text, has_tools=False) for text in (reply, question.reference))
+        exact = matches_exactly(said.content, wanted.content)
+        overlap = round(rouge_l(said.content, wanted.content), 4)
+        return Answer(question.row, question.prompt, reply, question.reference, has_stopped, exact, overlap)
 
 
 @contextmanager

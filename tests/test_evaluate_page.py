@@ -7,7 +7,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from tunesmith import evaluation_page
 from tunesmith.evaluation.records import (
     DataSummary,
     Difference,
@@ -18,7 +17,8 @@ from tunesmith.evaluation.records import (
     ReplyRecord,
     Score,
 )
-from tunesmith.evaluation_page import KINDS, kinds_of, show_evaluation, sort_rows, write_page
+from tunesmith.judging import page as evaluation_page
+from tunesmith.judging.page import KINDS, kinds_of, show_evaluation, sort_rows, write_page
 from tunesmith.judging.run import Judgement
 from tunesmith.judging.tally import Judged, tally
 

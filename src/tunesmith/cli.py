@@ -246,8 +246,13 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace, template_kwargs: dict[str, Any]) -> None:
-    from tunesmith.evaluation.run import run_evaluate
     from tunesmith.evaluation.settings import EvaluateSettings, data_section
+    from tunesmith.judging.settings import judge_settings
+
+    judge = judge_settings(
+        options.judge, options.judge_model, options.judge_key_env, options.judge_parallel, options.judge_timeout
+    )
+    from tunesmith.judging.command import run_evaluate
 
     keys = {name: value for name, value in vars(options).items() if name.startswith("data.")}
     settings = EvaluateSettings(
@@ -267,7 +272,7 @@ def _evaluate(options: argparse.Namespace, template_kwargs: dict[str, Any]) -> N
         trust_remote_code=options.trust_remote_code,
         allow_changed_base=options.allow_changed_base,
     )
-    run_evaluate(settings, options.json)
+    run_evaluate(settings, judge, options.json)
 
 
 def _print_recipes() -> None:

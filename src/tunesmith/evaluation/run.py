@@ -37,7 +37,7 @@ from tunesmith.evaluation.replies import Asked, EvaluationState, ReplyLog, Reply
 from tunesmith.evaluation.rows import Key, LabelledRows, choose_common, draw_rows, label_wanted, summarise
 from tunesmith.evaluation.scores import Measured, score_all
 from tunesmith.evaluation.settings import EvaluateSettings
-from tunesmith.evaluation.table import Progress, format_evaluation
+from tunesmith.evaluation.table import Progress
 from tunesmith.evaluation.texts import ROUGE, TextScorer, choose_tokenizer, require_tokenizer
 from tunesmith.generation.matching import NORMALISATION
 from tunesmith.generation.reply_parts import reply_format
@@ -348,12 +348,3 @@ def _hash_labels(labelled: LabelledRows, keys: Sequence[Key]) -> str:
         digest.update(np.asarray(sample.input_ids, dtype=np.uint32).tobytes())
         digest.update(np.asarray(sample.loss_mask, dtype=np.uint8).tobytes())
     return digest.hexdigest()
-
-
-def run_evaluate(settings: EvaluateSettings, as_json: bool) -> None:
-    """Evaluate, and print the scores as a table or as JSON."""
-    evaluation = evaluate_models(settings, Progress())
-    if as_json:
-        print(json.dumps(evaluation.to_json()))
-        return
-    print("\n".join(format_evaluation(evaluation)))

@@ -152,6 +152,21 @@ def _add_evaluate(commands: Commands) -> None:
         "--overwrite", action="store_true", help="replace another evaluation in the folder; the same one is continued"
     )
     evaluate.add_argument("--json", action="store_true", help="print evaluate.json instead of a table")
+    evaluate.add_argument(
+        "--judge", type=as_name, metavar="URL",
+        help="an OpenAI-compatible server whose model compares the replies of two models, or of one with the data",
+    )  # fmt: skip
+    evaluate.add_argument("--judge-model", type=as_name, metavar="M", help="the model's name there")
+    evaluate.add_argument(
+        "--judge-key-env", type=as_name, metavar="NAME",
+        help="environment variable with its API key (default: OPENAI_API_KEY, for api.openai.com only)",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--judge-parallel", type=as_positive, default=4, metavar="N", help="questions to it at once (default: 4)"
+    )
+    evaluate.add_argument(
+        "--judge-timeout", type=as_seconds, default=120.0, metavar="S", help="seconds for one answer (default: 120)"
+    )
     evaluate.add_argument("--tokenizer", type=as_name, metavar="T", help="folder or hub id; a .pth has none of its own")
     _add_free_config(evaluate)
     evaluate.add_argument("--trust-remote-code", action="store_true", help="run Python code in the models' folders")

@@ -207,3 +207,26 @@ def test_the_demo_learns_and_shuffled_answers_teach_nothing(tmp_path: Path, caps
     entries = [entry for part in ("train", "eval") for entry in ledger[part]["files"].values()]
     assert len(entries) == 2
     assert not any(entry["refused"] or entry["truncated"] or entry["notes"] for entry in entries)
+
+
+def test_the_first_turns_are_scored_as_by_evaluate(held_out: tuple[list[Chat], HeldOut], tmp_path: Path) -> None:
+    """Of later turns, evaluate has the right answers in the history."""
+    pytest.importorskip("sacrebleu")
+    pytest.importorskip("rouge_score")
+    from tunesmith.cli import main
+    from tunesmith.demo.exam import ask, score_right
+    from tunesmith.demo.run import _write_chats
+    from tunesmith.evaluation.records import EvaluationFolder, read_replies
+
+    chats = [chat[:1] for chat in held_out[0][:16]]
+    data = _write_chats(tmp_path / "data" / "held-out.jsonl", chats)
+    words = ("evaluate", base_folder(), "--data", data, "--data.chat_template", "chatml", "--max-new-tokens", 48)
+    assert main([str(word) for word in (*words, "--output", tmp_path / "scores")]) == 0
+    first = [one for one in read_replies(EvaluationFolder(tmp_path / "scores")) if one.turn == 0]
+    first.sort(key=lambda one: int(one.row.rpartition(":")[2]))
+    replies = ask(base_folder(), chats)
+    assert [one.reply for one in first] == [reply[0].text for reply in replies]
+    assert [one.has_stopped for one in first] == [reply[0].has_stopped for reply in replies]
+    right = score_right(chats, replies)
+    assert right.value == sum(one.scores["exact_match_strict"] for one in first) / len(first)
+    assert right.low is not None

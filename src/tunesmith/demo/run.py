@@ -21,8 +21,9 @@ from rich.text import Text
 from tunesmith.config.runfile import resolve_config
 from tunesmith.config.schema import RunConfig
 from tunesmith.demo.chats import NUM_TURNS, Chat, draw_chats, draw_held_out
-from tunesmith.demo.exam import KindScore, ask, score_kinds, share_right, share_stopped
+from tunesmith.demo.exam import KindScore, ask, score_kinds, score_right, share_right, share_stopped
 from tunesmith.display import raw_stream, visible
+from tunesmith.evaluation.records import Score
 from tunesmith.generation.replies import Reply
 from tunesmith.report.write import reported
 from tunesmith.run.console import ConsoleReporter
@@ -63,7 +64,7 @@ class DemoResult:
 
     scores: list[KindScore]
     by_turn: tuple[float, ...]
-    overall: float
+    overall: Score
     overall_before: float
     stopped: float
     perplexity_before: float
@@ -107,6 +108,7 @@ def run_demo(output: Path, num_questions: int = NUM_QUESTIONS, shuffle_answers: 
     print_suggestions(held_out)
     print(f"\ntalk to it:              tunesmith chat {output}")
     print(f"what it was trained on:  tunesmith preview --model {output} --data {data}")
+    print(f"scores and a page:       tunesmith evaluate {output} --base   (needs: pip install 'tunesmith[evaluate]')")
     print("train on your own chats: tunesmith train --model Qwen/Qwen2.5-0.5B --data chats.jsonl --output runs/mine")
     return result
 
@@ -156,7 +158,7 @@ def measure(
     return DemoResult(
         scores=score_kinds(chats, after, list(SHARES)),
         by_turn=tuple(share_right(chats, after, turn) for turn in range(NUM_TURNS)),
-        overall=share_right(chats, after),
+        overall=score_right(chats, after),
         overall_before=share_right(chats, before),
         stopped=share_stopped(after),
         perplexity_before=perplexities[0],
@@ -184,7 +186,9 @@ def print_result(
         table.add_row(line.kind, *(f"{right:.0%}" for right in line.right), f"{line.best_constant:.0%}")
     table.add_row("all", *(f"{right:.1%}" for right in result.by_turn), "", style="bold")
     console.print(table)
-    print(f"all turns:                       {result.overall:.1%} right, {result.overall_before:.1%} before training")
+    overall = result.overall
+    interval = f" (95 % interval {overall.low:.1%} to {overall.high:.1%})" if overall.low and overall.high else ""
+    print(f"all turns:                       {overall.value:.1%} right{interval}, {result.overall_before:.1%} before")
     print(f"replies that stop by themselves: {result.stopped:.1%}")
     print(
         f"perplexity of held-out answers:  {result.perplexity_before:.2f} before, {result.perplexity_after:.2f} after"

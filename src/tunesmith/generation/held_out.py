@@ -124,7 +124,6 @@ class HeldOutQuestions:
         if group:
             yield group
 
-
     def _mark(self, question: Question, reply: str, has_stopped: bool) -> Answer:
         """The scores leave out reasoning, as those of `tunesmith evaluate`; tool calls are compared as text."""
         said, wanted = (self._form.parse(text, has_tools=False) for text in (reply, question.reference))

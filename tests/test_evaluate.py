@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -202,44 +203,49 @@ def test_a_killed_evaluation_continues_and_ends_the_same(run, trained: Path, tmp
     assert {r.key: r for r in records_of(tmp_path / "killed")} == {r.key: r for r in records_of(tmp_path / "whole")}
 
 
-def test_ctrl_c_says_how_to_continue(trained: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tunesmith", "evaluate", str(trained), "--base", "--output", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    while process.poll() is None and not (tmp_path / "out" / "evaluation-state.json").exists():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode == 3, err
+def test_ctrl_c_says_how_to_continue(run, trained: Path, tmp_path: Path) -> None:
+    def press() -> None:
+        while not (tmp_path / "out" / "evaluation-state.json").exists():
+            time.sleep(0.002)
+        signal.raise_signal(signal.SIGINT)
+
+    words = ("evaluate", trained, "--base", "--max-new-tokens", 100, "--output", tmp_path / "out")
+    thread = threading.Thread(target=press)
+    thread.start()
+    code, _, err = run(*words)
+    thread.join()
+    assert code == 3, err
     assert "continues" in err
     assert str(tmp_path / "out") in err
+    assert not (tmp_path / "out" / "evaluate.json").exists()
 
 
-@pytest.mark.parametrize("change", ["settings", "rows", "weights", "template", "models", "damaged"])
-def test_another_evaluation_is_not_mixed_in(run, fails, trained: Path, tmp_path: Path, change: str) -> None:
+def test_another_evaluation_is_not_mixed_in(run, fails, trained: Path, tmp_path: Path) -> None:
     model = shutil.copytree(trained.parent / "base", tmp_path / "model")
     data = write_jsonl(tmp_path / "data.jsonl", CHATS[:6])
-    words: list[Any] = ["evaluate", model, "--data", data, *SHORT, "--output", tmp_path / "out"]
+    words = ["evaluate", model, "--data", data, "--replies", "none", "--output", tmp_path / "out"]
     assert run(*words)[0] == 0
-    told = {"settings": "temperature", "rows": "rows", "weights": "weights", "template": "labels", "models": "base"}
-    if change == "settings":
-        words += ["--temperature", 0.5]
-    elif change == "rows":
-        write_jsonl(data, CHATS[:5])
-    elif change == "weights":
-        save_folder(tmp_path / "other", tiny_config("qwen3", initializer_range=0.01), tunesmith_tokenizer(model))
-        shutil.copy(tmp_path / "other" / "model.safetensors", model / "model.safetensors")
-    elif change == "template":
-        words += ["--data.chat_template", "alpaca"]
-    elif change == "models":
-        words.insert(2, trained.parent / "base")
-    else:
-        (tmp_path / "out" / "evaluation-state.json").write_text("{}")
-    error = fails(*words)
-    assert error.code == ("evaluation-damaged" if change == "damaged" else "evaluation-differs")
-    assert change == "damaged" or told[change] in str(error)
+    assert run(*words)[0] == 0
+    for more, told in (
+        (["--temperature", 0.5], "temperature: 0.0 -> 0.5"),
+        (["--data.chat_template", "alpaca"], "its labels"),
+        (["--limit", 3], "limit: None -> 3"),
+    ):
+        error = fails(*words, *more)
+        assert error.code == "evaluation-differs"
+        assert told in str(error)
+    assert "base is a new model" in str(fails("evaluate", trained.parent / "base", *words[1:]))
+    save_folder(tmp_path / "other", tiny_config("qwen3", initializer_range=0.01), tunesmith_tokenizer(model))
+    shutil.copy(tmp_path / "other" / "model.safetensors", model / "model.safetensors")
+    write_jsonl(data, CHATS[:5])
+    text = str(fails(*words))
+    assert "weights" in text
+    assert "rows" in text
+    (tmp_path / "out" / "evaluation-state.json").write_text("{}")
+    assert fails(*words).code == "evaluation-damaged"
     code, _, err = run(*words, "--overwrite")
     assert code == 0, err
-    assert len(records_of(tmp_path / "out")) == (5 if change == "rows" else 12 if change == "models" else 6)
+    assert read_evaluation(EvaluationFolder(tmp_path / "out")).data.scored == 5
 
 
 def tunesmith_tokenizer(folder: Path) -> Any:

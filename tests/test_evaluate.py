@@ -311,7 +311,7 @@ def test_a_prompt_without_room_counts_as_an_empty_reply(run, tmp_path: Path, tok
     full, other = sorted(records_of(tmp_path / "o"), key=lambda record: -len(record.prompt))
     assert (full.error, full.reply, full.has_stopped, full.scores["exact_match"]) == ("context-full", "", False, 0)
     assert not other.error
-    assert any("leave no room" in remark for remark in evaluation.models[0].remarks)
+    assert any("got no reply" in remark for remark in evaluation.models[0].remarks)
 
 
 def test_cut_replies_are_not_generated(run, tmp_path: Path, tokenizer: Any) -> None:

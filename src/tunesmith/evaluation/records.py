@@ -211,15 +211,17 @@ class DataSummary:
 
     Attributes:
         sources: files or hub data sets.
-        rows: all that were read.
-        usable: those that every model can be scored on.
-        scored: those of them that were scored (--limit).
+        rows: all that there are.
+        labelled: those that were labelled; with a limit, the ones drawn and some spare ones.
+        usable: those of them that every model can be scored on.
+        scored: those of them that were scored.
         replies: trained replies in them, each of which is generated once a model.
         refused: why rows were left out.
     """
 
     sources: Sequence[str]
     rows: int
+    labelled: int
     usable: int
     scored: int
     replies: int

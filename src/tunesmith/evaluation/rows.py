@@ -49,6 +49,7 @@ class RowSamples:
         replies: those that end with their stop token.
         tools: schemas of its tools.
         has_calls: whether it has tools, or turns that call some.
+        is_cut: whether its end is beyond max_seq_len.
     """
 
     where: str
@@ -57,6 +58,7 @@ class RowSamples:
     replies: tuple[ReplySpan, ...]
     tools: tuple[dict[str, Any], ...] = ()
     has_calls: bool = False
+    is_cut: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,29 +94,46 @@ def load_row_encoder(candidate: Candidate) -> tuple[Encoder, Lengths]:
     return encoder, choose_lengths(config, data.max_seq_len, candidate.micro_batch_tokens)
 
 
-def draw_rows(candidate: Candidate, wanted: RowsToScore, limit: int, seed: int) -> dict[Key, float]:
-    """Rows drawn by the seed, each with its number in the draw; the smallest numbers are wanted first.
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Rows drawn for --limit.
+
+    Attributes:
+        numbers: of each its number in the draw; the smallest are wanted first.
+        total: rows that they were drawn from.
+    """
+
+    numbers: Mapping[Key, float]
+    total: int
+
+
+def draw_rows(candidate: Candidate, wanted: RowsToScore, limit: int, seed: int) -> Draw:
+    """Draw rows by the seed, some more than wanted, since some may be refused.
 
     A smaller limit draws some of the rows of a larger one.
     """
     rng = random.Random(seed)
-    numbered = ((rng.random(), (row.file, row.number)) for row in read_wanted(candidate, wanted))
-    return {key: number for number, key in heapq.nsmallest(int(limit * _SPARE) + 20, numbered)}
+    total = 0
+
+    def numbered() -> Iterator[tuple[float, Key]]:
+        nonlocal total
+        for row in read_wanted(candidate, wanted):
+            total += 1
+            yield rng.random(), (row.file, row.number)
+
+    drawn = heapq.nsmallest(int(limit * _SPARE) + 20, numbered())
+    return Draw({key: number for number, key in drawn}, total)
 
 
-def read_wanted(
-    candidate: Candidate, wanted: RowsToScore, drawn: Mapping[Key, float] | None = None
-) -> Iterator[RawRow]:
+def read_wanted(candidate: Candidate, wanted: RowsToScore, draw: Draw | None = None) -> Iterator[RawRow]:
     data = candidate.data
     for row in read_rows(wanted.sources, data.encoding, data.max_row_mb):
         key = (row.file, row.number)
-        if (wanted.only is None or key in wanted.only) and (drawn is None or key in drawn):
+        if (wanted.only is None or key in wanted.only) and (draw is None or key in draw.numbers):
             yield row
 
 
-def label_wanted(
-    candidate: Candidate, wanted: RowsToScore, drawn: Mapping[Key, float] | None, folder: Path
-) -> LabelledRows:
+def label_wanted(candidate: Candidate, wanted: RowsToScore, draw: Draw | None, folder: Path) -> LabelledRows:
     """Label the rows exactly as training does.
 
     Args:
@@ -130,13 +149,15 @@ def label_wanted(
     rows: dict[Key, RowSamples] = {}
     count = 0
     with writer:
-        raw = read_wanted(candidate, wanted, drawn)
+        raw = read_wanted(candidate, wanted, draw)
         for row, shown in _label_twice(raw, encoder, candidate, lengths.max_seq_len, folder.parent):
             ledger.add(row)
             writer.add(row)
             if row.status == "used":
+                replies = _find_replies(row, shown, count, encoder)
+                is_cut = row.reason == "truncated"
                 rows[row.file, row.number] = RowSamples(
-                    row.where, count, len(row.samples), _find_replies(row, shown, count, encoder), *_tools(row)
+                    row.where, count, len(row.samples), replies, *_tools(row), is_cut=is_cut
                 )
                 count += len(row.samples)
     ledger.raise_if_unusable(data.max_refused)
@@ -190,9 +211,7 @@ def _tools(row: LabelledRow) -> tuple[tuple[dict[str, Any], ...], bool]:
     return row.source.tools, bool(row.source.tools) or has_calls
 
 
-def choose_common(
-    labelled: Sequence[LabelledRows], drawn: Mapping[Key, float] | None, limit: int | None
-) -> tuple[list[Key], int]:
+def choose_common(labelled: Sequence[LabelledRows], draw: Draw | None, limit: int | None) -> tuple[list[Key], int]:
     """The rows to score, in the order of the data, which every model can be scored on; and how many there would be.
 
     Raises:
@@ -207,14 +226,20 @@ def choose_common(
             code="no-common-rows",
         )
     usable = len(common)
-    if limit is not None and drawn is not None and usable > limit:
-        kept = set(sorted(common, key=lambda key: drawn[key])[:limit])
+    if limit is not None and draw is not None and usable > limit:
+        numbers = draw.numbers
+        kept = set(sorted(common, key=lambda key: numbers[key])[:limit])
         common = [key for key in common if key in kept]
     return common, usable
 
 
 def summarise(
-    labelled: Sequence[LabelledRows], keys: Sequence[Key], usable: int, replies: int, sources: Sequence[str]
+    labelled: Sequence[LabelledRows],
+    keys: Sequence[Key],
+    usable: int,
+    draw: Draw | None,
+    replies: int,
+    sources: Sequence[str],
 ) -> DataSummary:
     """What became of the rows; reasons of models are joined."""
     refusals: dict[str, Refusal] = {}
@@ -223,5 +248,6 @@ def summarise(
             rows = [name_row(file, number) for file, number in cause.rows]
             name = cause.text if len(labelled) == 1 else f"{one.candidate.name}: {cause.text}"
             refusals[name] = Refusal(name, cause.count, rows)
-    num_rows = max(one.ledger.rows for one in labelled)
-    return DataSummary(list(sources), num_rows, usable, len(keys), replies, list(refusals.values()))
+    looked_at = max(one.ledger.rows for one in labelled)
+    total = draw.total if draw is not None else looked_at
+    return DataSummary(list(sources), total, looked_at, usable, len(keys), replies, list(refusals.values()))

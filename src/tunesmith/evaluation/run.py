@@ -156,9 +156,9 @@ def prepare(
     else:
         wanted = find_rows(settings, candidates)
     limit = settings.limit
-    drawn = draw_rows(candidates[0], wanted, limit, settings.seed) if limit is not None else None
-    labelled = [label_wanted(one, wanted, drawn, scratch / f"tokens-{place}") for place, one in enumerate(candidates)]
-    keys, usable = choose_common(labelled, drawn, limit)
+    draw = draw_rows(candidates[0], wanted, limit, settings.seed) if limit is not None else None
+    labelled = [label_wanted(one, wanted, draw, scratch / f"tokens-{place}") for place, one in enumerate(candidates)]
+    keys, usable = choose_common(labelled, draw, limit)
     asked = [find_asked(one, keys, settings.replies, settings.seed) for one in labelled]
     shared = set.intersection(*({one.key for one in of_model} for of_model in asked))
     asked = [[one for one in of_model if one.key in shared] for of_model in asked]
@@ -168,7 +168,7 @@ def prepare(
     names = [wanted.sources.name_of(path) for path in wanted.sources.files]
     names += [":".join(filter(None, name)) for name in wanted.sources.hub]
     held_out = [f"{name} (held-out rows)" for name in names] if wanted.is_held_out else names
-    data = summarise(labelled, keys, usable, len(asked[0]), held_out)
+    data = summarise(labelled, keys, usable, draw, len(asked[0]), held_out)
     return Prepared(settings, folder, candidates, labelled, keys, asked, data, TextScorer(tokenizer), reason)
 
 
@@ -203,7 +203,7 @@ def _run(prepared: Prepared, progress: Progress) -> Evaluation:
         for place, labelled in enumerate(prepared.labelled):
             one = _measure_model(prepared, place, state, log, progress)
             measured.append(one)
-            remarks.append([*_remarks(labelled), *_reply_remarks(one)])
+            remarks.append([*_remarks(labelled, prepared.keys), *_reply_remarks(one)])
     progress.end()
     scores, differences = score_all(measured, settings.seed)
     models = [
@@ -291,13 +291,14 @@ def _opened(candidate: Candidate, labelled: LabelledRows, settings: EvaluateSett
             torch.cuda.empty_cache()
 
 
-def _remarks(labelled: LabelledRows) -> Iterator[str]:
+def _remarks(labelled: LabelledRows, keys: Sequence[Key]) -> Iterator[str]:
     """What a reader of the scores should know of how the rows became tokens."""
     template = labelled.encoder.template
     if template is not None and template.is_fallback:
         yield f"brings no chat template; the built-in {template.source} is used"
-    if cut := labelled.ledger.truncated:
-        yield f"{cut:,} rows are cut at {labelled.lengths.max_seq_len:,} tokens; replies cut there are not generated"
+    if cut := sum(labelled.rows[key].is_cut for key in keys):
+        verb = "row is" if cut == 1 else "rows are"
+        yield f"{cut:,} {verb} cut at {labelled.lengths.max_seq_len:,} tokens; replies cut there are not generated"
 
 
 def _reply_remarks(measured: Measured) -> Iterator[str]:
@@ -305,7 +306,7 @@ def _reply_remarks(measured: Measured) -> Iterator[str]:
         yield "no replies are generated: likelihoods only"
         return
     if errors := sum(bool(record.error) for _, record in measured.replies):
-        yield f"{errors:,} prompts leave no room for a reply in its context; they count as empty replies"
+        yield f"{errors:,} of the prompts got no reply (most often the context is full); they count as empty replies"
     has_calls = any(one.has_calls for one, _ in measured.replies)
     if has_calls and not measured.scorer.form.writes_calls:
         yield "its template writes no tool calls that can be told from text, so none are scored"

@@ -90,8 +90,9 @@ def _data_lines(evaluation: Evaluation) -> Iterator[str]:
         yield f"{'' if place else 'data':<10}{source}"
     if len(data.sources) > 3:
         yield f"{'':<10}and {len(data.sources) - 3:,} more"
-    left_out = data.rows - data.usable
-    parts = [f"{data.rows:,} read", f"{data.scored:,} scored", *([f"{left_out:,} left out"] if left_out else [])]
+    left_out, is_drawn = data.labelled - data.usable, data.scored < data.usable or data.labelled < data.rows
+    parts = [f"{data.rows:,} read", f"{data.scored:,} {'drawn and ' if is_drawn else ''}scored"]
+    parts += [f"{left_out:,} left out"] if left_out else []
     yield f"{'rows':<10}{', '.join(parts)}"
     for refusal in data.refused[:_SHOWN_REFUSALS]:
         rows = ", ".join(refusal.rows[:_SHOWN_ROWS]) + (", ..." if refusal.count > _SHOWN_ROWS else "")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from conftest import raises
+from conftest import chat_row, raises, write_jsonl
 from tunesmith.errors import InterruptedRun, TunesmithError, UsageError
 from tunesmith.evaluation.records import (
     DataSummary,
@@ -434,3 +434,32 @@ def test_addresses_and_keys() -> None:
 def test_a_tally_of_nothing_has_no_rates() -> None:
     found = tally("a", "b", [], 0)
     assert (found.win_rate.value, found.first_place.value, found.pairs) == (None, None, 0)
+
+
+def test_the_command_judges_and_shows_it(
+    serve: Any, run: Any, fails: Any, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sacrebleu")
+    pytest.importorskip("rouge_score")
+    monkeypatch.setenv("MY_KEY", KEY)
+    server = serve(fair)
+    data = write_jsonl(tmp_path / "chats.jsonl", [chat_row(f"What is {i}?", f"It is {i}.") for i in range(3)])
+    words = ("evaluate", model_folder, "--data", data, "--output", tmp_path / "e", "--max-new-tokens", 4)
+    judged = (*words, "--judge", server.url, "--judge-model", "j", "--judge-key-env", "MY_KEY")
+    code, out, err = run(*judged)
+    assert code == 0, err
+    assert f"judge     j at {server.url}/v1/chat/completions" in out
+    assert "model against reference" in out
+    assert "win rate" in out
+    assert set(server.keys) == {f"Bearer {KEY}"}
+    assert KEY not in out + err
+    page = (tmp_path / "e" / "evaluate.html").read_text()
+    assert "<h2>Judge</h2>" in page
+    assert page.count("Because of its length.") == 6
+    asked = len(server.bodies)
+    assert run(*judged, "--json")[0] == 0
+    assert len(server.bodies) == asked
+    with raises(UsageError, "judge-incomplete"):
+        raise fails(*words, "--judge", server.url)
+    with raises(UsageError, "judge-incomplete"):
+        raise fails(*judged, "--replies", "none")

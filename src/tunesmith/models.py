@@ -104,6 +104,9 @@ def evaluate(
     config: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
     allow_changed_base: bool = False,
+    judge: str | None = None,
+    judge_model: str | None = None,
+    judge_key_env: str | None = None,
 ) -> Evaluation:
     """Score models on the same rows: by likelihood, and by the replies that they write.
 
@@ -119,17 +122,21 @@ def evaluate(
         limit: score only so many rows, drawn by the seed.
         temperature: 0: greedy; None: as each model's generation_config says.
         bleu_tokenizer: sacrebleu's; auto: by the script of the references.
-        output: the folder of evaluate.json and replies.jsonl; default: RUN/evaluate, or evaluate/NAME.
+        output: the folder of evaluate.json, replies.jsonl and evaluate.html; default: RUN/evaluate, or evaluate/NAME.
         overwrite: replace another evaluation in that folder.
         tokenizer, config: as in `load`.
+        judge, judge_model, judge_key_env: address of an OpenAI-compatible server, the model there that compares the
+            replies, and the environment variable with its key (default: OPENAI_API_KEY, for api.openai.com only).
 
     Raises:
         TunesmithError: a model or the data cannot be used, or the folder holds another evaluation.
         InterruptedRun: Ctrl-C or SIGTERM.
     """
-    from tunesmith.evaluation.run import evaluate_models
     from tunesmith.evaluation.table import Progress
+    from tunesmith.judging.command import evaluate_and_show
+    from tunesmith.judging.settings import judge_settings
 
+    judging = judge_settings(judge, judge_model, judge_key_env)
     options = {
         "has_base": base, "replies": replies, "limit": limit, "max_new_tokens": max_new_tokens,
         "temperature": temperature, "seed": seed, "bleu_tokenizer": bleu_tokenizer, "overwrites": overwrite,
@@ -139,7 +146,7 @@ def evaluate(
     }  # fmt: skip
     settings = _evaluate_settings(models, data, options)
     with one_run(), embedded():
-        return evaluate_models(settings, Progress(is_shown=False))
+        return evaluate_and_show(settings, judging, Progress(is_shown=False))[1]
 
 
 def _evaluate_settings(models: Sequence[Name], data: Any, options: Mapping[str, Any]) -> EvaluateSettings:

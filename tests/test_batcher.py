@@ -481,6 +481,14 @@ def test_state_space_models_run_one_by_one() -> None:
     assert run(Batcher(speaker), *[greedy(ids, 6) for ids in prompts]) == wanted
 
 
+def test_damaged_weights_are_no_reason_to_run_one_by_one() -> None:
+    model = build_model(tiny_config("qwen3")).eval()
+    with torch.no_grad():
+        model.lm_head.weight[7] = float("nan")
+        model.lm_head.weight[8] = float("inf")
+    assert selfcheck.check_cache(model, 256).remark == ""
+
+
 def test_an_attention_that_sees_too_little_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The self-check can fail: with the last key hidden from every decoding row."""
     model = build_model(tiny_config("qwen3")).eval()

@@ -82,8 +82,9 @@ class Fields(BaseModel):
 
     def samplings(self, settings: ServeSettings) -> list[Sampling]:
         """The settings of each choice; a request without a seed gets other replies each time."""
-        given = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
-        chosen: dict[str, Any] = {name: settings.sampling.get(name) if value is None else value for name, value in given.items()}
+        chosen: dict[str, Any] = dict(settings.sampling)
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+            chosen[name] = chosen.get(name) if getattr(self, name) is None else getattr(self, name)
         chosen["top_k"] = None if chosen["top_k"] is None else max(0, chosen["top_k"])
         first = secrets.randbits(62) if self.seed is None else self.seed
         return [

@@ -16,7 +16,7 @@ from tunesmith.generation.batcher import Batcher
 from tunesmith.generation.speaker import Speaker
 from tunesmith.serve import chat, completions
 from tunesmith.serve.access import HostCheck, require_key
-from tunesmith.serve.errors import add_error_handlers
+from tunesmith.serve.errors import add_error_handlers, queue_full
 from tunesmith.serve.page import add_page
 from tunesmith.serve.runs import ServedRun
 from tunesmith.serve.serving import Metrics, Serving
@@ -24,6 +24,7 @@ from tunesmith.serve.settings import ServeSettings
 from tunesmith.serve.worker import Worker
 
 _STOP_S = 5.0
+_BESIDES = 64  # bodies that are read while the queue is full
 
 
 def create_app(
@@ -67,17 +68,19 @@ def create_app(
     for router in (_models, chat.router, completions.router):
         app.include_router(router, dependencies=[Depends(require_key)])
     add_page(app, runs)
-    app.add_middleware(Measured, metrics=app.state.serving.metrics)
+    app.add_middleware(
+        Measured, metrics=app.state.serving.metrics, limit=settings.max_rows + settings.max_queue + _BESIDES
+    )
     if settings.allowed_hosts is not None:
         app.add_middleware(HostCheck, allowed=settings.allowed_hosts)
     return app
 
 
 class Measured:
-    """Counts requests and their time, by path."""
+    """Counts requests and their time, by path, and refuses too many bodies at once."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: Metrics, limit: int) -> None:
+        self._app, self._metrics, self._limit, self._num_bodies = app, metrics, limit, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -92,9 +95,12 @@ class Measured:
                 status = str(message["status"])
             await send(message)
 
+        has_body = scope["method"] == "POST"
+        self._num_bodies += has_body
         try:
-            await self._app(scope, receive, watch)
+            await (queue_full().response() if self._num_bodies > self._limit else self._app)(scope, receive, watch)
         finally:
+            self._num_bodies -= has_body
             self._metrics.requests.labels(path, status).inc()
             self._metrics.seconds.labels(path).observe(time.monotonic() - start)
 

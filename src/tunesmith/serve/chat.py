@@ -38,8 +38,8 @@ async def chat_completions(request: HttpRequest) -> Response:
     serving: Serving = request.app.state.serving
     fields = read_chat(await read_object(request))
     asked = await serving.aside(lambda: _prepare(serving, fields))
-    replies = serving.worker.open(asked.requests)
-    reply = ChatReply(serving, fields, asked, replies)
+    reply = ChatReply(serving, fields, asked)
+    replies = reply.replies = serving.worker.open(asked.requests)
     timeout_s = serving.settings.timeout_s
     if fields.stream:
         return EventStream(replies, reply.begin(), reply.read, reply.end, timeout_s)
@@ -114,10 +114,12 @@ class _Choice:
 class ChatReply:
     """The response to a chat request as its tokens come."""
 
-    def __init__(self, serving: Serving, fields: ChatFields, asked: Asked, replies: Replies) -> None:
+    replies: Replies
+
+    def __init__(self, serving: Serving, fields: ChatFields, asked: Asked) -> None:
         self._id = f"chatcmpl-{secrets.token_hex(12)}"
         self._created = int(time.time())
-        self._serving, self._fields, self._replies = serving, fields, replies
+        self._serving, self._fields = serving, fields
         self._texts: TokenTexts = serving.texts
         self._stop_ids = serving.speaker.stop_ids
         self._choices = [_Choice(ReplyReader(asked.form, bool(asked.tools), asked.tools)) for _ in asked.requests]
@@ -150,7 +152,7 @@ class ChatReply:
         if logprobs:
             yield self._chunk(piece.index, {"content": ""}, logprobs)
         if choice.finish_reason is not None and reason is None:
-            self._replies.cancel(piece.index)
+            self.replies.cancel(piece.index)
         if reason is not None and choice.finish_reason is None:
             choice.finish_reason = "tool_calls" if choice.calls and reason == "stop" else reason
         if choice.finish_reason is not None:

@@ -26,8 +26,8 @@ async def completions(request: HttpRequest) -> Response:
     serving: Serving = request.app.state.serving
     fields = read_completion(await read_object(request))
     requests = await serving.aside(lambda: _prepare(serving, fields))
-    replies = serving.worker.open(requests)
     reply = CompletionReply(serving, fields, requests)
+    replies = serving.worker.open(requests)
     timeout_s = serving.settings.timeout_s
     if fields.stream:
         return EventStream(replies, reply.begin(), reply.read, reply.end, timeout_s)
@@ -37,7 +37,7 @@ async def completions(request: HttpRequest) -> Response:
 def _prepare(serving: Serving, fields: CompletionFields) -> list[Request]:
     """One request for each choice of each prompt."""
     adapter = serving.adapter_of(fields.model)
-    prompts = read_prompts(fields, serving.speaker.encoder)
+    prompts = read_prompts(fields, serving.speaker.encoder, serving.speaker.num_embeddings)
     for ids in prompts:
         serving.require_room(len(ids), "prompt")
     return [

@@ -105,11 +105,11 @@ class Grammars:
             if token is None:
                 at += 1
                 continue
-            pieces += [json.dumps(text[start:at])] if at > start else []
+            pieces += [_quoted(text[start:at])] if at > start else []
             pieces.append(f"<[{token}]>")
             at += len(encoder.added_text(token))
             start = at
-        pieces += [json.dumps(text[start:])] if start < len(text) else []
+        pieces += [_quoted(text[start:])] if start < len(text) else []
         return " ".join(pieces)
 
     def _tokenizer(self, param: str) -> Any:
@@ -126,6 +126,10 @@ class Grammars:
                 size = max(self._speaker.num_embeddings, len(encoder.is_control))
                 self._tokens = from_tokenizer(encoder.tokenizer, size, sorted(self._speaker.stop_ids))
         return self._tokens
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 class GrammarConstraint:

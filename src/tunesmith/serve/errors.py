@@ -66,6 +66,11 @@ def from_model_error(error: TunesmithError, param: str | None = None) -> ApiErro
     return ApiError(400, str(error), code=_CODES.get(error.code, error.code) or "model-error", param=param)
 
 
+def queue_full() -> ApiError:
+    text = "the server is busy: its queue is full. Ask again later."
+    return ApiError(429, text, code="queue-full", retry_after_s=1)
+
+
 def internal_error() -> ApiError:
     return ApiError(500, "the server has failed at this request; its log says more.", code="internal-error")
 

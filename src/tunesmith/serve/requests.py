@@ -282,8 +282,8 @@ def encode_chat(
         raise ApiError(400, str(error), code=error.code, param="messages") from None
 
 
-def read_prompts(fields: CompletionFields, encoder: Encoder) -> list[list[int]]:
-    """Ids of the prompts of a completion request: texts, or lists of token ids.
+def read_prompts(fields: CompletionFields, encoder: Encoder, num_ids: int) -> list[list[int]]:
+    """Ids of the prompts of a completion request: texts, or lists of token ids below `num_ids`.
 
     Raises:
         ApiError: it has none, or they are of another type.
@@ -293,10 +293,10 @@ def read_prompts(fields: CompletionFields, encoder: Encoder) -> list[list[int]]:
     prompts = [prompt] if isinstance(prompt, str) or is_ids else prompt
     if not isinstance(prompts, list) or not prompts:
         raise _wrong("prompt", "must be a text, a list of texts, or a list of token ids or of such lists, not empty")
-    return [_read_prompt(one, encoder, f"prompt[{at}]") for at, one in enumerate(prompts)]
+    return [_read_prompt(one, encoder, num_ids, f"prompt[{at}]") for at, one in enumerate(prompts)]
 
 
-def _read_prompt(prompt: Any, encoder: Encoder, param: str) -> list[int]:
+def _read_prompt(prompt: Any, encoder: Encoder, num_ids: int, param: str) -> list[int]:
     if isinstance(prompt, str):
         try:
             text, _ = prepare_text(prompt, encoder.shield, encoder.control_text)
@@ -306,6 +306,8 @@ def _read_prompt(prompt: Any, encoder: Encoder, param: str) -> list[int]:
         except ModelError as error:
             raise ApiError(400, str(error), code=error.code, param=param) from None
     if isinstance(prompt, list) and prompt and all(type(one) is int for one in prompt):
+        if not 0 <= min(prompt) <= max(prompt) < num_ids:
+            raise _wrong(param, f"has a token id outside of 0 to {num_ids - 1:,}")
         return prompt
     raise _wrong(param, "must be a text or a list of token ids, not empty")
 

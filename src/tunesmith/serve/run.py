@@ -222,6 +222,8 @@ def _serve(app: FastAPI, listener: socket.socket, host: str, settings: ServeSett
             self.should_exit = True
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            if worker.num_open:
+                logger.warning("note: completing %d replies; Ctrl-C again cuts them off", worker.num_open)
             ending = asyncio.get_running_loop().call_later(settings.grace_s, worker.stop)
             await super().shutdown(sockets=sockets)
             ending.cancel()

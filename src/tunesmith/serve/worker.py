@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from tunesmith.errors import TunesmithError
 from tunesmith.generation.batcher import Batcher, Token
 from tunesmith.generation.request import Request
-from tunesmith.serve.errors import ApiError, from_model_error, internal_error, log_unexpected
+from tunesmith.serve.errors import ApiError, from_model_error, internal_error, log_unexpected, queue_full
 
-_RETRY_AFTER_S = 1
+_PAUSE_S = 1
 
 
 @dataclass(eq=False)
@@ -157,10 +157,7 @@ class Worker:
             text = f"the request asks for {len(requests):,} replies; this server takes at most {self._limit:,} at once."
             raise ApiError(400, text, code="too-many-replies", param="n")
         if self.num_open + len(requests) > self._limit:
-            raise ApiError(
-                429, "the server is busy: its queue is full. Ask again later.", code="queue-full",
-                retry_after_s=_RETRY_AFTER_S,
-            )  # fmt: skip
+            raise queue_full()
         self.num_open += len(requests)
         replies = Replies(self)
         replies._rows += [_Row(replies, index, request) for index, request in enumerate(requests)]
@@ -195,11 +192,28 @@ class Worker:
             except Exception as error:  # a bug, or memory is full: these rows are lost, the server is not
                 log_unexpected(error)
                 pieces = [self._end(row, internal_error()) for row in [*self._running.values()]]
-                batcher = self._make_batcher()
+                del error
+                batcher = self._renew()
             self._send(pieces)
         left = [row for row in [*self._running.values(), *self._waiting] if row not in cancelled]
         self.num_cut = len(left)
         self._send([self._end(row, _stopping()) for row in left])
+
+    def _renew(self) -> Batcher:
+        """Another batcher, as soon as one can be made; until then all replies fail."""
+        while True:
+            try:
+                self._batcher = self._make_batcher()
+                return self._batcher
+            except Exception as error:
+                log_unexpected(error)
+                with self._lock:
+                    waiting, self._waiting = [*self._waiting], deque()
+                    is_stopping = self._is_stopping
+                self._send([self._end(row, internal_error()) for row in waiting])
+                if is_stopping:
+                    raise
+                time.sleep(_PAUSE_S)
 
     def _turn(self, batcher: Batcher, cancelled: Sequence[_Row]) -> list[tuple[_Row, Piece]]:
         """Free the rows of clients that have left, start waiting ones, and generate one token of each."""

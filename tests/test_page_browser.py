@@ -70,18 +70,19 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     )
     lora = train(folder, "<img src=x onerror=alert(4)>", tuned, rows, 3, optim={"lr": 1e-6}, lora={"kind": "lora"})
     runs = find_runs([str(tuned), str(lora)])
-    with serving(lora, runs) as (url, app):
+    speaker = load_speaker(ModelSection(path=str(lora)))
+    with serving(speaker, runs) as (url, app):
         browser = Browser(folder / "profile")
         try:
-            yield Served(url, app, app.state.serving.speaker, runs[0].folder, browser)
+            yield Served(url, app, speaker, runs[0].folder, browser)
         finally:
             browser.close()
 
 
 @contextmanager
-def serving(model: Path, runs: Sequence[ServedRun] = ()) -> Iterator[tuple[str, Any]]:
+def serving(speaker: Any, runs: Sequence[ServedRun] = (), api_key: str | None = None) -> Iterator[tuple[str, Any]]:
     """The address of a server for a model, and its application."""
-    app = create_app(load_speaker(ModelSection(path=str(model))), "tuned", ServeSettings(), runs)
+    app = create_app(speaker, "tuned", ServeSettings(api_key=api_key), runs)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -100,6 +101,7 @@ def page(served: Served) -> Iterator[Browser]:
     """The page as a new visitor finds it. Afterwards: no problem on the console, and no request to anywhere else."""
     browser = served.browser
     browser.problems.clear()
+    browser.requests.clear()
     browser.resize(1280, 900)
     browser.open(served.url + "static/icon.svg")  # of the same origin, so that what earlier tests stored can be removed
     browser.wait("document.documentElement.tagName == 'svg'")
@@ -272,6 +274,26 @@ def test_curves_grow_and_rows_are_marked(page: Browser, served: Served) -> None:
     require_harmless(page)
 
 
+def test_the_key_is_asked_for_and_kept_in_this_tab_only(served: Served) -> None:
+    browser = served.browser
+    browser.resize(1280, 900)
+    with serving(served.speaker, api_key="sesame-open-123") as (url, _):
+        browser.open(url)
+        browser.wait("document.getElementById('dialog').open")
+        browser.type("wrong")
+        browser.enter()
+        browser.wait("document.querySelector('#dialog .bad')")
+        browser.type("sesame-open-123")
+        browser.enter()
+        browser.wait("document.querySelectorAll('#models .chip').length == 2")
+        ask(browser, "Who are you?")
+        browser.wait("document.querySelector('.stats')")
+        assert "sesame" not in browser.run(
+            "JSON.stringify(localStorage) + document.cookie + location.href + document.body.innerText"
+        )
+        assert "sesame" in browser.run("sessionStorage.getItem('tunesmith.key')")
+
+
 def test_every_view_fits_a_phone_in_both_languages_and_schemes(page: Browser, served: Served) -> None:
     ask(page, EVIL + " long-word-" * 4 + "x" * 90)
     page.run("document.querySelectorAll('#models .chip')[1].click()")
@@ -337,7 +359,8 @@ def test_a_model_reasons_calls_a_tool_and_goes_on_with_its_result(tmp_path: Path
     )  # fmt: skip
     browser = served.browser
     browser.resize(1280, 900)
-    with serving(tmp_path / "run") as (url, _):
+    speaker = load_speaker(ModelSection(path=str(tmp_path / "run")))
+    with serving(speaker) as (url, _):
         browser.open(url)
         browser.wait("document.querySelectorAll('#models .chip').length == 1")
         browser.click("#open-settings")
@@ -362,8 +385,7 @@ def test_a_model_reasons_calls_a_tool_and_goes_on_with_its_result(tmp_path: Path
     assert [turn["role"] for turn in saved["messages"]] == ["user", "assistant", "tool", "assistant"]
     assert saved["messages"][1]["tool_calls"][0]["function"] == call["function"]
     assert saved["tools"] == [TOOL]
-    encoder = load_speaker(ModelSection(path=str(tmp_path / "run"))).encoder
-    labelled = next(label_rows([RawRow("x", 1, saved)], encoder, DataSection(train=["x"]), 1024))
+    labelled = next(label_rows([RawRow("x", 1, saved)], speaker.encoder, DataSection(train=["x"]), 1024))
     assert labelled.status == "used", labelled.reason
 
 

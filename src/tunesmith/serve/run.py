@@ -203,7 +203,8 @@ def _serve(app: FastAPI, listener: socket.socket, host: str, settings: ServeSett
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets=sockets)
             if self.started:
-                print(f"serving {names} at http://{shown}:{port}/v1  (Ctrl-C ends)", flush=True)
+                place = f"http://{shown}:{port}"
+                print(f"serving {names} at {place}/v1, with a page at {place}/  (Ctrl-C ends)", flush=True)
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:

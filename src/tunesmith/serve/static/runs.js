@@ -108,7 +108,7 @@ function draw(names) {
   const drawn = charts.filter(Boolean);
   find("runs").replaceChildren(el("div", { class: "page" },
     picker(names, current.name, (name) => "#runs/" + encodeURIComponent(name)),
-    el("p", { class: "muted" }, about.is_live ? el("span", { class: "live" }, t("live")) : null, about.is_finished ? t("finished") : about.outcome),
+    el("p", { class: "muted" }, about.is_live ? el("span", { class: "live" }, t("live")) : null, about.is_live ? t("step", { step: count(current.records.at(-1)?.step ?? 0) }) : about.is_finished ? t("finished") : about.outcome),
     verdict(),
     el("dl", {}, ...about.facts.flatMap(([name, value]) => [el("dt", {}, has(factKey(name)) ? t(factKey(name)) : name), el("dd", {}, value)])),
     drawn.length ? el("div", { class: "charts" }, ...drawn) : el("p", {}, t("noSteps")),

@@ -105,7 +105,10 @@ def page(served: Served) -> Iterator[Browser]:
     browser.resize(1280, 900)
     browser.open(served.url + "static/icon.svg")  # of the same origin, so that what earlier tests stored can be removed
     browser.wait("document.documentElement.tagName == 'svg'")
-    browser.run("localStorage.clear(), sessionStorage.clear()")
+    greedy = json.dumps({"sampling": {"temperature": 0}})
+    browser.run(
+        f"localStorage.clear(), sessionStorage.clear(), localStorage.setItem('tunesmith.settings', {json.dumps(greedy)})"
+    )
     browser.open(served.url)
     browser.wait("document.querySelectorAll('#models .chip').length == 2")
     yield browser
@@ -158,7 +161,6 @@ def test_models_answer_side_by_side_with_the_probabilities_of_their_tokens(page:
     page.run("document.querySelectorAll('#models .chip')[1].click()")
     page.click("#open-settings")
     page.run("document.querySelector('[data-setting=showTokens]').click()")
-    set_number(page, "temperature", 0)
     ask(page, "Who are you?")
     page.wait("document.querySelectorAll('.card').length == 2 && document.querySelectorAll('.tokens').length == 2")
     texts = page.run(

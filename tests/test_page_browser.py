@@ -142,7 +142,10 @@ def test_a_reply_streams_and_its_markup_stays_text(page: Browser) -> None:
     )
     page.run("document.querySelectorAll('#models .chip')[1].click()")
     page.run("document.querySelectorAll('#models .chip')[0].click()")  # the base alone, whose reply is known
+    slow = {"offline": False, "latency": 0, "uploadThroughput": -1}  # so that the reply does not arrive within a frame
+    page.call("Network.emulateNetworkConditions", downloadThroughput=20_000, **slow)
     ask(page, "hello")
+    page.call("Network.emulateNetworkConditions", downloadThroughput=-1, **slow)
     text = page.run("document.querySelector('.steps').textContent")
     assert text == "Title<img src=x onerror=alert(1)> bold code [link](javascript:alert(3)) <script>alert(2)</script>"
     assert page.run(

@@ -23,6 +23,7 @@ pytest.importorskip("rouge_score")
 import tunesmith
 from tunesmith.errors import ConfigError, DataError, ModelError, TunesmithError, UsageError
 from tunesmith.evaluation.records import EvaluationFolder, read_evaluation, read_replies
+from tunesmith.evaluation.table import format_evaluation
 from tunesmith.runfolder import RunFolder, read_metrics
 
 SHORT = ("--max-new-tokens", 8)
@@ -147,6 +148,10 @@ def test_the_table_fits_and_json_is_the_file(run, trained: Path, tmp_path: Path)
     for text in ("loss", "exact match, strict", "ROUGE-L", "difference", "base"):
         assert text in out
     assert "base: replies  10/10" in err
+    evaluation = read_evaluation(EvaluationFolder(tmp_path / "out"))
+    narrow = format_evaluation(evaluation, 44)
+    assert max(len(line) for line in narrow if "chats.jsonl" not in line) <= 44
+    assert "run minus base" in narrow
     code, out, err = run(*words, "--json")  # everything is done already
     content = json.loads((tmp_path / "out" / "evaluate.json").read_text())
     assert json.loads(out) == {name: value for name, value in content.items() if name != "sha256"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -69,18 +70,25 @@ class Progress:
             self._bar = None
 
 
-def format_evaluation(evaluation: Evaluation, width: int = WIDTH) -> list[str]:
-    """The data, the scores of each model with half the width of their intervals, and the differences."""
+def format_evaluation(evaluation: Evaluation, width: int | None = None) -> list[str]:
+    """The data, the scores of each model with half the width of their intervals, and the differences.
+
+    Args:
+        width: of the table; default: of the terminal, at most 80 columns.
+    """
+    if width is None:
+        width = min(WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else WIDTH
     lines = list(_data_lines(evaluation))
     for model in evaluation.models:
         lines += [f"note      {model.name}: {remark}" for remark in model.remarks]
-    for start, models in _blocks(evaluation, width):
-        lines += ["", *_block(evaluation, models, start == 0)]
-    for difference in evaluation.differences if len(evaluation.models) > 2 else []:
+    is_one_block = len(evaluation.models) == 2 and width >= WIDTH
+    for models in [evaluation.models] if is_one_block else _split(evaluation.models, width):
+        lines += ["", *_block(models, evaluation.differences if is_one_block else [])]
+    for difference in [] if is_one_block else evaluation.differences:
         lines += ["", *_difference_block(difference)]
-    lines += ["", "± is half the width of the 95 % interval over rows; < and > are its limit."]
+    lines += ["", "± is half the width of the 95 % interval,", "< and > its limit; over rows."]
     if evaluation.differences:
-        lines.append("* marks a difference whose interval does not contain 0.")
+        lines.append("* marks a difference that is not 0 by it.")
     return [one_line(line).rstrip() for line in lines]
 
 
@@ -101,18 +109,15 @@ def _data_lines(evaluation: Evaluation) -> Iterator[str]:
         yield f"{'replies':<10}{data.replies:,} of each model"
 
 
-def _blocks(evaluation: Evaluation, width: int) -> Iterator[tuple[int, Sequence[ModelResult]]]:
-    """Models as many beside each other as there is room for; with two, their difference too."""
-    if len(evaluation.models) == 2 and evaluation.differences:
-        yield 0, evaluation.models
-        return
+def _split(models: Sequence[ModelResult], width: int) -> Iterator[Sequence[ModelResult]]:
+    """As many models beside each other as there is room for."""
     at_once = max(1, (width - _LABEL) // _VALUE)
-    for start in range(0, len(evaluation.models), at_once):
-        yield start, evaluation.models[start : start + at_once]
+    for start in range(0, len(models), at_once):
+        yield models[start : start + at_once]
 
 
-def _block(evaluation: Evaluation, models: Sequence[ModelResult], is_first: bool) -> Iterator[str]:
-    pairs = evaluation.differences if len(evaluation.models) == 2 else []
+def _block(models: Sequence[ModelResult], pairs: Sequence[Difference]) -> Iterator[str]:
+    """Scores of models beside each other, and their differences."""
     heads = [_right(model.name, _VALUE) for model in models] + [_right("difference", _DIFFERENCE) for _ in pairs]
     yield " " * _LABEL + "".join(heads)
     names = [name for name in SCORES if any(name in model.scores for model in models)]
@@ -129,7 +134,7 @@ def _difference_block(difference: Difference) -> Iterator[str]:
     for name in SCORES:
         if name in difference.scores:
             shown = _show_difference(name, difference.scores[name])
-            yield _left(f"  {SCORES[name].label}", _LABEL) + _right(shown, _VALUE)
+            yield _left(f"  {SCORES[name].label}", _LABEL) + _right(shown, _DIFFERENCE)
 
 
 def _show_score(name: str, score: Score | None) -> str:

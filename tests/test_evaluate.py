@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from conftest import chat_row, raises, save_folder, tiny_config, write_jsonl
 
@@ -270,6 +271,28 @@ def test_refused_rows_are_named_and_too_many_end_it(run, fails, trained: Path, t
     assert "1 left out" in out
     evaluation = read_evaluation(EvaluationFolder(tmp_path / "out"))
     assert [(refusal.count, refusal.rows) for refusal in evaluation.data.refused] == [(1, [f"{data}:7"])]
+
+
+def test_what_makes_scores_doubtful_is_said(run, fails, trained: Path, tmp_path: Path) -> None:
+    data = trained.parent / "chats.jsonl"
+    words = ("evaluate", trained, "--data", data, "--replies", "none", "--output", tmp_path / "o")
+    code, out, _ = run(*words)
+    assert code == 0
+    assert "was trained on" in out
+    assert fails(*words[:4], data, *words[4:]).code == "file-named-twice"
+    broken = shutil.copytree(trained.parent / "base", tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    words = ("evaluate", broken, "--data", data, *SHORT, "--output", tmp_path / "b")
+    assert fails(*words).code == "loss-not-finite"
+
+
+def test_checkpoints_are_evaluated_as_models_of_their_run(run, trained: Path, tmp_path: Path) -> None:
+    checkpoint = max((trained / "checkpoints").glob("step-*"))
+    evaluation = evaluated(run, tmp_path / "o", checkpoint, trained, "--replies", "none")
+    assert [model.name for model in evaluation.models] == [f"run/{checkpoint.name}", "run"]
+    assert evaluation.models[0].scores["loss"] == evaluation.models[1].scores["loss"]
 
 
 def test_rows_that_one_model_cannot_use_are_left_out_for_all(run, trained: Path, tmp_path: Path) -> None:

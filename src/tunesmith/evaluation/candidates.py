@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from tunesmith.config.runfile import explain_problems, read_yaml
 from tunesmith.config.schema import DataSection, ModelSection, RunConfig, Section
-from tunesmith.data.dataset import DataSources, find_data
+from tunesmith.data.dataset import DataSources, find_data, refuse_shared_files
 from tunesmith.errors import ConfigError, ModelError, TunesmithError, UsageError
 from tunesmith.evaluation.settings import EvaluateSettings
 from tunesmith.model.source import find_model
@@ -256,7 +256,9 @@ def find_rows(settings: EvaluateSettings, candidates: Sequence[Candidate]) -> Ro
     """
     names = settings.data.get("train")
     if names:
-        return RowsToScore(find_sources([names] if isinstance(names, str) else names))
+        given = find_sources([names] if isinstance(names, str) else names)
+        refuse_shared_files(DataSources(given, Sources()))
+        return RowsToScore(given)
     run = next((candidate.run for candidate in candidates if candidate.run is not None), None)
     if run is None:
         raise UsageError(
@@ -274,6 +276,15 @@ def find_rows(settings: EvaluateSettings, candidates: Sequence[Candidate]) -> Ro
     if data.eval:
         return RowsToScore(sources.eval, is_held_out=True)
     return RowsToScore(sources.train, frozenset(_held_out(run, sources.train)), is_held_out=True)
+
+
+def find_trained_on(candidate: Candidate, wanted: RowsToScore) -> list[str]:
+    """Files of the rows to score that the model's own run was trained on, where none of it was held out."""
+    run = candidate.run
+    if run is None or wanted.is_held_out:
+        return []
+    trained = {os.path.realpath(entry["path"]) for entry in run.record.guard.data["train"] if "path" in entry}
+    return [wanted.sources.name_of(path) for path in wanted.sources.files if os.path.realpath(path) in trained]
 
 
 def _require_unchanged(run: TrainedRun, sources: DataSources) -> None:

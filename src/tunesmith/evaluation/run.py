@@ -21,7 +21,7 @@ import torch
 
 import tunesmith
 from tunesmith.errors import InterruptedRun, TunesmithError
-from tunesmith.evaluation.candidates import Candidate, RowsToScore, find_candidates, find_rows
+from tunesmith.evaluation.candidates import Candidate, RowsToScore, find_candidates, find_rows, find_trained_on
 from tunesmith.evaluation.intervals import METHOD
 from tunesmith.evaluation.likelihood import Likelihood, measure
 from tunesmith.evaluation.records import (
@@ -71,6 +71,7 @@ class Prepared:
     data: DataSummary
     texts: TextScorer
     tokenizer_reason: str
+    wanted: RowsToScore
 
     def fingerprint(self) -> dict[str, Any]:
         """What scores depend on; an evaluation is only continued where it is the same."""
@@ -169,7 +170,7 @@ def prepare(
     names += [":".join(filter(None, name)) for name in wanted.sources.hub]
     held_out = [f"{name} (held-out rows)" for name in names] if wanted.is_held_out else names
     data = summarise(labelled, keys, usable, draw, len(asked[0]), held_out)
-    return Prepared(settings, folder, candidates, labelled, keys, asked, data, TextScorer(tokenizer), reason)
+    return Prepared(settings, folder, candidates, labelled, keys, asked, data, TextScorer(tokenizer), reason, wanted)
 
 
 @contextmanager
@@ -203,7 +204,7 @@ def _run(prepared: Prepared, progress: Progress) -> Evaluation:
         for place, labelled in enumerate(prepared.labelled):
             one = _measure_model(prepared, place, state, log, progress)
             measured.append(one)
-            remarks.append([*_remarks(labelled, prepared.keys), *_reply_remarks(one)])
+            remarks.append([*_remarks(labelled, prepared), *_reply_remarks(one)])
     progress.end()
     scores, differences = score_all(measured, settings.seed)
     models = [
@@ -291,12 +292,15 @@ def _opened(candidate: Candidate, labelled: LabelledRows, settings: EvaluateSett
             torch.cuda.empty_cache()
 
 
-def _remarks(labelled: LabelledRows, keys: Sequence[Key]) -> Iterator[str]:
-    """What a reader of the scores should know of how the rows became tokens."""
+def _remarks(labelled: LabelledRows, prepared: Prepared) -> Iterator[str]:
+    """What a reader of the scores should know of the rows, and of how they became tokens."""
+    if trained := find_trained_on(labelled.candidate, prepared.wanted):
+        more = f" and {len(trained) - 1:,} more files" if len(trained) > 1 else ""
+        yield f"was trained on {trained[0]}{more}, so its scores say little about other data"
     template = labelled.encoder.template
     if template is not None and template.is_fallback:
         yield f"brings no chat template; the built-in {template.source} is used"
-    if cut := sum(labelled.rows[key].is_cut for key in keys):
+    if cut := sum(labelled.rows[key].is_cut for key in prepared.keys):
         verb = "row is" if cut == 1 else "rows are"
         yield f"{cut:,} {verb} cut at {labelled.lengths.max_seq_len:,} tokens; replies cut there are not generated"
 

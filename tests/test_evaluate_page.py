@@ -39,7 +39,7 @@ def evaluation(*names: str, judge: Any = None) -> Evaluation:
     models = [ModelResult(name, f"/models/{name}", None, "chatml", scores, ["a remark"]) for name in names]
     change = {"exact_match": Score(0.1, 0.02, 0.2, 10), "loss": Score(0.5, 0.4, 0.6, 10)}
     pairs = [Difference(name, names[0], change) for name in names[1:]]
-    data = DataSummary(["/data/chats.jsonl"], 12, 10, 10, 10, [Refusal(ATTACK, 2, ["chats.jsonl:3"])])
+    data = DataSummary(["/data/chats.jsonl"], 12, 12, 10, 10, 10, [Refusal(ATTACK, 2, ["chats.jsonl:3"])])
     return Evaluation(models, pairs, data, {"seed": 0, "temperature": 0.0, "max_new_tokens": 512}, {"rouge": "how"},
                       {}, judge, "1.0")  # fmt: skip
 

@@ -139,7 +139,7 @@ def make_evaluation(folder: Path, replies: dict[str, list[str]]) -> tuple[Evalua
     first, *others = [ModelResult(name, name, None, "none", {"exact_match": Score(0.5)}) for name in replies]
     pairs = [Difference(one.name, first.name, {}) for one in others]
     count = len(next(iter(replies.values())))
-    evaluation = Evaluation([first, *others], pairs, DataSummary(["chats.jsonl"], count, count, count, count),
+    evaluation = Evaluation([first, *others], pairs, DataSummary(["chats.jsonl"], count, count, count, count, count),
                             {"seed": 0, "temperature": 0.0}, {}, {})  # fmt: skip
     found = EvaluationFolder(folder)
     folder.mkdir(exist_ok=True)

@@ -67,14 +67,6 @@ class RowCache:
             self.keys[layer][:, :length] = keys[:, :length]
             self.values[layer][:, :length] = values[:, :length]
 
-    def trimmed(self, layout: Layout, length: int) -> RowCache:
-        """This cache where it has no free room to speak of, else a copy of its first tokens."""
-        if length * 4 >= self.capacity * 3:
-            return self
-        made = RowCache(layout, length)
-        made.copy_from(list(zip(self.keys, self.values, strict=True)), length)
-        return made
-
 
 class Shelf:
     """Keys and values of rows of like length: per layer [places, heads, capacity, dim]; `rows` take the first places.

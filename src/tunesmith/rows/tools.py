@@ -61,7 +61,7 @@ def parse_tools(value: Any) -> tuple[dict[str, Any], ...]:
 
     Bare schemas are wrapped, Anthropic's input_schema becomes parameters, Gemini's functionDeclarations are expanded.
     """
-    if is_missing(value) or (isinstance(value, (str, list, dict)) and not value):
+    if is_missing(value) or (isinstance(value, (str, list, tuple, dict)) and not value):
         return ()
     loaded = parse_json(value, "tools")
     if isinstance(loaded, Mapping):

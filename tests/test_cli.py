@@ -132,6 +132,7 @@ def test_a_wrong_number_is_told_with_its_range_and_an_example_that_holds(fails, 
     section, name = key.split(".")
     tree = {"model": {"path": "m"}, "data": {"train": ["d"]}, "train": {"output_dir": "o"}, "lora": {"kind": "lora"}}
     tree[section] = tree.get(section, {}) | {name: [example, example] if key == "optim.betas" else example}
+    tree["data"] |= {"system_prompts": ["s"]} if name == "system_prompt_share" else {}
     tree["data"] |= {"eval": ["e"]} if name in ("eval_steps", "eval_generate", "early_stop_patience") else {}
     tree["train"] |= {"eval_steps": 0.1} if name == "early_stop_patience" else {}
     RunConfig.model_validate(tree)

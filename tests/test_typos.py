@@ -147,7 +147,7 @@ def test_a_mistyped_choice_is_answered(run, words: tuple[str, ...]) -> None:
     assert ("did you mean ties?" in err) == (words[0] == "merge")
 
 
-@pytest.mark.parametrize("word", ["serve", "-v", "-x", "--"])
+@pytest.mark.parametrize("word", ["quantize", "-v", "-x", "--"])
 def test_a_word_that_is_no_typo_gets_no_misleading_command(word: str) -> None:
     with pytest.raises(UsageError) as refused:
         find_command(PARSER, word)

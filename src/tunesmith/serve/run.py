@@ -232,4 +232,4 @@ def _serve(app: FastAPI, listener: socket.socket, host: str, settings: ServeSett
     server = Server(config)
     server.run(sockets=[listener])
     if server.force_exit or worker.num_cut:
-        raise InterruptedRun("stopped; replies that were not complete have been cut off", code="stopped")
+        raise InterruptedRun("stopped; replies that were not complete have been cut off", code="replies-cut")

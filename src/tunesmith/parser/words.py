@@ -39,9 +39,9 @@ _OTHER_NAMES = {  # of commands, in other tools
     "sft": "train", "finetune": "train", "fine-tune": "train", "fit": "train", "pretrain": "train", "run": "train",
     "continue": "resume", "show": "preview", "view": "preview", "inspect": "preview", "preprocess": "preview",
     "validate": "check", "verify": "check", "lint": "check", "talk": "chat", "infer": "chat", "inference": "chat",
-    "eval": "evaluate", "score": "evaluate", "benchmark": "evaluate", "api": "serve", "server": "serve", "webui": "serve",
+    "eval": "evaluate", "score": "evaluate", "benchmark": "evaluate",
     "generate": "chat", "cli": "chat", "fuse": "merge", "merge-lora": "merge", "merge_lora": "merge",
-    "server": "serve", "api": "serve", "web": "serve",
+    "server": "serve", "api": "serve", "web": "serve", "webui": "serve",
     "convert": "convert-config", "convert_config": "convert-config", "list": "recipes",
 }  # fmt: skip
 

@@ -161,3 +161,10 @@ def test_only_the_adapter_keys_that_differ_are_named_without_an_adapter(tmp_path
     with pytest.raises(ConfigError) as refused:
         resolve_config(RunConfig, tmp_path / "config.yaml", {"lora.rank": 9})
     assert [line.split(":")[0].strip() for line in str(refused.value).splitlines()[1:]] == ["lora.rank"]
+
+
+def test_the_beginning_of_a_flag_gets_the_flag_and_its_value_is_not_shown(run) -> None:
+    code, _, err = run("serve", "runs/mine", "--api-key", "sk-secret")
+    assert code == 2
+    assert "did you mean --api-key-file?" in err
+    assert "sk-secret" not in err

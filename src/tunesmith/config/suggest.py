@@ -59,7 +59,12 @@ def _nearest(scores: dict[str, float] | dict[str, int]) -> list[str]:
 
 
 def _distance(typed: str, known: str) -> int:
-    """Edit distance; short words that differ in two letters and their first are unrelated: serve and merge."""
+    """Edit distance; short words that differ in two letters and their first are unrelated: serve and merge.
+
+    Words that a known one begins with are near it: api_key and api_key_file.
+    """
+    if len(typed) > _SHORT and known.startswith(f"{typed}_"):
+        return _allowed(typed)
     distance = edit_distance(typed, known, _allowed(typed))
     is_short = len(typed) <= _SHORT and distance > 1
     return _NEVER if is_short and typed[:1] != known[:1] else distance

@@ -86,6 +86,7 @@ def plan_memory(
 def _free_bytes(model: torch.nn.Module) -> int:
     device = next(model.parameters()).device
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # blocks that torch keeps for itself count as used
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
 

@@ -12,11 +12,12 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tunesmith.errors import UsageError
 from tunesmith.generation.batcher import Batcher
 from tunesmith.generation.speaker import Speaker
 from tunesmith.serve import chat, completions
 from tunesmith.serve.access import HostCheck, require_key
-from tunesmith.serve.errors import add_error_handlers, queue_full
+from tunesmith.serve.errors import ApiError, add_error_handlers, queue_full
 from tunesmith.serve.page import add_page
 from tunesmith.serve.runs import ServedRun
 from tunesmith.serve.serving import Metrics, Serving
@@ -40,9 +41,14 @@ def create_app(
         name: of the model in requests; adapters have names of their own.
         runs: that the page shows.
         alias: another name of the first adapter, or the name of the model.
+
+    Raises:
+        UsageError: the alias is the name of another model here.
     """
     models: dict[str, str | None] = {one: one for one in [*speaker.adapter_names, "base"] if speaker.adapter_names}
     first = next(iter(models), None)
+    if alias in models and alias != first:
+        raise UsageError(f"--name {alias}: another model has this name here. Give another.", code="name-taken")
     models = {alias: first} | models if alias else models or {name: None}
 
     def make_batcher() -> Batcher:
@@ -61,7 +67,10 @@ def create_app(
 
     # FastAPI's own pages for documentation load scripts from other hosts; its telemetry sends requests to others
     silent: Any = {"tracing": False, "metrics": False, "logs": False}
-    app = FastAPI(lifespan=life, docs_url=None, redoc_url=None, openapi_url=None, telemetry=silent)
+    # a redirect to a path without its last "/" names http, also behind a proxy that speaks https
+    app = FastAPI(
+        lifespan=life, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, telemetry=silent
+    )
     app.state.serving = Serving(speaker, worker, settings, models, Metrics(worker))
     add_error_handlers(app)
     app.include_router(_open)
@@ -110,8 +119,11 @@ _open = APIRouter()
 _models = APIRouter()
 
 
-@_open.get("/health")
-async def health() -> Response:
+@_open.api_route("/health", methods=["GET", "HEAD"])
+async def health(request: Request) -> Response:
+    serving: Serving = request.app.state.serving
+    if not serving.worker.is_alive:
+        raise ApiError(503, "the server is stopping, or has failed; its log says more.", code="stopping")
     return JSONResponse({"status": "ok"})
 
 

@@ -61,6 +61,9 @@ def _prepare(serving: Serving, fields: ChatFields) -> Asked:
     """
     encoder = serving.speaker.encoder
     adapter = serving.adapter_of(fields.model)
+    serving.worker.require_places(fields.num_choices)
+    num_tokens = fields.max_new_tokens(serving.settings)
+    serving.require_few_logprobs(fields.num_choices, num_tokens, fields.num_logprobs, "top_logprobs")
     messages, tools = read_messages(fields)
     named = tool_named(fields)
     if fields.tool_choice == "none":

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from tunesmith.generation.request import Request
 from tunesmith.serve.access import read_object
 from tunesmith.serve.delivery import EventStream, send_whole
-from tunesmith.serve.requests import CompletionFields, read_completion, read_prompts
+from tunesmith.serve.requests import CompletionFields, encode_prompts, list_prompts, read_completion
 from tunesmith.serve.serving import Serving
 from tunesmith.serve.worker import Piece
 
@@ -37,7 +37,11 @@ async def completions(request: HttpRequest) -> Response:
 def _prepare(serving: Serving, fields: CompletionFields) -> list[Request]:
     """One request for each choice of each prompt."""
     adapter = serving.adapter_of(fields.model)
-    prompts = read_prompts(fields, serving.speaker.encoder, serving.speaker.num_embeddings)
+    given = list_prompts(fields)
+    num_replies = len(given) * fields.num_choices
+    serving.worker.require_places(num_replies)
+    serving.require_few_logprobs(num_replies, fields.max_new_tokens(serving.settings), fields.logprobs, "logprobs")
+    prompts = encode_prompts(given, serving.speaker.encoder, serving.speaker.num_embeddings)
     for ids in prompts:
         serving.require_room(len(ids), "prompt")
     return [

@@ -76,11 +76,11 @@ class Grammars:
         options = []
         for function in chosen:
             written = json.dumps(function["name"], ensure_ascii=False)[1:-1] if shape.keys else function["name"]
-            head = self._literal(f"{shape.opening}{shape.head}{written}{shape.middle}".lstrip())
+            head = self._literal(f"{shape.opening}{shape.head}".lstrip())
+            middle = self._literal(shape.middle)
             tail = self._literal(f"{rest}{shape.tail}{shape.closing}".rstrip())
-            schema = function.get("parameters") or {"type": "object"}
-            schema = {**schema, "x-guidance": {"whitespace_pattern": _BLANKS}}
-            options.append(f"{head} %json {json.dumps(schema)} {tail}")
+            self._require_plain(function["name"])
+            options.append(f"{head} {_quoted(written)} {middle} %json {_parameters(function)} {tail}")
         grammar = str(LLMatcher.grammar_from_lark("start: " + "\n     | ".join(options)))
         if problem := LLMatcher.validate_grammar(grammar, tokens):
             text = " ".join(str(problem).split())[:300]
@@ -93,6 +93,15 @@ class Grammars:
 
         matcher = LLMatcher(self._tokens, grammar)
         return GrammarConstraint(matcher, self._speaker, form)
+
+    def _require_plain(self, name: str) -> None:
+        """Raises:
+        ApiError: the name has the text of an added token, which llguidance would take for that token.
+        """
+        encoder = self._speaker.encoder
+        if any(encoder.added_text(token) in name for token in encoder.added_ids):
+            text = f"tools: the name {name!r:.100} has the text of a control token, so its call cannot be enforced."
+            raise ApiError(400, text, code="invalid-value", param="tools")
 
     def _literal(self, text: str) -> str:
         """A text in a grammar; added tokens in it by their ids, since texts never match them."""
@@ -128,6 +137,19 @@ class Grammars:
         return self._tokens
 
 
+def _parameters(function: dict[str, Any]) -> str:
+    """The JSON schema of a tool's arguments, with bounded white space.
+
+    Raises:
+        ApiError: it is not an object.
+    """
+    schema = function.get("parameters") or {"type": "object"}
+    if not isinstance(schema, dict):
+        text = f"tools: parameters must be a JSON schema, not {type(schema).__name__}."
+        raise ApiError(400, text, code="unsupported-schema", param="tools")
+    return json.dumps({**schema, "x-guidance": {"whitespace_pattern": _BLANKS}})
+
+
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
@@ -148,17 +170,24 @@ class GrammarConstraint:
             free[self._stop_ids] = False
             return free
         packed = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        self._require_no_error()
         allowed = ((packed[:, None] >> _BITS) & 1).flatten()[: self._size].bool()
-        if self._matcher.is_accepting():
-            allowed[self._stop_ids] = True
-        if not bool(allowed.any()):  # the grammar allows nothing more
-            allowed[self._stop_ids] = True
+        # a reply that can neither go on nor end here is an error of the row: it must not pass as complete
+        allowed[self._stop_ids] = self._matcher.is_accepting()
         return allowed
 
     def accept(self, token_id: int) -> None:
         if self._reader is None:
             self._matcher.consume_token(token_id)
+            self._require_no_error()
             return
         self._reader.push(self._decoder.push(token_id))
         if not self._reader.is_reasoning:
             self._reader = None
+
+    def _require_no_error(self) -> None:
+        """Raises:
+        ValueError: the grammar has become too large for the library's limits, or another error of it.
+        """
+        if self._matcher.is_error():
+            raise ValueError(str(self._matcher.get_error()))

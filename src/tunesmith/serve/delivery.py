@@ -21,6 +21,9 @@ Read = Callable[[Piece], Iterable[dict[str, Any]]]
 _SLACK_S = 5.0  # to send what is ready when the time is over
 _GONE = 499  # nobody reads this status
 _DONE = b"data: [DONE]\n\n"
+_PART_BYTES = 1 << 16
+ABORT = "abort"
+"""Key of the connection's state: a function that cuts it off."""
 
 
 class _Left(Exception):
@@ -43,16 +46,42 @@ async def send_whole(
             for _ in read(piece):
                 pass
 
+    is_done = False
     try:
         async with asyncio.timeout(timeout_s):
             await _unless_left(request.receive, collect())
+        answer = _WholeReply(JSONResponse(finish()), replies, timeout_s)
+        is_done = True
     except TimeoutError:
         raise _too_slow(timeout_s) from None
     except _Left:
         return Response(status_code=_GONE)
     finally:
-        replies.close()
-    return JSONResponse(finish())
+        if not is_done:
+            replies.close()
+    return answer
+
+
+class _WholeReply(Response):
+    """An answer that keeps its places in the queue until it is sent, and its client from keeping them for ever."""
+
+    def __init__(self, answer: JSONResponse, replies: Replies, timeout_s: float) -> None:
+        self._answer, self._replies, self._timeout_s = answer, replies, timeout_s
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                head = {"type": "http.response.start", "status": 200, "headers": self._answer.raw_headers}
+                await send(head)
+                body = memoryview(self._answer.body)
+                for start in range(0, len(body), _PART_BYTES):
+                    end = start + _PART_BYTES
+                    await send(_body(bytes(body[start:end]), more=end < len(body)))
+        except TimeoutError:
+            await _abort(scope)
+        finally:
+            self._replies.close()
 
 
 class EventStream(Response):
@@ -79,10 +108,11 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            # without an end of the response, uvicorn closes the connection of a client that does not read
-            with contextlib.suppress(_Left, TimeoutError):
+            with contextlib.suppress(_Left):
                 async with asyncio.timeout(self._timeout_s + _SLACK_S):
                     await _unless_left(receive, self._send_all(send))
+        except TimeoutError:
+            await _abort(scope)
         finally:
             self._replies.close()
 
@@ -109,6 +139,14 @@ class EventStream(Response):
         if piece.error is not None:
             raise piece.error
         return self._read(piece)
+
+
+async def _abort(scope: Scope) -> None:
+    """Cut off a client that does not read; closing would wait until it does."""
+    abort = scope.get("state", {}).get(ABORT)
+    if abort is not None:
+        abort()
+        await asyncio.sleep(0)  # the server learns of it before it asks for the rest of the answer
 
 
 async def _unless_left(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:

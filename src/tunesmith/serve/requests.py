@@ -36,6 +36,7 @@ _OF_CLIENTS = ("refusal", "annotations", "audio", "function_call")  # in replies
 _OWN_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "strftime_now"})
 _COMPLETION_TOKENS = 16  # OpenAI's default there
 _MAX_STOPS, _MAX_CHOICES, _MAX_TOP_LOGPROBS = 4, 128, 20
+_MAX_STOP_LENGTH = 1000  # characters; each token is compared with all beginnings of a stop string
 
 
 class StreamOptions(BaseModel):
@@ -59,12 +60,12 @@ class Fields(BaseModel):
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=_MAX_CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list), Field(max_length=_MAX_STOPS)] | None = None  # fmt: skip  # noqa: E501
+    stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=_MAX_STOP_LENGTH)]], BeforeValidator(_as_list), Field(max_length=_MAX_STOPS)] | None = None  # fmt: skip  # noqa: E501
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
 
     @property
@@ -282,17 +283,26 @@ def encode_chat(
         raise ApiError(400, str(error), code=error.code, param="messages") from None
 
 
-def read_prompts(fields: CompletionFields, encoder: Encoder, num_ids: int) -> list[list[int]]:
-    """Ids of the prompts of a completion request: texts, or lists of token ids below `num_ids`.
+def list_prompts(fields: CompletionFields) -> list[Any]:
+    """The prompts of a completion request, not yet read.
 
     Raises:
-        ApiError: it has none, or they are of another type.
+        ApiError: it has none.
     """
     prompt = fields.prompt
-    is_ids = isinstance(prompt, list) and bool(prompt) and all(type(one) is int for one in prompt)
-    prompts = [prompt] if isinstance(prompt, str) or is_ids else prompt
-    if not isinstance(prompts, list) or not prompts:
+    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(type(one) is int for one in prompt)):
+        return [prompt]
+    if not isinstance(prompt, list) or not prompt:
         raise _wrong("prompt", "must be a text, a list of texts, or a list of token ids or of such lists, not empty")
+    return prompt
+
+
+def encode_prompts(prompts: Sequence[Any], encoder: Encoder, num_ids: int) -> list[list[int]]:
+    """Ids of prompts: texts, or lists of token ids below `num_ids`.
+
+    Raises:
+        ApiError: one is of another type.
+    """
     return [_read_prompt(one, encoder, num_ids, f"prompt[{at}]") for at, one in enumerate(prompts)]
 
 
@@ -333,4 +343,5 @@ def shape_of(fields: ChatFields) -> str | None:
     wanted = fields.response_format
     if wanted is None or wanted.type == "text":
         return None
-    return json.dumps(wanted.json_schema.wanted if wanted.json_schema else {"type": "object"})
+    schema = wanted.json_schema.wanted if wanted.json_schema else {"type": "object"}
+    return json.dumps({} if schema is True else schema)  # the same; llguidance reads objects only

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 _ADDRESS = "Give 127.0.0.1 or an address of this machine."
+_HEAD_S = 20.0  # a client has at most twice as long to send the head of a request
 _EXTRA_GRACE_S = 5.0  # for replies that are ended at the end of the grace period to be sent
 
 
@@ -176,9 +177,32 @@ def _bind(host: str, port: int) -> socket.socket:
 
 def server_config(app: FastAPI, settings: ServeSettings) -> uvicorn.Config:
     import uvicorn
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    from tunesmith.serve.delivery import ABORT
+
+    class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+        """Ends itself when its client does not complete the head of a request."""
+
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            vars(self)["app_state"] = {**vars(self)["app_state"], ABORT: transport.abort}
+            super().connection_made(transport)
+            self._end_if_idle(self)
+
+        def _end_if_idle(self, before: object) -> None:
+            """Compare with the request of the last time: a complete one, or none, for so long is only kept open."""
+            if self.transport.is_closing():
+                return
+            is_idle = self.cycle is None or self.cycle.response_complete
+            if is_idle and self.cycle is before:
+                self.transport.abort()
+                return
+            asyncio.get_running_loop().call_later(_HEAD_S, self._end_if_idle, self.cycle)
 
     return uvicorn.Config(
         app,
+        http=Connection,
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
@@ -195,7 +219,7 @@ def _serve(app: FastAPI, listener: socket.socket, host: str, settings: ServeSett
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else _bracketed(host)
     names, worker = ", ".join(app.state.serving.models), app.state.serving.worker
     config = server_config(app, settings)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of each malformed request
 
     class Server(uvicorn.Server):
         """Stops at the first signal when replies are complete, and at once at the second."""

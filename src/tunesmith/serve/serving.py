@@ -23,6 +23,7 @@ from tunesmith.serve.settings import ServeSettings
 from tunesmith.serve.worker import Worker
 
 Result = TypeVar("Result")
+_MAX_LOGPROBS = 1_000_000  # of an answer; each takes some 100 bytes
 _MAX_FORMATS = 64  # of replies, by template variables
 _SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -98,6 +99,18 @@ class Serving:
             self.speaker.room_for_reply(num_tokens, 1)
         except ModelError as error:
             raise from_model_error(error, param) from None
+
+    def require_few_logprobs(self, num_replies: int, num_tokens: int, num_logprobs: int | None, param: str) -> None:
+        """Raises:
+        ApiError: an answer with so many log-probabilities would take too much memory.
+        """
+        longest = min(num_tokens, self.speaker.context or num_tokens)
+        if num_logprobs is not None and num_replies * longest * (num_logprobs + 1) > _MAX_LOGPROBS:
+            raise ApiError(
+                400, f"{param}: an answer may have {_MAX_LOGPROBS:,} log-probabilities; this one could have "
+                f"{num_replies:,} replies x {longest:,} tokens x {num_logprobs + 1}. Ask for fewer.",
+                code="too-many-logprobs", param=param,
+            )  # fmt: skip
 
     def adapter_of(self, model: str) -> str | None:
         """The adapter of a model name in a request.

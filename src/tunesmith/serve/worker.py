@@ -108,7 +108,7 @@ class Worker:
     """
 
     def __init__(self, batcher: Batcher, make_batcher: Callable[[], Batcher], max_rows: int, max_queue: int) -> None:
-        self._batcher, self._make_batcher = batcher, make_batcher
+        self._first, self._make_batcher = [batcher], make_batcher
         self._max_rows, self._limit = max_rows, max_rows + max_queue
         self._lock = threading.Condition()
         self._waiting: deque[_Row] = deque()
@@ -138,6 +138,11 @@ class Worker:
         self._thread.join(timeout_s)
 
     @property
+    def is_alive(self) -> bool:
+        """Whether replies are generated."""
+        return self._thread.is_alive() and not self._is_stopping
+
+    @property
     def num_running(self) -> int:
         return len(self._running)
 
@@ -153,9 +158,7 @@ class Worker:
         """
         if self._is_stopping:
             raise _stopping()
-        if len(requests) > self._limit:
-            text = f"the request asks for {len(requests):,} replies; this server takes at most {self._limit:,} at once."
-            raise ApiError(400, text, code="too-many-replies", param="n")
+        self.require_places(len(requests))
         if self.num_open + len(requests) > self._limit:
             raise queue_full()
         self.num_open += len(requests)
@@ -165,6 +168,14 @@ class Worker:
             self._waiting.extend(replies._rows)
             self._lock.notify()
         return replies
+
+    def require_places(self, num_replies: int) -> None:
+        """Raises:
+        ApiError: not even the empty server takes so many at once.
+        """
+        if num_replies > self._limit:
+            text = f"the request asks for {num_replies:,} replies; this server takes at most {self._limit:,} at once."
+            raise ApiError(400, text, code="too-many-replies", param="n")
 
     def cancel(self, rows: Sequence[_Row]) -> None:
         with self._lock:
@@ -179,7 +190,7 @@ class Worker:
     # -- the thread --
 
     def _work(self) -> None:
-        batcher = self._batcher
+        batcher = self._first.pop()
         while True:
             with self._lock:
                 while not (self._waiting or self._cancelled or batcher.has_work or self._is_stopping):
@@ -187,14 +198,20 @@ class Worker:
                 cancelled, self._cancelled = self._cancelled, []
                 if self._is_stopping:
                     break
+            pieces: list[tuple[_Row, Piece]] = []
             try:
-                pieces = self._turn(batcher, cancelled)
+                self._turn(batcher, cancelled, pieces)
             except Exception as error:  # a bug, or memory is full: these rows are lost, the server is not
                 log_unexpected(error)
-                pieces = [self._end(row, internal_error()) for row in [*self._running.values()]]
+                pieces += [self._end(row, internal_error()) for row in [*self._running.values()]]
                 del error
+                self._send(pieces)
+                with self._lock:  # some may not have been freed
+                    self._cancelled += [row for row in cancelled if not row.is_over]
+                del batcher  # its caches make room for those of the next one
                 batcher = self._renew()
-            self._send(pieces)
+            else:
+                self._send(pieces)
         left = [row for row in [*self._running.values(), *self._waiting] if row not in cancelled]
         self.num_cut = len(left)
         self._send([self._end(row, _stopping()) for row in left])
@@ -203,8 +220,7 @@ class Worker:
         """Another batcher, as soon as one can be made; until then all replies fail."""
         while True:
             try:
-                self._batcher = self._make_batcher()
-                return self._batcher
+                return self._make_batcher()
             except Exception as error:
                 log_unexpected(error)
                 with self._lock:
@@ -215,8 +231,12 @@ class Worker:
                     raise
                 time.sleep(_PAUSE_S)
 
-    def _turn(self, batcher: Batcher, cancelled: Sequence[_Row]) -> list[tuple[_Row, Piece]]:
-        """Free the rows of clients that have left, start waiting ones, and generate one token of each."""
+    def _turn(self, batcher: Batcher, cancelled: Sequence[_Row], pieces: list[tuple[_Row, Piece]]) -> None:
+        """Free the rows of clients that have left, start waiting ones, and generate one token of each.
+
+        Args:
+            pieces: takes what is to be sent, also before an error.
+        """
         for row in cancelled:
             if row.is_over:
                 continue
@@ -224,10 +244,8 @@ class Worker:
             if row.number is None:
                 with self._lock:
                     self._waiting.remove(row)
-            else:
-                del self._running[row.number]
+            elif self._running.pop(row.number, None) is not None:
                 batcher.cancel(row.number)
-        pieces = []
         while self._waiting and len(self._running) < self._max_rows:
             with self._lock:
                 row = self._waiting.popleft()
@@ -241,7 +259,6 @@ class Worker:
                 pieces.append(self._end(row, internal_error()))
         if batcher.has_work:
             pieces += [self._piece(token) for token in batcher.step() if token.row in self._running]
-        return pieces
 
     def _piece(self, token: Token) -> tuple[_Row, Piece]:
         row = self._running[token.row]

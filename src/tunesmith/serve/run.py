@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.config.schema import ModelSection
 from tunesmith.errors import InterruptedRun, RunError, UsageError
@@ -185,7 +185,8 @@ def server_config(app: FastAPI, settings: ServeSettings) -> uvicorn.Config:
         """Ends itself when its client does not complete the head of a request."""
 
         def connection_made(self, transport: asyncio.Transport) -> None:
-            vars(self)["app_state"] = {**vars(self)["app_state"], ABORT: transport.abort}
+            own: Any = self
+            own.app_state = {**own.app_state, ABORT: transport.abort}
             super().connection_made(transport)
             self._end_if_idle(self)
 

@@ -294,29 +294,33 @@ def hub() -> Iterator[str]:
     server.server_close()
 
 
-@pytest.mark.parametrize(
-    ("model", "data", "offline", "words"),
-    [
-        ("acme/gated-model", None, "0", "acme/gated-model: its config or tokenizer cannot be loaded: the model is gated"),
-        ("acme/absent-model", None, "0", "no such hub model, or it is private"),
-        (None, "acme/gated-data", "0", "acme/gated-data: is a gated data set"),
-        (None, "acme/absent-data", "0", "acme/absent-data: not a local file or folder"),
-        ("acme/some-model", None, "1", "it is not a local folder, and the hub cannot be reached"),
-        (None, "acme/some-data", "1", "acme/some-data: not a local file or folder"),
-    ],
-)  # fmt: skip
-def test_hub_ids_that_cannot_be_had(
-    case: Case, hub: str, tmp_path: Path, model: str | None, data: str | None, offline: str, words: str
-) -> None:
-    """In a separate process: the hub's address is read from the environment once."""
-    command = [
-        "train",
-        "--model",
-        model or str(case.model),
-        "--data",
-        data or str(case.data),
-        "--output",
-        str(case.output),
+_HUB_CASES = (
+    ("acme/gated-model", None, "acme/gated-model: its config or tokenizer cannot be loaded: the model is gated"),
+    ("acme/absent-model", None, "no such hub model, or it is private"),
+    (None, "acme/gated-data", "acme/gated-data: is a gated data set"),
+    (None, "acme/absent-data", "acme/absent-data: not a local file or folder"),
+)
+_OFFLINE_CASES = (
+    ("acme/some-model", None, "it is not a local folder, and the hub cannot be reached"),
+    (None, "acme/some-data", "acme/some-data: not a local file or folder"),
+)
+_EACH = """
+import contextlib, io, json, sys
+from tunesmith.cli import main
+for words in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(words)
+    print(json.dumps([code, out.getvalue(), err.getvalue()]))
+"""
+
+
+@pytest.mark.parametrize(("cases", "offline"), [(_HUB_CASES, "0"), (_OFFLINE_CASES, "1")], ids=["online", "offline"])
+def test_hub_ids_that_cannot_be_had(case: Case, hub: str, tmp_path: Path, cases: Any, offline: str) -> None:
+    """In a process of their own: the hub's address is read from the environment once."""
+    commands = [
+        ["train", "--model", model or str(case.model), "--data", data or str(case.data), "--output", str(case.output)]
+        for model, data, _ in cases
     ]
     env = os.environ | {
         "HF_ENDPOINT": hub,
@@ -325,19 +329,18 @@ def test_hub_ids_that_cannot_be_had(
         "HF_TOKEN": "hf_secret",
     }
     result = subprocess.run(
-        [sys.executable, "-m", "tunesmith", *command],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert result.returncode == 1, result.stderr
-    assert words in result.stderr
-    assert result.stderr.count("error: ") == 1
-    assert "Traceback" not in result.stderr
+        [sys.executable, "-c", _EACH], input=json.dumps(commands), env=env, capture_output=True, text=True,
+        timeout=120, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
     assert "hf_secret" not in result.stdout + result.stderr
+    ends = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(ends) == len(cases)
+    for (code, _, err), (_, _, words) in zip(ends, cases, strict=True):
+        assert code == 1, err
+        assert words in err
+        assert err.count("error: ") == 1
+        assert "Traceback" not in err
     assert not case.output.exists()
 
 

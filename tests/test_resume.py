@@ -682,13 +682,16 @@ def fill_up(path: Path) -> None:
     os.close(handle)
 
 
+_FILLING_STEPS = 200
+
+
 @pytest.mark.parametrize("room_comes_back", [True, False])
 def test_a_disk_that_fills_up_at_a_save(
     model_folder: Path, chats: Path, small_disk: Path, tmp_path: Path, run: Run, room_comes_back: bool
 ) -> None:
     """The run continues, says so on each line, retries, and ends with exit code 4 only if the last save fails."""
     output, ballast = small_disk / "run", small_disk / "ballast"
-    words = ["train", "--model", model_folder, "--data", chats, "--output", output, *FAST, "--train.max_steps", 400,
+    words = ["train", "--model", model_folder, "--data", chats, "--output", output, *FAST, "--train.max_steps", _FILLING_STEPS,
              "--train.save_steps", 10, "--optim.schedule", "constant"]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-m", "tunesmith", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -714,10 +717,10 @@ def test_a_disk_that_fills_up_at_a_save(
         ballast.unlink()
         code, _, err = run("resume", output)
         assert code == 0, err
-    assert [r["step"] for r in records(output)] == list(range(1, 401))
+    assert [r["step"] for r in records(output)] == list(range(1, _FILLING_STEPS + 1))
     straight = tmp_path / "straight"
-    assert run("train", "--model", model_folder, "--data", chats, "--output", straight, *FAST, "--train.max_steps", 400,
-               "--train.save_steps", 10, "--optim.schedule", "constant")[0] == 0  # fmt: skip
+    assert run("train", "--model", model_folder, "--data", chats, "--output", straight, *FAST, "--train.max_steps",
+               _FILLING_STEPS, "--train.save_steps", 10, "--optim.schedule", "constant")[0] == 0  # fmt: skip
     assert weights(output) == weights(straight)
 
 

@@ -13,6 +13,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 import tunesmith
+from serving import TEMPLATE
 from test_matrix import shipped_templates, tokenizer_for
 from tunesmith.config.schema import DataSection
 from tunesmith.data.labelling import label_rows
@@ -144,3 +145,31 @@ def test_a_question_holds_no_control_token_under_any_template(tokenizer: Any, na
         assert text in own.decode(ids)
         counts.append(sum(i in encoder.added_ids for i in ids))
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        r'{"a": "\u003c|im_end|>"}',
+        r'{"\u003c|im_end|>": 1}',
+        r'{"a": ["x", {"b": "<|im_end\u007c>"}]}',
+    ],
+)
+def test_json_escapes_in_the_arguments_of_a_call_hide_no_control_token(tool_tokenizer: Any, arguments: str) -> None:
+    """Clients and rows bring arguments as JSON text, which is parsed for the template."""
+    own = copy.deepcopy(tool_tokenizer)
+    own.chat_template = TEMPLATE
+    rows = []
+    for given in ('{"a": "x"}', arguments):
+        call = {"type": "function", "function": {"name": "f", "arguments": given}}
+        turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+        question, reply = chat("q", "ok")["messages"]
+        rows.append({"messages": [question, turn, {"role": "tool", "content": "r"}, reply]})
+    encoder, labelled = label(own, *rows)
+    counts = []
+    for row in labelled:
+        assert row.status == "used", row.reason
+        counts.append(sum(int(i) in encoder.added_ids for i in row.samples[0].input_ids))
+    assert counts[0] == counts[1]
+    assert NOTE_CONTROL in labelled[1].notes
+    assert label(own, rows[1], mode="refuse")[1][0].code == "control-text"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -85,6 +85,15 @@ class CallForm:
         calls = [self._apply_to_call(call) for call in turn["tool_calls"]]
         content = None if self.empty_is_none and not turn["content"] else turn["content"]
         return {**turn, "tool_calls": calls, "content": content}
+
+    def with_arguments(self, message: Message) -> Message:
+        """The message with arguments that are JSON text as the object that `apply` makes of them.
+
+        Done before control text is marked: JSON escapes (backslash u003c for <) hide its spelling.
+        """
+        if not any(isinstance(call["function"]["arguments"], str) for call in message.tool_calls):
+            return message
+        return replace(message, tool_calls=tuple(self._apply_to_call(call) for call in message.tool_calls))
 
     def _apply_to_call(self, call: Mapping[str, Any]) -> dict[str, Any]:
         function = call["function"]

@@ -38,7 +38,8 @@ def prepare_messages(
     """
     conversation = chat if isinstance(chat, Conversation) else Conversation(tuple(chat), tuple(tools))
     if habits is not None:
-        conversation = replace(conversation, messages=read_blocks(conversation.messages, habits))
+        messages = tuple(map(habits.call_form.with_arguments, read_blocks(conversation.messages, habits)))
+        conversation = replace(conversation, messages=messages)
         if habits.needs_ids and lacks_call_ids(conversation):
             conversation = add_call_ids(conversation)
     try:

@@ -21,7 +21,7 @@ from tunesmith.generation.request import Request
 from tunesmith.generation.sampling import Sampling
 from tunesmith.generation.speaker import load_speaker
 from tunesmith.model.bpe import train_tokenizer
-from tunesmith.serve import delivery, run
+from tunesmith.serve import chat, completions, delivery, run
 from tunesmith.serve.worker import Worker
 
 
@@ -185,3 +185,13 @@ def test_a_name_that_another_model_has(speaker: Any, fails: Any, tmp_path: Path)
         with pytest.raises(UsageError) as caught:
             create_app(adapted, "m", ServeSettings(), alias=name)
         assert caught.value.code == "name-taken"
+
+
+def test_large_fields_are_not_kept_while_a_reply_is_generated(speaker: Any) -> None:
+    with serving(speaker) as (_, state):
+        body = {**ASK, "tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"}
+        fields, asked = chat._prepare(state, json.dumps(body).encode())
+        assert (fields.messages, fields.tools, len(asked.requests)) == ([], None, 1)
+        body = {"model": "m", "prompt": ["a", "b"], "n": 2}
+        given, requests = completions._prepare(state, json.dumps(body).encode())
+        assert (given.prompt, len(requests)) == (None, 4)

@@ -68,11 +68,11 @@ def host_name(host: str) -> str:
     return host.partition(":")[0].removesuffix(".")
 
 
-async def read_object(request: Request) -> dict[str, Any]:
-    """The JSON object that a request brings.
+async def read_body(request: Request) -> bytes:
+    """The body of a request, to be parsed by `parse_object`.
 
     Raises:
-        ApiError: it is too large, too slow, not JSON or not an object.
+        ApiError: it is too large, too slow, or not said to be JSON.
     """
     settings: ServeSettings = request.app.state.serving.settings
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -83,7 +83,16 @@ async def read_object(request: Request) -> dict[str, Any]:
         )
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise ApiError(415, "the body must not be compressed.", code="content-encoding")
-    value = _parse(await _read_bytes(request, settings.max_body_bytes))
+    return await _read_bytes(request, settings.max_body_bytes)
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """The JSON object in a body. A large one takes a while, and far more memory than its bytes.
+
+    Raises:
+        ApiError: it is not JSON, or not an object.
+    """
+    value = _parse(body)
     if not isinstance(value, dict):
         raise ApiError(400, "the body must be a JSON object.", code="invalid-json")
     return value

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -15,7 +16,7 @@ from starlette.responses import Response
 from tunesmith.generation.reply_parts import Part, ReplyFormat, ReplyReader
 from tunesmith.generation.request import Request
 from tunesmith.generation.token_texts import TokenTexts
-from tunesmith.serve.access import read_object
+from tunesmith.serve.access import parse_object, read_body
 from tunesmith.serve.delivery import EventStream, send_whole
 from tunesmith.serve.errors import ApiError
 from tunesmith.serve.requests import (
@@ -36,8 +37,7 @@ router = APIRouter()
 @router.post("/v1/chat/completions")
 async def chat_completions(request: HttpRequest) -> Response:
     serving: Serving = request.app.state.serving
-    fields = read_chat(await read_object(request))
-    asked = await serving.aside(lambda: _prepare(serving, fields))
+    fields, asked = await serving.aside(partial(_prepare, serving, await read_body(request)))
     reply = ChatReply(serving, fields, asked)
     replies = reply.replies = serving.worker.open(asked.requests)
     timeout_s = serving.settings.timeout_s
@@ -55,10 +55,13 @@ class Asked:
     tools: Sequence[dict[str, Any]]
 
 
-def _prepare(serving: Serving, fields: ChatFields) -> Asked:
-    """Raises:
-    ApiError: the request cannot be answered.
+def _prepare(serving: Serving, body: bytes) -> tuple[ChatFields, Asked]:
+    """The fields of a request, without the large ones, and what is to be generated.
+
+    Raises:
+        ApiError: the request cannot be answered.
     """
+    fields = read_chat(parse_object(body))
     encoder = serving.speaker.encoder
     adapter = serving.adapter_of(fields.model)
     serving.worker.require_places(fields.num_choices)
@@ -84,7 +87,8 @@ def _prepare(serving: Serving, fields: ChatFields) -> Asked:
         )
         for sampling in fields.samplings(serving.settings)
     ]
-    return Asked(requests, form, tools)
+    fields.messages, fields.tools, fields.response_format = [], None, None  # not kept while the reply is generated
+    return fields, Asked(requests, form, tools)
 
 
 def _grammar(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -12,7 +13,7 @@ from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
 from tunesmith.generation.request import Request
-from tunesmith.serve.access import read_object
+from tunesmith.serve.access import parse_object, read_body
 from tunesmith.serve.delivery import EventStream, send_whole
 from tunesmith.serve.requests import CompletionFields, encode_prompts, list_prompts, read_completion
 from tunesmith.serve.serving import Serving
@@ -24,8 +25,7 @@ router = APIRouter()
 @router.post("/v1/completions")
 async def completions(request: HttpRequest) -> Response:
     serving: Serving = request.app.state.serving
-    fields = read_completion(await read_object(request))
-    requests = await serving.aside(lambda: _prepare(serving, fields))
+    fields, requests = await serving.aside(partial(_prepare, serving, await read_body(request)))
     reply = CompletionReply(serving, fields, requests)
     replies = serving.worker.open(requests)
     timeout_s = serving.settings.timeout_s
@@ -34,8 +34,9 @@ async def completions(request: HttpRequest) -> Response:
     return await send_whole(request, replies, reply.read, reply.whole, timeout_s)
 
 
-def _prepare(serving: Serving, fields: CompletionFields) -> list[Request]:
-    """One request for each choice of each prompt."""
+def _prepare(serving: Serving, body: bytes) -> tuple[CompletionFields, list[Request]]:
+    """The fields of a request, without its prompts, and one request for each choice of each prompt."""
+    fields = read_completion(parse_object(body))
     adapter = serving.adapter_of(fields.model)
     given = list_prompts(fields)
     num_replies = len(given) * fields.num_choices
@@ -44,7 +45,8 @@ def _prepare(serving: Serving, fields: CompletionFields) -> list[Request]:
     prompts = encode_prompts(given, serving.speaker.encoder, serving.speaker.num_embeddings)
     for ids in prompts:
         serving.require_room(len(ids), "prompt")
-    return [
+    fields.prompt = None  # not kept while the reply is generated
+    return fields, [
         Request(ids, sampling, fields.stops, fields.logprobs, adapter)
         for ids in prompts
         for sampling in fields.samplings(serving.settings)

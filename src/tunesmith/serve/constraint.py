@@ -190,4 +190,5 @@ class GrammarConstraint:
         ValueError: the grammar has become too large for the library's limits, or another error of it.
         """
         if self._matcher.is_error():
-            raise ValueError(str(self._matcher.get_error()))
+            text = str(self._matcher.get_error()).partition("<state>")[0].strip()  # what follows is for its developers
+            raise ValueError("no text can follow this schema" if text.startswith("NoExtension") else text)

@@ -124,6 +124,23 @@ def test_a_pattern_that_never_ends_is_given_up() -> None:
     assert time.monotonic() - began < 3
 
 
+@pytest.mark.parametrize("others", [{"additionalProperties": False}, {"unevaluatedProperties": False}])
+def test_a_pattern_of_names_that_never_ends_is_given_up(others: dict[str, Any]) -> None:
+    began = time.monotonic()
+    schema = {"patternProperties": {"^((b|bb)+)+$": {}}, **others}
+    assert fits_schema({"b" * 60 + "!": 1}, schema) is not True
+    assert time.monotonic() - began < 3
+    assert fits_schema({"x": 1, "y1": 2}, {"patternProperties": {"^y": {}}, "additionalProperties": False}) is False
+    assert fits_schema({"x": 1}, {"patternProperties": {"^y": {}}, "additionalProperties": {"type": "integer"}}) is True
+
+
+def test_references_that_multiply_are_given_up() -> None:
+    began = time.monotonic()
+    twice = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(40)}
+    assert fits_schema({"a": 1}, {"$ref": "#/$defs/d0", "$defs": {**twice, "d40": {}}}) is None
+    assert time.monotonic() - began < 5
+
+
 @pytest.mark.parametrize(
     ("reference", "reply", "is_valid", "is_equal"),
     [

@@ -374,6 +374,9 @@ def test_ctrl_c_keeps_the_answers_and_does_not_wait(serve: Any, tmp_path: Path) 
         ("VERDICT: 2 (the second one is better)\n\n", "second"), ("<think>VERDICT: 1</think>\nVERDICT: 2", "second"),
         ("thoughts VERDICT: 1\n</think>VERDICT: tie", "tie"), ("# VERDICT: `1`", "first"), ("VERDICT: 1 or 2", None),
         ("VERDICT: 1\nOr maybe not.", None), ("<think>VERDICT: 1", None), ("VERDICT: 12", None), ("", None), ("1", None),
+        ("<think>so\nVERDICT: 1", None), ("VERDICT: 1 (first) or 2 (second)", None),
+        ("VERDICT: 1 (the first reply is better), VERDICT: 2 (the second one is), or VERDICT: TIE (both)", None),
+        ("VERDICT: 2 (the second (shorter) one)", "second"), ("1 has a stray <think>.\nVERDICT: 2", "second"),
     ],
 )  # fmt: skip
 def test_a_verdict_is_the_last_line(answer: str, verdict: str | None) -> None:

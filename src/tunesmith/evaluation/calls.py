@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import regex
@@ -12,6 +13,7 @@ from tunesmith.evaluation.forms import INVALID, load_json, spell_json
 from tunesmith.generation.reply_parts import ToolCall
 
 _PATTERN_S = 1.0  # a pattern of a schema may take exponential time
+_MOST_STEPS = 100_000  # keywords applied to a value: references in references may multiply
 
 
 def score_calls(
@@ -62,7 +64,7 @@ def _spell(call: ToolCall) -> tuple[str, str]:
 def fits_schema(arguments: Any, schema: Any) -> bool | None:
     """Whether arguments are an object that fits a JSON schema; None where the schema itself cannot be used.
 
-    No reference to another document is followed, and a pattern has a second.
+    No reference to another document is followed, a pattern has a second, and the number of steps is bounded.
     """
     if not isinstance(arguments, dict):
         return False
@@ -73,6 +75,8 @@ def fits_schema(arguments: Any, schema: Any) -> bool | None:
     try:
         validator = _validator_class(schema)
         validator.check_schema(schema)
+        if _has_key(schema, "unevaluatedProperties") and _has_key(schema, "patternProperties"):
+            return None  # jsonschema matches these patterns itself, and they may never end
         return bool(validator(schema, registry=_no_registry()).is_valid(arguments))
     except Exception:  # jsonschema and referencing: broken schemas, unknown types, endless references
         return None
@@ -84,12 +88,34 @@ def _no_registry() -> Any:
     return Registry()
 
 
+def _has_key(schema: Any, key: str) -> bool:
+    if isinstance(schema, dict):
+        return key in schema or any(_has_key(below, key) for below in schema.values())
+    return isinstance(schema, list) and any(_has_key(below, key) for below in schema)
+
+
 def _validator_class(schema: Any) -> Any:
-    """jsonschema's class for the dialect of a schema, with patterns that end."""
+    """jsonschema's class for the dialect of a schema, with patterns that end, and as many steps as are allowed."""
     from jsonschema import validators
 
     own = validators.validator_for(schema, default=validators.Draft202012Validator)
-    return validators.extend(own, {"pattern": _match_pattern, "patternProperties": _match_properties})
+    matching = {
+        "pattern": _match_pattern,
+        "patternProperties": _match_properties,
+        "additionalProperties": _match_others,
+    }
+    steps = itertools.count(1)
+
+    def counted(check: Callable[..., Iterable[Any] | None]) -> Callable[..., Iterator[Any]]:
+        def apply(*given: Any) -> Iterator[Any]:
+            if next(steps) > _MOST_STEPS:
+                raise TimeoutError
+            yield from check(*given) or ()
+
+        return apply
+
+    keywords = {name: counted(matching.get(name, check)) for name, check in own.VALIDATORS.items()}
+    return validators.extend(own, keywords)
 
 
 def _match_pattern(validator: Any, pattern: str, instance: Any, schema: Any) -> Iterator[Any]:
@@ -105,6 +131,14 @@ def _match_properties(validator: Any, patterns: Mapping[str, Any], instance: Any
             for key, value in instance.items():
                 if _finds(pattern, key):
                     yield from validator.descend(value, below, path=key, schema_path=pattern)
+
+
+def _match_others(validator: Any, below: Any, instance: Any, schema: Any) -> Iterator[Any]:
+    if isinstance(instance, dict):
+        patterns = schema.get("patternProperties", {})
+        for key, value in instance.items():
+            if key not in schema.get("properties", {}) and not any(_finds(pattern, key) for pattern in patterns):
+                yield from validator.descend(value, below, path=key)
 
 
 def _finds(pattern: str, text: str) -> bool:

@@ -22,7 +22,8 @@ _WORD = regex.compile(
 def normalize(text: str) -> str:
     """The text as exact match compares it (see NORMALISATION)."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return " ".join(folded.split()).rstrip(_ENDING)
+    words = " ".join(folded.split())
+    return words.rstrip(_ENDING) or words  # "?" is not the empty reply
 
 
 def matches_exactly(reply: str, reference: str) -> bool:

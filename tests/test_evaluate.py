@@ -191,6 +191,54 @@ def test_a_smaller_limit_is_part_of_a_larger_one(run, trained: Path, tmp_path: P
     assert found[4] < found[9]
 
 
+def test_the_rows_drawn_do_not_depend_on_the_order_of_files(run, trained: Path, tmp_path: Path) -> None:
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", CHATS[place::2]) for place, name in enumerate("ab")]
+    drawn = []
+    for place, names in enumerate((files, files[::-1])):
+        evaluated(run, tmp_path / str(place), trained, "--data", *names, *SHORT, "--limit", 5)
+        drawn.append({record.row for record in records_of(tmp_path / str(place))})
+    assert drawn[0] == drawn[1]
+
+
+def test_replies_are_kept_in_the_order_of_the_data(trained: Path, run, tmp_path: Path) -> None:
+    from tunesmith.evaluation.replies import ReplyLog
+
+    words = (trained, "--base", "--max-new-tokens", 24)
+    evaluated(run, tmp_path / "out", *words)
+    path = tmp_path / "out" / "replies.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(reversed(lines)))  # as replies of other lengths would have ended
+    evaluated(run, tmp_path / "out", *words)
+    assert path.read_bytes() == b"".join(lines)
+    found = [(record.model, int(record.row.rpartition(":")[2])) for record in records_of(tmp_path / "out")]
+    assert found == sorted(found)
+    with ReplyLog(EvaluationFolder(tmp_path / "out")) as log:
+        assert [record.key for record in log.done.values()] == [record.key for record in records_of(tmp_path / "out")]
+
+
+def test_a_hub_id_in_the_folder_of_a_run_is_not_of_that_run(trained: Path, monkeypatch: Any) -> None:
+    from tunesmith.evaluation.candidates import find_run
+
+    monkeypatch.chdir(trained)
+    assert find_run("Qwen/Qwen2.5-0.5B") is None
+    assert find_run("gpt2") is None
+    assert find_run(".") is not None
+    assert find_run("model") is not None
+
+
+def test_names_of_models_differ_from_each_other_and_from_the_reference(tmp_path: Path, tokenizer: Any) -> None:
+    from datetime import datetime
+
+    from tunesmith.evaluation.candidates import find_candidates
+    from tunesmith.evaluation.settings import EvaluateSettings
+
+    places = [tmp_path / name for name in ("x/a", "y/a", "a-1", "reference", "é")]
+    for place in places:
+        save_folder(place, tiny_config("qwen3"), tokenizer)
+    found = find_candidates(EvaluateSettings([str(place) for place in places]), datetime.now())
+    assert [one.name for one in found] == ["a-2", "a-3", "a-1", "reference-1", "é"]
+
+
 def test_a_killed_evaluation_continues_and_ends_the_same(run, trained: Path, tmp_path: Path) -> None:
     words = (trained, "--base", "--max-new-tokens", 24)
     whole = evaluated(run, tmp_path / "whole", *words)
@@ -206,7 +254,8 @@ def test_a_killed_evaluation_continues_and_ends_the_same(run, trained: Path, tmp
     replies.write_bytes(b"".join(lines[:-3]) + lines[-1][:40])  # and the kill cut a line
     continued = evaluated(run, tmp_path / "killed", *words)
     assert continued == whole
-    assert {r.key: r for r in records_of(tmp_path / "killed")} == {r.key: r for r in records_of(tmp_path / "whole")}
+    ended = {name: (tmp_path / "killed" / name).read_bytes() for name in ("replies.jsonl", "evaluate.html")}
+    assert ended == {name: (tmp_path / "whole" / name).read_bytes() for name in ended}
 
 
 def test_ctrl_c_says_how_to_continue(run, trained: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from tunesmith.sources.read import Sources, find_sources
 
 _DRAWN_KEYS = ("train", "eval", "eval_split", "limit", "system_prompts", "system_prompt_share", "empty_think_share")
 _TEMPLATE_KEYS = ("chat_template", "template_kwargs")
+_RESERVED = ("reference",)  # the replies in the data, beside which a judge puts a single model
 _TEMPLATE_FILE = "chat_template.jinja"
 
 
@@ -82,6 +84,8 @@ def find_run(path: str) -> TrainedRun | None:
     """The run that a model folder is or lies in (RUN, RUN/model, RUN/checkpoints/step-N)."""
     found = Path(path).expanduser()
     try:
+        if not found.exists():  # a hub id, also where the working folder is a run
+            return None
         found = found.resolve()
         for place in (found, *found.parents[:2]):
             folder = RunFolder(place)
@@ -91,7 +95,7 @@ def find_run(path: str) -> TrainedRun | None:
                 return TrainedRun(folder, own_names(absolute_names(config, record.cwd), folder), record)
     except ValidationError as error:
         raise ConfigError(str(folder.config), explain_problems(error)) from None
-    except (OSError, RuntimeError, ValueError):  # no path: a hub id, or a name that find_model explains
+    except (OSError, RuntimeError, ValueError):  # no path: a name that find_model explains
         return None
     return None
 
@@ -214,11 +218,14 @@ def _named(candidates: Sequence[Candidate]) -> list[Candidate]:
     """The candidates with short names: the run's or folder's, or "base"."""
     bases = sum(candidate.is_base for candidate in candidates)
     wanted = ["base" if c.is_base and bases == 1 else _short_name(c) for c in candidates]
-    counts, taken = Counter(wanted), Counter[str]()
-    named = []
+    counts = Counter([*wanted, *_RESERVED])
+    taken, named = set(wanted), []
     for candidate, name in zip(candidates, wanted, strict=True):
-        taken[name] += 1
-        named.append(replace(candidate, name=f"{name}-{taken[name]}" if counts[name] > 1 else name))
+        if counts[name] > 1:
+            numbered = (f"{name}-{number}" for number in itertools.count(1))
+            name = next(one for one in numbered if one not in taken)
+            taken.add(name)
+        named.append(replace(candidate, name=name))
     return named
 
 

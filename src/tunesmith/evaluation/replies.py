@@ -193,15 +193,23 @@ class ReplyLog:
             return {}
         found: dict[tuple[str, str, int], ReplyRecord] = {}
         data = self._path.read_bytes()
-        kept = b""
+        lines = []
         for line in data.split(b"\n"):
             with suppress(ValueError, TypeError, RecursionError):
                 record = ReplyRecord.from_line(line.decode())
                 found[record.key] = record
-                kept += line + b"\n"
-        if kept != data:
+                lines.append(line + b"\n")
+        if (kept := b"".join(lines)) != data:
             write_text_atomic(self._path, kept.decode())
         return found
+
+    def arrange(self, keys: Sequence[tuple[str, str, int]]) -> None:
+        """Put the finished file into this order, so that it does not depend on when each reply ended; none follows."""
+        if list(self.done) == list(keys):
+            return
+        self._file.close()
+        self.done = {key: self.done[key] for key in keys}
+        write_text_atomic(self._path, "".join(f"{record.to_line()}\n" for record in self.done.values()))
 
     def add(self, records: Sequence[ReplyRecord]) -> None:
         """Append lines, which are on the disk when this returns."""

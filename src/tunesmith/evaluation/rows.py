@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import itertools
-import random
+import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,26 +105,42 @@ class Draw:
         total: rows that they were drawn from.
     """
 
-    numbers: Mapping[Key, float]
+    numbers: Mapping[Key, bytes]
     total: int
 
 
 def draw_rows(candidate: Candidate, wanted: RowsToScore, limit: int, seed: int) -> Draw:
     """Draw rows by the seed, some more than wanted, since some may be refused.
 
-    A smaller limit draws some of the rows of a larger one.
+    A row's number follows from its content, so that the order and the names of files do not matter. A smaller limit
+    draws some of the rows of a larger one.
     """
-    rng = random.Random(seed)
     total = 0
+    seen: Counter[bytes] = Counter()
 
-    def numbered() -> Iterator[tuple[float, Key]]:
+    def numbered() -> Iterator[tuple[bytes, Key]]:
         nonlocal total
         for row in read_wanted(candidate, wanted):
             total += 1
-            yield rng.random(), (row.file, row.number)
+            content = _digest(seed, _spell(row.value))
+            seen[content] += 1
+            yield _digest(seen[content], content), (row.file, row.number)
 
     drawn = heapq.nsmallest(int(limit * _SPARE) + 20, numbered())
     return Draw({key: number for number, key in drawn}, total)
+
+
+def _spell(value: Any) -> bytes:
+    """A row's content in bytes."""
+    try:
+        text = json.dumps(value, sort_keys=True, default=str)
+    except (ValueError, TypeError, RecursionError):
+        text = repr(value)
+    return text.encode("utf-8", errors="surrogatepass")
+
+
+def _digest(number: int, content: bytes) -> bytes:
+    return hashlib.blake2b(f"{number} ".encode() + content, digest_size=16).digest()
 
 
 def read_wanted(candidate: Candidate, wanted: RowsToScore, draw: Draw | None = None) -> Iterator[RawRow]:

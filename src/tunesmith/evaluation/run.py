@@ -205,6 +205,7 @@ def _run(prepared: Prepared, progress: Progress) -> Evaluation:
             one = _measure_model(prepared, place, state, log, progress)
             measured.append(one)
             remarks.append([*_remarks(labelled, prepared), *_reply_remarks(one)])
+        log.arrange([record.key for one in measured for _, record in one.replies])
     progress.end()
     scores, differences = score_all(measured, settings.seed)
     models = [

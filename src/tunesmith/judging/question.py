@@ -21,9 +21,12 @@ _SYSTEM = (
     "VERDICT: 1 (the first reply is better), VERDICT: 2 (the second one is), or VERDICT: TIE (they are equally good)"
 )
 _CONTROL = re.compile(r"<\||<(?:start|end)_of_turn>|</?s>|<｜|\[/?(?:INST|SYSTEM_PROMPT)\]")
-_THOUGHTS = re.compile(r"<think>.*?</think>|^.*?</think>|^\s*<think>.*", re.DOTALL)  # the last: it was cut in its thoughts
+_THOUGHTS = re.compile(
+    r"<think>.*?</think>|^.*?</think>|^\s*<think>.*", re.DOTALL
+)  # the last: it was cut in its thoughts
 _VERDICT = re.compile(
-    r"""[\s*_#>`\[("']*verdict\s*[*_]*\s*[:：][\s*_`\[("'<]*(1|2|tie)\b[^\w(]*(?:\((?:[^()]|\([^()]*\))*\)\W*)?""", re.IGNORECASE
+    r"""[\s*_#>`\[("']*verdict\s*[*_]*\s*[:：][\s*_`\[("'<]*(1|2|tie)\b[^\w(]*(?:\((?:[^()]|\([^()]*\))*\)\W*)?""",
+    re.IGNORECASE,
 )
 _MEANING: dict[str, Verdict] = {"1": "first", "2": "second", "tie": "tie"}
 

@@ -321,6 +321,15 @@ def test_a_redirect_is_not_followed(serve: Any, tmp_path: Path) -> None:
     assert other.bodies == []
 
 
+def test_a_proxy_does_not_see_what_goes_to_this_machine(serve: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    proxy, server = serve(fair), serve(fair)
+    monkeypatch.setenv("http_proxy", proxy.url)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    judge(*make_evaluation(tmp_path / "e", {"a": [SHORT], "b": [LONG]}), settings_for(server, key=KEY))
+    assert (len(proxy.bodies), len(server.bodies)) == (0, 2)
+
+
 def test_requests_at_once_are_bounded(serve: Any, tmp_path: Path) -> None:
     def slow(body: dict[str, Any], number: int) -> Reaction:
         time.sleep(0.03)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email.utils
 import http.client
+import ipaddress
 import json
 import threading
 import time
@@ -12,6 +13,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from tunesmith.display import one_line
 from tunesmith.errors import TunesmithError
@@ -57,7 +59,8 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
-        self._opener = urllib.request.build_opener(_NoRedirects())
+        own = [urllib.request.ProxyHandler({})] if _is_loopback(self.settings.url) else []
+        self._opener = urllib.request.build_opener(_NoRedirects(), *own)
         self._options: dict[str, Any] = {"temperature": 0, "max_tokens": ANSWER_TOKENS}
 
     def ask(self, messages: Sequence[Mapping[str, str]]) -> Answer:
@@ -145,6 +148,15 @@ class Endpoint:
         text = text.replace(self.settings.key, "***") if self.settings.key else text
         text = one_line(" ".join(text.split()))
         return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _is_loopback(url: str) -> bool:
+    """Whether a server is on this machine; a proxy of the environment does not reach it, and must not see the rows."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _read_some(error: urllib.error.HTTPError) -> str:

@@ -17,10 +17,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
+import tunesmith
 from conftest import raises, save_folder, tiny_config
 from serving import served
 from tunesmith.config.schema import ModelSection
-from tunesmith.errors import RunError, UsageError
+from tunesmith.errors import ModelError, RunError, UsageError
 from tunesmith.generation.speaker import load_speaker
 from tunesmith.serve.app import create_app
 from tunesmith.serve.settings import ServeSettings, read_api_key
@@ -367,3 +368,39 @@ def test_addresses(fails: Any, tmp_path: Path) -> None:
     error = fails("serve", tmp_path, "--host", "192.0.2.1")
     assert (type(error), error.code) == (RunError, "no-such-address")
     assert fails("serve", tmp_path, "--api-key", "secret").code == "unknown-flag"
+
+
+def test_a_full_run_and_its_base_answer_in_one_process(
+    speaker: Any, model_folder: Path, chats: Path, tmp_path: Path
+) -> None:
+    """The base has a worker of its own, and its replies are those that it gives alone."""
+    from tunesmith.serve.run import _open_base
+
+    tunesmith.train(
+        model=model_folder, data=chats, output=tmp_path / "full", optim={"lr": 0.05},
+        train={"max_steps": 2, "micro_batch_tokens": 128},
+    )  # fmt: skip
+    section = ModelSection(path=str(tmp_path / "full"))
+    tuned, base = load_speaker(section), _open_base(section)
+    plain = load_speaker(ModelSection(path=str(model_folder)))
+    body = {"messages": [{"role": "user", "content": "What is 2?"}], "temperature": 0, "max_tokens": 8}
+    said = {}
+    for names, app in (
+        (("full", "base"), create_app(tuned, "full", ServeSettings(), base=base)),
+        (("alone",), create_app(plain, "alone", ServeSettings())),
+    ):
+        with served(app) as url:
+            assert [one["id"] for one in send(url, None, "/v1/models", "GET")[1]["data"]] == list(names)
+            for name in names:
+                status, answer, _ = send(url, json.dumps({"model": name, **body}))
+                assert status == 200, answer
+                said[name] = answer["choices"][0]["message"]["content"]
+            status, answer, _ = send(url, json.dumps({"model": "other", **body}))
+            assert (status, all(name in answer["error"]["message"] for name in names)) == (404, True)
+    assert said["base"] == said["alone"] != said["full"]
+    with pytest.raises(UsageError) as refused:
+        create_app(tuned, "m", ServeSettings(), alias="base", base=base)
+    assert refused.value.code == "name-taken"
+    with pytest.raises(ModelError) as refused:
+        _open_base(ModelSection(path=str(model_folder)))
+    assert refused.value.code == "no-base"

@@ -61,7 +61,12 @@ class MemoryPlan:
 
 
 def plan_memory(
-    model: torch.nn.Module, context: int | None, bytes_a_token: int, max_rows: int, memory_bytes: int | None
+    model: torch.nn.Module,
+    context: int | None,
+    bytes_a_token: int,
+    max_rows: int,
+    memory_bytes: int | None,
+    num_sharing: int = 1,
 ) -> MemoryPlan:
     """Limits of the caches for a model.
 
@@ -69,7 +74,7 @@ def plan_memory(
         ModelError: the memory that was given does not hold one row of the model's context, or, where none was given,
             not even a short one.
     """
-    limit = memory_bytes if memory_bytes is not None else int(_free_bytes(model) * _SHARE)
+    limit = memory_bytes if memory_bytes is not None else int(_free_bytes(model) * _SHARE / num_sharing)
     fitting = limit // (_MOVING * bytes_a_token) if bytes_a_token else _UNLIMITED
     needed = min(context or _FEWEST, context or _FEWEST if memory_bytes is not None else _FEWEST)
     if fitting < needed:

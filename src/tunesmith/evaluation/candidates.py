@@ -169,22 +169,35 @@ def _candidate(
 
 
 def _base_of(candidate: Candidate, settings: EvaluateSettings) -> Candidate:
-    """The base of a run or an adapter, with the same settings of the data and its own template where it has one.
+    """The base of a run or an adapter, with the same settings of the data and its own template where it has one."""
+    section = find_base(candidate.section, candidate.run)
+    section = section.model_copy(update={"trust_remote_code": section.trust_remote_code or settings.trust_remote_code})
+    return replace(
+        candidate,
+        path=section.path,
+        section=section,
+        other_template=saved_template(candidate.run),
+        run=None,
+        is_base=True,
+    )
+
+
+def find_base(model: ModelSection, run: TrainedRun | None) -> ModelSection:
+    """How the base of a run or an adapter is opened.
 
     Raises:
         ModelError: it has no base with weights.
     """
-    path, run = candidate.path, candidate.run
-    source = find_model(path, candidate.section.config)
+    path = model.path
+    source = find_model(path, model.config)
     if source.adapter is not None:
-        name = str(source.file or source.name)
-        section = ModelSection(path=name, revision=source.revision)
+        section = ModelSection(path=str(source.file or source.name), revision=source.revision)
     elif run is not None:
         section = run.config.model
     else:
         raise ModelError(
-            f"{path}: --base needs a run or an adapter, which name their base; for a plain model give the other model "
-            "beside it: tunesmith evaluate BASE MODEL",
+            f"{path}: --base needs a run or an adapter, which name their base; a plain model names none. To compare "
+            "two models: tunesmith evaluate BASE MODEL",
             code="no-base",
         )
     if run is not None and section.path == run.config.model.path:
@@ -193,14 +206,10 @@ def _base_of(candidate: Candidate, settings: EvaluateSettings) -> Candidate:
         raise ModelError(
             f"{path}: its base {section.path} had random weights. Leave out --base.", code="random-weights"
         )
-    trust = section.trust_remote_code or settings.trust_remote_code
-    own = section.model_copy(update={"trust_remote_code": trust, "add_tokens": []})
-    return replace(
-        candidate, path=section.path, section=own, other_template=_saved_template(run), run=None, is_base=True
-    )
+    return section.model_copy(update={"add_tokens": []})
 
 
-def _saved_template(run: TrainedRun | None) -> str | None:
+def saved_template(run: TrainedRun | None) -> str | None:
     """The template that a run saved with its weights."""
     folders = (run.folder.model, run.folder.adapter) if run else ()
     return next((str(folder / _TEMPLATE_FILE) for folder in folders if (folder / _TEMPLATE_FILE).is_file()), None)

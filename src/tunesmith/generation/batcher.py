@@ -74,13 +74,20 @@ class Batcher:
         max_rows: rows that run at once; others wait.
         prefill_tokens: tokens of prompts read in one step.
         memory_bytes: limit of the caches; None: half of what is free now.
+        num_sharing: batchers that share that half.
 
     Raises:
         ModelError: the memory does not hold a single row of the model's context.
     """
 
     def __init__(
-        self, speaker: Speaker, *, max_rows: int = 64, prefill_tokens: int = 256, memory_bytes: int | None = None
+        self,
+        speaker: Speaker,
+        *,
+        max_rows: int = 64,
+        prefill_tokens: int = 256,
+        memory_bytes: int | None = None,
+        num_sharing: int = 1,
     ) -> None:
         for name, value in (("max_rows", max_rows), ("prefill_tokens", prefill_tokens)):
             if value < 1:
@@ -89,7 +96,7 @@ class Batcher:
         self._max_rows, self._prefill_tokens = max_rows, prefill_tokens
         check = speaker.cache_check
         self.memory: MemoryPlan = plan_memory(
-            speaker.model, speaker.context, check.bytes_a_token, max_rows, memory_bytes
+            speaker.model, speaker.context, check.bytes_a_token, max_rows, memory_bytes, num_sharing
         )
         self._engine: PackedRows | RowsAlone
         if check.layout is None:

@@ -210,6 +210,7 @@ def _add_serve(commands: Commands) -> None:
         "more", metavar="ADAPTER", nargs="*", default=[], help="more adapters of the same base; each is a model name"
     )
     serve.add_argument("--name", type=as_name, metavar="NAME", help="the model's name in requests (default: its own)")
+    serve.add_argument("--base", action="store_true", help="also the model that a full run began from, as base")
     serve.add_argument("--tokenizer", type=as_name, metavar="T", help="folder or hub id; a .pth has none of its own")
     _add_free_config(serve)
     serve.add_argument(

@@ -34,6 +34,7 @@ def create_app(
     settings: ServeSettings,
     runs: Sequence[ServedRun] = (),
     alias: str | None = None,
+    base: Speaker | None = None,
 ) -> FastAPI:
     """The application that answers for a model and its adapters.
 
@@ -41,29 +42,35 @@ def create_app(
         name: of the model in requests; adapters have names of their own.
         runs: that the page shows.
         alias: another name of the first adapter, or the name of the model.
+        base: another model, which answers as "base".
 
     Raises:
-        UsageError: the alias is the name of another model here.
+        UsageError: two models would have one name.
     """
     models: dict[str, str | None] = {one: one for one in [*speaker.adapter_names, "base"] if speaker.adapter_names}
     first = next(iter(models), None)
     if alias in models and alias != first:
         raise UsageError(f"--name {alias}: another model has this name here. Give another.", code="name-taken")
     models = {alias: first} | models if alias else models or {name: None}
-
-    def make_batcher() -> Batcher:
-        return Batcher(speaker, max_rows=settings.max_rows)
-
-    worker = Worker(make_batcher(), make_batcher, settings.max_rows, settings.max_queue)
+    if base is not None and "base" in models:
+        raise UsageError("--base: the model is named base too. Give it another with --name.", code="name-taken")
+    speakers = [speaker, base] if base else [speaker]
+    workers = [_build_worker(one, settings, len(speakers)) for one in speakers]
+    metrics = Metrics(workers)
+    other = Serving(base, workers[1], settings, {"base": None}, metrics) if base else None
+    serving = Serving(speaker, workers[0], settings, models, metrics, other)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        worker.start()
+        for worker in workers:
+            worker.start()
         try:
             yield
         finally:
-            worker.stop()
-            worker.join(_STOP_S)
+            for worker in workers:
+                worker.stop()
+            for worker in workers:
+                worker.join(_STOP_S)
 
     # FastAPI's own pages for documentation load scripts from other hosts; its telemetry sends requests to others
     silent: Any = {"tracing": False, "metrics": False, "logs": False}
@@ -71,18 +78,23 @@ def create_app(
     app = FastAPI(
         lifespan=life, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, telemetry=silent
     )
-    app.state.serving = Serving(speaker, worker, settings, models, Metrics(worker))
+    app.state.serving = serving
     add_error_handlers(app)
     app.include_router(_open)
     for router in (_models, chat.router, completions.router):
         app.include_router(router, dependencies=[Depends(require_key)])
     add_page(app, runs)
-    app.add_middleware(
-        Measured, metrics=app.state.serving.metrics, limit=settings.max_rows + settings.max_queue + _BESIDES
-    )
+    app.add_middleware(Measured, metrics=metrics, limit=settings.max_rows + settings.max_queue + _BESIDES)
     if settings.allowed_hosts is not None:
         app.add_middleware(HostCheck, allowed=settings.allowed_hosts)
     return app
+
+
+def _build_worker(speaker: Speaker, settings: ServeSettings, num_sharing: int) -> Worker:
+    def make_batcher() -> Batcher:
+        return Batcher(speaker, max_rows=settings.max_rows, num_sharing=num_sharing)
+
+    return Worker(make_batcher(), make_batcher, settings.max_rows, settings.max_queue)
 
 
 class Measured:
@@ -122,7 +134,7 @@ _models = APIRouter()
 @_open.api_route("/health", methods=["GET", "HEAD"])
 async def health(request: Request) -> Response:
     serving: Serving = request.app.state.serving
-    if not serving.worker.is_alive:
+    if not all(worker.is_alive for worker in serving.workers):
         raise ApiError(503, "the server is stopping, or has failed; its log says more.", code="stopping")
     return JSONResponse({"status": "ok"})
 
@@ -136,14 +148,15 @@ async def metrics(request: Request) -> Response:
 @_models.get("/v1/models")
 async def list_models(request: Request) -> Response:
     serving: Serving = request.app.state.serving
-    return JSONResponse({"object": "list", "data": [_describe(serving, name) for name in serving.models]})
+    return JSONResponse(
+        {"object": "list", "data": [_describe(part, name) for part in serving.parts for name in part.models]}
+    )
 
 
 @_models.get("/v1/models/{name:path}")
 async def show_model(request: Request, name: str) -> Response:
     serving: Serving = request.app.state.serving
-    serving.adapter_of(name)
-    return JSONResponse(_describe(serving, name))
+    return JSONResponse(_describe(serving.of(name), name))
 
 
 def _describe(serving: Serving, name: str) -> dict[str, object]:

@@ -36,8 +36,8 @@ router = APIRouter()
 
 @router.post("/v1/chat/completions")
 async def chat_completions(request: HttpRequest) -> Response:
-    serving: Serving = request.app.state.serving
-    fields, asked = await serving.aside(partial(_prepare, serving, await read_body(request)))
+    all_models: Serving = request.app.state.serving
+    serving, fields, asked = await all_models.aside(partial(_prepare, all_models, await read_body(request)))
     reply = ChatReply(serving, fields, asked)
     replies = reply.replies = serving.worker.open(asked.requests)
     timeout_s = serving.settings.timeout_s
@@ -55,15 +55,15 @@ class Asked:
     tools: Sequence[dict[str, Any]]
 
 
-def _prepare(serving: Serving, body: bytes) -> tuple[ChatFields, Asked]:
-    """The fields of a request, without the large ones, and what is to be generated.
+def _prepare(all_models: Serving, body: bytes) -> tuple[Serving, ChatFields, Asked]:
+    """The part that has the model, the fields of a request without the large ones, and what is to be generated.
 
     Raises:
         ApiError: the request cannot be answered.
     """
     fields = read_chat(parse_object(body))
-    encoder = serving.speaker.encoder
-    adapter = serving.adapter_of(fields.model)
+    serving = all_models.of(fields.model)
+    encoder, adapter = serving.speaker.encoder, serving.models[fields.model]
     serving.worker.require_places(fields.num_choices)
     num_tokens = fields.max_new_tokens(serving.settings)
     serving.require_few_logprobs(fields.num_choices, num_tokens, fields.num_logprobs, "top_logprobs")
@@ -88,7 +88,7 @@ def _prepare(serving: Serving, body: bytes) -> tuple[ChatFields, Asked]:
         for sampling in fields.samplings(serving.settings)
     ]
     fields.messages, fields.tools, fields.response_format = [], None, None  # not kept while the reply is generated
-    return fields, Asked(requests, form, tools)
+    return serving, fields, Asked(requests, form, tools)
 
 
 def _grammar(

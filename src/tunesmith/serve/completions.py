@@ -24,8 +24,8 @@ router = APIRouter()
 
 @router.post("/v1/completions")
 async def completions(request: HttpRequest) -> Response:
-    serving: Serving = request.app.state.serving
-    fields, requests = await serving.aside(partial(_prepare, serving, await read_body(request)))
+    all_models: Serving = request.app.state.serving
+    serving, fields, requests = await all_models.aside(partial(_prepare, all_models, await read_body(request)))
     reply = CompletionReply(serving, fields, requests)
     replies = serving.worker.open(requests)
     timeout_s = serving.settings.timeout_s
@@ -34,10 +34,11 @@ async def completions(request: HttpRequest) -> Response:
     return await send_whole(request, replies, reply.read, reply.whole, timeout_s)
 
 
-def _prepare(serving: Serving, body: bytes) -> tuple[CompletionFields, list[Request]]:
-    """The fields of a request, without its prompts, and one request for each choice of each prompt."""
+def _prepare(all_models: Serving, body: bytes) -> tuple[Serving, CompletionFields, list[Request]]:
+    """The part that has the model, the fields without the prompts, and one request for each choice of each prompt."""
     fields = read_completion(parse_object(body))
-    adapter = serving.adapter_of(fields.model)
+    serving = all_models.of(fields.model)
+    adapter = serving.models[fields.model]
     given = list_prompts(fields)
     num_replies = len(given) * fields.num_choices
     serving.worker.require_places(num_replies)
@@ -46,11 +47,15 @@ def _prepare(serving: Serving, body: bytes) -> tuple[CompletionFields, list[Requ
     for ids in prompts:
         serving.require_room(len(ids), "prompt")
     fields.prompt = None  # not kept while the reply is generated
-    return fields, [
-        Request(ids, sampling, fields.stops, fields.logprobs, adapter)
-        for ids in prompts
-        for sampling in fields.samplings(serving.settings)
-    ]
+    return (
+        serving,
+        fields,
+        [
+            Request(ids, sampling, fields.stops, fields.logprobs, adapter)
+            for ids in prompts
+            for sampling in fields.samplings(serving.settings)
+        ],
+    )
 
 
 class CompletionReply:

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
 
+    from tunesmith.generation.speaker import Speaker
     from tunesmith.serve.runs import ServedRun
+    from tunesmith.serve.serving import Serving
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +64,29 @@ def run_serve(options: argparse.Namespace) -> None:
             trust_remote_code=options.trust_remote_code,
         )
         speaker = load_speaker(section, options.chat_template, options.more, options.allow_changed_base)
-        app = create_app(speaker, model_name(options.model), settings, _runs(options), options.name)
+        base = _open_base(section) if options.base and not speaker.adapter_names else None  # adapters have one
+        app = create_app(speaker, model_name(options.model), settings, _runs(options), options.name, base)
         _serve(app, listener, options.host, settings)
     finally:
         listener.close()
+
+
+def _open_base(section: ModelSection) -> Speaker:
+    """The model that a full run began from, with its own template where it has one.
+
+    Raises:
+        ModelError: the model is not of a run, or began from random weights.
+    """
+    from tunesmith.evaluation.candidates import find_base, find_run, saved_template
+    from tunesmith.generation.speaker import load_speaker
+    from tunesmith.model.tokenizer import load_tokenizer
+
+    run = find_run(section.path)
+    base = find_base(section, run)
+    base = base.model_copy(update={"trust_remote_code": section.trust_remote_code})
+    if run is not None and run.config.data.chat_template == "none":
+        return load_speaker(base, "none")
+    return load_speaker(base, None if load_tokenizer(base).chat_template else saved_template(run))
 
 
 def _runs(options: argparse.Namespace) -> list[ServedRun]:
@@ -218,7 +239,8 @@ def _serve(app: FastAPI, listener: socket.socket, host: str, settings: ServeSett
 
     port = listener.getsockname()[1]
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else _bracketed(host)
-    names, worker = ", ".join(app.state.serving.models), app.state.serving.worker
+    serving: Serving = app.state.serving
+    names = ", ".join(name for part in serving.parts for name in part.models)
     config = server_config(app, settings)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of each malformed request
 
@@ -248,13 +270,15 @@ def _serve(app: FastAPI, listener: socket.socket, host: str, settings: ServeSett
             self.should_exit = True
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            if worker.num_open:
-                logger.warning("note: completing %d replies; Ctrl-C again cuts them off", worker.num_open)
-            ending = asyncio.get_running_loop().call_later(settings.grace_s, worker.stop)
+            if num_open := sum(worker.num_open for worker in serving.workers):
+                logger.warning("note: completing %d replies; Ctrl-C again cuts them off", num_open)
+            loop = asyncio.get_running_loop()
+            endings = [loop.call_later(settings.grace_s, worker.stop) for worker in serving.workers]
             await super().shutdown(sockets=sockets)
-            ending.cancel()
+            for ending in endings:
+                ending.cancel()
 
     server = Server(config)
     server.run(sockets=[listener])
-    if server.force_exit or worker.num_cut:
+    if server.force_exit or any(worker.num_cut for worker in serving.workers):
         raise InterruptedRun("stopped; replies that were not complete have been cut off", code="replies-cut")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -31,7 +31,7 @@ _SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 class Metrics:
     """Numbers for Prometheus; none of them is about a single request."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, workers: Sequence[Worker]) -> None:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter("tunesmith_requests", "Requests answered.", ["path", "status"], registry=registry)
         self.seconds = Histogram(
@@ -44,20 +44,27 @@ class Metrics:
         self.prompt_tokens = Counter("tunesmith_prompt_tokens", "Tokens of prompts.", registry=registry)
         self.tokens = Counter("tunesmith_generated_tokens", "Tokens generated.", registry=registry)
         for name, text, read in (
-            ("running", "Replies being generated.", lambda: worker.num_running),
-            ("waiting", "Replies that wait for a free row.", lambda: worker.num_waiting),
-            ("open", "Replies that are not yet sent in full.", lambda: worker.num_open),
+            ("running", "Replies being generated.", lambda worker: worker.num_running),
+            ("waiting", "Replies that wait for a free row.", lambda worker: worker.num_waiting),
+            ("open", "Replies that are not yet sent in full.", lambda worker: worker.num_open),
         ):
-            Gauge(f"tunesmith_rows_{name}", text, registry=registry).set_function(read)
-        worker.on_first_token = self.first_token.observe
+            gauge = Gauge(f"tunesmith_rows_{name}", text, registry=registry)
+            gauge.set_function(partial(_sum_of, read, workers))
+        for worker in workers:
+            worker.on_first_token = self.first_token.observe
+
+
+def _sum_of(read: Callable[[Worker], int], workers: Sequence[Worker]) -> int:
+    return sum(map(read, workers))
 
 
 @dataclass(frozen=True, eq=False)
 class Serving:
-    """What all requests share, as `request.app.state.serving`.
+    """What all requests of a model and its adapters share, as `request.app.state.serving`.
 
     Attributes:
         models: name in requests -> the adapter to use ("base": none; None: the model has no adapters).
+        base: another model in the same process, with a worker of its own: the base of a full run (--base).
         created: when the server started, in seconds since 1970.
     """
 
@@ -66,6 +73,7 @@ class Serving:
     settings: ServeSettings
     models: dict[str, str | None]
     metrics: Metrics
+    base: Serving | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     _beside: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "encoding"))
     _formats: dict[str, ReplyFormat] = field(default_factory=dict)
@@ -112,16 +120,26 @@ class Serving:
                 code="too-many-logprobs", param=param,
             )  # fmt: skip
 
-    def adapter_of(self, model: str) -> str | None:
-        """The adapter of a model name in a request.
+    @property
+    def parts(self) -> list[Serving]:
+        """This one, and that of the base."""
+        return [self, self.base] if self.base else [self]
+
+    @property
+    def workers(self) -> list[Worker]:
+        return [part.worker for part in self.parts]
+
+    def of(self, model: str) -> Serving:
+        """The part that has a model name of a request.
 
         Raises:
             ApiError: 404, there is no such model.
         """
-        if model not in self.models:
-            known = ", ".join(self.models)
-            raise ApiError(
-                404, f"model {model[:200]!r} does not exist here; there are: {known}.", code="model-not-found",
-                param="model",
-            )  # fmt: skip
-        return self.models[model]
+        for part in self.parts:
+            if model in part.models:
+                return part
+        known = ", ".join(name for part in self.parts for name in part.models)
+        raise ApiError(
+            404, f"model {model[:200]!r} does not exist here; there are: {known}.", code="model-not-found",
+            param="model",
+        )  # fmt: skip

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.config.schema import ModelSection
-from tunesmith.errors import InterruptedRun, RunError, UsageError
+from tunesmith.errors import InterruptedRun, RunError, TunesmithError, UsageError
 from tunesmith.serve.settings import KEY_VARIABLE, LOOPBACK_NAMES, ServeSettings, is_readable_by_others, read_api_key
 from tunesmith.terminal.status import show_status
 
@@ -42,11 +42,11 @@ def run_serve(options: argparse.Namespace) -> None:
     """Serve until SIGTERM or Ctrl-C.
 
     Raises:
-        UsageError: an extra package is missing, or the key or address cannot be used.
+        TunesmithError: an extra package is missing, the key or address cannot be used, or the model cannot be opened.
         InterruptedRun: a second signal has ended replies before they were complete.
     """
     if missing := [name for name in _PACKAGES if find_spec(name) is None]:
-        raise UsageError(
+        raise TunesmithError(
             f"serve needs {', '.join(missing)}. To install: pip install 'tunesmith[serve]'", code="extra-missing"
         )
     settings = _settings(options)

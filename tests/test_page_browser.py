@@ -83,7 +83,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def serving(speaker: Any, runs: Sequence[ServedRun] = (), api_key: str | None = None) -> Iterator[tuple[str, Any]]:
     """The address of a server for a model, and its application."""
     app = create_app(speaker, "tuned", ServeSettings(api_key=api_key), runs)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -133,7 +133,7 @@ def test_no_piece_is_lost_when_a_step_fails(speaker: Any) -> None:
     """A row that was refused just before gets its own error, and nobody waits for another batcher to be made."""
 
     async def ask() -> list[str]:
-        made = 0
+        made = 0  # attempts
 
         def make() -> Batcher:
             nonlocal made
@@ -153,6 +153,8 @@ def test_no_piece_is_lost_when_a_step_fails(speaker: Any) -> None:
                     codes += [piece.error.code async for piece in reply if piece.error]
             for reply in replies:
                 reply.close()
+            while made < 2:  # until then all requests fail
+                await asyncio.sleep(0.05)
             async with asyncio.timeout(10):
                 again = worker.open([Request([5, 6], Sampling(4, 0))])
                 pieces = [piece async for piece in again]
@@ -190,8 +192,8 @@ def test_a_name_that_another_model_has(speaker: Any, fails: Any, tmp_path: Path)
 def test_large_fields_are_not_kept_while_a_reply_is_generated(speaker: Any) -> None:
     with serving(speaker) as (_, state):
         body = {**ASK, "tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"}
-        fields, asked = chat._prepare(state, json.dumps(body).encode())
+        _, fields, asked = chat._prepare(state, json.dumps(body).encode())
         assert (fields.messages, fields.tools, len(asked.requests)) == ([], None, 1)
         body = {"model": "m", "prompt": ["a", "b"], "n": 2}
-        given, requests = completions._prepare(state, json.dumps(body).encode())
+        _, given, requests = completions._prepare(state, json.dumps(body).encode())
         assert (given.prompt, len(requests)) == (None, 4)

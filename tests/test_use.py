@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -302,3 +304,19 @@ def test_preview_and_chat_where_the_terminal_has_no_unicode(trained: Path, tmp_p
         assert [json.loads(line)["row"] for line in text.splitlines()] == [1, 2]
     else:
         assert r"\u4f60\u597d\U0001f642" in text
+
+
+def test_a_model_is_freed_without_the_garbage_collector_after_its_replies(trained: Path) -> None:
+    """Its weights are mapped from files, which would stay open."""
+    from tunesmith.config.schema import ModelSection
+
+    gc.collect()
+    gc.disable()
+    try:
+        speaker = load_speaker(ModelSection(path=str(trained)))
+        model = weakref.ref(speaker.model)
+        reply_to(speaker, [[5, 6, 7]], Sampling(3, temperature=0))
+        del speaker
+        assert model() is None
+    finally:
+        gc.enable()

@@ -7,6 +7,7 @@ TUNESMITH_DEBUG=1 also prints the traceback.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import csv
 import errno
@@ -340,3 +341,16 @@ def end_at_next_interrupt(code: int) -> None:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: os._exit(code))
+
+
+def end_interrupted(code: int) -> None:
+    """End this process without waiting for threads that the interrupt has left in the middle of their work.
+
+    Python's usual end would destroy what they use: C++ then aborts the process ("terminate called without an active
+    exception"), and the exit code is lost.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            stream.flush()
+    atexit._run_exitfuncs()  # temporary folders are removed
+    os._exit(code)

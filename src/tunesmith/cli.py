@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tunesmith.boundary import end_at_next_interrupt, report_failure, taken_signals
+from tunesmith.boundary import end_at_next_interrupt, end_interrupted, report_failure, taken_signals
 from tunesmith.display import visible_streams
-from tunesmith.errors import ConfigError, UsageError
+from tunesmith.errors import ConfigError, InterruptedRun, UsageError
 from tunesmith.parser.build import build_parser
 from tunesmith.parser.command import CommandParser
 from tunesmith.parser.words import find_command, refuse_unknown_flags, take_open_maps, take_unknown_flags
@@ -319,6 +319,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = report_failure(signals.cause_of(error), words)
         if argv is None:  # own process: at its end, Ctrl-C has nothing left to stop
             end_at_next_interrupt(code)
+    if argv is None and code == InterruptedRun.exit_code:
+        end_interrupted(code)
     return code
 
 

@@ -123,8 +123,12 @@ class Speaker:
 
     @cached_property
     def batcher(self) -> Batcher:
-        """The generator of `generate`; it keeps caches of earlier conversations."""
-        return Batcher(self)
+        """The generator of `generate`; it keeps caches of earlier conversations.
+
+        It gets a copy of this object: two that name each other would keep the model, and the files that its weights
+        are mapped from, until the garbage collector runs.
+        """
+        return Batcher(replace(self))
 
     @cached_property
     def num_embeddings(self) -> int:

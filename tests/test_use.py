@@ -320,3 +320,9 @@ def test_a_model_is_freed_without_the_garbage_collector_after_its_replies(traine
         assert model() is None
     finally:
         gc.enable()
+
+
+def test_python_ends_quietly_with_an_unfinished_stream(trained: Path) -> None:
+    script = f"import tunesmith\nstream = tunesmith.load({str(trained)!r}).stream('What is 1?')\nnext(stream)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -128,7 +130,7 @@ class Speaker:
         It gets a copy of this object: two that name each other would keep the model, and the files that its weights
         are mapped from, until the garbage collector runs.
         """
-        return Batcher(replace(self))
+        return Batcher(copy.copy(self))
 
     @cached_property
     def num_embeddings(self) -> int:
@@ -175,6 +177,7 @@ class Speaker:
         if not sampling.max_new_tokens:
             return
         batcher, rows = self.batcher, {}
+        is_ending = sys.is_finalizing  # a local name: at the end of Python those of modules are gone
         try:
             for place, ids in enumerate(prompts):
                 rows[batcher.submit(Request(ids, sampling))] = place
@@ -187,7 +190,7 @@ class Speaker:
                         del rows[token.row]
                     yield replace(token, row=place)
         finally:
-            for row in rows:
+            for row in () if is_ending() else rows:
                 batcher.cancel(row)
                 self._unread.pop(row, None)
 

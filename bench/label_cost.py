@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from tunesmith.config.schema import DataSection, FieldsSection
+from tunesmith.config.data_keys import DataSection, FieldsSection
 from tunesmith.data.labelling import label_rows
 from tunesmith.model.tokenizer import build_encoder
 from tunesmith.rows.conversation import Conversation, RowRefused

@@ -27,7 +27,7 @@ from minimind_checkout import Checkout, build, environment, log_probs, run_scrip
 from torch import Tensor
 
 import tunesmith
-from tunesmith.config.schema import FieldsSection
+from tunesmith.config.data_keys import FieldsSection
 from tunesmith.foreign.minimind import convert_command
 from tunesmith.rows.conversation import Conversation, RowRefused
 from tunesmith.rows.formats import parse_row

@@ -17,8 +17,9 @@ import architecture
 import errors
 from pydantic_core import PydanticUndefined
 
+from tunesmith.config.data_keys import FieldsSection
 from tunesmith.config.runfile import SHORTHANDS, json_schema, leaf_fields
-from tunesmith.config.schema import FieldsSection, RunConfig
+from tunesmith.config.schema import RunConfig
 from tunesmith.rows import chats, columns, formats, keys, parts, textmarks, tools, turns
 from tunesmith.rows.format_table import FORMAT_TABLE, Shape
 

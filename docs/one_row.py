@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from tunesmith.config.schema import FieldsSection, ModelSection, PreviewConfig
+from tunesmith.config.data_keys import FieldsSection
+from tunesmith.config.schema import ModelSection, PreviewConfig
 from tunesmith.data.pack import build_batch
 from tunesmith.data.store import StoreWriter, open_store
 from tunesmith.demo.run import base_folder

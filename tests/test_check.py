@@ -12,7 +12,7 @@ import pytest
 from rich.cells import cell_len
 
 from tunesmith.cli import main
-from tunesmith.config.schema import DataSection
+from tunesmith.config.data_keys import DataSection
 from tunesmith.data.check import NearDuplicates, SeenTexts, check_rows
 from tunesmith.data.labelling import label_rows
 from tunesmith.data.ledger import Ledger

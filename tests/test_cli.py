@@ -19,7 +19,8 @@ from tunesmith.cli import _parse_config_command, build_parser
 from tunesmith.config.choices import FIXED_KEYS, RESUME_PARTS
 from tunesmith.config.ranges import bounds_of, example_of
 from tunesmith.config.runfile import dump_yaml, json_schema, leaf_fields, read_yaml, resolve_config
-from tunesmith.config.schema import RunConfig, interval_steps
+from tunesmith.config.schema import RunConfig
+from tunesmith.config.train_keys import interval_steps
 from tunesmith.errors import ConfigError, ModelError, UsageError
 
 ROOT = Path(__file__).parents[1]

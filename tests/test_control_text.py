@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 import tunesmith
 from serving import TEMPLATE
 from test_matrix import shipped_templates, tokenizer_for
-from tunesmith.config.schema import DataSection
+from tunesmith.config.data_keys import DataSection
 from tunesmith.data.labelling import label_rows
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.encode.encoder import Encoder

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from conftest import chat_row, killed_after, write_jsonl
-from tunesmith.config.schema import DataSection
+from tunesmith.config.data_keys import DataSection
 from tunesmith.data.fit import NOTE_CUT_REPLY
 from tunesmith.data.labelling import label_rows
 from tunesmith.data.ledger import Ledger

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from conftest import chat_row, raises
 from proof_shapes import ID, OSLO, WEATHER, call, tool
 from test_matrix import HABITS, SYSTEM, a, tokenizer_for, u
-from tunesmith.config.schema import DataSection
+from tunesmith.config.data_keys import DataSection
 from tunesmith.data.labelling import label_rows
 from tunesmith.data.ledger import LabelledRow, Ledger
 from tunesmith.data.patterns import Planner

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from conftest import raises
-from tunesmith.config.schema import FieldsSection
+from tunesmith.config.data_keys import FieldsSection
 from tunesmith.rows.conversation import (
     NOTE_EMPTY_CONTEXT,
     NOTE_EMPTY_QUESTION,

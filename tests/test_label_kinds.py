@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from conftest import build_model, chat_row, tiny_config
-from tunesmith.config.schema import DataSection
+from tunesmith.config.data_keys import DataSection
 from tunesmith.data.check import check_rows
 from tunesmith.data.labelling import label_rows
 from tunesmith.data.labels import NOTE_UNKNOWN

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from test_matrix import HABITS, assert_right, tokenizer_for
-from tunesmith.config.schema import DataSection
+from tunesmith.config.data_keys import DataSection
 from tunesmith.data.labelling import label_rows
 from tunesmith.model.bpe import train_tokenizer
 from tunesmith.model.tokenizer import build_encoder

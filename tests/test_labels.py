@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from conftest import chat_row, raises
-from tunesmith.config.schema import DataSection
+from tunesmith.config.data_keys import DataSection
 from tunesmith.data.fit import NOTE_CUT_REPLY, NOTE_TURN_LOST
 from tunesmith.data.labelling import NOTE_RENDERED, label_rows
 from tunesmith.data.ledger import LabelledRow, Ledger

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tokenizers_of_others as others
 from conftest import run_apart
-from tunesmith.config.schema import DataSection
+from tunesmith.config.data_keys import DataSection
 from tunesmith.data.check import text_of
 from tunesmith.data.labelling import label_rows
 from tunesmith.data.labels import NOTE_UNKNOWN

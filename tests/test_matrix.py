@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import tokenizers_of_others as others
-from tunesmith.config.schema import DataSection
+from tunesmith.config.data_keys import DataSection
 from tunesmith.data.labelling import label_rows
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.encode.encoder import Encoder

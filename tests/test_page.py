@@ -18,7 +18,7 @@ import pytest
 
 import tunesmith
 from conftest import SHARED, WORDS, chat_row, needs_shared, raises, save_folder, tiny_config, write_jsonl
-from tunesmith.config.schema import DataSection
+from tunesmith.config.data_keys import DataSection
 from tunesmith.data.labelling import label_rows
 from tunesmith.errors import TunesmithError
 from tunesmith.model.bpe import train_tokenizer

@@ -17,7 +17,8 @@ import pytest
 import tunesmith
 from chromium import PROGRAM, Browser
 from conftest import SHARED, WORDS, chat_row, needs_shared, save_folder, tiny_config, write_jsonl
-from tunesmith.config.schema import DataSection, ModelSection
+from tunesmith.config.data_keys import DataSection
+from tunesmith.config.schema import ModelSection
 from tunesmith.data.labelling import label_rows
 from tunesmith.generation.speaker import load_speaker
 from tunesmith.model.bpe import train_tokenizer

@@ -15,7 +15,8 @@ from rich.cells import cell_len
 
 import tunesmith
 from conftest import chat_row, write_jsonl
-from tunesmith.config.schema import DataSection, PreviewConfig
+from tunesmith.config.data_keys import DataSection
+from tunesmith.config.schema import PreviewConfig
 from tunesmith.data.labelling import label_rows
 from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import DataError, UsageError

@@ -12,7 +12,7 @@ import pytest
 
 import tokenizers_of_others as others
 from test_matrix import all_templates, encoder_for, tokenizer_for
-from tunesmith.config.schema import DataSection
+from tunesmith.config.data_keys import DataSection
 from tunesmith.data.labelling import label_rows
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.data.patterns import Planner

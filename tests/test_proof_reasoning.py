@@ -11,7 +11,7 @@ import pytest
 import tokenizers_of_others as others
 from proof_shapes import ID, OSLO, WEATHER, call, tool
 from test_matrix import HABITS, a, all_templates, encoder_for, tokenizer_for, u
-from tunesmith.config.schema import DataSection
+from tunesmith.config.data_keys import DataSection
 from tunesmith.data.labelling import label_rows
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.encode.encoder import Encoder

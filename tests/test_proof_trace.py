@@ -10,7 +10,7 @@ import pytest
 from proof_shapes import HARD, ID, OSLO, TRIP, WEATHER, call, tool
 from test_matrix import SYSTEM, a, encoder_for, tokenizer_for, u
 from test_proof_matrix import find_wrong
-from tunesmith.config.schema import DataSection
+from tunesmith.config.data_keys import DataSection
 from tunesmith.data.labelling import label_rows
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.encode.encoder import Encoder

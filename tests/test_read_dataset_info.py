@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from conftest import SHARED, raises
-from tunesmith.config.schema import FieldsSection
+from tunesmith.config.data_keys import FieldsSection
 from tunesmith.errors import DataError
 from tunesmith.rows.formats import parse_row
 from tunesmith.sources.read import find_sources, read_rows

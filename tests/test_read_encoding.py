@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from conftest import raises
-from tunesmith.config.schema import DataSection
+from tunesmith.config.data_keys import DataSection
 from tunesmith.errors import DataError
 from tunesmith.sources.read import find_sources, read_rows
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from conftest import run_apart
-from tunesmith.config.schema import DataSection
+from tunesmith.config.data_keys import DataSection
 from tunesmith.sources.read import find_sources, read_rows
 from tunesmith.sources.rowsize import RowTooLarge, measure_row
 

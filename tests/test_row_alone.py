@@ -15,7 +15,7 @@ from conftest import SHARED, needs_shared
 from test_matrix import HABITS, SHAPES, a, all_templates, encoder_for, tokenizer_for, u
 from test_proof_plans import chats
 from tunesmith.chat_template.template import ChatTemplate, RenderSettings
-from tunesmith.config.schema import DataSection
+from tunesmith.config.data_keys import DataSection
 from tunesmith.data.labelling import label_rows
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.data.neutral import STAND_IN, Watcher

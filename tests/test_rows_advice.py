@@ -14,7 +14,7 @@ import pytest
 
 from conftest import SHARED, needs_shared, raises
 from test_rows_read import texts_of
-from tunesmith.config.schema import FieldsSection
+from tunesmith.config.data_keys import FieldsSection
 from tunesmith.errors import DataError
 from tunesmith.rows.conversation import RowRefused, UnknownFormat
 from tunesmith.rows.formats import parse_row

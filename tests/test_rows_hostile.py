@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from test_rows_read import texts_of
-from tunesmith.config.schema import FieldsSection
+from tunesmith.config.data_keys import FieldsSection
 from tunesmith.rows.conversation import Conversation, RawText, RowRefused, Segments
 from tunesmith.rows.format_table import FORMAT_TABLE
 from tunesmith.rows.formats import FORMATS, parse_row

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from conftest import raises
-from tunesmith.config.schema import FieldsSection
+from tunesmith.config.data_keys import FieldsSection
 from tunesmith.rows.conversation import Conversation, Parsed, RawText, RowRefused, UnknownFormat
 from tunesmith.rows.format_table import FORMAT_TABLE, Shape
 from tunesmith.rows.formats import FORMATS, detect_format, parse_row

@@ -10,7 +10,7 @@ import pytest
 
 from conftest import SHARED
 from test_rows_read import Check, test_a_word_in_any_field_is_found_again  # noqa: F401
-from tunesmith.config.schema import DataSection
+from tunesmith.config.data_keys import DataSection
 from tunesmith.data.labelling import label_rows
 from tunesmith.encode.encoder import Encoder
 from tunesmith.encode.render import NOTE_NAME

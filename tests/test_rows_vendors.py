@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from test_formats import SAME_TURNS, parse, turns, user_assistant
-from tunesmith.config.schema import FieldsSection
+from tunesmith.config.data_keys import FieldsSection
 from tunesmith.rows.conversation import NOTE_UNANSWERED, Conversation, RawText, RowRefused, Segments
 from tunesmith.rows.exports import NOTE_BRANCHES, NOTE_INSTRUCTIONS
 from tunesmith.rows.formats import parse_row

@@ -16,7 +16,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import PreTrainedTokenizerFast
 
 from conftest import chat_row, save_folder, tiny_config
-from tunesmith.config.schema import DataSection, ModelSection
+from tunesmith.config.data_keys import DataSection
+from tunesmith.config.schema import ModelSection
 from tunesmith.data.labelling import label_rows
 from tunesmith.encode.encoder import Encoder
 from tunesmith.encode.shield import MARK, without_added_tokens

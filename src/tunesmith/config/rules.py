@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tunesmith.config.schema import DataSection, TrainSection
+    from tunesmith.config.data_keys import DataSection
+    from tunesmith.config.train_keys import TrainSection
 
 
 def check_lengths(data: DataSection, micro_batch_tokens: int | None) -> list[str]:

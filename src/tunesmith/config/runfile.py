@@ -12,7 +12,8 @@ from pydantic.fields import FieldInfo
 from tunesmith.config.foreign import explain_key, explain_typo
 from tunesmith.config.plainyaml import MAX_CHARACTERS, dump, load, show
 from tunesmith.config.ranges import explain_value
-from tunesmith.config.schema import RunConfig, Section
+from tunesmith.config.schema import RunConfig
+from tunesmith.config.section import Section
 from tunesmith.config.suggest import did_you_mean, edit_distance, suggest_keys, suggest_words
 from tunesmith.errors import ConfigError
 from tunesmith.reading import read_text_or_pipe

@@ -5,49 +5,16 @@ The text under each field is its help in `tunesmith train --help`, in docs/confi
 
 from __future__ import annotations
 
-import difflib
-import encodings.aliases
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
+from tunesmith.config.data_keys import DataSection
 from tunesmith.config.plainyaml import require_plain, show
 from tunesmith.config.rules import check_draws, check_held_out, check_lengths
+from tunesmith.config.section import Section
+from tunesmith.config.train_keys import LARGEST_SEED, TrainSection
 
-
-class Section(BaseModel):
-    """A frozen group of keys; an unknown key is an error."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _refuse_bool_as_number_and_nothing(cls, value: Any, info: ValidationInfo) -> Any:
-        """Python counts true as 1, so `lr: yes` would train at a learning rate of 1."""
-        if isinstance(value, str) and not value.strip():  # a shell variable that is not set
-            raise ValueError("is empty; give a value, or leave it out")
-        has_bool = any(isinstance(item, bool) for item in (value if isinstance(value, list | tuple) else [value]))
-        if has_bool and _means_number(cls.model_fields[info.field_name or ""].annotation):
-            raise ValueError(f"must be a number, not {show(value)}; YAML reads yes, no, on and off as true and false")
-        return value
-
-
-def _means_number(annotation: Any) -> bool:
-    return annotation in (int, float) or any(_means_number(part) for part in get_args(annotation))
-
-
-RouterLoss = Literal["transformers", "layers", "sequences"]
 ROUTER_COEFFICIENT = "router_aux_loss_coef"  # of a transformers config
 
 
@@ -74,125 +41,6 @@ class ModelSection(Section):
         if type(overrides.get(ROUTER_COEFFICIENT)) is int:  # transformers takes no int for it
             return overrides | {ROUTER_COEFFICIENT: float(overrides[ROUTER_COEFFICIENT])}
         return overrides
-
-
-class FieldsSection(Section):
-    prompt: str | None = None
-    """Column with the question: a string, or a list of messages. Dots reach inside: instances.0.input."""
-    completion: str | None = None
-    """Column with the answer: a string, one message, or a list of messages."""
-    messages: str | None = None
-    """Column with the list of turns."""
-    role: str | None = None
-    """Key of a turn with the speaker (default: role or from)."""
-    content: str | None = None
-    """Key of a turn with the text (default: content or value)."""
-    system: str | None = None
-    """Column with the system prompt."""
-    history: str | None = None
-    """Column with earlier turns: [question, answer] pairs, dicts of the two, or messages."""
-    reasoning: str | None = None
-    """Column with the reasoning before the answer (chain of thought)."""
-    tools: str | None = None
-    """Column with the tool schemas, a list or JSON text."""
-    instruction: str | None = None
-    """Column with an alpaca instruction."""
-    input: str | None = None
-    """Column with an alpaca input or other context; appended to the question after a line break."""
-    output: str | None = None
-    """Column with an alpaca output."""
-    text: str | None = None
-    """Column with raw text, a string or a list of lines."""
-    label: str | None = None
-    """Column of true/false (as in KTO data): rows with false are left out."""
-
-
-def explain_encoding(name: str) -> str | None:
-    """Why a name is not a text encoding; None if it is one."""
-    try:
-        "a".encode(name)
-    except (LookupError, ValueError):
-        known = {*encodings.aliases.aliases, *encodings.aliases.aliases.values()} - {"u8", "u16", "u32", "utf"}
-        close = difflib.get_close_matches(name.lower().replace("-", "_"), sorted(known), n=1, cutoff=0.6)
-        hint = f"did you mean {close[0].replace('_', '-')}?" if close else "give utf-8, gb18030 or cp1252, for one"
-        return f"{name!r} is not the name of a text encoding; {hint}"
-    return None
-
-
-class DataSection(Section):
-    train: list[str]
-    """File(s), folder, glob or hub id (owner/name, owner/name:split) to train on."""
-    eval: list[str] | None = None
-    """Held-out data in the same forms, never trained on."""
-    eval_split: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of the training rows held out for evaluation, drawn by the seed."""
-    format: Literal[
-        "auto", "messages", "sharegpt", "prompt_completion", "alpaca", "query_response", "input_output", "xtuner",
-        "xlam", "chatgpt_export", "segments", "text",
-    ] = "auto"  # fmt: skip
-    """Format of the rows; auto detects it from their keys."""
-    fields: FieldsSection = Field(default_factory=FieldsSection)
-    """Column of each part, as in --data.fields.prompt question."""
-    ignore_columns: list[str] = Field(default_factory=list)
-    """Columns and keys of turns to ignore; other unread ones are named, or refuse the row as context."""
-    chat_template: str | None = None
-    """A .jinja file, chatml, alpaca, or none (prompt + completion + EOS); default: the model's own."""
-    template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Variables for the template, as in --data.template_kwargs.enable_thinking false."""
-    max_seq_len: int | None = Field(default=None, ge=8)
-    """Longest sample in tokens; default: 2048, or the model's context where that is shorter."""
-    overlong: Literal["truncate", "drop", "split", "error"] = "truncate"
-    """A chat longer than max_seq_len: cut its end, drop it, split it, or fail. Raw text is always split."""
-    train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
-    """Which tokens of a chat are trained: every reply, the last reply, or everything, the questions too."""
-    train_reasoning: bool = True
-    """Train the reasoning before </think>; off: it is context only."""
-    system_prompts: list[str] = Field(default_factory=list)
-    """System prompts to add to training chats without one and without tools, one drawn for each by the seed."""
-    system_prompt_share: float = Field(default=1.0, ge=0.0, le=1.0)
-    """Share of these chats that get a system prompt, drawn by the seed."""
-    empty_think_share: float = Field(default=1.0, ge=0.0, le=1.0)
-    """Share of the training rows that keep the empty think block which the template writes, drawn by the seed."""
-    history: Literal["auto", "unroll", "last_turn"] = "auto"
-    """One sample for all turns where the template allows it (auto), one per turn (unroll), or only the last turn."""
-    control_text: Literal["plain", "refuse", "allow"] = "plain"
-    """Text that spells a control token (<|im_end|>): encode it as plain text, refuse the row, or allow the token."""
-    max_refused: float = Field(default=0.01, ge=0.0, le=1.0)
-    """Share of bad rows above which the command fails."""
-    max_cut_replies: float = Field(default=0.25, ge=0.0, le=1.0)
-    """Share of the trained replies cut before their stop token (overlong truncate) above which a run does not start."""
-    limit: int | None = Field(default=None, ge=1)
-    """Read only this many rows of the training data."""
-    encoding: str = "utf-8"
-    """Encoding of text files (CSV, JSON, text): gb18030, cp1252, utf-16 or another Python name."""
-    max_row_mb: float = Field(default=16.0, gt=0.0, le=1000.0)
-    """Largest row in MB; a larger one is refused and never parsed. A .txt or .md file may have any size."""
-
-    @field_validator("template_kwargs")
-    @classmethod
-    def _keep_template_kwargs(cls, variables: dict[str, Any]) -> dict[str, Any]:
-        require_plain(variables)
-        ours = ("messages", "tools", "add_generation_prompt", "strftime_now", "raise_exception")
-        if own := [name for name in ours if name in variables]:
-            raise ValueError(f"sets {own[0]}, which tunesmith sets itself; leave it out")
-        return variables
-
-    @field_validator("system_prompts")
-    @classmethod
-    def _keep_system_prompts(cls, prompts: list[str]) -> list[str]:
-        if any(not prompt.strip() for prompt in prompts):
-            raise ValueError("holds an empty text")
-        if any("\ud800" <= char <= "\udfff" for prompt in prompts for char in prompt):
-            raise ValueError("holds a lone surrogate (half a character), which no tokenizer can encode")
-        return prompts
-
-    @field_validator("encoding")
-    @classmethod
-    def _know_encoding(cls, name: str) -> str:
-        problem = explain_encoding(name)
-        if problem:
-            raise ValueError(problem)
-        return name
 
 
 _Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -255,74 +103,6 @@ class LoraSection(Section):
     @property
     def scale_alpha(self) -> float:
         return self.alpha if self.alpha is not None else 2.0 * self.rank
-
-
-LARGEST_SEED = 2**63 - 1  # torch takes no larger one
-
-
-def _whole_or_share(every: float) -> float:
-    if every >= 1 and every != int(every):
-        raise ValueError(f"must be a whole number of steps, or a share of all steps below 1, not {every:g}")
-    return int(every) if every >= 1 else every
-
-
-_Interval = Annotated[
-    float,
-    Field(gt=0.0, le=2**53),
-    AfterValidator(_whole_or_share),
-    PlainSerializer(lambda every: every, return_type=int | float),  # 5, not 5.0
-]
-
-
-class TrainSection(Section):
-    output_dir: str
-    """The RUN folder; must be new or empty."""
-    epochs: float = Field(default=1.0, gt=0.0, le=10_000)
-    """Passes over the data; fractions count."""
-    max_steps: int | None = Field(default=None, ge=1)
-    """Number of optimizer steps; wins over epochs."""
-    micro_batch_tokens: int | None = Field(default=None, ge=8)
-    """Tokens of one packed forward pass, at least max_seq_len; default: max(max_seq_len, 2048)."""
-    grad_accum_steps: int = Field(default=1, ge=1)
-    """Forward passes per optimizer step. The loss is the mean over all their supervised tokens."""
-    router_loss: RouterLoss = "transformers"
-    """Load balancing loss of a mixture of experts, times model.config.router_aux_loss_coef. transformers: a mean over
-    layers; layers: a sum over layers (MiniMind 3); sequences: that of each document by itself, divided by the experts a
-    token (MiniMind before 2026-03-24)."""
-    precision: Literal["auto", "fp32", "bf16", "bf16_pure", "fp16"] = "auto"
-    """bf16, fp16: autocast over fp32 weights; bf16_pure: bf16 weights; auto: bf16 on a GPU that has it, else fp32."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: about a third slower, far less memory."""
-    compile: bool = False
-    """torch.compile the model; worth it only for long GPU runs."""
-    deterministic: bool = False
-    """Use only deterministic kernels (slower on a GPU; the CPU path is always deterministic)."""
-    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
-    """Seed of all randomness: new weights, eval split, order, dropout."""
-    log_steps: int = Field(default=1, ge=1)
-    """Steps between lines in metrics.jsonl."""
-    eval_steps: _Interval | None = None
-    """Steps between evaluations, or a share of all steps (0.1); the end is always evaluated. Default: only the end."""
-    save_steps: _Interval | None = None
-    """Steps between checkpoints, or a share of all steps (0.25); default: 500."""
-    save_minutes: float | None = Field(default=10.0, gt=0.0)
-    """Minutes between checkpoints, besides save_steps; null: only save_steps."""
-    keep_checkpoints: int = Field(default=2, ge=1)
-    """Number of checkpoints to keep, besides the best one."""
-    early_stop_patience: int | None = Field(default=None, ge=1)
-    """Stop after this many evaluations without a lower eval_loss."""
-    eval_generate: int = Field(default=0, ge=0, le=100)
-    """Number of held-out rows to answer at each evaluation, greedily and with at most 128 tokens each: exact match,
-    ROUGE-L and the share that stops go to metrics.jsonl, the replies to the report. 0: none."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    """On a NaN or infinite loss or gradient: stop the run, or skip the step (up to 10 in a row)."""
-    trackers: list[Literal["tensorboard", "wandb", "swanlab", "trackio"]] = Field(default_factory=list)
-    """Trackers to log to (each an extra: pip install 'tunesmith[wandb]')."""
-
-
-def interval_steps(every: float, total_steps: int) -> int:
-    """Steps between two evaluations or checkpoints, of a number of steps or a share of all."""
-    return int(every) if every >= 1 else max(1, round(every * total_steps))
 
 
 class RunConfig(Section):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tunesmith.config.schema import DataSection
+from tunesmith.config.data_keys import DataSection
 from tunesmith.data.ledger import LabelledRow, Ledger
 from tunesmith.data.scripts import script_of
 from tunesmith.encode.encoder import Encoder

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.config.schema import DataSection, TrainSection
+from tunesmith.config.data_keys import DataSection
+from tunesmith.config.train_keys import TrainSection
 from tunesmith.data.feed import Batches, Feed, count_steps, plan_samples
 from tunesmith.data.labelling import label_rows
 from tunesmith.data.ledger import Ledger

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from tunesmith.chat_template.habits import find_empty_think
 from tunesmith.chat_template.template import Renderer, RenderSettings
-from tunesmith.config.schema import DataSection
+from tunesmith.config.data_keys import DataSection
 from tunesmith.data.fit import fit_samples
 from tunesmith.data.labels import (
     NOTE_UNKNOWN,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tunesmith.config.schema import DataSection
+from tunesmith.config.data_keys import DataSection
 from tunesmith.data.causes import Cause, group_causes
 from tunesmith.data.fit import NOTE_CUT_REPLY
 from tunesmith.data.labels import NOTE_UNKNOWN, Sample

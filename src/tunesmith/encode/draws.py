@@ -11,7 +11,7 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 
-from tunesmith.config.schema import DataSection
+from tunesmith.config.data_keys import DataSection
 from tunesmith.rows.conversation import Conversation, Message
 
 _BITS = 53  # of a float: a drawn number is below 1

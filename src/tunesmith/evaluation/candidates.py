@@ -13,8 +13,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from tunesmith.config.data_keys import DataSection
 from tunesmith.config.runfile import explain_problems, read_yaml
-from tunesmith.config.schema import DataSection, ModelSection, RunConfig, Section
+from tunesmith.config.schema import ModelSection, RunConfig
+from tunesmith.config.section import Section
 from tunesmith.data.dataset import DataSources, find_data, refuse_shared_files
 from tunesmith.errors import ConfigError, ModelError, TunesmithError, UsageError
 from tunesmith.evaluation.settings import EvaluateSettings

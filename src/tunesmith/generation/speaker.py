@@ -18,8 +18,9 @@ from torch import nn
 
 from tunesmith.adapters.open_adapter import open_adapter
 from tunesmith.caches.selfcheck import CacheCheck, check_cache
+from tunesmith.config.data_keys import DataSection
 from tunesmith.config.runfile import read_yaml
-from tunesmith.config.schema import DataSection, ModelSection
+from tunesmith.config.schema import ModelSection
 from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.generation.batcher import Batcher, Token

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
-from tunesmith.config.schema import ROUTER_COEFFICIENT, RouterLoss, RunConfig
+from tunesmith.config.schema import ROUTER_COEFFICIENT, RunConfig
+from tunesmith.config.train_keys import RouterLoss
 from tunesmith.data.pack import Batch, Documents
 from tunesmith.errors import ModelError
 from tunesmith.model.head import head_logits

@@ -11,7 +11,8 @@ from tokenizers import AddedToken
 from transformers import AutoConfig, AutoTokenizer
 
 from tunesmith.chat_template.template import ChatTemplate, RenderSettings, find_template, require_template_file
-from tunesmith.config.schema import DataSection, ModelSection
+from tunesmith.config.data_keys import DataSection
+from tunesmith.config.schema import ModelSection
 from tunesmith.encode.encoder import Encoder, bos_ids
 from tunesmith.errors import ModelError
 from tunesmith.minimind.read import is_weight_file

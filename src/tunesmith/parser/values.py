@@ -59,7 +59,7 @@ def as_seconds(text: str) -> float:
 
 
 def as_seed(text: str) -> int:
-    from tunesmith.config.schema import LARGEST_SEED
+    from tunesmith.config.train_keys import LARGEST_SEED
 
     needed = f"a whole number from 0 to {LARGEST_SEED}, such as 42"
     return int(number(text, needed, lambda value: 0 <= value <= LARGEST_SEED, int))

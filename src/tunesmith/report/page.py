@@ -10,9 +10,10 @@ from typing import Any
 from markupsafe import Markup
 
 from tunesmith.config.choices import ROUTER_LOSSES
+from tunesmith.config.data_keys import DataSection
 from tunesmith.config.plainyaml import dump
 from tunesmith.config.runfile import dump_yaml, leaf_fields
-from tunesmith.config.schema import DEFAULT_LORA_LR, DataSection, RunConfig
+from tunesmith.config.schema import DEFAULT_LORA_LR, RunConfig
 from tunesmith.data.ledger import FileLedger, Ledger
 from tunesmith.report.charts import Series, line_chart
 from tunesmith.report.durations import format_duration, measure_durations

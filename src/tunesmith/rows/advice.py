@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tunesmith.config.schema import FieldsSection
+from tunesmith.config.data_keys import FieldsSection
 from tunesmith.rows.columns import HISTORY_NAMES, REASONING_NAMES, SYSTEM_NAMES, TOOLS_NAMES
 from tunesmith.rows.keys import find_column, find_fate, is_context, words_of
 from tunesmith.rows.turns import is_lines

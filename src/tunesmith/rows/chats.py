@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tunesmith.config.schema import FieldsSection
+from tunesmith.config.data_keys import FieldsSection
 from tunesmith.rows.columns import Draft, finish_draft, parse_transcript, read_column
 from tunesmith.rows.conversation import Message, RawText, RowRefused, Segments
 from tunesmith.rows.hints import not_json_hint

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tunesmith.config.schema import FieldsSection
+from tunesmith.config.data_keys import FieldsSection
 from tunesmith.rows.conversation import Message, RowRefused
 from tunesmith.rows.keys import Keys, Reading
 from tunesmith.rows.parts import read_content

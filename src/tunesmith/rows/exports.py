@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tunesmith.config.schema import FieldsSection
+from tunesmith.config.data_keys import FieldsSection
 from tunesmith.rows.columns import Draft
 from tunesmith.rows.conversation import Message, RowRefused
 from tunesmith.rows.keys import Keys, Reading

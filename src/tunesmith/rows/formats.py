@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tunesmith.config.schema import FieldsSection
+from tunesmith.config.data_keys import FieldsSection
 from tunesmith.rows.advice import explain_lost_columns
 from tunesmith.rows.chats import (
     TURNS_NAMES,

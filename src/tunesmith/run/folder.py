@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from tunesmith.adapters.adapter import adapter_tensors, changes_base
-from tunesmith.config.schema import interval_steps
+from tunesmith.config.train_keys import interval_steps
 from tunesmith.display import format_bytes
 from tunesmith.errors import TunesmithError
 from tunesmith.files import is_no_room

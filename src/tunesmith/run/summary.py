@@ -9,7 +9,7 @@ import torch
 
 from tunesmith import __version__
 from tunesmith.adapters.adapter import describe_adapter, find_zero_gates
-from tunesmith.config.schema import DataSection
+from tunesmith.config.data_keys import DataSection
 from tunesmith.data.ledger import Ledger, Problem
 from tunesmith.display import format_bytes, format_count, to_markdown
 from tunesmith.model.card import describe_base, front_matter, load_adapter_lines, load_model_lines

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from tunesmith.config.schema import explain_encoding
+from tunesmith.config.data_keys import explain_encoding
 from tunesmith.errors import DataError
 from tunesmith.sources.rowsize import BYTES_PER_MB, RowTooLarge, count_bytes
 

@@ -10,7 +10,8 @@ from typing import NoReturn
 
 import torch
 
-from tunesmith.config.schema import RunConfig, interval_steps
+from tunesmith.config.schema import RunConfig
+from tunesmith.config.train_keys import interval_steps
 from tunesmith.data.feed import Feed, Step
 from tunesmith.errors import InterruptedRun, ModelError, RunError
 from tunesmith.generation.held_out import HeldOutQuestions, mean_scores

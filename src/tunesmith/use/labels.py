@@ -16,7 +16,8 @@ from dataclasses import dataclass, field, replace
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-from tunesmith.config.schema import DataSection, PreviewConfig
+from tunesmith.config.data_keys import DataSection
+from tunesmith.config.schema import PreviewConfig
 from tunesmith.data.labelling import label_rows
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.display import raw_stream

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.text import Text
 
 from tunesmith.config.choices import PREVIEW_KINDS
-from tunesmith.config.schema import DataSection, PreviewConfig
+from tunesmith.config.data_keys import DataSection
+from tunesmith.config.schema import PreviewConfig
 from tunesmith.data.fit import NOTE_CUT_REPLY
 from tunesmith.data.labels import Sample
 from tunesmith.data.ledger import LabelledRow

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from tunesmith.chat_template.habits import TemplateRefused, find_empty_think
 from tunesmith.chat_template.trace import Place
-from tunesmith.config.schema import DataSection
+from tunesmith.config.data_keys import DataSection
 from tunesmith.data.labels import Sample
 from tunesmith.data.ledger import LabelledRow
 from tunesmith.encode.draws import add_system_prompt

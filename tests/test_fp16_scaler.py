@@ -20,6 +20,7 @@ from conftest import build_model, set_up_attention, tiny_config
 from tunesmith.config.schema import OptimSection
 from tunesmith.data.feed import Batches
 from tunesmith.data.store import TokenStore
+from tunesmith.distributed.spread import Spread
 from tunesmith.encode.encoder import Encoder
 from tunesmith.model.head import choose_head_path
 from tunesmith.model.loss import SupervisedLM
@@ -74,7 +75,7 @@ class Run:
 
     def save(self, run: Path, step: int, encoder: Encoder) -> Path:
         state = TrainState(Progress(step), STEPS, Window(), self.scaler.state_dict(), {}).to_json()
-        weights, optimizer = copy_weights(self.lm), copy_optimizer(self.lm.model, self.optimizer)
+        weights, optimizer = copy_weights(self.lm, Spread()), copy_optimizer(self.lm.model, self.optimizer, Spread())
         snapshot = Snapshot(weights, optimizer, {"cpu": torch.get_rng_state()}, state)
         return write_checkpoint(RunFolder(run), snapshot, self.lm, encoder, {})
 
@@ -99,7 +100,7 @@ def test_the_loss_scale_goes_through_a_checkpoint(tmp_path: Path, encoder: Encod
     checkpoint = read_checkpoint(first.save(tmp_path, at, encoder))
     assert not find_damage(checkpoint)
     second = Run(load_file(checkpoint.folder / "model.safetensors"))
-    restore_optimizer(second.lm.model, second.optimizer, checkpoint.load_optimizer())
+    restore_optimizer(second.lm.model, second.optimizer, checkpoint.load_optimizer(), Spread())
     second.scaler.load_state_dict(dict(checkpoint.load_state().scaler))
     assert second.scaler.state_dict() == first.scaler.state_dict()
     losses += second.train(at, STEPS)
@@ -117,7 +118,7 @@ def test_without_its_scale_a_run_would_go_on_differently(tmp_path: Path, encoder
     losses = first.train(0, 7)
     checkpoint = read_checkpoint(first.save(tmp_path, 7, encoder))
     second = Run(load_file(checkpoint.folder / "model.safetensors"))
-    restore_optimizer(second.lm.model, second.optimizer, checkpoint.load_optimizer())
+    restore_optimizer(second.lm.model, second.optimizer, checkpoint.load_optimizer(), Spread())
     assert losses + second.train(7, STEPS) != wanted
 
 

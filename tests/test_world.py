@@ -17,6 +17,7 @@ from conftest import build_model, set_up_attention, tiny_config
 from test_pack import make_store
 from tunesmith.config.schema import OptimSection
 from tunesmith.data.feed import Batches
+from tunesmith.distributed.world import OneProcess
 from tunesmith.model.head import choose_head_path
 from tunesmith.model.loss import SupervisedLM
 from tunesmith.training import step as step_module
@@ -24,7 +25,6 @@ from tunesmith.training.evaluate import evaluate
 from tunesmith.training.optim import build_optimizer
 from tunesmith.training.precision import Precision
 from tunesmith.training.step import NotFiniteError, StepResult, train_step
-from tunesmith.training.world import OneProcess
 
 FP64, FP32 = Precision("fp32", torch.float64, None), Precision("fp32", torch.float32, None)
 LENGTHS = [9, 3, 21, 14, 2, 17, 6, 30]

@@ -31,6 +31,7 @@ from types import FrameType
 from typing import Any
 
 from tunesmith.display import shorten
+from tunesmith.distributed.launch import VOICE
 from tunesmith.errors import InterruptedRun, RunError, Terminated, TunesmithError
 from tunesmith.files import is_out_of_memory, lacking_memory, system_error
 from tunesmith.streams import OutputLost
@@ -105,7 +106,8 @@ def report_failure(error: BaseException, words: list[str]) -> int:
     if os.environ.get(_DEBUG):
         print("".join(traceback.format_exception(_unsuppressed(error))), file=sys.stderr)
     text, code = explain(error, words)
-    print(shorten(text), file=sys.stderr)
+    if VOICE.is_heard():  # of several processes, the first tells what has happened
+        print(shorten(text), file=sys.stderr)
     return code
 
 

@@ -10,12 +10,13 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from tunesmith.boundary import end_at_next_interrupt, end_interrupted, report_failure, taken_signals
 from tunesmith.display import visible_streams
+from tunesmith.distributed.launch import VOICE, is_first, require_one_process
 from tunesmith.errors import ConfigError, InterruptedRun, UsageError
 from tunesmith.parser.build import build_parser
 from tunesmith.parser.command import CommandParser
@@ -75,6 +76,7 @@ _DOING = {
 def run_command(argv: list[str]) -> None:
     """Run one command; raises a TunesmithError for what the user can fix."""
     _require_text(argv)
+    require_one_process(argv)
     if not {"-h", "--help", "--version"} & set(argv):
         show_status(_DOING.get(argv[0] if argv else "", "loading"))  # importing the libraries takes seconds
     parser = build_parser()
@@ -185,7 +187,7 @@ def _train(config: Any) -> None:
     from tunesmith.run.start import run_training
 
     reporter = ConsoleReporter()
-    with reported(Path(config.train.output_dir), reporter.note):
+    with reported(Path(config.train.output_dir), reporter.note) if is_first() else nullcontext():
         run_training(config, reporter)
 
 
@@ -201,7 +203,7 @@ def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> None:
     from tunesmith.run.resume import run_resume
 
     reporter = ConsoleReporter()
-    with reported(Path(options.run), reporter.note):
+    with reported(Path(options.run), reporter.note) if is_first() else nullcontext():
         run_resume(options.run, flags, options.allow, reporter)
 
 
@@ -328,6 +330,8 @@ class _Printer(logging.Handler):
     """Prints messages of the package: remarks to standard output, warnings to standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if not VOICE.is_heard():
+            return
         print(record.getMessage(), file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout, flush=True)
 
 

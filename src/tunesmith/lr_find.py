@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tunesmith.config.schema import LrFindConfig, RunConfig
 from tunesmith.data.dataset import find_data, refuse_shared_files, write_dataset
+from tunesmith.distributed.world import OneProcess
 from tunesmith.errors import RunError
 from tunesmith.model.reopen import require_one_reading
 from tunesmith.model.source import find_model
@@ -132,7 +133,7 @@ def prepare(config: RunConfig, folder: RunFolder, rows: Rows) -> ReadyRun:
     refuse_shared_files(sources)
     model = find_model(config.model.path, config.model.config)
     date = datetime.datetime.now().replace(microsecond=0)
-    session = open_session(config, folder, Silent(), date, sources, model)
+    session = open_session(config, folder, Silent(), date, sources, model, OneProcess())
     require_one_reading(config.model, session.encoder, session.model_config, session.is_adapter, session.tokenizer)
     with explained_failures(folder, config, session.lengths.capacity, Progress()):
         if rows:

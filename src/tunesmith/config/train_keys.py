@@ -45,6 +45,11 @@ class TrainSection(Section):
     """bf16, fp16: autocast over fp32 weights; bf16_pure: bf16 weights; auto: bf16 on a GPU that has it, else fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, far less memory."""
+    parallel: Literal["auto", "ddp", "fsdp", "none"] = "auto"
+    """How several processes of a launcher (torchrun) share the model. fsdp: each keeps a shard of weights, gradients
+    and averages; ddp: each has the whole model; auto: ddp for an adapter, else fsdp; one process needs neither."""
+    resume: bool = False
+    """Continue the run in output_dir if it has begun, instead of refusing: for launchers that start a command again."""
     compile: bool = False
     """torch.compile the model; worth it only for long GPU runs."""
     deterministic: bool = False

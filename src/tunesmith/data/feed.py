@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tunesmith.data.pack import Batch, build_batch, count_epoch, plan_epoch
+from tunesmith.data.pack import EMPTY_BATCH, Batch, build_batch, count_epoch, plan_epoch
 from tunesmith.data.store import TokenStore
 
 Pack = npt.NDArray[np.int64]
@@ -25,16 +25,25 @@ class Batches:
     Attributes:
         packs: sample numbers of each pack.
         is_packed: one batch per pack; otherwise one batch per sample (for models that mix packed documents).
+        rank, size: this is the share of one of `size` processes: every size-th pack of a step, from `rank` on.
+        num_empty: batches of nothing at the end, where other processes have more forwards to make.
     """
 
     store: TokenStore
     packs: Sequence[Pack]
     is_packed: bool = True
+    rank: int = 0
+    size: int = 1
+    num_empty: int = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        for pack in self.packs:
-            for samples in [pack] if self.is_packed else [[int(index)] for index in pack]:
-                yield build_batch(self.store, samples)
+        for place, pack in enumerate(self.packs):
+            number = self.rank + place * self.size  # of the pack in its step
+            groups: Sequence[Sequence[int] | Pack] = [pack] if self.is_packed else [[int(index)] for index in pack]
+            for at, samples in enumerate(groups):
+                yield build_batch(self.store, samples, (number, at))
+        for _ in range(self.num_empty):
+            yield EMPTY_BATCH
 
     def __len__(self) -> int:
         return len(self.packs) if self.is_packed else self.num_samples
@@ -56,8 +65,13 @@ class Batches:
         return [self.store.where(int(index)) for pack in self.packs for index in pack]
 
     def share(self, rank: int, size: int) -> Batches:
-        """Every size-th pack starting at `rank`: the share of one of `size` processes."""
-        return replace(self, packs=self.packs[rank::size])
+        """Every size-th pack starting at `rank`: the share of one of `size` processes.
+
+        Empty batches make all shares equally long: processes that shard a model must make the same forwards.
+        """
+        own = replace(self, packs=self.packs[rank::size], rank=rank, size=size)
+        longest = max(len(replace(self, packs=self.packs[other::size])) for other in range(size))
+        return replace(own, num_empty=longest - len(own))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,16 +79,19 @@ class Step:
     """The data of one optimizer update.
 
     Attributes:
+        batches: those of this process.
+        whole: those of all processes.
         epoch: epochs completed after this step.
         place: where the next step begins.
     """
 
     batches: Batches
+    whole: Batches
     epoch: float
     place: Place
 
     def rows(self) -> list[str]:
-        return self.batches.rows()
+        return self.whole.rows()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,8 +124,8 @@ class Feed:
                 group = packs[start : start + self.packs_per_step]
                 behind = start + len(group)
                 after = (epoch, behind) if behind < len(packs) else (epoch + 1, 0)
-                batches = Batches(self.store, group, self.is_packed).share(rank, size)
-                yield Step(batches, epoch + behind / len(packs), after)
+                whole = Batches(self.store, group, self.is_packed)
+                yield Step(whole.share(rank, size), whole, epoch + behind / len(packs), after)
             epoch, first = epoch + 1, 0
 
     @property

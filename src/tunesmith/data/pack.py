@@ -141,6 +141,8 @@ class Batch:
         targets: int64 [targets], the tokens to predict. Never the first token of a document, which has no context.
         target_at: int64 [targets], the positions whose outputs predict them, ascending.
         layout: which tokens attend to which.
+        number: of the pack in its step and of the batch in the pack, counted over all processes.
+        is_empty: it is computed for the sake of other processes, and counts nothing.
     """
 
     input_ids: npt.NDArray[np.int64]
@@ -148,6 +150,8 @@ class Batch:
     targets: npt.NDArray[np.int64]
     target_at: npt.NDArray[np.int64]
     layout: Documents
+    number: tuple[int, int] = (0, 0)
+    is_empty: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -158,7 +162,13 @@ class Batch:
         return len(self.targets)
 
 
-def build_batch(store: TokenStore, samples: Sequence[int] | npt.NDArray[np.int64]) -> Batch:
+_NOTHING = np.zeros(0, np.int64)
+EMPTY_BATCH = Batch(np.zeros((1, 2), np.int64), np.arange(2)[None], _NOTHING, _NOTHING, Documents([2]), is_empty=True)
+
+
+def build_batch(
+    store: TokenStore, samples: Sequence[int] | npt.NDArray[np.int64], number: tuple[int, int] = (0, 0)
+) -> Batch:
     """Join samples, given by their numbers, into one batch."""
     documents = [store[int(index)] for index in samples]
     lens = [len(document.input_ids) for document in documents]
@@ -167,4 +177,4 @@ def build_batch(store: TokenStore, samples: Sequence[int] | npt.NDArray[np.int64
     loss_mask[np.cumsum([0, *lens[:-1]])] = False
     trained = np.flatnonzero(loss_mask)
     position_ids = np.concatenate([np.arange(length) for length in lens])
-    return Batch(input_ids[None], position_ids[None], input_ids[trained], trained - 1, Documents(lens))
+    return Batch(input_ids[None], position_ids[None], input_ids[trained], trained - 1, Documents(lens), number)

@@ -43,8 +43,8 @@ from tunesmith.generation.matching import NORMALISATION
 from tunesmith.generation.reply_parts import reply_format
 from tunesmith.generation.sampling import Sampling
 from tunesmith.generation.speaker import Speaker, load_speaker
+from tunesmith.hashes import describe_weights
 from tunesmith.model.source import find_model
-from tunesmith.run.identity import describe_weights
 from tunesmith.sources.memory import sources_of, write_rows
 from tunesmith.staging import locked
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 
 
-def pick_device() -> torch.device:
+def pick_device(local_rank: int | None = None) -> torch.device:
+    """Args:
+    local_rank: number of this process on its host, where there are several; each has a GPU of its own.
+    """
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda") if local_rank is None else torch.device("cuda", local_rank)
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")

@@ -43,23 +43,36 @@ def _write_beside_adapter(model: nn.Module, encoder: Encoder, folder: Path) -> N
 
 
 def save_adapter(
-    model: nn.Module, adapter: Any, encoder: Encoder, card: str, folder: Path, initial: Path | None = None
+    model: nn.Module,
+    adapter: Any,
+    encoder: Encoder,
+    card: str,
+    folder: Path,
+    initial: Path | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the adapter's folder atomically.
 
     Args:
         initial: folder with the initial matrices of PiSSA or OLoRA.
+        weights: of the adapter, instead of the current ones; without `initial` only.
     """
     with atomic_directory(folder, replaces=True) as partial:
-        write_adapter(adapter, partial, initial=initial)
+        write_adapter(adapter, partial, weights, initial)
         _write_beside_adapter(model, encoder, partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 
-def save_model(model: nn.Module, encoder: Encoder, card: str, folder: Path) -> None:
-    """Write the model's folder atomically."""
+def save_model(
+    model: nn.Module, encoder: Encoder, card: str, folder: Path, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write the model's folder atomically.
+
+    Args:
+        weights: state dict to write, instead of the model's own.
+    """
     with atomic_directory(folder, replaces=True) as partial:
-        write_model(model, encoder, partial)
+        write_model(model, encoder, partial, weights)
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -87,7 +87,7 @@ def load_weights(session: Session, checkpoint: Path | None) -> PreTrainedModel:
     if checkpoint is None:  # a checkpoint already contains the added rows
         extend_vocabulary(model, tokenizer, session.new_tokens)
     check_vocabulary(model, tokenizer)
-    if quantization is None:
+    if quantization is None and session.parallel != "fsdp":  # a GPU gets its shards alone
         nn.Module.to(model, session.device)  # transformers' `to` is untyped
     own_memory(model)
     refuse_not_finite(config.model.path, model)
@@ -119,6 +119,8 @@ def wrap(session: Session, model: PreTrainedModel, adapter: Any) -> tuple[Isolat
     """Probe the model, then configure it by the results."""
     config, lengths = session.config, session.lengths
     probe = probe_model(model)
+    if session.config.lora.quantize == "none":
+        nn.Module.to(probe, session.device)
     isolation = probe_isolation(probe, lengths.max_seq_len, lengths.capacity)
     own_attention = None
     if isolation.is_isolated:

@@ -87,7 +87,7 @@ class ConsoleReporter:
 
 
 class Silent:
-    """Shows nothing."""
+    """Shows nothing. Of several processes, the first shows what they do."""
 
     owns_process = False
 

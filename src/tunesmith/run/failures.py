@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tunesmith.config.schema import RunConfig
+from tunesmith.distributed.processes import ToldError
 from tunesmith.errors import InterruptedRun, RunError, TunesmithError
 from tunesmith.files import NO_ROOM, is_out_of_memory, lacking_memory, system_error
 from tunesmith.runfolder import RunFolder
@@ -34,6 +35,8 @@ def explained_failures(run: RunFolder, config: RunConfig, capacity: int, progres
         raise InterruptedRun(tell_interrupted(run, progress), code="run-interrupted") from None
     except InterruptedRun as stopped:
         raise InterruptedRun(f"{stopped} {how_to_continue(run, is_urgent=True)}", code=stopped.code) from None
+    except ToldError as error:
+        raise error.with_advice(how_to_continue(run)) from None
     except RunError as error:
         raise RunError(f"{error} {how_to_continue(run)}", code=error.code) from None
     except TunesmithError:

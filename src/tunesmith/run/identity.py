@@ -8,7 +8,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.metadata
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,16 +15,17 @@ from typing import Any
 
 import torch
 
-from tunesmith.adapters.base import hub_commit
 from tunesmith.config.choices import FREE_KEYS, NAME_KEYS, part_of
-from tunesmith.config.runfile import leaf_fields
+from tunesmith.config.plainyaml import show
+from tunesmith.config.runfile import leaf_fields, resolve_config
 from tunesmith.config.schema import RunConfig
 from tunesmith.data.dataset import DataSources, StoreHashes
-from tunesmith.errors import ModelError, TunesmithError
-from tunesmith.files import sha256_ends, sha256_file, sha256_text
-from tunesmith.model.source import ModelSource
+from tunesmith.errors import TunesmithError
+from tunesmith.files import sha256_file
+from tunesmith.hashes import describe_weights, hash_config, hash_template, hash_tokenizer
 from tunesmith.run.records import Fingerprint
 from tunesmith.run.session import Session
+from tunesmith.runfolder import RunFolder
 
 RELABELS = ("data", "template", "tokenizer")  # parts that decide the tokens on disk
 _WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "pytorch_model*.bin")
@@ -41,24 +41,18 @@ def take_fingerprint(session: Session, files: FileRecords, store: StoreHashes) -
         files: from `describe_files`.
         store: hashes of its token stores.
     """
-    encoder, template = session.encoder, session.encoder.template
-    own = {k: v for k, v in session.model_config.to_dict().items() if not k.startswith("_") and k not in _VOLATILE}
     return Fingerprint(
         data={part: [dict(entry) for entry in entries] for part, entries in files.items()},
-        template=sha256_text(json.dumps([template.text, dict(encoder.defaults.variables)]) if template else "none"),
-        tokenizer=sha256_text(
-            encoder.tokenizer.backend_tokenizer.to_str() + json.dumps(encoder.tokenizer.special_tokens_map, default=str)
-        ),
-        model=sha256_text(json.dumps(own, sort_keys=True, default=str)),
+        template=hash_template(session.encoder),
+        tokenizer=hash_tokenizer(session.encoder),
+        model=hash_config(session.model_config),
         weights=describe_weights(session.model, session.config.model.revision),
         config=session.config.model_dump(mode="json"),
         threads=torch.get_num_threads(),
+        processes=session.world.size,
         versions={name: _version(name) for name in _PACKAGES},
         store={folder: dict(hashes) for folder, hashes in store.items()},
     )
-
-
-_VOLATILE = ("transformers_version", "dtype", "torch_dtype", "attn_implementation", "use_cache")
 
 
 def _version(package: str) -> str | None:
@@ -66,23 +60,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def describe_weights(source: ModelSource, revision: str | None) -> dict[str, Any]:
-    """Size, time and SHA-256 of the ends of a local model's files, or the commit of a hub model."""
-    if source.kind == "preset":
-        return {}
-    if source.kind == "hub":
-        return {source.name: hub_commit(source.name, source.revision or revision)}
-    folders = [*([] if source.file else [Path(source.name)]), *([source.adapter] if source.adapter else [])]
-    files = [path for folder in folders for pattern in _WEIGHTS for path in sorted(folder.glob(pattern))]
-    files += [source.file] if source.file else []
-    for path in files:
-        if not path.exists():
-            raise ModelError(
-                f"{path}: links to {os.readlink(path)}, which does not exist. Restore that file.", code="broken-link"
-            )
-    return {str(path.resolve()): {"size": path.stat().st_size, "ends": sha256_ends(path)} for path in files}
 
 
 FileRecords = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -143,6 +120,9 @@ def compare_runs(before: Fingerprint, now: Fingerprint) -> tuple[list[str], list
     """(reasons to refuse, each starting with the part of the fingerprint: "template: ..."; remarks)."""
     refusals = list(_compare_weights(before.weights, now.weights))
     notes: list[str] = []
+    if before.processes != now.processes:
+        plural = "" if now.processes == 1 else "es"
+        notes.append(f"{now.processes} process{plural} instead of {before.processes}: sums are rounded differently")
     for part in ("template", "tokenizer", "model"):
         if getattr(before, part) != getattr(now, part):
             what = {"template": "the chat template", "tokenizer": "the tokenizer", "model": "the model's config"}[part]
@@ -165,6 +145,26 @@ def compare_runs(before: Fingerprint, now: Fingerprint) -> tuple[list[str], list
         elif version != current:
             notes.append(f"{name} {version} -> {current}: a patch release, accepted")
     return refusals, notes
+
+
+def find_changes(config: RunConfig, folder: RunFolder) -> dict[str, object]:
+    """Keys that differ from RUN/config.yaml, which resume takes.
+
+    Raises:
+        TunesmithError: a key differs that decides what is trained.
+    """
+    before = flatten(resolve_config(RunConfig, folder.config, {}).model_dump(mode="json"))
+    now = flatten(config.model_dump(mode="json"))
+    changed = {key for key in now.keys() | before.keys() if now.get(key) != before.get(key)} - {"train.output_dir"}
+    others = sorted(changed - set(FREE_KEYS))
+    if others:
+        key = others[0]
+        raise TunesmithError(
+            f"{config.train.output_dir}: contains another run: {key} is {show(before.get(key))} there, and "
+            f"{show(now.get(key))} here. Give --output a new folder, or restore the key.",
+            code="output-taken",
+        )
+    return {key: now.get(key) for key in sorted(changed)}
 
 
 def _default_values() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tunesmith.run.console import Reporter
 from tunesmith.run.records import Fingerprint, RunRecord
 from tunesmith.run.reopen import Allowed
 from tunesmith.runfolder import RunFolder
-from tunesmith.training.checkpoint import MANIFEST, Checkpoint, newest_valid
+from tunesmith.training.checkpoint import MANIFEST, Checkpoint, newest_valid, read_checkpoint
 from tunesmith.training.optim import lr_at
 from tunesmith.training.progress import Progress, TrainState
 
@@ -47,13 +47,16 @@ class Position:
         return record.updated(extended_from_step=self.progress.step) if self.is_extended else record
 
 
-def find_position(folder: RunFolder, name: str, record: RunRecord, reporter: Reporter) -> Position:
+def find_position(folder: RunFolder, name: str, record: RunRecord, chosen: str) -> Position:
     """Where the run continues.
 
+    Args:
+        chosen: name of the newest valid checkpoint; "" if there is none.
+
     Raises:
-        TunesmithError: no checkpoint is valid, or there is a model but no checkpoint.
+        TunesmithError: there is a model but no checkpoint.
     """
-    checkpoint = choose_checkpoint(folder, name, reporter)
+    checkpoint = read_checkpoint(folder.checkpoints / chosen) if chosen else None
     if checkpoint is None:
         if folder.has_model and record.finished_at_step is not None:
             raise TunesmithError(

@@ -54,6 +54,7 @@ class Fingerprint(_Record):
         weights: the model's files with size and SHA-256 of their ends, or a hub model's commit.
         config: the run's resolved config.
         threads: number of torch threads; sums are rounded differently with another number.
+        processes: how many train together.
         store: folder of a token store -> file -> SHA-256.
     """
 
@@ -64,6 +65,7 @@ class Fingerprint(_Record):
     weights: dict[str, Any] = Field(default_factory=dict)  # missing in runs of earlier versions
     config: dict[str, Any]
     threads: int
+    processes: int = 1
     versions: dict[str, str | None]
     store: dict[str, dict[str, str]]
 

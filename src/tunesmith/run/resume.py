@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import shlex
@@ -15,20 +16,23 @@ from tunesmith.config.choices import FIXED_KEYS
 from tunesmith.config.plainyaml import show
 from tunesmith.config.runfile import resolve_config
 from tunesmith.config.schema import RunConfig
-from tunesmith.data.dataset import DataSources, find_data
+from tunesmith.data.dataset import Dataset, DataSources, find_data, open_dataset
+from tunesmith.data.ledger import Ledger
 from tunesmith.data.replace import finish_replacing
+from tunesmith.distributed.processes import joined_world
+from tunesmith.distributed.world import World
 from tunesmith.errors import ConfigError, ModelError, TunesmithError
 from tunesmith.model.source import ModelSource, find_model
 from tunesmith.run.assemble import assemble
-from tunesmith.run.console import ConsoleReporter, Reporter
+from tunesmith.run.console import ConsoleReporter, Reporter, Silent
 from tunesmith.run.failures import explained_failures
 from tunesmith.run.finish import finish_run, raise_late_stop
 from tunesmith.run.given import own_files, own_names
 from tunesmith.run.identity import flatten
-from tunesmith.run.position import check_steps, describe_position, find_position, keep_threads
-from tunesmith.run.records import RunRecord, read_record
+from tunesmith.run.position import check_steps, choose_checkpoint, describe_position, find_position, keep_threads
+from tunesmith.run.records import Fingerprint, RunRecord, read_record
 from tunesmith.run.reopen import Allowed, reopen_adapter, reopen_data
-from tunesmith.run.session import open_session, require_packages
+from tunesmith.run.session import Session, open_session, require_packages, require_same_start
 from tunesmith.run.summary import summary_lines
 from tunesmith.run.training import build_trainer, train_to_end, write_run_files
 from tunesmith.runfolder import RUN_FILE, RunFolder
@@ -56,11 +60,25 @@ def run_resume(
     record = RunRecord.from_json(read_record(folder.record), folder.record)
     config = own_names(absolute_names(read_config(name, folder, flags), record.cwd), folder)
     require_packages(config)
-    allow = Allowed(as_typed(name, flags), allowed)
-    with locked(folder.path), StopRequest() as stop:
-        remove_leftovers(folder)
-        reporter.stage("verifying the newest checkpoint")
-        position = find_position(folder, name, record, reporter)
+    with joined_world(config.train) as world:
+        reporter = reporter if world.is_main else Silent()
+        with locked(folder.path) if world.is_main else contextlib.nullcontext():
+            return _resume(name, flags, allowed, reporter, world, record, config)
+
+
+def _resume(
+    name: str,
+    flags: Mapping[str, Any],
+    allowed: Sequence[str],
+    reporter: Reporter,
+    world: World,
+    record: RunRecord,
+    config: RunConfig,
+) -> Path:
+    folder, allow = RunFolder(find_run(name).path), Allowed(as_typed(name, flags), allowed)
+    with StopRequest() as stop, world.explained():
+        chosen = world.share(lambda: _choose_checkpoint(folder, name, reporter))
+        position = find_position(folder, name, record, chosen)
         position = replace(position, fingerprint=own_files(position.fingerprint, folder))
         if position.is_finished and "train.max_steps" not in flags and "train.epochs" not in flags:
             reporter.note(
@@ -70,22 +88,52 @@ def run_resume(
             return folder.path
         keep_threads(position.fingerprint.threads, reporter)
         model = require_model(name, config)
-        session = open_session(config, folder, reporter, record.date, find_data_or_none(config), model)
+        sources = find_data_or_none(config) if world.is_main else None
+        session = open_session(config, folder, reporter, record.date, sources, model, world)
+        require_same_start(session)
         with explained_failures(folder, config, session.lengths.capacity, position.progress):
-            dataset, guard = reopen_data(session, position.fingerprint, allow)
+            dataset, guard = _open_data(session, position.fingerprint, allow)
             reporter.stage("loading the model")
             ready = assemble(session, dataset, None if session.is_adapter else position.weights)
             if session.is_adapter:
                 reopen_adapter(ready, position.checkpoint, record, allow)
             check_steps(name, ready, position, allow)
-            reporter.summary([("resume", describe_position(name, position, ready)), *summary_lines(ready)])
+            lines = summary_lines(ready) if world.is_main else []
+            reporter.summary([("resume", describe_position(name, position, ready)), *lines])
             record = position.update(record).updated(guard=guard)
-            write_run_files(folder, ready, record)
+            if world.is_main:
+                write_run_files(folder, ready, record)
             trainer = build_trainer(ready, record, stop, position.progress, position.checkpoint, position.state)
             train_to_end(ready, trainer)
-            saved = finish_run(ready, position.progress, record)
-    raise_late_stop(stop, ready, saved)
+            saved = finish_run(ready, trainer, record, lines)
+        is_late = world.agree(stop.is_made)
+    if is_late:
+        raise_late_stop(ready, saved)
     return saved
+
+
+def _choose_checkpoint(folder: RunFolder, name: str, reporter: Reporter) -> str:
+    """Name of the newest valid checkpoint; "" if there is none yet."""
+    remove_leftovers(folder)
+    reporter.stage("verifying the newest checkpoint")
+    checkpoint = choose_checkpoint(folder, name, reporter)
+    return checkpoint.folder.name if checkpoint else ""
+
+
+def _open_data(session: Session, before: Fingerprint, allow: Allowed) -> tuple[Dataset, Fingerprint]:
+    """The run's data; the first process compares them with the start of the run, and labels them again if need be."""
+    world = session.world
+    found: list[tuple[Dataset, Fingerprint]] = []
+
+    def reopen() -> dict[str, Any]:
+        found.append(reopen_data(session, before, allow))
+        return found[0][1].to_json()
+
+    guard = Fingerprint.from_json(world.share(reopen), session.folder.record)
+    if found:
+        return found[0]
+    data, seed = session.config.data, session.config.train.seed
+    return open_dataset(data, seed, session.folder, guard.store, Ledger(), None), guard
 
 
 _NAMES = ("data.train", "data.eval", "data.chat_template", "model.path", "model.tokenizer")

@@ -11,7 +11,11 @@ from transformers import PretrainedConfig
 from tunesmith.adapters.adapter import require_quantization
 from tunesmith.config.schema import RunConfig
 from tunesmith.data.dataset import DataSources
+from tunesmith.distributed.choose import choose_parallel
+from tunesmith.distributed.world import World
 from tunesmith.encode.encoder import Encoder
+from tunesmith.errors import ModelError
+from tunesmith.hashes import describe_weights, hash_config, hash_template, hash_tokenizer
 from tunesmith.model.device import pick_device
 from tunesmith.model.lengths import Lengths, choose_lengths
 from tunesmith.model.load import find_class, load_config
@@ -23,7 +27,6 @@ from tunesmith.runfolder import RunFolder
 from tunesmith.training.metrics import require_trackers
 from tunesmith.training.optim import require_optimizer
 from tunesmith.training.precision import Precision, choose_precision, make_deterministic
-from tunesmith.training.world import OneProcess, World
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +34,13 @@ class Session:
     """Everything that a config refers to, resolved once, so that what was hashed is what is trained.
 
     Attributes:
-        sources: None if files of a resumed run are missing; it has its own copy of their tokens.
+        sources: None if files of a resumed run are missing, since it has its own copy of their tokens; and in all
+            processes but the first.
         model: location of the base model; a resumed run may load its weights from a checkpoint instead.
         date: when the run began; templates may print it.
         new_tokens: those of model.add_tokens that the tokenizer lacked; their rows of the embedding are new.
         model_config: of the base model.
+        parallel: how the model is spread over the processes: the resolved train.parallel.
     """
 
     config: RunConfig
@@ -52,10 +57,34 @@ class Session:
     new_tokens: list[str]
     model_config: PretrainedConfig
     lengths: Lengths
+    parallel: str
 
     @property
     def is_adapter(self) -> bool:
         return self.config.lora.kind != "none"
+
+
+def require_same_start(session: Session) -> None:
+    """Check that the model, its tokenizer and the template are those of the first process: hosts may differ.
+
+    Raises:
+        ModelError: they are not.
+    """
+    world, encoder = session.world, session.encoder
+    weights = describe_weights(session.model, session.config.model.revision)
+    own = {
+        "the model's config": hash_config(session.model_config),
+        "the model's weights": sorted(map(str, weights.values())),
+        "the tokenizer": hash_tokenizer(encoder),
+        "the chat template": hash_template(encoder),
+    }
+    first = world.share(lambda: own)
+    if different := [name for name in own if own[name] != first[name]]:
+        raise ModelError(
+            f"{session.config.model.path}: {different[0]} on this process differs from that on the first one. Give all "
+            "hosts the same files.",
+            code="hosts-differ",
+        )
 
 
 def require_packages(config: RunConfig) -> None:
@@ -76,13 +105,15 @@ def open_session(
     date: datetime.datetime,
     sources: DataSources | None,
     model: ModelSource,
+    world: World,
 ) -> Session:
     """Resolve device, precision, tokenizer, template and lengths.
 
     Raises:
         ModelError: the model or its tokenizer cannot be found or read.
     """
-    device = pick_device()
+    device = pick_device(world.local_rank if world.size > 1 else None)
+    parallel = choose_parallel(config, world)
     precision = choose_precision(config.train.precision, device)
     if config.train.deterministic:
         make_deterministic()
@@ -98,5 +129,5 @@ def open_session(
     if model_class := find_class(model_config):
         require_router(config, find_router(model_config, model_class))
     lengths = choose_lengths(model_config, config.data.max_seq_len, config.train.micro_batch_tokens)
-    return Session(config, folder, reporter, date, sources, model, source, OneProcess(), device, precision, encoder,
-                   new_tokens, model_config, lengths)  # fmt: skip
+    return Session(config, folder, reporter, date, sources, model, source, world, device, precision, encoder,
+                   new_tokens, model_config, lengths, parallel)  # fmt: skip

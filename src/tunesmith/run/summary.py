@@ -206,8 +206,12 @@ def estimate_memory(ready: ReadyRun) -> float:
     return float(states + activations + logits)
 
 
-def model_card(ready: ReadyRun, progress: Progress) -> str:
-    """README.md beside the weights: how they were trained, and how to load them."""
+def model_card(ready: ReadyRun, progress: Progress, lines: list[tuple[str, str]]) -> str:
+    """README.md beside the weights: how they were trained, and how to load them.
+
+    Args:
+        lines: from `summary_lines`.
+    """
     session = ready.session
     config, source, is_adapter = session.config, session.model, session.is_adapter
     last = f"step {progress.step}, {progress.epoch:.2f} epochs, {progress.supervised_tokens:,} supervised tokens"
@@ -221,7 +225,7 @@ def model_card(ready: ReadyRun, progress: Progress) -> str:
         load = load_model_lines()
     rows_of_card = (
         f"- {name or '  '} {to_markdown(_without_path(text, config.model.path, describe_base(source)))}".rstrip()
-        for name, text in summary_lines(ready)
+        for name, text in lines
         if name != "memory"
     )
     return (

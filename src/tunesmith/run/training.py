@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+from dataclasses import replace
 
 from tunesmith.config.runfile import dump_yaml
+from tunesmith.distributed.channel import Failure
+from tunesmith.distributed.choose import build_spread
+from tunesmith.distributed.processes import Processes
 from tunesmith.files import sealed, write_text_atomic
 from tunesmith.generation.held_out import HeldOutQuestions
 from tunesmith.run.assemble import ReadyRun
-from tunesmith.run.failures import tell_interrupted
+from tunesmith.run.failures import how_to_continue, tell_interrupted
 from tunesmith.run.records import RunRecord
 from tunesmith.runfolder import RunFolder
 from tunesmith.training.checkpoint import Checkpoint, restore_optimizer
@@ -37,7 +42,7 @@ def build_trainer(
     checkpoint: Checkpoint | None = None,
     state: TrainState | None = None,
 ) -> Trainer:
-    """The loop with its optimizer, saver, metrics and trackers.
+    """The loop with its optimizer, saver, metrics and trackers; the model is spread over the processes here.
 
     Args:
         progress: new, or that of `state`.
@@ -45,17 +50,22 @@ def build_trainer(
     """
     session, lm = ready.session, ready.lm
     config, folder = session.config, session.folder
+    precision = session.precision
+    questions = choose_questions(ready)
+    spread = build_spread(session.parallel, session.world, session.device, precision.autocast)
+    spread.prepare(lm)
+    if spread.name == "fsdp":  # which casts by itself
+        precision = replace(precision, autocast=None)
     optimizer = build_optimizer(lm.model, config.optim, config.lora.lr_ratio)
-    scaler = session.precision.scaler(session.device)
+    scaler = precision.scaler(session.device)
     names, last_step = list(config.train.trackers), state.step if state else None
     trackers: list[Tracker] = []
-    questions = choose_questions(ready)
     if session.world.is_main:
         trackers = start_trackers(names, folder, config.model_dump(mode="json"), record.id, last_step)
     saver = Saver(folder, lm, session.encoder, record.guard.to_json(), config.train.keep_checkpoints)
-    seed_all(config.train.seed)  # so that dropout does not depend on how the model was loaded
+    seed_all(config.train.seed)
     if checkpoint and state:
-        restore_optimizer(lm.model, optimizer, checkpoint.load_optimizer())
+        restore_optimizer(lm.model, optimizer, checkpoint.load_optimizer(), spread)
         scaler.load_state_dict(dict(state.scaler))
         restore_random_states(checkpoint.load_random(), state.random)
     return Trainer(
@@ -64,8 +74,9 @@ def build_trainer(
         lm=lm,
         optimizer=optimizer,
         scaler=scaler,
-        precision=session.precision,
+        precision=precision,
         world=session.world,
+        spread=spread,
         saver=saver,
         trackers=trackers,
         stop=stop,
@@ -98,11 +109,20 @@ def choose_questions(ready: ReadyRun) -> HeldOutQuestions | None:
 
 def train_to_end(ready: ReadyRun, trainer: Trainer) -> None:
     """Run the loop; trackers and the saver are closed in any case."""
-    reporter, folder = ready.session.reporter, ready.session.folder
+    reporter, folder, world = ready.session.reporter, ready.session.folder, ready.session.world
 
     def last_words() -> str:
         reporter.end()
-        return tell_interrupted(folder, trainer.progress)
+        return tell_interrupted(folder, trainer.progress) if world.is_main else ""
+
+    def tell_failure(failure: Failure) -> None:
+        reporter.end()
+        advice = "" if "tunesmith resume" in failure.text else f" {how_to_continue(folder, is_urgent=True)}"
+        print(f"error: {failure.text}{advice}", file=sys.stderr, flush=True)
+
+    owns_process = reporter.owns_process or not world.is_main
+    if isinstance(world, Processes):
+        world.channel.on_end = tell_failure
 
     train = ready.session.config.train
     for line in tracker_hints(list(train.trackers), train.output_dir):
@@ -110,7 +130,7 @@ def train_to_end(ready: ReadyRun, trainer: Trainer) -> None:
     epochs = train.epochs if train.max_steps is None else ready.feed.total_epochs
     try:
         reporter.begin(ready.feed.total_steps, trainer.progress.step, epochs)
-        trainer.stop.defer(trainer.explain_stop, last_words if reporter.owns_process else None)
+        trainer.stop.defer(trainer.explain_stop if world.is_main else str, last_words if owns_process else None)
         trainer.train()
     except BaseException:
         if not trainer.stop.is_urgent:

@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from tunesmith.adapters.adapter import adapter_weights
+from tunesmith.adapters.adapter import adapter_tensors
 from tunesmith.adapters.adapter_config import ADAPTER_WEIGHTS
+from tunesmith.distributed.spread import Spread
 from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import TunesmithError
 from tunesmith.files import atomic_directory, seal_of, sealed, sha256_file
@@ -95,33 +97,36 @@ class Checkpoint:
         return load_file(self.folder / _OPTIMIZER)
 
 
-def copy_weights(lm: SupervisedLM) -> dict[str, Tensor]:
-    """The trained weights, copied to the CPU; tensors that share memory still do."""
+def copy_weights(lm: SupervisedLM, spread: Spread) -> dict[str, Tensor]:
+    """The trained weights, whole, copied to the CPU; tensors that share memory still do."""
     if lm.adapter is not None:
-        return adapter_weights(lm.adapter)
+        return {name: spread.whole(tensor).contiguous() for name, tensor in adapter_tensors(lm.adapter).items()}
     copies: dict[tuple[Any, ...], Tensor] = {}
     weights = {}
-    for name, tensor in lm.model.state_dict().items():
-        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+    for name, tensor in lm.model.state_dict(keep_vars=True).items():
+        place: tuple[Any, ...] = (id(tensor),)  # of a shard, which may be empty: all processes must see the same tying
+        if not isinstance(tensor, DTensor):
+            place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
         if place not in copies or not tensor.numel():
-            copies[place] = tensor.detach().to("cpu", copy=True)
+            copies[place] = spread.whole(tensor)
         weights[name] = copies[place]
     return weights
 
 
-def copy_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def copy_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, spread: Spread) -> dict[str, Tensor]:
     """The optimizer's state by parameter name, so that it can be restored in any order."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors = {}
     for parameter, entries in optimizer.state.items():
         for key, value in entries.items():
             kind = "" if isinstance(value, Tensor) else _NUMBER  # bitsandbytes keeps its step count as a Python number
-            tensor = torch.as_tensor(value).detach()
-            tensors[f"{names[id(parameter)]}/{key}{kind}"] = tensor.to("cpu", copy=True).contiguous()
+            tensors[f"{names[id(parameter)]}/{key}{kind}"] = spread.whole(torch.as_tensor(value)).contiguous()
     return tensors
 
 
-def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], spread: Spread
+) -> None:
     """Load the result of `copy_optimizer` into a new optimizer of the same parameters."""
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
@@ -130,7 +135,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
         if key.endswith(_NUMBER):
             optimizer.state[parameter][key.removesuffix(_NUMBER)] = tensor.item()
         else:
-            optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
+            optimizer.state[parameter][key] = spread.part(tensor, parameter)
 
 
 def write_checkpoint(

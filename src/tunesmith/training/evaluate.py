@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from tunesmith.data.feed import Batches
+from tunesmith.distributed.world import OneProcess, World
 from tunesmith.model.loss import Objective, SupervisedLM, supervised_loss
 from tunesmith.training.precision import Precision
 from tunesmith.training.step import StepAborted
-from tunesmith.training.world import OneProcess, World
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ def evaluate(
     """Means over all supervised tokens, without dropout. Synchronizes with the device only once, at the end.
 
     Args:
-        gives_up: asked before each forward; for one process only.
+        gives_up: asked before each forward, in all processes alike.
 
     Raises:
         StepAborted: `gives_up` said so.
@@ -53,6 +53,8 @@ def evaluate(
             raise StepAborted
         with precision.context(device):
             found = objective(lm, batch)
+        if batch.is_empty:
+            continue
         assert found.num_correct is not None
         sums[0] += found.loss.to(sums)
         sums[1] += found.num_correct.to(sums)

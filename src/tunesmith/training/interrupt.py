@@ -164,5 +164,6 @@ class StopRequest:
             signal.raise_signal(signal.SIGINT)  # the two came as one to the main thread
         if self._has_ended.wait(_PATIENCE_S) or self._last_words is None:
             return
-        print(self._last_words(), file=sys.stderr, flush=True)
+        if text := self._last_words():
+            print(text, file=sys.stderr, flush=True)
         os._exit(InterruptedRun.exit_code)

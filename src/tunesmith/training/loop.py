@@ -13,6 +13,8 @@ import torch
 from tunesmith.config.schema import RunConfig
 from tunesmith.config.train_keys import interval_steps
 from tunesmith.data.feed import Feed, Step
+from tunesmith.distributed.spread import Spread
+from tunesmith.distributed.world import World
 from tunesmith.errors import InterruptedRun, ModelError, RunError
 from tunesmith.generation.held_out import HeldOutQuestions, mean_scores
 from tunesmith.model.loss import SupervisedLM
@@ -27,7 +29,6 @@ from tunesmith.training.progress import Progress, TrainState, Window
 from tunesmith.training.randomness import restore_random_states, take_random_states
 from tunesmith.training.saver import Saver
 from tunesmith.training.step import NotFiniteError, StepAborted, train_step
-from tunesmith.training.world import World
 
 DEFAULT_SAVE_STEPS = 500
 MAX_SKIPPED = 10  # steps in a row that train.on_nonfinite skip leaves out
@@ -53,6 +54,7 @@ class Trainer:
     scaler: torch.amp.GradScaler
     precision: Precision
     world: World
+    spread: Spread
     saver: Saver
     trackers: list[Tracker]
     stop: StopRequest
@@ -106,13 +108,10 @@ class Trainer:
 
     def _whole_step(self, step: Step) -> Record:
         """`_step`; where a signal arrives in it, the run ends between two of its forwards, as if it had not begun."""
-        if self.world.size > 1:  # all of them must make the same forwards
-            with self.pace.of("step"):
-                return self._step(step, None)
-        random = take_random_states()  # dropout draws numbers in every forward
+        random = take_random_states()
         try:
             with self.pace.of("forward", len(step.batches)):
-                return self._step(step, self._gives_up)
+                return self._step(step)
         except StepAborted:
             self.optimizer.zero_grad(set_to_none=True)
             restore_random_states(*random)
@@ -121,7 +120,7 @@ class Trainer:
 
     def _gives_up(self) -> bool:
         self.pace.count_forward()
-        return self.stop.is_made
+        return self.world.agree(self.stop.is_made)  # all of them make the same forwards
 
     def _stop(self) -> NoReturn:
         step = self.progress.step
@@ -130,7 +129,7 @@ class Trainer:
         what = f"at step {step}, which is saved" if step else "before the end of step 1"
         raise InterruptedRun(f"interrupted {what}.", code="run-interrupted")
 
-    def _step(self, step: Step, gives_up: Callable[[], bool] | None) -> Record:
+    def _step(self, step: Step) -> Record:
         """One update, or none where the loss is not finite; the record to log, if one is due."""
         train, progress = self.config.train, self.progress
         lr = lr_at(progress.step, self.feed.total_steps, self.config.optim)
@@ -139,7 +138,7 @@ class Trainer:
         try:
             result = train_step(
                 self.lm, self.optimizer, step.batches, max_grad_norm, self.precision, self.scaler, self.world,
-                gives_up=gives_up,
+                self.spread, gives_up=self._gives_up, seed=(train.seed, progress.step),
             )  # fmt: skip
         except NotFiniteError as error:
             return self._leave_out(step, error)
@@ -190,8 +189,8 @@ class Trainer:
         }
         if self.lm.router:
             record["router_loss"] = window.router_sum / window.steps
-        if window.expert_counts is not None:  # share of the tokens that went to each expert
-            counts = self.world.sum(window.expert_counts).tolist()
+        counts = window.expert_counts.tolist() if window.expert_counts is not None else []
+        if sum(counts):  # share of the tokens that went to each expert
             record["expert_load"] = [round(count / sum(counts), 4) for count in counts]
         return record
 
@@ -209,13 +208,14 @@ class Trainer:
 
     def _answer(self) -> Record:
         """Answer a few held-out rows, as if it had not been done: the next step draws the same random numbers."""
-        if not self.questions or not self.world.is_main:
+        if not self.questions:
             return {}
         number = len(self.questions.questions)
         self.on_doing(f"answering {number} held-out row{'s' if number > 1 else ''}")
         random, self.answer_failure = take_random_states(), ""
         try:
-            with self.precision.context(next(self.lm.parameters()).device):
+            device = next(self.lm.parameters()).device
+            with self.precision.context(device), self.spread.callable_parts(self.lm):
                 answers = self.questions.ask(self.lm)
         except (ModelError, torch.OutOfMemoryError) as error:  # training itself may go on
             self.answer_failure = f"the held-out rows could not be answered: {str(error).splitlines()[0]}"
@@ -228,13 +228,11 @@ class Trainer:
 
     def _evaluate_first(self) -> Record:
         """Before step 1, where an interrupted evaluation is repeated."""
-        if self.world.size > 1:
-            return self._evaluate()
         assert self.feed.held_out is not None
         try:
             with self.pace.of("forward", len(self.feed.held_out)):
                 self.on_doing("evaluating")
-                result = evaluate(self.lm, self.feed.held_out, self.precision, gives_up=self._gives_up)
+                result = evaluate(self.lm, self.feed.held_out, self.precision, self.world, gives_up=self._gives_up)
                 eval_s = self.pace.seconds()
         except StepAborted:
             self._stop()
@@ -264,7 +262,6 @@ class Trainer:
 
     def save(self) -> None:
         """Take a snapshot and let it be written beside the next steps."""
-        # every process takes part: a sharded model is gathered
         random, others = take_random_states()
         state = TrainState(self.progress, self.feed.total_steps, self.window, self.scaler.state_dict(), others)
         content = state.to_json()  # now: training changes it while it is written
@@ -274,20 +271,23 @@ class Trainer:
             self.saver.wait()
             if self.saver.failure:
                 self.on_log(self._head(), self.saver.failure)
-        weights, optimizer = copy_weights(self.lm), copy_optimizer(self.lm.model, self.optimizer)
+        # every process takes part: a sharded model is gathered
+        weights = copy_weights(self.lm, self.spread)
+        optimizer = copy_optimizer(self.lm.model, self.optimizer, self.spread)
         if self.world.is_main:
             self.saver.save(Snapshot(weights, optimizer, random, content), self.progress.best_step)
         self._saved_at, self.saved_step = time.monotonic(), self.progress.step
 
     def _save_last(self) -> None:
-        self.saver.wait()
-        if self.world.agree(self.saved_step != self.progress.step or bool(self.saver.failure)):
+        failure = self.world.share(self._wait_for_saver)
+        if failure or self.saved_step != self.progress.step:
             self.save()
+        if failure := self.world.share(self._wait_for_saver):
+            raise RunError(f"the last checkpoint could not be saved: {failure}. Free space there.", code="save-failed")
+
+    def _wait_for_saver(self) -> str:
         self.saver.wait()
-        if self.world.agree(bool(self.saver.failure)):
-            raise RunError(
-                f"the last checkpoint could not be saved: {self.saver.failure}. Free space there.", code="save-failed"
-            )
+        return self.saver.failure
 
     def explain_stop(self) -> str:
         """What a first signal leaves to be done; another thread asks."""

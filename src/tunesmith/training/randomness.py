@@ -21,6 +21,11 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def seed_forward(*numbers: int) -> None:
+    """Seed torch's generators from a run's seed and a forward's place, for its dropout."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+
+
 def take_random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """torch's random states as tensors; those of Python and NumPy as JSON."""
     tensors = {"cpu": torch.get_rng_state()}

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from tunesmith.data.feed import Batches
 from tunesmith.data.pack import Batch
-from tunesmith.model.loss import Objective, SupervisedLM, supervised_loss
+from tunesmith.distributed.spread import Spread
+from tunesmith.distributed.world import OneProcess, World
+from tunesmith.model.loss import LossSums, Objective, SupervisedLM, supervised_loss
 from tunesmith.training.precision import Precision
-from tunesmith.training.world import OneProcess, World
+from tunesmith.training.randomness import seed_forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,7 @@ class StepResult:
     """Means over the step's supervised tokens, of all processes.
 
     Attributes:
-        expert_counts: how often each expert was chosen in this process, on the device.
+        expert_counts: how often each expert was chosen, on the device.
     """
 
     loss: float
@@ -52,41 +54,56 @@ def train_step(
     precision: Precision,
     scaler: torch.amp.GradScaler,
     world: World | None = None,
+    spread: Spread | None = None,
     objective: Objective = supervised_loss,
     gives_up: Callable[[], bool] | None = None,
+    seed: Sequence[int] = (),
 ) -> StepResult:
     """One update. The loss is the sum over all supervised tokens of the step divided by their count.
 
     The split into forwards and processes does not change the gradient, except that of a router loss (see `Router`).
     The host waits for the device once, to see that the numbers are finite.
-    `gives_up` is asked before each forward but the first, in one process only: of several none may stop alone.
+
+    Args:
+        batches: the share of this process.
+        gives_up: asked before each forward but the first, in all processes alike.
+        seed: of the step. Dropout in a forward depends on it and on the forward's number alone, not on the process
+            that makes it. Empty: dropout draws from torch's generator as it is.
 
     Raises:
         NotFiniteError: they are not; there is no update.
         StepAborted: `gives_up` said so; there is no update.
     """
-    world = world or OneProcess()
+    world, spread = world or OneProcess(), spread or Spread()
     device = next(lm.parameters()).device
     num_parts = batches.num_samples if lm.router and lm.router.is_per_document else len(batches)
     counts = torch.tensor([batches.num_tokens, batches.num_targets, num_parts])  # of this process
     num_tokens, num_targets, num_parts = world.sum(counts).tolist()
     loss_sum, router_sum = torch.zeros(2, device=device).unbind()
-    expert_counts: Tensor | None = None
+    expert_counts = torch.zeros(lm.router.num_experts, dtype=torch.int64, device=device) if lm.router else None
     for batch in _until_given_up(batches, gives_up):
+        if batch.is_empty and not spread.needs_equal_forwards:
+            continue
+        if seed:
+            seed_forward(*seed, *batch.number)
         with precision.context(device):
             sums = objective(lm, batch)
+        if batch.is_empty:
+            spread.backward(scaler.scale(_nothing_of(sums)))
+            continue
         loss = sums.loss / max(1, num_targets)
         loss_sum = loss_sum + loss.detach()
         if sums.router_loss is not None:
             router_loss = sums.router_loss / num_parts
             router_sum = router_sum + router_loss.detach()
             loss = loss + router_loss
-        if sums.expert_counts is not None:
-            expert_counts = sums.expert_counts if expert_counts is None else expert_counts + sums.expert_counts
-        scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
+        if sums.expert_counts is not None and expert_counts is not None:
+            expert_counts += sums.expert_counts
+        spread.backward(scaler.scale(loss))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+    spread.sum_gradients(parameters)
+    scaler.unscale_(optimizer)
+    grad_norm = spread.clip(parameters, max_grad_norm)
     read = read_numbers([world.sum(loss_sum), world.sum(router_sum), grad_norm])
     result = StepResult(
         loss=read[0],
@@ -94,7 +111,7 @@ def train_step(
         grad_norm=read[2],
         num_tokens=num_tokens,
         num_targets=num_targets,
-        expert_counts=expert_counts,
+        expert_counts=world.sum(expert_counts) if expert_counts is not None else None,
     )
     # fp16 overflows now and then by design: its scaler skips that update and lowers the scale
     is_finite = math.isfinite(result.loss) and (math.isfinite(result.grad_norm) or scaler.is_enabled())
@@ -104,6 +121,12 @@ def train_step(
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return result
+
+
+def _nothing_of(sums: LossSums) -> Tensor:
+    """Zero, through which the backward reaches every parameter."""
+    nothing = sums.loss * 0.0
+    return nothing if sums.router_loss is None else nothing + sums.router_loss * 0.0
 
 
 def _until_given_up(batches: Batches, gives_up: Callable[[], bool] | None) -> Iterator[Batch]:

@@ -1,0 +1,183 @@
+"""What processes tell each other beside their collectives: that they live, and what ended them.
+
+A collective waits for all processes, so it cannot carry the news that one of them has failed. That goes through the
+launcher's key-value store, from a thread: also while the main thread is inside a collective.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+_BEAT_S = 0.5
+_GRACE_S = 6.0  # for the main thread to end by itself after another process has failed
+_TOLD_S = 15.0  # for process 0 to tell what happened here
+_UNHEARD_S = 4.0  # without a beat: the process has ended
+_FAILED, _TOLD = "failed", "told"
+
+
+def silence_s() -> float:
+    """Seconds without a sign of life after which a process counts as lost (TUNESMITH_SILENCE_S)."""
+    try:
+        return max(2.0, float(os.environ.get("TUNESMITH_SILENCE_S", "")))
+    except ValueError:
+        return 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a process ended.
+
+    Attributes:
+        rank: of the process that failed or, where it ended without a word, that was lost.
+        exit_code: of the command contract.
+        code: of the error, in kebab-case.
+    """
+
+    rank: int
+    text: str
+    exit_code: int
+    code: str
+
+
+class Channel:
+    """Signs of life and failures of `size` processes.
+
+    Args:
+        store: a client of the launcher's store that nothing else uses.
+        name: of this process, for messages.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int, name: str) -> None:
+        self._store, self._rank, self._size = store, rank, size
+        self._silence_s = silence_s()
+        self._seen = {other: ("", time.monotonic()) for other in range(size) if other != rank}
+        self._store_lost: float | None = None
+        self._is_closed = threading.Event()
+        self.on_end: Callable[[Failure], None] = _print_failure
+        self._lock = threading.Lock()
+        self._store.set(f"name/{rank}", name)
+        self._thread = threading.Thread(target=self._watch, name="channel", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """No more signs of life: the process has left the run."""
+        self._is_closed.set()
+        with contextlib.suppress(Exception):
+            self._store.set(f"alive/{self._rank}", "left")
+        if self._thread is not threading.current_thread():
+            self._thread.join(2 * _BEAT_S)
+
+    def fail(self, failure: Failure) -> Failure:
+        """Tell all processes; the first failure counts, and is returned."""
+        with contextlib.suppress(Exception):
+            self._store.compare_set(_FAILED, "", json.dumps(asdict(failure)))
+        return self.failure() or failure
+
+    def failure(self) -> Failure | None:
+        try:
+            if not self._store.check([_FAILED]):
+                return None
+            return Failure(**json.loads(self._store.get(_FAILED)))
+        except Exception:  # the store has gone with the process that kept it
+            return None
+
+    def tell(self) -> None:
+        """Process 0 has taken the failure and will print it."""
+        with contextlib.suppress(Exception):
+            self._store.set(_TOLD, "1")
+
+    def wait_told(self) -> None:
+        """Wait until process 0 prints what happened here: at the end of this process the launcher ends all others."""
+        end = time.monotonic() + _TOLD_S
+        with contextlib.suppress(Exception):
+            while time.monotonic() < end and not self._store.check([_TOLD]):
+                time.sleep(0.1)
+        time.sleep(1.0)
+
+    def find_cause(self) -> Failure | None:
+        """What ended another process, after a collective has failed; None if all live and none has failed."""
+        end = time.monotonic() + _UNHEARD_S + 2 * _BEAT_S
+        while time.monotonic() < end:
+            if found := self.failure():
+                return found
+            time.sleep(0.1)
+        if lost := self._unheard(_UNHEARD_S):
+            return self.fail(self._lost(lost[0], "ended without a word"))
+        return None
+
+    def _unheard(self, seconds: float) -> list[int]:
+        now = time.monotonic()
+        with self._lock:
+            return [rank for rank, (beat, at) in self._seen.items() if now - at > seconds and beat != "left"]
+
+    def _lost(self, rank: int, what: str) -> Failure:
+        name = f"process {rank}"
+        with contextlib.suppress(Exception):
+            if self._store.check([f"name/{rank}"]):
+                name = self._store.get(f"name/{rank}").decode()
+        return Failure(
+            rank,
+            f"{name} {what}. The system kills processes where memory is full (dmesg says so); the launcher's log has "
+            "what it printed.",
+            4,
+            "process-lost",
+        )
+
+    def _watch(self) -> None:
+        beat = 0
+        while not self._is_closed.wait(_BEAT_S):
+            beat += 1
+            try:
+                self._store.set(f"alive/{self._rank}", str(beat))
+                self._listen()
+                self._store_lost = None
+            except Exception:
+                self._store_lost = self._store_lost or time.monotonic()
+                if time.monotonic() - self._store_lost > _GRACE_S:  # its keeper has ended, and so has the run
+                    self._end(self._lost(0, "or the launcher's store is gone"))
+                continue
+            if found := self.failure() or self._silent():
+                self._end_after_grace(found)
+
+    def _listen(self) -> None:
+        for other in self._seen:
+            key = f"alive/{other}"
+            if not self._store.check([key]):
+                continue
+            beat = self._store.get(key).decode()
+            with self._lock:
+                if beat != self._seen[other][0]:
+                    self._seen[other] = (beat, time.monotonic())
+
+    def _silent(self) -> Failure | None:
+        lost = self._unheard(self._silence_s)
+        if not lost:
+            return None
+        return self.fail(self._lost(lost[0], f"has not answered for {self._silence_s:.0f} seconds"))
+
+    def _end_after_grace(self, failure: Failure) -> None:
+        """The main thread learns of it when its collective fails, or here if it does not."""
+        if not self._is_closed.wait(_GRACE_S):
+            self._end(failure)
+
+    def _end(self, failure: Failure) -> None:
+        if self._is_closed.is_set():
+            return
+        if self._rank == 0 or (failure.rank == 0 and self._rank == 1):  # one of them prints
+            self.on_end(failure)
+        self.tell()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(failure.exit_code)
+
+
+def _print_failure(failure: Failure) -> None:
+    print(f"error: {failure.text}", file=sys.stderr, flush=True)

@@ -1,0 +1,86 @@
+"""FSDP2: each process keeps a shard of each parameter, gradient and average (Zhao et al. 2023; torch's fully_shard)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from tunesmith.distributed.spread import Spread
+from tunesmith.distributed.world import World
+from tunesmith.model.loss import SupervisedLM
+
+
+class Sharded(Spread):
+    """Every block of the model is sharded by itself, what is left (embedding, last norm, head) together.
+
+    Args:
+        compute: dtype of matrix products where it differs from the weights' (bf16 over fp32 weights).
+    """
+
+    name = "fsdp"
+    needs_equal_forwards = True
+
+    def __init__(self, world: World, device: torch.device, compute: torch.dtype | None) -> None:
+        self._device = device
+        self._mesh = init_device_mesh(device.type, (world.size,))
+        self._policy = MixedPrecisionPolicy(compute, reduce_dtype=torch.float32) if compute else MixedPrecisionPolicy()
+
+    def prepare(self, lm: SupervisedLM) -> None:
+        for block in find_blocks(lm.model):
+            fully_shard(block, mesh=self._mesh, mp_policy=self._policy)
+        fully_shard(lm, mesh=self._mesh, mp_policy=self._policy)
+        for module in lm.modules():
+            if isinstance(module, FSDPModule):
+                # sums, not means; gloo cannot scale while it sums
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        _move_buffers(lm, self._device)
+
+    def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+        norm = super().clip(parameters, max_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return full.detach().to("cpu", copy=True)
+
+    def part(self, tensor: Tensor, like: Tensor) -> Tensor:
+        if not isinstance(like, DTensor) or tensor.shape != like.shape:
+            return tensor.to(like.device, copy=True)  # a count of steps
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+    @contextmanager
+    def callable_parts(self, lm: SupervisedLM) -> Iterator[None]:
+        root = cast(FSDPModule, lm)
+        root.unshard()
+        try:
+            yield
+        finally:
+            root.reshard()
+
+
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a transformer, by the classes that transformers names as not to be split."""
+    names: Any = getattr(model, "_no_split_modules", None) or ()
+    found = [module for module in model.modules() if type(module).__name__ in set(names)]
+    if found:
+        return found
+    lists: list[list[nn.Module]] = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=[])
+
+
+def _move_buffers(lm: nn.Module, device: torch.device) -> None:
+    """fully_shard moves parameters; tables such as the rotary embedding's frequencies stay where they were."""
+    for module in lm.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer is not None and buffer.device != device:
+                module.register_buffer(
+                    name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set
+                )

@@ -1,0 +1,221 @@
+"""The world of a run that a launcher started in several processes, on torch.distributed."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+from tunesmith.config.train_keys import TrainSection
+from tunesmith.distributed.channel import Channel, Failure
+from tunesmith.distributed.launch import VOICE, Launch, find_launch
+from tunesmith.distributed.world import OneProcess, World
+from tunesmith.errors import ConfigError, RunError, TunesmithError
+from tunesmith.files import is_out_of_memory, lacking_memory
+
+_JOIN_S = 300  # for all processes to start
+_POLL_S = 0.05
+_JOINED = itertools.count()  # worlds of this process; each has its own keys in the store
+_stores: list[Any] = []  # kept to the end of the process: others may still read from it
+
+
+def collective_s() -> float:
+    """Time limit of one collective in seconds (TUNESMITH_COLLECTIVE_S)."""
+    try:
+        return max(5.0, float(os.environ.get("TUNESMITH_COLLECTIVE_S", "")))
+    except ValueError:
+        return 1800.0
+
+
+class ToldError(RunError):
+    """A failure of another process, or one of this process that process 0 has printed."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.text, code=failure.code)
+        self.exit_code = failure.exit_code
+        self.failure = failure
+
+    def with_advice(self, advice: str) -> ToldError:
+        """With how to continue the run, which a process that ended without a word has not said."""
+        is_complete = self.failure.code != "process-lost"
+        return self if is_complete else ToldError(replace(self.failure, text=f"{self.failure.text} {advice}"))
+
+
+class Processes:
+    """Several processes with one process group each for CPU and GPU tensors."""
+
+    def __init__(self, launch: Launch, channel: Channel, group: Any, store: Any) -> None:
+        self.rank, self.size, self.local_rank = launch.rank, launch.size, launch.local_rank
+        self.channel = channel
+        self._launch, self._group, self._store = launch, group, store
+        self._shared = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        total = values.detach().clone()
+        dist.all_reduce(total, group=self._group if total.device.type == "cpu" else None)
+        return total
+
+    def agree(self, wish: bool) -> bool:
+        return bool(self.sum(torch.tensor(int(wish), dtype=torch.int32)).item())
+
+    def share(self, make: Callable[[], Any]) -> Any:
+        self._shared += 1
+        key = f"share/{self._shared}"
+        if self.is_main:
+            value = make()
+            self._store.set(key, json.dumps(value))
+            return value
+        while not self._store.check([key]):
+            self.raise_failure()
+            time.sleep(_POLL_S)
+        return json.loads(self._store.get(key))
+
+    def raise_failure(self) -> None:
+        """Raises:
+        ToldError: another process has failed.
+        """
+        if (failure := self.channel.failure()) and failure.rank != self.rank:
+            if self.is_main:
+                self.channel.tell()
+            raise ToldError(failure)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # of gloo or NCCL, when a process has ended; and anything else of torch
+            if is_out_of_memory(error) or not (failure := self.channel.find_cause()):
+                raise
+            if failure.rank == self.rank:
+                raise
+            if self.is_main:
+                self.channel.tell()
+            raise ToldError(failure) from error
+
+    def publish(self, error: BaseException) -> None:
+        """Tell the other processes what ended this one; process 0 prints it."""
+        if isinstance(error, ToldError):
+            return
+        text = str(error)
+        if is_out_of_memory(error):
+            text = f"{lacking_memory(error)} is out of memory"
+        elif not isinstance(error, TunesmithError):
+            kind = type(error).__name__
+            text = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{kind}: {' '.join(text.split())[:2000]}"
+        default = 3 if isinstance(error, KeyboardInterrupt) else RunError.exit_code
+        failure = Failure(
+            self.rank,
+            text if self.is_main else f"{self._launch.name}: {text}",
+            int(getattr(error, "exit_code", default)),
+            str(getattr(error, "code", "") or "process-failed"),
+        )
+        told = self.channel.fail(failure)
+        if not self.is_main and told.rank == self.rank:
+            self.channel.wait_told()
+
+
+@contextmanager
+def joined_world(train: TrainSection) -> Iterator[World]:
+    """The world of this run: all processes of the launcher, or this one.
+
+    Raises:
+        ConfigError: train.parallel does not fit the number of processes.
+        RunError: another process has failed.
+    """
+    launch = find_launch()
+    require_fitting(train, launch)
+    if launch is None or (launch.size == 1 and train.parallel in ("auto", "none")):
+        yield OneProcess()
+        return
+    world, leave = _join(launch)
+    error: BaseException | None = None
+    try:
+        yield world
+    except BaseException as raised:
+        error = raised
+        world.publish(raised)
+        raise
+    finally:
+        leave(error)
+
+
+def require_fitting(train: TrainSection, launch: Launch | None) -> None:
+    """Raises:
+    ConfigError: train.parallel does not fit the number of processes.
+    """
+    if train.parallel == "none" and launch is not None and launch.size > 1:
+        raise ConfigError(
+            "train.parallel",
+            [f"none, and {launch.size} processes were started: each would train the same run. Start one, or leave "
+             "train.parallel out"],
+            code="parallel-does-not-fit",
+        )  # fmt: skip
+    if train.parallel in ("ddp", "fsdp", "deepspeed") and launch is None:
+        raise ConfigError(
+            "train.parallel",
+            [f"{train.parallel} needs a launcher, which says how many processes there are: torchrun --nproc-per-node N "
+             "-m tunesmith train ..."],
+            code="parallel-does-not-fit",
+        )  # fmt: skip
+
+
+def _join(launch: Launch) -> tuple[Processes, Callable[[BaseException | None], None]]:
+    VOICE.has_joined = True
+    if torch.cuda.is_available():
+        torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
+    limit = datetime.timedelta(seconds=collective_s())
+    owns_group = not dist.is_initialized()
+    number = next(_JOINED)
+    prefix = f"tunesmith/{launch.restarts}/{number}"
+    try:
+        if owns_group:
+            store = PrefixStore(f"{prefix}/group", _connect(launch, is_first=number == 0))
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=limit)
+        group = dist.new_group(backend="gloo", timeout=limit)
+        client = PrefixStore(prefix, _connect(launch, is_first=False))
+        channel = Channel(PrefixStore("channel", client), launch.rank, launch.size, launch.name)
+    except (RuntimeError, OSError) as error:
+        raise RunError(
+            f"{launch.name}: cannot reach the other processes at {launch.address}:{launch.port} "
+            f"({' '.join(str(error).split())[:300]}). All must be started, and reach that address.",
+            code="processes-not-joined",
+        ) from None
+    world = Processes(launch, channel, group, PrefixStore("values", client))
+
+    def leave(error: BaseException | None) -> None:
+        if error is None:
+            with contextlib.suppress(Exception):  # nobody's connection is closed while another still needs it
+                dist.barrier(group)
+        channel.close()
+        if error is None and owns_group:
+            with contextlib.suppress(Exception):
+                dist.destroy_process_group()
+        VOICE.has_joined = error is not None
+
+    return world, leave
+
+
+def _connect(launch: Launch, is_first: bool) -> Any:
+    """A client of the launcher's store; process 0 keeps the store itself where the launcher has none."""
+    keeps = launch.rank == 0 and not launch.has_agent and is_first
+    timeout = datetime.timedelta(seconds=_JOIN_S)
+    store = TCPStore(launch.address, launch.port, launch.size, is_master=keeps, timeout=timeout, wait_for_workers=False)
+    _stores.append(store)
+    return store

@@ -344,11 +344,11 @@ def test_a_missing_argument_is_named_as_python_names_it(model_folder: Path, chat
 
 def test_resume_does_not_evaluate_on_what_is_trained(model_folder: Path, chats: Path, tmp_path: Path) -> None:
     run = train(model_folder, chats, tmp_path / "run")
-    tokens = (run.path / "tokens" / "tokens.bin").read_bytes()
+    tokens = (run.path / "tokens" / "tokens-00000.bin").read_bytes()
     with pytest.raises(tunesmith.TunesmithError) as error:
         run.resume(max_steps=6, data={"train": str(chats), "eval": str(chats)}, allow=["data"])
     assert "data.eval" in str(error.value)
-    assert (run.path / "tokens" / "tokens.bin").read_bytes() == tokens
+    assert (run.path / "tokens" / "tokens-00000.bin").read_bytes() == tokens
 
 
 def test_runs_in_threads_train_as_alone(model_folder: Path, chats: Path, tmp_path: Path) -> None:

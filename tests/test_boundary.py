@@ -309,8 +309,8 @@ def test_odd_files_of_data_and_run_files(forks: Forks, folder: Path, make) -> No
 @odd
 def test_odd_files_in_a_run(forks: Forks, folder: Path, make) -> None:
     newest = "checkpoints/step-000002"
-    for name in ("run.json", "data_ledger.json", "metrics.jsonl", "config.yaml", "tokens/index.npz", "tokens/files.json",
-                 "tokens/tokens.bin", f"{newest}/manifest.json", f"{newest}/state.json"):  # fmt: skip
+    for name in ("run.json", "data_ledger.json", "metrics.jsonl", "config.yaml", "tokens/offsets.npy", "tokens/store.json",
+                 "tokens/tokens-00000.bin", f"{newest}/manifest.json", f"{newest}/state.json"):  # fmt: skip
         run = folder / "copy"
         shutil.copytree(folder / "full", run)
         replace(run / name, make)
@@ -325,7 +325,7 @@ WRONG = ['{"step": "x"}', "[]", "null", "3", '"x"', "{}", '{"step": null, "loss"
 
 @pytest.mark.parametrize("text", thinned(WRONG, 2))
 def test_wrong_types_in_the_files_of_a_run(forks: Forks, folder: Path, text: str) -> None:
-    for name in ("run.json", "data_ledger.json", "metrics.jsonl", "tokens/files.json", "config.yaml"):
+    for name in ("run.json", "data_ledger.json", "metrics.jsonl", "tokens/store.json", "config.yaml"):
         run = folder / "copy"
         shutil.copytree(folder / "full", run)
         (run / name).write_text(text + "\n")

@@ -296,7 +296,7 @@ def test_long_metrics_come_in_parts(trained: Path, tmp_path: Path) -> None:
     assert parts > 1
 
 
-@pytest.mark.parametrize("name", ["data_ledger.json", "tokens/index.npz", "tokens/files.json", "config.yaml"])
+@pytest.mark.parametrize("name", ["data_ledger.json", "tokens/offsets.npy", "tokens/store.json", "config.yaml"])
 def test_damaged_files_of_a_run_give_an_error_without_paths(trained: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(trained, tmp_path / "run")
     runs = open_runs([str(tmp_path / "run")])

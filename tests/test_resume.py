@@ -395,10 +395,10 @@ def test_where_no_checkpoint_verifies_nothing_starts_again_by_itself(
 
 def test_damaged_tokens_are_found(fails: Any, straight: Path, tmp_path: Path) -> None:
     killed = killed_after(straight, 4, tmp_path / "part")
-    flip(killed / "tokens" / "tokens.bin")
+    flip(killed / "tokens" / "tokens-00000.bin")
     error = fails("resume", killed)
     assert (error.code, error.exit_code) == ("tokens-damaged", 1)
-    assert f"{killed / 'tokens' / 'tokens.bin'}: " in str(error)
+    assert f"{killed / 'tokens' / 'tokens-00000.bin'}: " in str(error)
 
 
 def test_the_order_of_writing(run: Run, model_folder: Path, chats: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -13,10 +13,10 @@ import pytest
 from conftest import write_jsonl
 from tunesmith.config.runfile import resolve_config
 from tunesmith.config.schema import RunConfig
-from tunesmith.data.replace import finish_replacing, replace_dataset
 from tunesmith.errors import TunesmithError
 from tunesmith.files import sealed
 from tunesmith.model.source import find_model
+from tunesmith.preparation.replace import finish_replacing, replace_dataset
 from tunesmith.run.console import Silent
 from tunesmith.run.records import Fingerprint, RunRecord, read_record
 from tunesmith.run.resume import run_resume

@@ -72,6 +72,10 @@ class LoggedReporter:
 
     def stage(self, text: str) -> None: ...
 
+    def preparing(self, rows: int, share: float | None) -> None: ...
+
+    def prepared(self) -> None: ...
+
     def summary(self, lines: list[tuple[str, str]]) -> None:
         for name, text in lines:
             logger.log(logging.WARNING if name in LEVEL_STYLES else logging.INFO, "%s  %s", name, text)

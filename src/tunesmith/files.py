@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,13 @@ def lost_write(path: Path) -> OSError:
     return OSError(errno.EIO, "reads back differently from what was written", str(path))
 
 
-def write_text_atomic(path: Path, text: str) -> None:
+def write_text_atomic(path: Path, text: str | Iterable[str]) -> None:
     """Replace `path` by `text` atomically: readers see the old text or the new one.
 
     If the path is a link, its target is replaced.
+
+    Args:
+        text: whole, or in pieces that need not be in memory together.
 
     Raises:
         OSError: the path is not a file (/dev/null, a pipe) and a rename would destroy it.
@@ -72,14 +76,17 @@ def write_text_atomic(path: Path, text: str) -> None:
     path = Path(os.path.realpath(path))
     if os.path.lexists(path):
         require_regular(path, path.lstat().st_mode)
-    data = text.encode("utf-8")
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    digest = hashlib.sha256()
     try:
         with partial.open("wb") as file:
-            file.write(data)
+            for piece in [text] if isinstance(text, str) else text:
+                data = piece.encode("utf-8")
+                file.write(data)
+                digest.update(data)
             file.flush()
             os.fsync(file.fileno())
-        require_written(partial, hashlib.sha256(data).hexdigest())
+        require_written(partial, digest.hexdigest())
         partial.replace(path)
     except OSError as error:
         if error.filename == str(partial):  # a name that nobody has given
@@ -94,6 +101,76 @@ def sealed(content: Mapping[str, Any]) -> str:
     """JSON that contains its own hash under "sha256", which `read_sealed` verifies."""
     plain = json.loads(json.dumps(content))  # as it will be read back, with keys as text
     return json.dumps({**plain, "sha256": seal_of(plain)}, indent=1)
+
+
+def spell_sealed(content: Mapping[str, Any]) -> Iterator[str]:
+    """The text of `sealed` in pieces, for content with long sequences of any type (data_ledger.json)."""
+    digest = hashlib.sha256()
+    for piece in spell_json(content, None):
+        digest.update(piece.encode("utf-8"))
+    yield from spell_json({**content, "sha256": digest.hexdigest()}, 1)
+
+
+_PIECE = 1024  # items of a sequence that are spelled together
+
+
+def spell_json(value: Any, indent: int | None, level: int = 0) -> Iterator[str]:
+    """The text of json.dumps in pieces; with indent None, keys are sorted.
+
+    Unlike json, it takes sequences of any type and never holds the text of a long one.
+
+    Args:
+        level: how deep the value is nested.
+    """
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence):
+        if not isinstance(value, Mapping) or not value:
+            yield json.dumps(value, sort_keys=indent is None)
+            return
+        texts = {_as_key(key): below for key, below in value.items()}
+        pairs = ((f"{json.dumps(key)}: ", texts[key]) for key in (sorted(texts) if indent is None else texts))
+        yield from _spell_items("{}", pairs, indent, level)
+    elif not len(value):
+        yield "[]"
+    elif type(value[0]) is int:
+        yield from _spell_numbers(value, indent, level)
+    else:
+        yield from _spell_items("[]", (("", item) for item in value), indent, level)
+
+
+def _as_key(key: Any) -> str:
+    """A key as JSON has it: True as true, 1 as 1."""
+    return key if isinstance(key, str) else str(next(iter(json.loads(json.dumps({key: 0})))))
+
+
+def _spell_items(brackets: str, items: Iterable[tuple[str, Any]], indent: int | None, level: int) -> Iterator[str]:
+    border, end = _borders(indent, level)
+    lead = brackets[0] + border.lstrip(",").lstrip(" " if indent is None else "")
+    for head, item in items:
+        yield lead + head
+        yield from spell_json(item, indent, level + 1)
+        lead = border
+    yield end + brackets[1]
+
+
+def _spell_numbers(numbers: Sequence[Any], indent: int | None, level: int) -> Iterator[str]:
+    """A list that begins with a whole number."""
+    border, end = _borders(indent, level)
+    lead = "[" + border.lstrip(",").lstrip(" " if indent is None else "")
+    items = iter(numbers)
+    while piece := list(itertools.islice(items, _PIECE)):
+        if all(type(item) is int for item in piece):
+            yield lead + border.join(map(str, piece))
+        else:
+            yield lead + border.join("".join(spell_json(item, indent, level + 1)) for item in piece)
+        lead = border
+    yield end + "]"
+
+
+def _borders(indent: int | None, level: int) -> tuple[str, str]:
+    """What stands between two items, and before the closing bracket."""
+    if indent is None:
+        return ", ", ""
+    return ",\n" + " " * indent * (level + 1), "\n" + " " * indent * level
 
 
 def seal_of(content: Mapping[str, Any]) -> str:

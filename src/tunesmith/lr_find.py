@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.config.schema import LrFindConfig, RunConfig
-from tunesmith.data.dataset import find_data, refuse_shared_files, write_dataset
+from tunesmith.data.dataset import find_data, refuse_shared_files
 from tunesmith.distributed.world import OneProcess
 from tunesmith.errors import RunError
 from tunesmith.model.reopen import require_one_reading
 from tunesmith.model.source import find_model
+from tunesmith.preparation.write import write_dataset
 from tunesmith.run.assemble import ReadyRun, assemble
 from tunesmith.run.console import Silent, print_summary
 from tunesmith.run.failures import explained_failures

@@ -11,6 +11,8 @@ from pydantic import Field, field_validator
 from tunesmith.config.plainyaml import require_plain
 from tunesmith.config.section import Section
 
+_MOST_WORKERS = 1024
+
 
 class FieldsSection(Section):
     prompt: str | None = None
@@ -103,6 +105,8 @@ class DataSection(Section):
     """Encoding of text files (CSV, JSON, text): gb18030, cp1252, utf-16 or another Python name."""
     max_row_mb: float = Field(default=16.0, gt=0.0, le=1000.0)
     """Largest row in MB; a larger one is refused and never parsed. A .txt or .md file may have any size."""
+    workers: Literal["auto"] | int = "auto"
+    """Processes that label rows; auto: one for each core where the data are large; 0 or 1: none besides the command."""
 
     @field_validator("template_kwargs")
     @classmethod
@@ -121,6 +125,13 @@ class DataSection(Section):
         if any("\ud800" <= char <= "\udfff" for prompt in prompts for char in prompt):
             raise ValueError("holds a lone surrogate (half a character), which no tokenizer can encode")
         return prompts
+
+    @field_validator("workers")
+    @classmethod
+    def _keep_workers(cls, number: Literal["auto"] | int) -> Literal["auto"] | int:
+        if isinstance(number, int) and not 0 <= number <= _MOST_WORKERS:
+            raise ValueError(f"must be auto or a number from 0 to {_MOST_WORKERS}, not {number}")
+        return number
 
     @field_validator("encoding")
     @classmethod

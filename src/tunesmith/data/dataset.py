@@ -1,29 +1,26 @@
-"""Write a run's data to disk: label all rows into token stores, with a ledger of each row's outcome."""
+"""A run's data on disk: the files they come from, token stores for training and evaluation, and ledgers."""
 
 from __future__ import annotations
 
 import datetime
-import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
 from tunesmith.config.data_keys import DataSection
 from tunesmith.config.train_keys import TrainSection
 from tunesmith.data.feed import Batches, Feed, count_steps, plan_samples
-from tunesmith.data.labelling import label_rows
 from tunesmith.data.ledger import Ledger
 from tunesmith.data.split import Numbers, split_eval
-from tunesmith.data.store import StoreWriter, TokenStore, open_store
-from tunesmith.encode.draws import RowDraws
+from tunesmith.data.store import TokenStore, open_store
 from tunesmith.encode.encoder import Encoder
-from tunesmith.errors import DataError, TunesmithError
+from tunesmith.errors import TunesmithError
 from tunesmith.files import sha256_file, sha256_text
 from tunesmith.runfolder import RunFolder
-from tunesmith.sources.read import RawRow, Sources, find_sources, read_rows
+from tunesmith.sources.read import Sources, find_sources
 
 StoreHashes = Mapping[str, Mapping[str, str]]  # folder of a store -> file -> SHA-256 of the bytes written
 
@@ -98,14 +95,15 @@ class Dataset:
     sha256: StoreHashes
 
     def ledger_json(self, encoder: Encoder, date: datetime.datetime) -> dict[str, Any]:
-        """The content of data_ledger.json."""
+        """The content of data_ledger.json, for `spell_sealed`: its long lists are made as they are written."""
         template, store = encoder.template, self.train
-        trained = set(self.train_samples.tolist())
+        is_held_out = np.ones(len(store), dtype=bool)
+        is_held_out[self.train_samples] = False
         return {
             # rows of the training files that data.eval_split holds out (pieces of a row where one long text was split)
-            "held_out": [store.where(index) for index in range(len(store)) if index not in trained],
-            "train": self.ledger.to_json(),
-            "eval": self.eval_ledger.to_json() if self.eval_ledger else None,
+            "held_out": SampleNames(store, np.flatnonzero(is_held_out)),
+            "train": self.ledger.to_json(is_lazy=True),
+            "eval": self.eval_ledger.to_json(is_lazy=True) if self.eval_ledger else None,
             "template": {
                 "source": template.source if template else "none",
                 "sha256": sha256_text(template.text) if template else None,
@@ -115,65 +113,38 @@ class Dataset:
         }
 
 
-def write_dataset(
-    data: DataSection, sources: DataSources, encoder: Encoder, max_seq_len: int, seed: int, folder: RunFolder
-) -> Dataset:
-    """Label all rows into stores in `folder`.
+class SampleNames(Sequence[str]):
+    """FILE:ROW of samples, each made on demand."""
 
-    What is drawn for rows (data.system_prompts, data.empty_think_share) changes training rows only. Rows that
-    data.eval_split holds out are labelled once more, as they are in the data.
+    def __init__(self, store: TokenStore, samples: Numbers) -> None:
+        self._store, self._samples = store, samples
 
-    Args:
-        seed: for data.eval_split and the draws.
+    def __len__(self) -> int:
+        return len(self._samples)
 
-    Raises:
-        DataError: too many rows are refused, or a file changed while it was read.
-    """
-    draws = RowDraws.of(data, seed)
-    drawn = _Rows(sources.train, read_rows(sources.train, data.encoding, data.max_row_mb), draws)
-    store, ledger, hashes = _label_into(folder.tokens, drawn, data, encoder, max_seq_len)
-    held_out = _held_out_rows(store, data, seed) if draws and data.eval_split else None
-    if not data.eval and not held_out:
-        return _split(data, seed, store, ledger, None, None, {folder.tokens.name: hashes})
-    found = replace(sources.train, passed_over=[]) if held_out else sources.eval
-    rows: Iterator[RawRow] = read_rows(found, data.encoding, data.max_row_mb)
-    if held_out:
-        rows = (row for row in itertools.islice(rows, data.limit) if (row.file, row.number) in held_out)
-    unlimited = data.model_copy(update={"limit": None, "max_cut_replies": 1.0})  # nothing learns from these
-    eval_store, eval_ledger, eval_hashes = _label_into(
-        folder.eval_tokens, _Rows(found, rows), unlimited, encoder, max_seq_len
-    )
-    both = {folder.tokens.name: hashes, folder.eval_tokens.name: eval_hashes}
-    return _split(data, seed, store, ledger, eval_store, eval_ledger, both)
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Rows of sources, and what is drawn for them."""
-
-    sources: Sources
-    rows: Iterable[RawRow]
-    draws: RowDraws | None = None
-
-
-def _held_out_rows(store: TokenStore, data: DataSection, seed: int) -> set[tuple[str, int]]:
-    """(file, number) of the rows that data.eval_split holds out; none where it holds out pieces of rows."""
-    trained, held_out = split_eval(store, data.eval_split, seed)
-    rows = store.row_ids
-    if np.isin(rows[held_out], rows[trained]).any():
-        return set()
-    return {(store.files[store.file_numbers[index]], int(store.row_numbers[index])) for index in held_out.tolist()}
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self._store.where(int(sample)) for sample in self._samples[index]]
+        return self._store.where(int(self._samples[index]))
 
 
 def open_dataset(
     data: DataSection, seed: int, folder: RunFolder, hashes: StoreHashes, ledger: Ledger, eval_ledger: Ledger | None
 ) -> Dataset:
-    """Open what `write_dataset` wrote to `folder`, without verifying it (see `find_store_damage`)."""
+    """Open what `write_dataset` wrote to `folder`, without verifying it (see `find_store_damage`).
+
+    Any number of processes may have it open, once the one that wrote it has returned from `write_dataset` and the
+    folder has its final name.
+    """
     eval_store = open_store(folder.eval_tokens) if folder.eval_tokens.name in hashes else None
-    return _split(data, seed, open_store(folder.tokens), ledger, eval_store, eval_ledger, hashes)
+    return split_dataset(data, seed, open_store(folder.tokens), ledger, eval_store, eval_ledger, hashes)
 
 
-def _split(
+def split_dataset(
     data: DataSection,
     seed: int,
     store: TokenStore,
@@ -188,35 +159,6 @@ def _split(
     elif len(eval_samples):
         eval_store = store
     return Dataset(store, train_samples, ledger, eval_store, eval_samples, eval_ledger, hashes)
-
-
-def _label_into(
-    folder: Path, given: _Rows, data: DataSection, encoder: Encoder, max_seq_len: int
-) -> tuple[TokenStore, Ledger, dict[str, str]]:
-    """Label rows into a store; returns the store, the ledger and the hashes of its files."""
-    sources, draws = given.sources, given.draws
-    before = _stamps(sources.files)
-    ledger = Ledger(passed_over=[str(path) for path in sources.passed_over])
-    writer = StoreWriter(folder)
-    with writer:
-        for row in label_rows(given.rows, encoder, data, max_seq_len, folder=folder.parent, draws=draws):
-            ledger.add(row)
-            writer.add(row)
-    ledger.raise_if_unusable(data.max_refused)
-    ledger.raise_if_cut(data.max_cut_replies, max_seq_len)
-    for path, stamp in _stamps(sources.files).items():
-        if stamp != before[path]:
-            raise DataError(
-                f"{path}: changed while it was read. Stop the program that writes to it, or train on a copy.",
-                code="file-changed",
-            )
-    return open_store(folder), ledger, writer.sha256
-
-
-def _stamps(files: Sequence[Path]) -> dict[Path, tuple[int, int] | None]:
-    """Size and modification time of each file; None if it does not exist."""
-    stats = ((path, path.stat()) if path.exists() else (path, None) for path in files)
-    return {path: (stat.st_size, stat.st_mtime_ns) if stat else None for path, stat in stats}
 
 
 def hash_store(folder: Path) -> dict[str, str]:

@@ -114,20 +114,22 @@ def label_rows(
         DataError: the first row of a file has an unknown format, or the template rejects a drawn system prompt.
     """
     rows = itertools.islice(rows, data.limit) if data.limit else rows
-    labeller = _Labeller(encoder, data, max_seq_len, encoder.renderer(settings), folder, draws)
-    for drafts in _draft_batches(rows, labeller):
-        yield from labeller.finish(drafts)
+    yield from Labeller(encoder, data, max_seq_len, encoder.renderer(settings), folder, draws).label(rows, set())
 
 
-def _draft_batches(rows: Iterable[RawRow], labeller: _Labeller) -> Iterator[list[_Draft]]:
-    seen_files: set[str] = set()
+def begins_file(row: RawRow, seen_files: set[str]) -> bool:
+    """Whether the row is the first of its file whose format shows; `seen_files` has the others and is added to."""
+    if row.file in seen_files or isinstance(row.value, RowTooLarge):
+        return False
+    seen_files.add(row.file)
+    return True
+
+
+def _draft_batches(rows: Iterable[RawRow], labeller: Labeller, seen_files: set[str]) -> Iterator[list[_Draft]]:
     drafts: list[_Draft] = []
     num_characters = 0
     for row in rows:
-        is_first = row.file not in seen_files and not isinstance(row.value, RowTooLarge)
-        if is_first:
-            seen_files.add(row.file)
-        draft = labeller.draft(row, is_first)
+        draft = labeller.draft(row.parsed(), begins_file(row, seen_files))
         drafts.append(draft)
         num_characters += draft.num_characters
         if len(drafts) == _BATCH_ROWS or num_characters >= _BATCH_CHARACTERS:
@@ -137,8 +139,11 @@ def _draft_batches(rows: Iterable[RawRow], labeller: _Labeller) -> Iterator[list
         yield drafts
 
 
-class _Labeller:
-    """Label rows with one encoder, config, template (under the run's settings) and its plans."""
+class Labeller:
+    """Label rows with one encoder, config, template (under the run's settings) and its plans.
+
+    What it keeps between rows saves time and decides nothing, so that any part of the rows may go to any labeller.
+    """
 
     def __init__(
         self,
@@ -159,6 +164,18 @@ class _Labeller:
         if self.planner and self.empty_think:
             self.bare_planner = Planner(encoder, self.planner.renderer, data.train_reasoning, self.empty_think)
         self._taken: set[str] = set()  # system prompts that the template takes
+
+    def label(self, rows: Iterable[RawRow], seen_files: set[str]) -> Iterator[LabelledRow]:
+        """Yield every row with its outcome, in order.
+
+        Args:
+            seen_files: files of which a row has been labelled before; added to.
+
+        Raises:
+            DataError: as `label_rows`.
+        """
+        for drafts in _draft_batches(rows, self, seen_files):
+            yield from self.finish(drafts)
 
     def draft(self, row: RawRow, is_first: bool) -> _Draft:
         if isinstance(row.value, RowTooLarge):

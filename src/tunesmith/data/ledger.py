@@ -13,6 +13,7 @@ from tunesmith.config.data_keys import DataSection
 from tunesmith.data.causes import Cause, group_causes
 from tunesmith.data.fit import NOTE_CUT_REPLY
 from tunesmith.data.labels import NOTE_UNKNOWN, Sample
+from tunesmith.data.numbers import CutRows, RowNumbers
 from tunesmith.errors import DataError
 from tunesmith.rows.conversation import Conversation, Parsed, RawText, Segments
 from tunesmith.sources.names import name_row
@@ -139,12 +140,56 @@ class FileLedger:
     rows: int = 0
     used: int = 0
     how: Counter[str] = field(default_factory=Counter)
-    refused: dict[str, list[int]] = field(default_factory=dict)
-    truncated: list[tuple[int, int]] = field(default_factory=list)
-    split: list[int] = field(default_factory=list)
-    notes: dict[str, list[int]] = field(default_factory=dict)
+    refused: dict[str, RowNumbers] = field(default_factory=dict)
+    truncated: CutRows = field(default_factory=CutRows)
+    split: RowNumbers = field(default_factory=RowNumbers)
+    notes: dict[str, RowNumbers] = field(default_factory=dict)
     system_prompts_added: int = 0
     empty_think_removed: int = 0
+
+    def merge(self, later: FileLedger) -> None:
+        """Add the counts of later rows of the same file."""
+        self.rows += later.rows
+        self.used += later.used
+        self.how.update(later.how)
+        for own, others in ((self.refused, later.refused), (self.notes, later.notes)):
+            for text, numbers in others.items():
+                own.setdefault(text, RowNumbers()).extend(numbers)
+        self.truncated.extend(later.truncated)
+        self.split.extend(later.split)
+        self.system_prompts_added += later.system_prompts_added
+        self.empty_think_removed += later.empty_think_removed
+
+    def to_json(self, is_lazy: bool = False) -> dict[str, Any]:
+        """Args:
+        is_lazy: row numbers stay as they are held, for a writer that takes any sequence (files.spell_json).
+        """
+        keep: Callable[[Sequence[Any]], Any] = (lambda rows: rows) if is_lazy else list
+        return {
+            "rows": self.rows,
+            "used": self.used,
+            "how": dict(self.how),
+            "refused": {reason: keep(rows) for reason, rows in self.refused.items()},
+            "truncated": keep(self.truncated.records),
+            "split": keep(self.split),
+            "notes": {note: keep(rows) for note, rows in self.notes.items()},
+            "system_prompts_added": self.system_prompts_added,
+            "empty_think_removed": self.empty_think_removed,
+        }
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> FileLedger:
+        return cls(
+            rows=saved["rows"],
+            used=saved["used"],
+            how=Counter(saved["how"]),
+            refused={reason: RowNumbers(rows) for reason, rows in saved["refused"].items()},
+            truncated=CutRows((cut["row"], cut["tokens_lost"]) for cut in saved["truncated"]),
+            split=RowNumbers(saved["split"]),
+            notes={note: RowNumbers(rows) for note, rows in saved["notes"].items()},
+            system_prompts_added=saved.get("system_prompts_added", 0),
+            empty_think_removed=saved.get("empty_think_removed", 0),
+        )
 
 
 @dataclass
@@ -167,9 +212,9 @@ class Ledger:
         entry = self.files.setdefault(row.file, FileLedger())
         entry.rows += 1
         for note in row.notes:
-            entry.notes.setdefault(note, []).append(row.number)
+            entry.notes.setdefault(note, RowNumbers()).append(row.number)
         if row.status == "refused":
-            entry.refused.setdefault(row.reason, []).append(row.number)
+            entry.refused.setdefault(row.reason, RowNumbers()).append(row.number)
             self.codes[row.reason] = row.code
             if not row.is_by_choice:
                 self.num_bad += 1
@@ -240,7 +285,7 @@ class Ledger:
         return self._group(lambda entry: entry.notes, lambda note: "unread" if note.endswith(" is not read") else note)
 
     def _group(
-        self, texts_of: Callable[[FileLedger], dict[str, list[int]]], code_of: Callable[[str], str]
+        self, texts_of: Callable[[FileLedger], dict[str, RowNumbers]], code_of: Callable[[str], str]
     ) -> list[Cause]:
         counts: Counter[tuple[str, str]] = Counter()
         for entry in self.files.values():
@@ -355,7 +400,24 @@ class Ledger:
             bad = f"\n{examples}{more}\n{advice}" if self.num_bad else ""
             raise DataError(f"no row can be trained on: {reasons or 'no rows were read'}.{bad}", code="no-usable-rows")
 
-    def to_json(self) -> dict[str, Any]:
+    def merge(self, later: Ledger) -> None:
+        """Add the counts of later rows, so that the sum is that of one ledger over all rows."""
+        for name, entry in later.files.items():
+            self.files.setdefault(name, FileLedger()).merge(entry)
+        self.tokens += later.tokens
+        self.target_tokens += later.target_tokens
+        self.tokens_lost += later.tokens_lost
+        self.num_samples += later.num_samples
+        self.bad += later.bad[: _NAMED - len(self.bad)]
+        self.num_bad += later.num_bad
+        self.codes |= later.codes
+        self.num_replies += later.num_replies
+        self.num_cut += later.num_cut
+
+    def to_json(self, is_lazy: bool = False) -> dict[str, Any]:
+        """Args:
+        is_lazy: see `FileLedger.to_json`.
+        """
         return {
             "rows": self.rows,
             "used": self.used,
@@ -372,41 +434,15 @@ class Ledger:
             "empty_think_removed": self.empty_think_removed,
             "passed_over": self.passed_over,
             "codes": self.codes,
-            "files": {
-                name: {
-                    "rows": entry.rows,
-                    "used": entry.used,
-                    "how": dict(entry.how),
-                    "refused": entry.refused,
-                    "truncated": [{"row": row, "tokens_lost": lost} for row, lost in entry.truncated],
-                    "split": entry.split,
-                    "notes": entry.notes,
-                    "system_prompts_added": entry.system_prompts_added,
-                    "empty_think_removed": entry.empty_think_removed,
-                }
-                for name, entry in self.files.items()
-            },
+            "files": {name: entry.to_json(is_lazy) for name, entry in self.files.items()},
         }
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> Ledger:
         """What `to_json` wrote, also in earlier versions; which rows were bad is not kept apart."""
-        files = {
-            name: FileLedger(
-                rows=entry["rows"],
-                used=entry["used"],
-                how=Counter(entry["how"]),
-                refused=entry["refused"],
-                truncated=[(cut["row"], cut["tokens_lost"]) for cut in entry["truncated"]],
-                split=entry["split"],
-                notes=entry["notes"],
-                system_prompts_added=entry.get("system_prompts_added", 0),
-                empty_think_removed=entry.get("empty_think_removed", 0),
-            )
-            for name, entry in saved["files"].items()
-        }
         return cls(
-            files, saved["tokens"], saved["target_tokens"], saved["tokens_lost"], saved["samples"],
+            {name: FileLedger.from_json(entry) for name, entry in saved["files"].items()},
+            saved["tokens"], saved["target_tokens"], saved["tokens_lost"], saved["samples"],
             passed_over=saved["passed_over"], codes=saved.get("codes", {}), num_replies=saved.get("replies", 0),
             num_cut=saved.get("cut_replies", 0),
         )  # fmt: skip

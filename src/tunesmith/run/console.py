@@ -14,6 +14,7 @@ from rich.text import Text
 
 from tunesmith.display import LEVEL_STYLES, format_time, one_line, raw_stream, visible
 from tunesmith.terminal.bar import StepBar, fold
+from tunesmith.terminal.rows import RowDisplay
 from tunesmith.terminal.status import show_status
 
 _PLAIN_LINES = 20  # lines of a run whose output goes to a file
@@ -32,6 +33,12 @@ class Reporter(Protocol):
 
     def stage(self, text: str) -> None:
         """What is being done now, until the next output."""
+
+    def preparing(self, rows: int, share: float | None) -> None:
+        """Rows that are labelled, and the share of the data's bytes that has been read, where it is known."""
+
+    def prepared(self) -> None:
+        """No more rows are labelled, or an error ended that."""
 
     def summary(self, lines: list[tuple[str, str]]) -> None:
         """Names and texts, before step 1; an empty name continues the line before."""
@@ -59,9 +66,19 @@ class ConsoleReporter:
 
     def __init__(self) -> None:
         self._display: StepDisplay | None = None
+        self._rows: RowDisplay | None = None
 
     def stage(self, text: str) -> None:
         show_status(text)
+
+    def preparing(self, rows: int, share: float | None) -> None:
+        self._rows = self._rows or RowDisplay()
+        self._rows.update(rows, share)
+
+    def prepared(self) -> None:
+        if self._rows:
+            self._rows.close()
+            self._rows = None
 
     def summary(self, lines: list[tuple[str, str]]) -> None:
         print_summary(lines)
@@ -92,6 +109,12 @@ class Silent:
     owns_process = False
 
     def stage(self, text: str) -> None:
+        pass
+
+    def preparing(self, rows: int, share: float | None) -> None:
+        pass
+
+    def prepared(self) -> None:
         pass
 
     def summary(self, lines: list[tuple[str, str]]) -> None:

@@ -17,13 +17,13 @@ from tunesmith.data.dataset import (
     find_store_damage,
     open_dataset,
     refuse_shared_files,
-    write_dataset,
 )
 from tunesmith.data.ledger import Ledger
-from tunesmith.data.replace import replace_dataset
 from tunesmith.encode.draws import RowDraws
 from tunesmith.errors import TunesmithError
-from tunesmith.files import sealed
+from tunesmith.files import spell_sealed, write_text_atomic
+from tunesmith.preparation.replace import replace_dataset
+from tunesmith.preparation.write import write_dataset
 from tunesmith.run.assemble import ReadyRun
 from tunesmith.run.identity import (
     RELABELS,
@@ -110,8 +110,8 @@ def relabel(session: Session) -> Fingerprint:
     try:
         max_seq_len, seed = session.lengths.max_seq_len, config.train.seed
         data = config.data.model_copy(update={"max_cut_replies": 1.0})  # the run has begun with such replies
-        dataset = write_dataset(data, sources, session.encoder, max_seq_len, seed, staging)
-        staging.ledger.write_text(sealed(dataset.ledger_json(session.encoder, session.date)), encoding="utf-8")
+        dataset = write_dataset(data, sources, session.encoder, max_seq_len, seed, staging, session.reporter)
+        write_text_atomic(staging.ledger, spell_sealed(dataset.ledger_json(session.encoder, session.date)))
         replace_dataset(folder, staging)
         return take_fingerprint(session, describe_files(sources), dataset.sha256)
     finally:

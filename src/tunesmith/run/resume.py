@@ -18,11 +18,11 @@ from tunesmith.config.runfile import resolve_config
 from tunesmith.config.schema import RunConfig
 from tunesmith.data.dataset import Dataset, DataSources, find_data, open_dataset
 from tunesmith.data.ledger import Ledger
-from tunesmith.data.replace import finish_replacing
 from tunesmith.distributed.processes import joined_world
 from tunesmith.distributed.world import World
 from tunesmith.errors import ConfigError, ModelError, TunesmithError
 from tunesmith.model.source import ModelSource, find_model
+from tunesmith.preparation.replace import finish_replacing
 from tunesmith.run.assemble import assemble
 from tunesmith.run.console import ConsoleReporter, Reporter, Silent
 from tunesmith.run.failures import explained_failures

@@ -11,13 +11,14 @@ from typing import NoReturn
 from tunesmith.adapters.adapter import changes_base
 from tunesmith.adapters.initial import keep_initial
 from tunesmith.config.schema import RunConfig
-from tunesmith.data.dataset import DataSources, find_data, open_dataset, refuse_shared_files, write_dataset
+from tunesmith.data.dataset import DataSources, find_data, open_dataset, refuse_shared_files
 from tunesmith.data.ledger import Ledger
 from tunesmith.distributed.launch import find_launch
 from tunesmith.distributed.processes import joined_world
 from tunesmith.distributed.world import World
 from tunesmith.model.reopen import require_one_reading
 from tunesmith.model.source import find_model
+from tunesmith.preparation.write import write_dataset
 from tunesmith.run.assemble import ReadyRun, assemble
 from tunesmith.run.console import ConsoleReporter, Reporter, Silent
 from tunesmith.run.failures import explained_failures
@@ -127,7 +128,7 @@ def _prepare(session: Session, rows: Rows) -> tuple[ReadyRun, RunRecord, Lines]:
         max_seq_len, seed = session.lengths.max_seq_len, config.train.seed
         session.reporter.stage("reading the data")
         with named_as_given(folder, rows):
-            dataset = write_dataset(config.data, sources, session.encoder, max_seq_len, seed, staging)
+            dataset = write_dataset(config.data, sources, session.encoder, max_seq_len, seed, staging, session.reporter)
         world.share(lambda: {"folder": str(path), "sha256": dataset.sha256})
         session.reporter.stage("loading the model")
         ready = assemble(session, dataset)

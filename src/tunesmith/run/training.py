@@ -10,7 +10,7 @@ from tunesmith.config.runfile import dump_yaml
 from tunesmith.distributed.channel import Failure
 from tunesmith.distributed.choose import build_spread
 from tunesmith.distributed.processes import Processes
-from tunesmith.files import sealed, write_text_atomic
+from tunesmith.files import spell_sealed, write_text_atomic
 from tunesmith.generation.held_out import HeldOutQuestions
 from tunesmith.run.assemble import ReadyRun
 from tunesmith.run.failures import how_to_continue, tell_interrupted
@@ -29,7 +29,7 @@ from tunesmith.training.saver import Saver
 def write_run_files(folder: RunFolder, ready: ReadyRun, record: RunRecord) -> None:
     """Write data_ledger.json, config.yaml, and run.json, which makes the folder a resumable run."""
     session = ready.session
-    write_text_atomic(folder.ledger, sealed(ready.dataset.ledger_json(session.encoder, session.date)))
+    write_text_atomic(folder.ledger, spell_sealed(ready.dataset.ledger_json(session.encoder, session.date)))
     write_text_atomic(folder.config, dump_yaml(session.config))
     record.write(folder.record)
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from tunesmith.config.schema import ModelSection, RunConfig
 from tunesmith.data.labels import Sample
-from tunesmith.data.store import TokenStore, open_store
+from tunesmith.data.store import TokenStore, has_store, index_files, open_store
 from tunesmith.display import visible
 from tunesmith.encode.encoder import Encoder
 from tunesmith.model.tokenizer import build_encoder, load_encoder, load_tokenizer
@@ -166,7 +166,7 @@ class ServedRun:
     @property
     def parts(self) -> list[str]:
         """train, and eval where rows were held out."""
-        has_eval = (self.folder.eval_tokens / "index.npz").is_file()
+        has_eval = has_store(self.folder.eval_tokens)
         try:
             return ["train", "eval"] if has_eval or self._open_data().held_out.any() else ["train"]
         except Exception:  # the data itself is asked for later, and then says what is wrong
@@ -175,7 +175,7 @@ class ServedRun:
     def _open_data(self) -> _Data:
         folder = self.folder
         with self._lock:
-            stores = [store / "index.npz" for store in (folder.tokens, folder.eval_tokens)]
+            stores = [*index_files(folder.tokens), *index_files(folder.eval_tokens)]
             now = _stamp(folder.ledger, folder.config, *stores)
             if self._data is None or self._data[0] != now:
                 self._data = now, _Data(read_run(folder.path))
@@ -200,7 +200,7 @@ class _Data:
             "eval": ledger.get("eval") or {"files": {}},
         }
         self._stores = {"train": open_store(folder.tokens)}
-        if (folder.eval_tokens / "index.npz").is_file():
+        if has_store(folder.eval_tokens):
             self._stores["eval"] = open_store(folder.eval_tokens)
         self.held_out = _among(self._stores["train"], ledger.get("held_out") or ())
         self._names = shorten_names(name for store in self._ledgers.values() for name in store["files"])

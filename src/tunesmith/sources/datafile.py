@@ -29,6 +29,30 @@ def container_of(path: Path) -> str | None:
     return suffix if suffix in SUFFIXES else None
 
 
+class Meter:
+    """Counts the bytes of the data files that have been read, for a progress bar."""
+
+    def __init__(self) -> None:
+        self._before = 0  # bytes of the files before the current one
+        self._file: IO[bytes] | None = None
+
+    def begin_file(self, file: IO[bytes]) -> None:
+        """A file is read from its start, perhaps not for the first time."""
+        self._file = file
+
+    def finish_file(self, size: int) -> None:
+        """The file has been read to its end."""
+        self._before, self._file = self._before + size, None
+
+    @property
+    def bytes_read(self) -> int:
+        """Of files as they are on disk; one that is not read from start to end (Parquet, Excel) counts at its end."""
+        try:
+            return self._before + (self._file.tell() if self._file is not None else 0)
+        except (OSError, ValueError):  # it is closed
+            return self._before
+
+
 @dataclass(frozen=True, slots=True)
 class DataFile:
     """A file with its encoding and row limit."""
@@ -36,6 +60,7 @@ class DataFile:
     path: Path
     encoding: str
     max_row_mb: float
+    meter: Meter | None = None
 
     @property
     def container(self) -> str | None:
@@ -56,7 +81,15 @@ class DataFile:
         return 2 * self.path.stat().st_size <= self.max_row_bytes and not self.is_gzip
 
     def open_bytes(self) -> IO[bytes]:
-        return gzip.open(self.path, "rb") if self.is_gzip else self.path.open("rb")  # type: ignore[return-value]
+        if self.is_gzip:
+            unpacked = gzip.GzipFile(self.path, "rb")
+            if self.meter is not None:
+                self.meter.begin_file(unpacked.fileobj)  # type: ignore[arg-type]
+            return unpacked  # type: ignore[return-value]
+        file = self.path.open("rb")
+        if self.meter is not None:
+            self.meter.begin_file(file)
+        return file
 
     def open_text(self, newline: str | None = None, errors: str = "strict") -> io.TextIOWrapper:
         """The text without its byte order mark."""

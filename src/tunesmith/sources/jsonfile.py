@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.errors import DataError
@@ -17,14 +18,41 @@ _ROW_KEYS = {"messages", "conversations", "conversation", "prompt", "completion"
 NumberedRow = tuple[int, Any]
 
 
-def read_json(file: DataFile) -> Iterator[NumberedRow]:
-    """Every row with its line number, or its index in an array."""
+@dataclass(frozen=True, slots=True)
+class JsonLine:
+    """A row of JSON Lines that is parsed later, perhaps in another process."""
+
+    path: str
+    number: int
+    text: str
+
+    def parse(self) -> Any:
+        """Raises:
+        DataError: the line is broken.
+        """
+        try:
+            return load_json(self.text)
+        except json.JSONDecodeError as error:
+            shown = self.text.strip()
+            shown = shown if len(shown) <= 80 else shown[:77] + "..."
+            advice = "Each line must be one whole JSON object. Correct or remove the line."
+            raise _explain(f"{self.path}:{self.number}", error, f": {shown}", advice) from None
+
+
+def read_json(file: DataFile, parses: bool = True) -> Iterator[NumberedRow]:
+    """Every row with its line number, or its index in an array.
+
+    Args:
+        parses: off: lines are JsonLine.
+    """
     if _is_json_lines(file):
-        for number, line in enumerate(file.read_lines(), 1):
-            if isinstance(line, RowTooLarge):
-                yield number, line
-            elif line.strip():
-                yield number, _parse_line(file, number, line)
+        path = str(file.path)
+        for number, text in enumerate(file.read_lines(), 1):
+            if isinstance(text, RowTooLarge):
+                yield number, text
+            elif not text.isspace():
+                line = JsonLine(path, number, text)
+                yield number, line.parse() if parses else line
         return
     value = _load_whole(file)
     items = value if isinstance(value, list) and not _is_one_chat(value) else [value]
@@ -72,16 +100,6 @@ def _is_json(text: str) -> bool:
     except json.JSONDecodeError:
         return False
     return True
-
-
-def _parse_line(file: DataFile, number: int, line: str) -> Any:
-    try:
-        return load_json(line)
-    except json.JSONDecodeError as error:
-        shown = line.strip()
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        advice = "Each line must be one whole JSON object. Correct or remove the line."
-        raise _explain(f"{file.path}:{number}", error, f": {shown}", advice) from None
 
 
 def _load_whole(file: DataFile) -> Any:

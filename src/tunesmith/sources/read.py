@@ -7,16 +7,17 @@ import glob
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import DataError
 from tunesmith.sources.arrow import read_batches
 from tunesmith.sources.containers import read_file
-from tunesmith.sources.datafile import container_of
+from tunesmith.sources.datafile import Meter, container_of
 from tunesmith.sources.dataset_info import Entry, convert_rows, find_entry, list_entries
 from tunesmith.sources.folders import has_card_with_configs, pick_data_files, read_folder, refuse_broken_link
+from tunesmith.sources.jsonfile import JsonLine
 from tunesmith.sources.names import IN_MEMORY, name_row
 from tunesmith.sources.rowsize import DEFAULT_MAX_ROW_MB
 
@@ -29,7 +30,7 @@ class RawRow:
 
     `number` is 1-based: the first line of a JSON Lines or CSV row, else the item; of rows given in Python it is their
     index, from 0. `value` is a RowTooLarge where the
-    row is larger than data.max_row_mb.
+    row is larger than data.max_row_mb, and a JsonLine where it is not parsed yet.
     """
 
     file: str
@@ -39,6 +40,14 @@ class RawRow:
     @property
     def where(self) -> str:
         return name_row(self.file, self.number)
+
+    def parsed(self) -> RawRow:
+        """The row with its value parsed.
+
+        Raises:
+            DataError: its JSON is broken.
+        """
+        return replace(self, value=self.value.parse()) if isinstance(self.value, JsonLine) else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,13 +174,21 @@ def _add_entry(folder: Path, entry: Entry, sources: Sources) -> None:
         sources.files.append(refuse_broken_link(file))
 
 
-def read_rows(sources: Sources, encoding: str = "utf-8", max_row_mb: float = DEFAULT_MAX_ROW_MB) -> Iterator[RawRow]:
+def read_rows(
+    sources: Sources,
+    encoding: str = "utf-8",
+    max_row_mb: float = DEFAULT_MAX_ROW_MB,
+    parses: bool = True,
+    meter: Meter | None = None,
+) -> Iterator[RawRow]:
     """Every row in order.
 
     Args:
         sources: from find_sources.
         encoding: of text files (data.encoding).
         max_row_mb: the value of a larger row is a RowTooLarge (data.max_row_mb).
+        parses: off: lines of JSON may be left to `RawRow.parsed`, which another process can call.
+        meter: told what has been read.
 
     Raises:
         DataError: a file is unreadable, empty, broken or of an unknown kind.
@@ -179,9 +196,11 @@ def read_rows(sources: Sources, encoding: str = "utf-8", max_row_mb: float = DEF
     for place, path in enumerate(sources.files):
         entry, name = sources.entries.get(place), sources.name_of(path)
         first = 0 if name in IN_MEMORY else 1
-        rows = read_file(path, encoding, max_row_mb)
+        rows = read_file(path, encoding, max_row_mb, parses or entry is not None, meter)
         for number, value in convert_rows(rows, entry) if entry else rows:
             yield RawRow(name, number - 1 + first, value)
+        if meter is not None:
+            meter.finish_file(path.stat().st_size)
     for place, (hub_id, config, split) in enumerate(sources.hub):
         entry = sources.hub_entries.get(place)
         rows = _read_hub(hub_id, config, split, max_row_mb)

@@ -15,9 +15,9 @@ from rich.segment import Segment
 from tunesmith.display import cover_streams, format_time
 from tunesmith.terminal.tty import no_echo
 
-_MARGIN = 5  # columns left free at the right: a line that wraps is drawn anew below itself
-_SHORTEST, _LONGEST = 8, 60  # columns of the bar
-_REFRESHES = 2  # a second
+MARGIN = 5  # columns left free at the right: a line that wraps is drawn anew below itself
+SHORTEST, LONGEST = 8, 60  # columns of the bar
+REFRESHES = 2  # a second
 
 
 class StepBar:
@@ -34,7 +34,7 @@ class StepBar:
         self._step, self._parts, self._doing = first_step, [f"{first_step}/{total_steps}"], ""
         self._stack = ExitStack()
         self._stack.enter_context(no_echo())  # Enter would leave a copy of the bar behind
-        self._live = Live(self, console=console, refresh_per_second=_REFRESHES)
+        self._live = Live(self, console=console, refresh_per_second=REFRESHES)
         try:
             self._live.start(refresh=True)
             cover_streams()  # rich has put streams of its own in their place
@@ -66,14 +66,14 @@ class StepBar:
         self._stack.close()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width = max(1, options.max_width - _MARGIN)
+        width = max(1, options.max_width - MARGIN)
         parts = [self._parts[0], self._time(), *([self._doing] if self._doing else self._parts[1:])]
-        while len(parts) > 3 and len("  ".join(parts)) + _SHORTEST + 1 > width:
+        while len(parts) > 3 and len("  ".join(parts)) + SHORTEST + 1 > width:
             parts.pop()
         while len(parts) > 1 and len("  ".join(parts)) > width:  # too narrow for a bar
             parts.pop()
         text = "  ".join([parts[0], *parts[2:], *parts[1:2]])[:width]
-        if (room := min(_LONGEST, width - len(text) - 1)) >= _SHORTEST:
+        if (room := min(LONGEST, width - len(text) - 1)) >= SHORTEST:
             yield ProgressBar(total=self._total, completed=self._step, width=room)
             text = f" {text}"
         yield Segment(text)

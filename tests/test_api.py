@@ -213,7 +213,7 @@ def test_import_is_quick_and_heavy_libraries_wait() -> None:
 def test_public_names() -> None:
     assert sorted(tunesmith.__all__) == [
         "CheckResult", "ConfigError", "DataError", "Evaluation", "FoundLr", "InterruptedRun", "Model", "ModelError", "Preview", "Run", "RunError",
-        "TunesmithError", "UsageError", "__version__", "check", "evaluate", "export", "find_lr", "load",
+        "Source", "TunesmithError", "UsageError", "__version__", "check", "evaluate", "export", "find_lr", "load",
         "merge", "preview", "resume", "train",
     ]  # fmt: skip
     assert all(getattr(tunesmith, name) is not None for name in tunesmith.__all__)

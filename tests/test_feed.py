@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from test_pack import make_store
-from tunesmith.data.feed import Batches, Feed, count_steps, plan_samples
+from tunesmith.data.feed import Batches, Feed, plan_samples
+from tunesmith.plans.plan import ShuffledPlan, count_steps
 
 LENGTHS = [9, 3, 21, 14, 2, 17, 6, 30, 8, 8, 25, 12, 4]
 
@@ -19,14 +20,17 @@ LENGTHS = [9, 3, 21, 14, 2, 17, 6, 30, 8, 8, 25, 12, 4]
 def make_feed(folder: Path, is_packed: bool = True, packs_per_step: int = 4) -> Feed:
     store = make_store(folder, LENGTHS)
     samples = np.array([i for i in range(len(LENGTHS)) if i != 4])
-    total = count_steps(store.lengths_of(samples), 32, packs_per_step, 7, epochs=3)
-    return Feed(store, samples, 32, packs_per_step, 7, total, Batches(store, [np.array([4])]), is_packed)
+    plan = ShuffledPlan(samples, store.lengths, 32, 7)
+    total = count_steps(plan, packs_per_step, epochs=3)
+    return Feed(store, plan, packs_per_step, total, Batches(store, [np.array([4])]), is_packed)
 
 
 def documents(batches: Batches) -> list[tuple[int, ...]]:
     """The ids of every document."""
     found: list[tuple[int, ...]] = []
     for batch in batches:
+        if batch.is_empty:
+            continue
         ends = np.cumsum(batch.layout.lens)
         found += [tuple(part.tolist()) for part in np.split(batch.input_ids[0], ends[:-1])]
     return found
@@ -37,7 +41,7 @@ def test_an_epoch_has_every_sample_once(tmp_path: Path) -> None:
     for epoch in range(3):
         steps = itertools.takewhile(lambda step, end=epoch + 1: step.epoch <= end, feed.steps((epoch, 0)))
         rows = [row for step in steps for row in step.rows()]
-        assert sorted(rows) == sorted(feed.store.where(index) for index in feed.samples)
+        assert sorted(rows) == sorted(feed.store.where(index) for index in range(len(LENGTHS)) if index != 4)
 
 
 def test_steps_go_on_from_any_place(tmp_path: Path) -> None:
@@ -59,7 +63,9 @@ def test_the_shares_of_all_ranks_are_the_step(tmp_path: Path, size: int, is_pack
     for whole, parts in itertools.islice(zip(feed.steps(), shared, strict=True), 9):
         assert {part.place for part in parts} == {whole.place}
         assert {part.epoch for part in parts} == {whole.epoch}
-        assert Counter(row for part in parts for row in part.rows()) == Counter(whole.rows())
+        assert Counter(row for part in parts for row in part.batches.rows()) == Counter(whole.rows())
+        assert all(part.rows() == whole.rows() for part in parts)
+        assert len({len(list(part.batches)) for part in parts}) == 1  # of processes that share a model
         assert Counter(d for part in parts for d in documents(part.batches)) == Counter(documents(whole.batches))
         assert sum(part.batches.num_targets for part in parts) == whole.batches.num_targets
 
@@ -78,9 +84,9 @@ def test_batches_know_their_counts_before_they_are_built(tmp_path: Path, is_pack
 @pytest.mark.parametrize("epochs", [0.01, 0.5, 1, 2.5, 4])
 def test_steps_are_counted_as_they_come(tmp_path: Path, epochs: float) -> None:
     feed = make_feed(tmp_path, packs_per_step=2)
-    lengths = feed.store.lengths_of(feed.samples)
+    samples = np.array([i for i in range(len(LENGTHS)) if i != 4])
     expected = 0.0
     for epoch in range(4):
-        packs = plan_samples(feed.store, feed.samples, 32, 7, epoch)
+        packs = plan_samples(feed.store, samples, 32, 7, epoch)
         expected += -(-len(packs) // 2) * min(1.0, max(0.0, epochs - epoch))
-    assert count_steps(lengths, 32, 2, 7, epochs) == max(1, round(expected))
+    assert count_steps(feed.plan, 2, epochs) == max(1, round(expected))

@@ -242,8 +242,8 @@ def test_names_lead_to_the_files_and_columns_of_dataset_info(tmp_path: Path) -> 
     )
     for given in (None, data, data / "dataset_info.json"):
         found = convert_file(path, None, given)
-        assert found.ours["data.train"] == [f"{data}:mine", f"{data}:other"]
-        assert [line.split(":")[0] for line in found.lost] == ["dataset", "max_samples"]
+        assert found.ours["data.train"] == [{"path": f"{data}:{name}", "limit": 3} for name in ("mine", "other")]
+        assert [line.split(":")[0] for line in found.lost] == ["dataset"]
     assert (
         convert({"model_name_or_path": "m", "stage": "sft", "dataset": "mine", "max_samples": 3}, data).ours[
             "data.limit"
@@ -350,3 +350,11 @@ def test_an_invalid_value_is_named_with_their_key() -> None:
         "optim.lr (from learning_rate)", "lora.rank (from lora_r)", "train.epochs (from num_epochs)",
     ]  # fmt: skip
     assert [lost.split(":")[0] for lost in converted.lost] == ["saves_per_epoch"]
+
+
+def test_mixing_of_rows_is_not_taken_for_shares_of_tokens() -> None:
+    theirs = {"model_name_or_path": "m", "stage": "sft", "dataset": "a,b"}
+    assert not convert({**theirs, "mix_strategy": "concat"}, Path()).lost
+    found = convert({**theirs, "mix_strategy": "interleave_under", "interleave_probs": "0.3,0.7"}, Path())
+    assert [line.split(":")[0] for line in found.lost] == ["mix_strategy", "interleave_probs"]
+    assert all("weight" in line for line in found.lost)

@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 
 from tunesmith.data.labels import Sample
 from tunesmith.data.ledger import LabelledRow
-from tunesmith.data.pack import WINDOW, build_batch, count_epoch, count_packs, pack_lengths, plan_epoch
+from tunesmith.data.pack import build_batch
 from tunesmith.data.store import StoreWriter, TokenStore, open_store
+from tunesmith.plans.epoch import PackedEpoch
+from tunesmith.plans.packing import WINDOW, count_packs, pack_lengths
+from tunesmith.plans.plan import ShuffledPlan
 
 
 def make_store(folder: Path, lengths: list[int]) -> TokenStore:
@@ -42,9 +45,24 @@ def test_a_sample_longer_than_a_pack_is_an_error() -> None:
         count_packs(np.array([5, 11]), 10)
 
 
+def plan_epoch(lengths: np.ndarray, capacity: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The packs of an epoch as runs have had them from the first version on: all windows packed, then shuffled."""
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    packs = []
+    for start in range(0, len(order), WINDOW):
+        window = order[start : start + WINDOW]
+        packs += [window[pack] for pack in pack_lengths(lengths[window].tolist(), capacity)]
+    return [packs[i] for i in rng.permutation(len(packs))]
+
+
 def test_epochs_differ_and_repeat_by_seed() -> None:
     lengths = np.arange(1, 60)
-    plans = {(s, e): [p.tolist() for p in plan_epoch(lengths, 64, s, e)] for s in (0, 1) for e in (0, 1)}
+    plans = {
+        (s, e): [p.tolist() for p in ShuffledPlan(np.arange(59), lengths, 64, s).packs(e)]
+        for s in (0, 1)
+        for e in (0, 1)
+    }
     assert plans[0, 0] == [p.tolist() for p in plan_epoch(lengths, 64, 0, 0)]
     assert len({str(p) for p in plans.values()}) == 4
     assert sorted(i for pack in plans[0, 1] for i in pack) == list(range(59))
@@ -83,12 +101,29 @@ def test_packs_are_counted_without_packing(capacity: int, lengths: list[int]) ->
     assert count_packs(np.array(lengths, np.int64), capacity) == len(pack_lengths(lengths, capacity))
 
 
-@pytest.mark.parametrize("num_samples", [50, WINDOW, WINDOW + 1, 2 * WINDOW + 77])
-def test_epochs_are_counted_without_packing(num_samples: int) -> None:
-    """With one window and with several: the count equals the number of packs in the plan."""
+@pytest.mark.parametrize("num_samples", [1, 50, WINDOW, WINDOW + 1, 2 * WINDOW + 77])
+def test_packs_made_on_demand_are_those_of_a_whole_plan(num_samples: int) -> None:
+    """In any order of asking, with one window and with several, and also where some samples are held out."""
     lengths = np.random.default_rng(num_samples).geometric(0.02, num_samples).clip(1, 512)
-    for epoch in (0, 1, 5):
-        assert count_epoch(lengths, 512, 3, epoch) == len(plan_epoch(lengths, 512, 3, epoch))
+    samples = np.arange(num_samples)[: -(num_samples // 9) or None]
+    plan = ShuffledPlan(samples, lengths, 512, 3)
+    for epoch in (5, 0, 1):
+        expected = [samples[pack].tolist() for pack in plan_epoch(lengths[samples], 512, 3, epoch)]
+        assert plan.count(epoch) == len(expected)
+        packs = plan.packs(epoch)
+        assert packs[len(packs) // 2].tolist() == expected[len(packs) // 2]
+        assert [pack.tolist() for pack in packs[-3:]] == expected[-3:]
+        assert [pack.tolist() for pack in packs] == expected
+        with pytest.raises(IndexError):
+            packs[len(expected)]
+
+
+def test_the_first_packs_need_few_windows() -> None:
+    lengths = np.random.default_rng(0).geometric(0.02, 20 * WINDOW).clip(1, 512)
+    packs = ShuffledPlan(np.arange(len(lengths)), lengths, 512, 3).packs(0)
+    assert isinstance(packs, PackedEpoch)
+    packs[:4]
+    assert packs.num_packed <= 4
 
 
 def test_an_empty_store_opens(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from tunesmith.errors import (
 
 if TYPE_CHECKING:
     from tunesmith.api import Run, check, find_lr, preview, resume, train
+    from tunesmith.arguments import Source
     from tunesmith.evaluation.records import Evaluation
     from tunesmith.lr_find import FoundLr
     from tunesmith.models import evaluate, export, load, merge
@@ -41,6 +42,7 @@ __all__ = [
     "Preview",
     "Run",
     "RunError",
+    "Source",
     "TunesmithError",
     "UsageError",
     "__version__",
@@ -60,6 +62,7 @@ _PLACES = {
     "FoundLr": "tunesmith.lr_find",
     "Model": "tunesmith.use.model",
     "Preview": "tunesmith.use.preview",
+    "Source": "tunesmith.arguments",
     **dict.fromkeys(("Run", "check", "find_lr", "preview", "resume", "train"), "tunesmith.api"),
     **dict.fromkeys(("evaluate", "export", "load", "merge"), "tunesmith.models"),
 }

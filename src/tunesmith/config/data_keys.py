@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 
 from tunesmith.config.plainyaml import require_plain
 from tunesmith.config.section import Section
+from tunesmith.config.sources import Source, read_sources
 
 _MOST_WORKERS = 1024
 
@@ -58,8 +59,9 @@ def explain_encoding(name: str) -> str | None:
 
 
 class DataSection(Section):
-    train: list[str]
-    """File(s), folder, glob or hub id (owner/name, owner/name:split) to train on."""
+    train: list[Source]
+    """File(s), folder, glob or hub id (owner/name, owner/name:split) to train on. In YAML an item may be a source with
+    path, name, weight, epochs and limit."""
     eval: list[str] | None = None
     """Held-out data in the same forms, never trained on."""
     eval_split: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -107,6 +109,11 @@ class DataSection(Section):
     """Largest row in MB; a larger one is refused and never parsed. A .txt or .md file may have any size."""
     workers: Literal["auto"] | int = "auto"
     """Processes that label rows; auto: one for each core where the data are large; 0 or 1: none besides the command."""
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _read_train(cls, given: Any) -> Any:
+        return read_sources(given)
 
     @field_validator("template_kwargs")
     @classmethod

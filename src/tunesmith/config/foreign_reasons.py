@@ -198,8 +198,9 @@ MISSING = (
      video_max_pixels video_min_pixels video_fps video_maxlen use_audio_in_video audio_sampling_rate media_dir
      processor_type"""),
     ("data is read to its end before training; data.limit takes the first rows",
-     """streaming dataset_streaming mix_strategy interleave_probs curriculum_sampling disable_shuffling
-     pretraining_sample_concatenation"""),
+     "streaming dataset_streaming curriculum_sampling disable_shuffling pretraining_sample_concatenation"),
+    ("data.train takes a list of sources, each with a weight: its share of the tokens, not of the rows",
+     "mix_strategy interleave_probs dataset_mixing_strategy mixing_weights"),
     ("rows are never left out by their length from below, nor as duplicates; `tunesmith check` names duplicates",
      "min_sample_len dataset_exact_deduplication"),
     ("a chat that is too long follows data.overlong; positions are never stretched",

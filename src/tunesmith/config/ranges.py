@@ -14,7 +14,8 @@ _NUMBERS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal"
             "int_parsing", "int_parsing_size", "int_from_float", "float_type", "float_parsing")  # fmt: skip
 _EXAMPLES: dict[str, Any] = {  # of keys whose default is null, 0 or 1
     "data.empty_think_share": 0.2, "data.eval_split": 0.05, "data.system_prompt_share": 0.2, "data.max_seq_len": 2048,
-    "data.limit": 1000, "optim.warmup_steps": 100,
+    "data.limit": 1000, "data.train.weight": 0.3, "data.train.epochs": 2, "data.train.limit": 1000,
+    "optim.warmup_steps": 100,
     "optim.min_lr_ratio": 0.1, "optim.weight_decay": 0.01, "optim.betas": 0.999, "lora.alpha": 32, "lora.dropout": 0.05,
     "train.max_steps": 1000, "train.micro_batch_tokens": 4096, "train.eval_steps": 100, "train.save_steps": 500,
     "train.early_stop_patience": 3,

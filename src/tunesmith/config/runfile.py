@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -83,6 +84,8 @@ def explain_unknown(key: str, known: list[str], dashes: str = "") -> str:
         dashes: "--" for a flag.
     """
     plain = key.replace("-", "_")
+    if re.fullmatch(r"data\.(train\..*|weights?|mix\w*|probs|ratios?)", plain):
+        return "; a source with a weight, epochs or a limit is an item of data.train in a YAML run file"
     if plain in _SECTION_HINTS:
         return f"; it is a section: {dashes}{_SECTION_HINTS[plain]}".replace(": --as in ", ": as in --")
     name = plain.rpartition(".")[2]
@@ -211,7 +214,7 @@ def explain_problems(error: ValidationError, is_python: bool = False) -> list[st
         elif item["type"] == "value_error" and not dotted:
             problems += str(item["ctx"]["error"]).split("\n")
         elif item["type"] == "value_error":
-            problems.append(f"{dotted}: {item['ctx']['error']}")
+            problems += [f"{dotted}: {line}" for line in str(item["ctx"]["error"]).split("\n")]
         elif item["type"] == "literal_error":
             expected = item["ctx"]["expected"].replace("'", "")
             hint = did_you_mean(suggest_words(str(item["input"])[:100], expected.replace(" or ", ", ").split(", ")))
@@ -310,11 +313,14 @@ _LISTS = (
 )  # fmt: skip
 
 
+_ALONE: dict[str, Any] = {"train": (str, Mapping)}  # what may stand without a list around it
+
+
 def _split_lists(tree: dict[str, Any]) -> None:
     """Turn single names into lists of one ("train: chats.jsonl", "trackers: wandb")."""
     for section, key in _LISTS:
         below = tree.get(section)
-        if isinstance(below, dict) and isinstance(below.get(key), str):
+        if isinstance(below, dict) and isinstance(below.get(key), _ALONE.get(key, str)):
             below[key] = [below[key]]
 
 
@@ -348,5 +354,7 @@ def json_schema() -> dict[str, Any]:
     for section, key in _LISTS:
         own = schema["$defs"][f"{section.title()}Section"]["properties"][key]
         options = own.pop("anyOf", None) or [{"type": own.pop("type"), "items": own.pop("items")}]
-        own["anyOf"] = [options[0]["items"], *options]
+        items = options[0]["items"]
+        first, *others = items.get("anyOf", [items])  # a name, or a source
+        own["anyOf"] = [first, *options, *others]
     return schema

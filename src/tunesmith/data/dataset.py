@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,16 @@ import numpy as np
 
 from tunesmith.config.data_keys import DataSection
 from tunesmith.config.train_keys import TrainSection
-from tunesmith.data.feed import Batches, Feed, count_steps, plan_samples
+from tunesmith.data.feed import Batches, Feed, plan_samples
 from tunesmith.data.ledger import Ledger
 from tunesmith.data.split import Numbers, split_eval
 from tunesmith.data.store import TokenStore, open_store
 from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import TunesmithError
 from tunesmith.files import sha256_file, sha256_text
+from tunesmith.plans.mix import Mix, MixedPlan
+from tunesmith.plans.plan import Plan, ShuffledPlan, count_steps
+from tunesmith.plans.sources import SourceShare, build_mix, describe_sources
 from tunesmith.runfolder import RunFolder
 from tunesmith.sources.read import Sources, find_sources
 
@@ -67,10 +71,12 @@ def refuse_shared_files(sources: DataSources) -> None:
             "files, or data.eval_split to hold some rows out.",
             code="eval-is-trained",
         )
-    twice = [str(path) for path in train_files if train_files.count(path) > 1]
+    names = [*map(str, train_files), *(":".join(filter(None, hub)) for hub in train.hub)]
+    twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise TunesmithError(
-            f"{twice[0]}: is listed twice in data.train, so its rows would count twice. Remove one.",
+            f"{twice[0]}: is listed twice in data.train, so its rows would count twice. Remove one; to train on it "
+            "several times, give a source with epochs.",
             code="file-named-twice",
         )
 
@@ -84,6 +90,7 @@ class Dataset:
         eval: store used for evaluation: a separate one, or `train` again; None without evaluation.
         eval_samples: sample numbers of `eval`.
         sha256: expected hashes of the stores' files.
+        mix: the sources of `train`, where data.train gives an amount, or more than a name, for one of them.
     """
 
     train: TokenStore
@@ -93,6 +100,13 @@ class Dataset:
     eval_samples: Numbers
     eval_ledger: Ledger | None
     sha256: StoreHashes
+    mix: Mix | None = None
+
+    def describe_sources(self) -> list[SourceShare]:
+        """Of a mix; else empty."""
+        if self.mix is None:
+            return []
+        return describe_sources(self.mix, self.ledger.count_sources(), self.train_samples, self.train.lengths)
 
     def ledger_json(self, encoder: Encoder, date: datetime.datetime) -> dict[str, Any]:
         """The content of data_ledger.json, for `spell_sealed`: its long lists are made as they are written."""
@@ -102,6 +116,7 @@ class Dataset:
         return {
             # rows of the training files that data.eval_split holds out (pieces of a row where one long text was split)
             "held_out": SampleNames(store, np.flatnonzero(is_held_out)),
+            **({"mix": [source.to_json() for source in self.describe_sources()]} if self.mix else {}),
             "train": self.ledger.to_json(is_lazy=True),
             "eval": self.eval_ledger.to_json(is_lazy=True) if self.eval_ledger else None,
             "template": {
@@ -158,7 +173,10 @@ def split_dataset(
         eval_samples = np.arange(len(eval_store))
     elif len(eval_samples):
         eval_store = store
-    return Dataset(store, train_samples, ledger, eval_store, eval_samples, eval_ledger, hashes)
+    mix = None
+    if ledger.sources:
+        mix = build_mix(ledger.sources, data.train, store.files, store.file_numbers, train_samples, store.lengths)
+    return Dataset(store, train_samples, ledger, eval_store, eval_samples, eval_ledger, hashes, mix)
 
 
 def hash_store(folder: Path) -> dict[str, str]:
@@ -185,10 +203,19 @@ def build_feed(dataset: Dataset, train: TrainSection, capacity: int, is_packed: 
         capacity: tokens per pack.
         is_packed: whether one forward computes a whole pack.
     """
-    lengths, packs_per_step, seed = dataset.train.lengths_of(dataset.train_samples), train.grad_accum_steps, train.seed
-    total = train.max_steps or count_steps(lengths, capacity, packs_per_step, seed, train.epochs)
+    plan = plan_training(dataset, capacity, train.seed)
+    total = train.max_steps or count_steps(plan, train.grad_accum_steps, train.epochs)
     held_out = None
     if dataset.eval is not None:
         packs = plan_samples(dataset.eval, dataset.eval_samples, capacity, 0, 0)
         held_out = Batches(dataset.eval, packs, is_packed)
-    return Feed(dataset.train, dataset.train_samples, capacity, packs_per_step, seed, total, held_out, is_packed)
+    mix = dataset.mix if dataset.mix is not None and dataset.mix.size > 1 else None
+    return Feed(dataset.train, plan, train.grad_accum_steps, total, held_out, is_packed, mix)
+
+
+def plan_training(dataset: Dataset, capacity: int, seed: int) -> Plan:
+    """The packs of every epoch of a run."""
+    samples, lengths = dataset.train_samples, dataset.train.lengths
+    if dataset.mix is not None and dataset.mix.quotas:
+        return MixedPlan(samples, lengths, dataset.mix, capacity, seed)
+    return ShuffledPlan(samples, lengths, capacity, seed)

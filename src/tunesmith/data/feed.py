@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,12 +9,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tunesmith.data.pack import EMPTY_BATCH, Batch, build_batch, count_epoch, plan_epoch
+from tunesmith.data.pack import EMPTY_BATCH, Batch, build_batch
 from tunesmith.data.store import TokenStore
+from tunesmith.plans.mix import Mix
+from tunesmith.plans.plan import Plan, ShuffledPlan
 
 Pack = npt.NDArray[np.int64]
 Place = Any  # JSON value: where the next step begins; opaque outside the feed
 FIRST_PLACE: Place = (0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceCounts:
+    """Counts of some packs by the sources of a mix; empty without one."""
+
+    tokens: tuple[int, ...] = ()
+    targets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,6 +36,7 @@ class Batches:
         is_packed: one batch per pack; otherwise one batch per sample (for models that mix packed documents).
         rank, size: this is the share of one of `size` processes: every size-th pack of a step, from `rank` on.
         num_empty: batches of nothing at the end, where other processes have more forwards to make.
+        mix: of training data with several sources; their losses are computed separately.
     """
 
     store: TokenStore
@@ -35,13 +45,14 @@ class Batches:
     rank: int = 0
     size: int = 1
     num_empty: int = 0
+    mix: Mix | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         for place, pack in enumerate(self.packs):
             number = self.rank + place * self.size  # of the pack in its step
             groups: Sequence[Sequence[int] | Pack] = [pack] if self.is_packed else [[int(index)] for index in pack]
             for at, samples in enumerate(groups):
-                yield build_batch(self.store, samples, (number, at))
+                yield build_batch(self.store, samples, (number, at), self.mix)
         for _ in range(self.num_empty):
             yield EMPTY_BATCH
 
@@ -59,6 +70,23 @@ class Batches:
     @property
     def num_targets(self) -> int:
         return sum(int(self.store.num_targets[pack].sum()) for pack in self.packs)
+
+    @property
+    def num_sources(self) -> int:
+        """Sources whose losses are computed; 0 where the data is no mix."""
+        return self.mix.size if self.mix is not None else 0
+
+    def count_sources(self) -> SourceCounts:
+        """Tokens and targets of each source of a mix."""
+        if self.mix is None:
+            return SourceCounts()
+        samples = np.concatenate([np.zeros(0, np.int64), *self.packs])
+        sources, size = self.mix.source_of[samples], self.mix.size
+        counts = [
+            np.bincount(sources, weights, size).astype(np.int64).tolist()
+            for weights in (self.store.lengths_of(samples), self.store.num_targets[samples])
+        ]
+        return SourceCounts(*map(tuple, counts))
 
     def rows(self) -> list[str]:
         """FILE:ROW of every sample, in batch order."""
@@ -96,45 +124,50 @@ class Step:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Feed:
-    """Pack every epoch of a store and distribute the packs to steps.
+    """Distribute the packs of every epoch to steps.
 
     Attributes:
-        store, samples: the training data.
-        capacity: tokens per pack.
+        store: the training data.
+        plan: the packs of every epoch.
         packs_per_step: train.grad_accum_steps.
         total_steps: optimizer steps of the run.
         held_out: evaluation data, if any.
+        mix: the sources of the training data, if it is a mix.
     """
 
     store: TokenStore
-    samples: Pack
-    capacity: int
+    plan: Plan
     packs_per_step: int
-    seed: int
     total_steps: int
     held_out: Batches | None = None
     is_packed: bool = True
+    mix: Mix | None = None
 
     def steps(self, place: Place = FIRST_PLACE, rank: int = 0, size: int = 1) -> Iterator[Step]:
         """Endless steps starting at a place, each with the packs of one of `size` processes."""
         epoch, first = place
         while True:
-            packs = plan_samples(self.store, self.samples, self.capacity, self.seed, epoch)
+            packs = self.plan.packs(epoch)
             for start in range(first, len(packs), self.packs_per_step):
                 group = packs[start : start + self.packs_per_step]
                 behind = start + len(group)
                 after = (epoch, behind) if behind < len(packs) else (epoch + 1, 0)
-                whole = Batches(self.store, group, self.is_packed)
+                whole = Batches(self.store, group, self.is_packed, mix=self.mix)
                 yield Step(whole.share(rank, size), whole, epoch + behind / len(packs), after)
             epoch, first = epoch + 1, 0
 
     @property
+    def capacity(self) -> int:
+        """Tokens per pack."""
+        return self.plan.capacity
+
+    @property
     def packs_per_epoch(self) -> int:
-        return count_epoch(self.store.lengths_of(self.samples), self.capacity, self.seed, 0)
+        return self.plan.count(0)
 
     @property
     def tokens_per_epoch(self) -> int:
-        return int(self.store.lengths_of(self.samples).sum())
+        return self.plan.tokens_per_epoch
 
     @property
     def steps_per_epoch(self) -> int:
@@ -146,15 +179,6 @@ class Feed:
         return self.total_steps / self.steps_per_epoch
 
 
-def plan_samples(store: TokenStore, samples: Pack, capacity: int, seed: int, epoch: int) -> list[Pack]:
+def plan_samples(store: TokenStore, samples: Pack, capacity: int, seed: int, epoch: int) -> Sequence[Pack]:
     """The packs of an epoch, as sample numbers of the store."""
-    return [samples[pack] for pack in plan_epoch(store.lengths_of(samples), capacity, seed, epoch)]
-
-
-def count_steps(lengths: npt.NDArray[np.int64], capacity: int, packs_per_step: int, seed: int, epochs: float) -> int:
-    """Optimizer steps of this many epochs; their numbers of packs may differ by one or two."""
-    total = 0.0
-    for epoch in range(math.ceil(epochs)):
-        num_packs = count_epoch(lengths, capacity, seed, epoch)
-        total += math.ceil(num_packs / packs_per_step) * min(1.0, epochs - epoch)
-    return max(1, round(total))
+    return ShuffledPlan(samples, store.lengths, capacity, seed).packs(epoch)

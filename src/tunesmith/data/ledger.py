@@ -207,6 +207,7 @@ class Ledger:
     codes: dict[str, str] = field(default_factory=dict)  # reason of a refusal -> its code
     num_replies: int = 0
     num_cut: int = 0
+    sources: dict[str, list[str]] = field(default_factory=dict)  # of a mix: name -> files
 
     def add(self, row: LabelledRow) -> None:
         entry = self.files.setdefault(row.file, FileLedger())
@@ -265,6 +266,11 @@ class Ledger:
     @property
     def empty_think_removed(self) -> int:
         return sum(f.empty_think_removed for f in self.files.values())
+
+    def count_sources(self) -> list[int]:
+        """Used rows of each source of a mix."""
+        used = {name: entry.used for name, entry in self.files.items()}
+        return [sum(used.get(file, 0) for file in files) for files in self.sources.values()]
 
     def count_how(self) -> Counter[str]:
         return sum((f.how for f in self.files.values()), Counter())
@@ -434,6 +440,7 @@ class Ledger:
             "empty_think_removed": self.empty_think_removed,
             "passed_over": self.passed_over,
             "codes": self.codes,
+            **({"sources": self.sources} if self.sources else {}),
             "files": {name: entry.to_json(is_lazy) for name, entry in self.files.items()},
         }
 
@@ -444,5 +451,5 @@ class Ledger:
             {name: FileLedger.from_json(entry) for name, entry in saved["files"].items()},
             saved["tokens"], saved["target_tokens"], saved["tokens_lost"], saved["samples"],
             passed_over=saved["passed_over"], codes=saved.get("codes", {}), num_replies=saved.get("replies", 0),
-            num_cut=saved.get("cut_replies", 0),
+            num_cut=saved.get("cut_replies", 0), sources=saved.get("sources", {}),
         )  # fmt: skip

@@ -65,10 +65,11 @@ def turn_names(part: str) -> Turn:
         draft.seen.add("dataset_dir")
         found = find_dataset_info(draft)
         if folder.startswith(("REMOTE:", "ONLINE")):
-            draft.ours[part] = [name if "/" in name else f"{folder.partition(':')[2]}:{name}" for name in names]
+            paths = [name if "/" in name else f"{folder.partition(':')[2]}:{name}" for name in names]
+            draft.ours[part] = _limited(draft, part, paths)
             draft.lose("dataset_dir", folder, "its dataset_info.json is on the hub; download it and name its folder")
             return
-        draft.ours[part] = [f"{found or folder}:{name}" for name in names]
+        draft.ours[part] = _limited(draft, part, [f"{found or folder}:{name}" for name in names])
         if found is None:
             draft.note(
                 key, f"names in {folder}/dataset_info.json, which is not here; name its folder with --dataset-info"
@@ -82,6 +83,14 @@ def turn_names(part: str) -> Turn:
             draft.lose(key, value, "a data set has pictures, sound or video, which are not trained")
 
     return turn
+
+
+def _limited(draft: Draft, part: str, paths: list[str]) -> list[Any]:
+    """Several data sets as sources of which max_samples rows are read, where it is given."""
+    limit = number(draft.theirs.get("max_samples"))
+    if part != "data.train" or len(paths) == 1 or not is_number(limit):
+        return list(paths)
+    return [{"path": path, "limit": limit} for path in paths]
 
 
 def _has_pictures(entry: Any) -> bool:
@@ -138,14 +147,19 @@ def _load_entries(file: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def turn_samples(draft: Draft, key: str, value: Any) -> None:
-    """Rows of each data set there, of all together here."""
+    """The first rows of each data set: data.limit of one, the limit of each source of several (see `turn_names`)."""
     names = draft.ours.get("data.train") or str(draft.theirs.get("dataset", "")).split(",")
-    if len(names) > 1:
-        draft.lose(key, value, "rows of each data set; data.limit counts the rows of all together")
-    elif is_number(number(value)):
-        draft.ours["data.limit"] = number(value)
-    else:
+    if not is_number(number(value)):
         draft.lose(key, value, "not a number of rows")
+    elif len(names) == 1:
+        draft.ours["data.limit"] = number(value)
+
+
+def turn_mixing(draft: Draft, key: str, value: Any) -> None:
+    if key == "mix_strategy" and value in ("concat", None):
+        draft.note(key, "all rows of all data sets, in one random order")
+    else:
+        draft.lose(key, value, "it counts rows; in data.train each source has a weight, its share of the tokens")
 
 
 def turn_global_batch(draft: Draft, key: str, value: Any) -> None:
@@ -163,5 +177,6 @@ def turn_optimizer_options(draft: Draft, key: str, value: Any) -> None:
 TURNS: dict[str, Turn] = {
     "finetuning_type": turn_tuning, "peft_config": turn_peft, "quant_config": turn_quantizer,
     "dataset": turn_names("data.train"), "eval_dataset": turn_names("data.eval"), "train_dataset": turn_data_file,
+    "mix_strategy": turn_mixing, "interleave_probs": turn_mixing,
     "max_samples": turn_samples, "global_batch_size": turn_global_batch, "optim_config": turn_optimizer_options,
 }  # fmt: skip

@@ -5,10 +5,11 @@ A batch has its targets and the positions whose outputs predict them (data/pack.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,12 +36,27 @@ class LossSums:
             documents (see `Router`); differentiable. None for other models.
         num_correct: targets that were the most likely token; counted only without gradient.
         expert_counts: [experts], how often each was chosen over all tokens and layers; None for other models.
+        source_losses: [sources], the loss of the targets of each source of a mix; None for other batches.
     """
 
     loss: Tensor
     router_loss: Tensor | None
     num_correct: Tensor | None
     expert_counts: Tensor | None = None
+    source_losses: Tensor | None = None
+
+
+class TargetSums(NamedTuple):
+    """Sums over some targets.
+
+    Attributes:
+        loss: differentiable.
+        by_source: [sources], the loss of each source; None where the sources are not given.
+    """
+
+    loss: Tensor
+    num_correct: Tensor
+    by_source: Tensor | None
 
 
 class SupervisedLM(nn.Module):
@@ -77,7 +93,14 @@ class SupervisedLM(nn.Module):
         return self._adapter[0]
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, targets: Tensor, target_at: Tensor, layout: Documents
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        targets: Tensor,
+        target_at: Tensor,
+        layout: Documents,
+        sources: Tensor | None = None,
+        num_sources: int = 0,
     ) -> LossSums:
         """Loss sums of a batch, given as tensors (see `to_tensors`)."""
         # a single document gets the model's own positions (RoBERTa's start at 2)
@@ -87,15 +110,16 @@ class SupervisedLM(nn.Module):
             inputs["output_router_logits"] = True
         if self.head_path == "decoder":
             output = self.model.get_decoder()(**inputs)
-            loss, num_correct = self._chunked_loss(output.last_hidden_state[0, target_at], targets)
+            sums = self._chunked_loss(output.last_hidden_state[0, target_at], targets, sources, num_sources)
         else:
             output, logits = self._model_logits(inputs, target_at)
-            loss, num_correct = token_loss_sum(logits, targets)
+            sums = sum_targets(logits, targets, sources, num_sources)
         router_loss = expert_counts = None
         if self.router and output.router_logits:  # none where every layer picks experts by token id (DeepSeek V4)
             router_loss = self.router.loss(output.router_logits, layout.lens)
             expert_counts = self.router.count_choices(output.router_logits)
-        return LossSums(loss, router_loss, None if torch.is_grad_enabled() else num_correct, expert_counts)
+        num_correct = None if torch.is_grad_enabled() else sums.num_correct
+        return LossSums(sums.loss, router_loss, num_correct, expert_counts, sums.by_source)
 
     def _model_logits(self, inputs: dict[str, Any], at: Tensor) -> tuple[Any, Tensor]:
         """The model's output, and its [targets, vocab] logits."""
@@ -105,31 +129,43 @@ class SupervisedLM(nn.Module):
         output = self.model(**inputs)
         return output, output.logits[0, at]
 
-    def _chunked_loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss sum and number of correct targets without holding all logits; chunks are recomputed in the backward."""
+    def _chunked_loss(self, hidden: Tensor, targets: Tensor, sources: Tensor | None, num_sources: int) -> TargetSums:
+        """Sums over the targets without holding all logits; chunks are recomputed in the backward."""
 
-        def chunk_loss(hidden_chunk: Tensor, target_chunk: Tensor) -> tuple[Tensor, Tensor]:
-            return token_loss_sum(head_logits(self.model, hidden_chunk), target_chunk)
+        def chunk_sums(hidden_chunk: Tensor, target_chunk: Tensor, source_chunk: Tensor | None) -> TargetSums:
+            return sum_targets(head_logits(self.model, hidden_chunk), target_chunk, source_chunk, num_sources)
 
         vocab = self.model.config.get_text_config().vocab_size
         rows = max(1, _CHUNK_BYTES // (4 * vocab))
         if len(targets) <= rows:
-            return chunk_loss(hidden, targets)
-        loss_sum = hidden.new_zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+            return chunk_sums(hidden, targets, sources)
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        loss = hidden.new_zeros((), dtype=dtype)
         num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        for hidden_chunk, target_chunk in zip(hidden.split(rows), targets.split(rows), strict=True):
-            loss, correct = checkpoint(chunk_loss, hidden_chunk, target_chunk, use_reentrant=False)
-            loss_sum, num_correct = loss_sum + loss, num_correct + correct
-        return loss_sum, num_correct
+        by_source = None if sources is None else hidden.new_zeros(num_sources, dtype=dtype)
+        source_chunks: Any = sources.split(rows) if sources is not None else itertools.repeat(None)
+        for chunk in zip(hidden.split(rows), targets.split(rows), source_chunks, strict=False):
+            found = checkpoint(chunk_sums, *chunk, use_reentrant=False)
+            loss, num_correct = loss + found.loss, num_correct + found.num_correct
+            by_source = None if by_source is None else by_source + found.by_source
+        return TargetSums(loss, num_correct, by_source)
 
 
-def token_loss_sum(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy of [n, vocab] logits and [n] targets, and the number of correct argmaxes."""
+def sum_targets(logits: Tensor, targets: Tensor, sources: Tensor | None = None, num_sources: int = 0) -> TargetSums:
+    """Summed cross-entropy of [n, vocab] logits and [n] targets, and the number of correct argmaxes.
+
+    The losses by source are computed from the same logits beside the sum, so that they cannot change its rounding.
+    """
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
+    by_source = None
     with torch.no_grad():
         num_correct = (logits.argmax(-1) == targets).sum()
-    return F.cross_entropy(logits, targets, reduction="sum"), num_correct
+        if sources is not None:
+            losses = F.cross_entropy(logits, targets, reduction="none")
+            is_of = sources == torch.arange(num_sources, device=sources.device)[:, None]
+            by_source = torch.where(is_of, losses, 0).sum(-1)  # index_add_ is not deterministic on a GPU
+    return TargetSums(F.cross_entropy(logits, targets, reduction="sum"), num_correct, by_source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +295,6 @@ def supervised_loss(lm: nn.Module, batch: Batch) -> LossSums:
 
 def to_tensors(batch: Batch, device: torch.device) -> dict[str, Any]:
     """The keyword arguments of SupervisedLM.forward."""
-    names = ("input_ids", "position_ids", "targets", "target_at")
+    names = ["input_ids", "position_ids", "targets", "target_at", *(["sources"] if batch.num_sources else [])]
     tensors = {name: torch.from_numpy(getattr(batch, name)).to(device, non_blocking=True) for name in names}
-    return {**tensors, "layout": batch.layout}
+    return {**tensors, "layout": batch.layout, **({"num_sources": batch.num_sources} if batch.num_sources else {})}

@@ -19,6 +19,7 @@ from tunesmith.data.store import StoreWriter, TokenStore, open_store
 from tunesmith.encode.draws import RowDraws
 from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import DataError
+from tunesmith.plans.sources import files_of_sources
 from tunesmith.preparation.chunks import chunk_rows
 from tunesmith.preparation.labelled import LabelRules, label_chunks, write_labelled
 from tunesmith.runfolder import RunFolder
@@ -89,6 +90,7 @@ def write_dataset(
     draws = RowDraws.of(data, seed)
     rules = LabelRules(encoder, data, max_seq_len, draws)
     store, ledger, hashes = _label_into(folder.tokens, sources.train, rules, watcher)
+    ledger.sources = {} if sources.train.names else files_of_sources(data.train, sources.train)
     held_out = _held_out_rows(store, data, seed) if draws and data.eval_split else None
     if not data.eval and held_out is None:
         return split_dataset(data, seed, store, ledger, None, None, {folder.tokens.name: hashes})

@@ -20,6 +20,7 @@ from tunesmith.report.durations import format_duration, measure_durations
 from tunesmith.report.during import RowReplies, read_replies
 from tunesmith.report.records import RunRecords
 from tunesmith.report.replies import SampleReplies, SampleReply
+from tunesmith.report.sources import draw_sources, list_sources
 from tunesmith.report.ticks import format_value
 from tunesmith.report.verdict import Verdict
 from tunesmith.sources.names import name_row
@@ -49,6 +50,7 @@ def show_run(run: RunRecords, outcome: str, verdict: Verdict, samples: SampleRep
         facts=list(list_facts(run)),
         charts=draw_charts(run),
         files=list(list_files(run.ledger)),
+        sources=list(list_sources(run.ledger, run.records)),
         problems=list(list_problems(run.ledger, run.config.data)),
         remark=samples.remark,
         samples=[SampleReply(_cut(s.prompt), _cut(s.reply), _cut(s.wanted), s.has_stopped) for s in samples.replies],
@@ -86,6 +88,7 @@ def draw_charts(run: RunRecords) -> list[Markup]:
 
     charts = [
         line_chart("loss", [series("loss", is_smoothed=True), series("eval_loss", is_marked=True)]),
+        draw_sources(run.records),
         line_chart("learning rate", [series("lr")]),
         line_chart("gradient norm", [series("grad_norm", is_smoothed=True)], can_be_log=True),
         line_chart("tokens per second", [series("tokens_per_s", is_smoothed=True)]),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config.schema import RunConfig
+from tunesmith.config.sources import path_of, with_path
 from tunesmith.data.dataset import DataSources
 from tunesmith.errors import DataError
 from tunesmith.run.records import Fingerprint
@@ -74,7 +75,10 @@ def _rename(text: str, path: str, name: str) -> str:
 
 def own_names(config: RunConfig, folder: RunFolder) -> RunConfig:
     """The config of a run that may have been moved: files of rows given in Python are looked up in its own folder."""
-    names = {part: [_own(name, folder) for name in getattr(config.data, part) or []] or None for part in _ARGUMENTS}
+    names: dict[str, Any] = {
+        part: [with_path(item, _own(path_of(item), folder)) for item in getattr(config.data, part) or []] or None
+        for part in _ARGUMENTS
+    }
     return config.model_copy(update={"data": config.data.model_copy(update=names)})
 
 

@@ -19,6 +19,7 @@ from tunesmith.config.choices import FREE_KEYS, NAME_KEYS, part_of
 from tunesmith.config.plainyaml import show
 from tunesmith.config.runfile import leaf_fields, resolve_config
 from tunesmith.config.schema import RunConfig
+from tunesmith.config.sources import amounts_of
 from tunesmith.data.dataset import DataSources, StoreHashes
 from tunesmith.errors import TunesmithError
 from tunesmith.files import sha256_file
@@ -138,6 +139,9 @@ def compare_runs(before: Fingerprint, now: Fingerprint) -> tuple[list[str], list
                 notes.append(f"accepted: {change}")
         else:
             refusals.append(f"{part_of(key)}: {change}")
+    amounts = [amounts_of(config["data"]["train"]) for config in (before.config, now.config)]
+    if amounts[0] != amounts[1] and any(any(item) for item in (*amounts[0], *amounts[1])):
+        refusals.append("data: the weights, epochs or limits of the sources in data.train have changed")
     for name, version in before.versions.items():
         current = now.versions.get(name)
         if _minor(version) != _minor(current):

@@ -16,6 +16,7 @@ from tunesmith.config.choices import FIXED_KEYS
 from tunesmith.config.plainyaml import show
 from tunesmith.config.runfile import resolve_config
 from tunesmith.config.schema import RunConfig
+from tunesmith.config.sources import Source, SourceSection, with_path
 from tunesmith.data.dataset import Dataset, DataSources, find_data, open_dataset
 from tunesmith.data.ledger import Ledger
 from tunesmith.distributed.processes import joined_world
@@ -167,9 +168,19 @@ def read_config(name: str, folder: RunFolder, flags: Mapping[str, Any]) -> RunCo
             f"--output: a run is resumed in its own folder, {name}. Remove the flag.", code="output-on-resume"
         )
     flags = {key: absolute(value) if key in _NAMES else value for key, value in flags.items()}
+    before = resolve_config(RunConfig, folder.config, {})
+    if "data.train" in flags:
+        flags["data.train"] = move_sources(before.data.train, flags["data.train"])
     config = resolve_config(RunConfig, folder.config, flags)
-    refuse_fixed(name, flags, flatten(resolve_config(RunConfig, folder.config, {}).model_dump()), config)
+    refuse_fixed(name, flags, flatten(before.model_dump()), config)
     return config.model_copy(update={"train": config.train.model_copy(update={"output_dir": name})})
+
+
+def move_sources(before: Sequence[Source], names: Any) -> Any:
+    """Names typed for the sources of a mix are their new paths; their weights, epochs and limits stay."""
+    if len(names) != len(before) or not all(isinstance(name, str) for name in names):
+        return names
+    return [with_path(source, name) for source, name in zip(before, names, strict=True)]
 
 
 def refuse_fixed(name: str, flags: Mapping[str, Any], before: Mapping[str, Any], config: RunConfig) -> None:
@@ -217,6 +228,8 @@ def _from(folder: str, value: Any) -> Any:
     """Make a name absolute if it exists in the folder: a file, a folder, FOLDER:SPLIT, or a glob pattern."""
     if isinstance(value, list):
         return [_from(folder, item) for item in value]
+    if isinstance(value, SourceSection):
+        return with_path(value, _from(folder, value.path))
     if not isinstance(value, str) or os.path.isabs(value) or value.startswith("~"):
         return value
     path = os.path.join(folder, value)

@@ -20,6 +20,7 @@ from tunesmith.training.cost import Cost, count_step_flops, explain_cost, measur
 from tunesmith.training.progress import Progress
 
 _SHOWN_REASONS = 8  # causes of refusals
+_SHOWN_SOURCES = 12
 
 
 def summary_lines(ready: ReadyRun) -> list[tuple[str, str]]:
@@ -37,6 +38,7 @@ def summary_lines(ready: ReadyRun) -> list[tuple[str, str]]:
         ("device", f"{ready.session.device.type}, {ready.session.precision.name}, {_threads()}"),
         *_ledger_lines("data", ready.dataset.ledger, config.data),
         *(("", line) for line in ready.dataset.ledger.describe_draws(config.data)),
+        *_source_lines(ready),
     ]
     if ready.dataset.eval_ledger:
         lines += _ledger_lines("eval data", ready.dataset.eval_ledger, config.data)
@@ -132,6 +134,23 @@ def _ledger_lines(name: str, ledger: Ledger, data: DataSection) -> list[tuple[st
     share = ledger.target_tokens / max(1, ledger.tokens)
     lines.append(("", f"{ledger.tokens:,} tokens in {ledger.num_samples:,} samples, {share:.1%} supervised"))
     return lines
+
+
+def _source_lines(ready: ReadyRun) -> list[tuple[str, str]]:
+    """Of a mix: the share of each source in the tokens, and how often a run takes it."""
+    sources, feed, mix = ready.dataset.describe_sources(), ready.feed, ready.dataset.mix
+    lines = []
+    for source in sources[:_SHOWN_SOURCES]:
+        passes = source.passes * feed.total_epochs
+        rows = f"{source.rows:,} row{'s' if source.rows != 1 else ''}, {format_count(source.tokens)} tokens"
+        lines.append(f"{source.name}: {source.asked:.1%} of the tokens; {rows}, {passes:.2f} passes over them")
+    if len(sources) > _SHOWN_SOURCES:
+        lines.append(f"and {len(sources) - _SHOWN_SOURCES} more sources; data_ledger.json has them all")
+    if mix is not None and mix.quotas and len(sources) > 1:
+        full = max(sources, key=lambda source: source.passes)
+        if all(source.passes <= 1 for source in sources):
+            lines.append(f"an epoch ends with the last row of {full.name}; the next takes other rows of the others")
+    return [("sources" if number == 0 else "", line) for number, line in enumerate(lines)]
 
 
 def _problem_line(problem: Problem) -> tuple[str, str]:

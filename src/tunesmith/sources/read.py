@@ -8,9 +8,11 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tunesmith.config.sources import Source, SourceSection, path_of
 from tunesmith.errors import DataError
 from tunesmith.sources.arrow import read_batches
 from tunesmith.sources.containers import read_file
@@ -21,6 +23,7 @@ from tunesmith.sources.jsonfile import JsonLine
 from tunesmith.sources.names import IN_MEMORY, name_row
 from tunesmith.sources.rowsize import DEFAULT_MAX_ROW_MB
 
+_AMOUNT = re.compile(r"\b(weight|epochs|limit)\W{0,3}[=:]|:(0?\.\d+|[\d.]+%)$")  # chats.jsonl:weight=0.3
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))??(?::(?P<split>[\w.+-]+(?:\[[\d%:-]*\])?))?")
 
 
@@ -51,6 +54,20 @@ class RawRow:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """The files and hub data sets of one name, or of one source of a mix.
+
+    Attributes:
+        files, hub: indices in the lists of `Sources`.
+        limit: rows to read, the first ones; None: all.
+    """
+
+    files: range
+    hub: range
+    limit: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Sources:
     """What the names in data.train or data.eval refer to.
 
@@ -61,6 +78,7 @@ class Sources:
         hub_entries: the same for `hub`.
         passed_over: contents of a folder that are not read: other splits, pictures, licences, unsearched subfolders.
         names: file -> the name of its rows, where that is not its path (rows given in Python).
+        parts: what belongs to each name, in order; empty for rows given in Python.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -69,48 +87,70 @@ class Sources:
     hub_entries: dict[int, Entry] = field(default_factory=dict)
     passed_over: list[Path] = field(default_factory=list)
     names: dict[Path, str] = field(default_factory=dict)
+    parts: list[Part] = field(default_factory=list)
 
     def name_of(self, path: Path) -> str:
         """What the rows of a file are named after: its entry in `names`, else its path."""
         return self.names.get(path, str(path))
 
+    def row_files(self, part: Part) -> list[str]:
+        """What the rows of a part name as their files."""
+        files = [self.name_of(self.files[index]) for index in part.files]
+        return [*files, *map(self.row_file, part.hub)]
 
-def find_sources(names: Iterable[str]) -> Sources:
+    def row_file(self, number: int) -> str:
+        """What the rows of a hub data set name as their file."""
+        hub_id, _, split = self.hub[number]
+        return f"{hub_id}:{split}"
+
+
+def find_sources(names: Iterable[Source]) -> Sources:
     """Resolve every name before any row is read.
 
     Raises:
         DataError: a name refers to nothing; the message offers similar names.
     """
     sources = Sources()
-    for name in names:
-        if not name.strip():
-            raise DataError(
-                "the data name is empty. Give a file, a folder, a pattern or a hub id (owner/name).", code="empty-name"
-            )
-        path = Path(os.path.expanduser(name))
-        if path.is_dir():
-            _add_folder(path, None, None, sources)
-        elif path.exists() or path.is_symlink():
-            sources.files.append(refuse_broken_link(path))
-        elif in_folder := _split_of_folder(name):
-            _add_folder(*in_folder, sources)
-        elif any(mark in name for mark in "*?[") and not _HUB_ID.fullmatch(name):  # owner/name:train[:100] is a hub id
-            found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if not p.is_dir())
-            if not found:
-                raise DataError(
-                    f"{name}: no file matches this pattern. Check the folder and the suffix.",
-                    code="pattern-without-match",
-                )
-            sources.files.extend(refuse_broken_link(p) for p in found)
-        else:
-            hub = _HUB_ID.fullmatch(name)
-            if not hub or _looks_like_path(name):
-                raise DataError(
-                    f"{name}: no such file or folder.{_similar(path)} Hub data sets are named owner/name.",
-                    code="file-not-found",
-                )
-            sources.hub.append((hub["id"], hub["config"], hub["split"] or "train"))
+    for item in names:
+        num_files, num_hub = len(sources.files), len(sources.hub)
+        _add_name(path_of(item), sources)
+        limit = item.limit if isinstance(item, SourceSection) else None
+        part = Part(range(num_files, len(sources.files)), range(num_hub, len(sources.hub)), limit)
+        sources.parts.append(part)
     return sources
+
+
+def _add_name(name: str, sources: Sources) -> None:
+    if not name.strip():
+        raise DataError(
+            "the data name is empty. Give a file, a folder, a pattern or a hub id (owner/name).", code="empty-name"
+        )
+    path = Path(os.path.expanduser(name))
+    if path.is_dir():
+        _add_folder(path, None, None, sources)
+    elif path.exists() or path.is_symlink():
+        sources.files.append(refuse_broken_link(path))
+    elif in_folder := _split_of_folder(name):
+        _add_folder(*in_folder, sources)
+    elif any(mark in name for mark in "*?[") and not _HUB_ID.fullmatch(name):  # owner/name:train[:100] is a hub id
+        found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if not p.is_dir())
+        if not found:
+            raise DataError(
+                f"{name}: no file matches this pattern. Check the folder and the suffix.",
+                code="pattern-without-match",
+            )
+        sources.files.extend(refuse_broken_link(p) for p in found)
+    else:
+        hub = _HUB_ID.fullmatch(name)
+        if not hub or _looks_like_path(name):
+            raise DataError(f"{name}: no such file or folder.{_advise(name, path)}", code="file-not-found")
+        sources.hub.append((hub["id"], hub["config"], hub["split"] or "train"))
+
+
+def _advise(name: str, path: Path) -> str:
+    if _AMOUNT.search(name):
+        return " A source with a weight, epochs or a limit is written in a YAML run file or as tunesmith.Source."
+    return f"{_similar(path)} Hub data sets are named owner/name."
 
 
 def _looks_like_path(name: str) -> bool:
@@ -193,7 +233,21 @@ def read_rows(
     Raises:
         DataError: a file is unreadable, empty, broken or of an unknown kind.
     """
-    for place, path in enumerate(sources.files):
+    if not any(part.limit for part in sources.parts):
+        yield from _read_files(sources, range(len(sources.files)), encoding, max_row_mb, parses, meter)
+        yield from _read_hubs(sources, range(len(sources.hub)), max_row_mb)
+        return
+    for part in sources.parts:  # each has files or hub data sets, not both
+        yield from islice(_read_files(sources, part.files, encoding, max_row_mb, parses, meter), part.limit)
+    for part in sources.parts:
+        yield from islice(_read_hubs(sources, part.hub, max_row_mb), part.limit)
+
+
+def _read_files(
+    sources: Sources, places: range, encoding: str, max_row_mb: float, parses: bool, meter: Meter | None
+) -> Iterator[RawRow]:
+    for place in places:
+        path = sources.files[place]
         entry, name = sources.entries.get(place), sources.name_of(path)
         first = 0 if name in IN_MEMORY else 1
         rows = read_file(path, encoding, max_row_mb, parses or entry is not None, meter)
@@ -201,11 +255,15 @@ def read_rows(
             yield RawRow(name, number - 1 + first, value)
         if meter is not None:
             meter.finish_file(path.stat().st_size)
-    for place, (hub_id, config, split) in enumerate(sources.hub):
+
+
+def _read_hubs(sources: Sources, places: range, max_row_mb: float) -> Iterator[RawRow]:
+    for place in places:
+        hub_id, config, split = sources.hub[place]
         entry = sources.hub_entries.get(place)
         rows = _read_hub(hub_id, config, split, max_row_mb)
         for number, value in convert_rows(rows, entry) if entry else rows:
-            yield RawRow(f"{hub_id}:{split}", number, value)
+            yield RawRow(sources.row_file(place), number, value)
 
 
 def _read_hub(hub_id: str, config: str | None, split: str, max_row_mb: float) -> Iterator[tuple[int, Any]]:

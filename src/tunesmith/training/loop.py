@@ -21,11 +21,11 @@ from tunesmith.model.loss import SupervisedLM
 from tunesmith.training.checkpoint import Snapshot, copy_optimizer, copy_weights
 from tunesmith.training.evaluate import evaluate
 from tunesmith.training.interrupt import StopRequest
-from tunesmith.training.metrics import Record, Tracker
+from tunesmith.training.metrics import Record, Tracker, source_record
 from tunesmith.training.optim import lr_at, set_lr
 from tunesmith.training.pace import Pace
 from tunesmith.training.precision import Precision
-from tunesmith.training.progress import Progress, TrainState, Window
+from tunesmith.training.progress import Progress, TrainState, Window, add_lists
 from tunesmith.training.randomness import restore_random_states, take_random_states
 from tunesmith.training.saver import Saver
 from tunesmith.training.step import NotFiniteError, StepAborted, train_step
@@ -147,7 +147,9 @@ class Trainer:
         progress.tokens += result.num_tokens
         progress.supervised_tokens += result.num_targets
         progress.skipped_in_a_row = 0
-        self.window.add(result)
+        sources = step.whole.count_sources()
+        progress.source_tokens = add_lists(progress.source_tokens, sources.tokens)
+        self.window.add(result, sources.targets)
         jump = progress.jump(result.grad_norm, result.loss) if math.isfinite(result.grad_norm) else None
         if not jump and progress.step % train.log_steps and progress.step != self.feed.total_steps:
             return {}
@@ -187,6 +189,9 @@ class Trainer:
             "supervised_tokens": self.progress.supervised_tokens,
             "tokens_per_s": round(window.tokens / window.seconds(), 1),
         }
+        if self.feed.mix is not None:
+            names, tokens = self.feed.mix.names, self.progress.source_tokens
+            record |= source_record(names, window.source_losses, window.source_targets, tokens)
         if self.lm.router:
             record["router_loss"] = window.router_sum / window.steps
         counts = window.expert_counts.tolist() if window.expert_counts is not None else []

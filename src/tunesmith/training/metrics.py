@@ -44,8 +44,7 @@ class MetricsFile:
 
     def log(self, record: Record) -> None:
         # NaN is not JSON; null keeps the line readable everywhere
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._waiting += (json.dumps(clean) + "\n").encode()
+        self._waiting += (json.dumps(_finite(record)) + "\n").encode()
         with contextlib.suppress(OSError):
             self._write()
 
@@ -63,6 +62,12 @@ class MetricsFile:
             self._write()
         finally:
             os.close(self._fd)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(below) for key, below in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class OutsideTracker:
@@ -168,8 +173,31 @@ class TrackioTracker:
         self._trackio.finish()
 
 
+def source_record(
+    names: Sequence[str], losses: Sequence[float], targets: Sequence[int], tokens: Sequence[int]
+) -> Record:
+    """Of each source of a mix: the mean loss of its targets since the last record, where there were any, and its tokens
+    since step 0.
+
+    Args:
+        losses, targets: sums since the last record.
+    """
+    sums = zip(names, losses, targets, strict=True)
+    return {
+        "source_loss": {name: loss / count for name, loss, count in sums if count},
+        "source_tokens": dict(zip(names, tokens, strict=True)),
+    }
+
+
 def _numbers(record: Record) -> Record:
-    return {k: v for k, v in record.items() if isinstance(v, (int, float)) and k not in ("step", "time")}
+    """The numbers of a record; one of a source is named source_loss/NAME."""
+    flat: Record = {}
+    for key, value in record.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}/{name}": number for name, number in value.items() if isinstance(number, (int, float))}
+        elif isinstance(value, (int, float)) and key not in ("step", "time"):
+            flat[key] = value
+    return flat
 
 
 def require_trackers(names: Sequence[str]) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from tunesmith.data.feed import FIRST_PLACE, Place
 from tunesmith.training.step import StepResult
 
+T = TypeVar("T", int, float)
 # A gradient norm this many times the mean of the last steps is a jump if the loss jumped too, or always if extreme:
 # norms have heavy tails, and one alone says little
 _JUMP, _EXTREME = 5.0, 50.0
@@ -31,6 +32,7 @@ class Progress:
         place: of the feed, where the next step begins.
         skipped: steps left out because their loss was not finite; skipped_in_a_row, the last ones of them.
         grad_norms, losses: of the last steps, to tell a jump by.
+        source_tokens: of each source of a mix; else empty.
     """
 
     step: int = 0
@@ -46,6 +48,7 @@ class Progress:
     skipped_in_a_row: int = 0
     grad_norms: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    source_tokens: list[int] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         best = self.best_eval_loss if math.isfinite(self.best_eval_loss) else None
@@ -54,8 +57,9 @@ class Progress:
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> Progress:
         best = saved["best_eval_loss"]
-        known = {f.name: saved[f.name] for f in fields(cls) if f.name != "losses"}
-        known["losses"] = saved.get("losses", [])  # checkpoints of earlier versions have none
+        younger = ("losses", "source_tokens")  # checkpoints of earlier versions have none
+        known = {f.name: saved[f.name] for f in fields(cls) if f.name not in younger}
+        known |= {name: saved.get(name, []) for name in younger}
         return cls(**known | {"best_eval_loss": math.inf if best is None else best})
 
     def jump(self, grad_norm: float, loss: float) -> float | None:
@@ -79,6 +83,7 @@ class Window:
 
     Attributes:
         expert_counts: of all those steps, on the device that they were counted on.
+        source_losses, source_targets: sums of each source of a mix; else empty.
     """
 
     loss_sum: float = 0.0
@@ -87,6 +92,8 @@ class Window:
     tokens: int = 0
     steps: int = 0
     expert_counts: Tensor | None = None
+    source_losses: list[float] = field(default_factory=list)
+    source_targets: list[int] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
     paused_s: float = 0.0
     before_s: float = 0.0  # of the process that began the window
@@ -105,12 +112,14 @@ class Window:
         """Training begins, or continues, now."""
         self.started = time.perf_counter()
 
-    def add(self, result: StepResult) -> None:
+    def add(self, result: StepResult, source_targets: Sequence[int] = ()) -> None:
         self.loss_sum += result.loss * result.num_targets
         self.router_sum += result.router_loss or 0.0
         self.targets += result.num_targets
         self.tokens += result.num_tokens
         self.steps += 1
+        self.source_losses = add_lists(self.source_losses, result.source_losses)
+        self.source_targets = add_lists(self.source_targets, source_targets)
         counts = result.expert_counts
         if counts is not None and self.expert_counts is not None:
             counts = self.expert_counts.to(counts.device) + counts
@@ -118,17 +127,24 @@ class Window:
 
     def to_json(self) -> dict[str, Any]:
         counts = self.expert_counts.tolist() if self.expert_counts is not None else None
-        return {**{name: getattr(self, name) for name in _SUMS}, "expert_counts": counts, "seconds": self.seconds()}
+        sums = {name: getattr(self, name) for name in (*_SUMS, *_BY_SOURCE)}
+        return {**sums, "expert_counts": counts, "seconds": self.seconds()}
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> Window:
         counts = saved["expert_counts"]
-        sums = {name: saved[name] for name in _SUMS}
+        sums = {name: saved[name] for name in _SUMS} | {name: saved.get(name, []) for name in _BY_SOURCE}
         expert_counts = torch.tensor(counts) if counts is not None else None
         return cls(**sums, expert_counts=expert_counts, before_s=saved["seconds"])
 
 
 _SUMS = ("loss_sum", "router_sum", "targets", "tokens", "steps")
+_BY_SOURCE = ("source_losses", "source_targets")
+
+
+def add_lists(sums: list[T], more: Sequence[T]) -> list[T]:
+    """Elementwise; sums of other sources (none yet, or resumed with --allow data) begin anew."""
+    return [one + other for one, other in zip(sums, more, strict=True)] if len(sums) == len(more) else list(more)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ class StepResult:
 
     Attributes:
         expert_counts: how often each expert was chosen, on the device.
+        source_losses: the loss of each source of a mix, summed over its targets; else empty.
     """
 
     loss: float
@@ -33,6 +34,7 @@ class StepResult:
     num_tokens: int
     num_targets: int
     expert_counts: Tensor | None = None
+    source_losses: Sequence[float] = ()
 
 
 class StepAborted(Exception):
@@ -81,6 +83,7 @@ def train_step(
     num_tokens, num_targets, num_parts = world.sum(counts).tolist()
     loss_sum, router_sum = torch.zeros(2, device=device).unbind()
     expert_counts = torch.zeros(lm.router.num_experts, dtype=torch.int64, device=device) if lm.router else None
+    source_losses = torch.zeros(batches.num_sources, device=device)
     for batch in _until_given_up(batches, gives_up):
         if batch.is_empty and not spread.needs_equal_forwards:
             continue
@@ -99,20 +102,18 @@ def train_step(
             loss = loss + router_loss
         if sums.expert_counts is not None and expert_counts is not None:
             expert_counts += sums.expert_counts
+        if sums.source_losses is not None:
+            source_losses = source_losses + sums.source_losses
         spread.backward(scaler.scale(loss))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     spread.sum_gradients(parameters)
     scaler.unscale_(optimizer)
     grad_norm = spread.clip(parameters, max_grad_norm)
-    read = read_numbers([world.sum(loss_sum), world.sum(router_sum), grad_norm])
-    result = StepResult(
-        loss=read[0],
-        router_loss=read[1] if lm.router else None,
-        grad_norm=read[2],
-        num_tokens=num_tokens,
-        num_targets=num_targets,
-        expert_counts=world.sum(expert_counts) if expert_counts is not None else None,
-    )
+    by_source = world.sum(source_losses).unbind() if batches.num_sources else ()
+    read = read_numbers([world.sum(loss_sum), world.sum(router_sum), grad_norm, *by_source])
+    router = read[1] if lm.router else None
+    chosen = world.sum(expert_counts) if expert_counts is not None else None
+    result = StepResult(read[0], router, read[2], num_tokens, num_targets, chosen, source_losses=read[3:])
     # fp16 overflows now and then by design: its scaler skips that update and lowers the scale
     is_finite = math.isfinite(result.loss) and (math.isfinite(result.grad_norm) or scaler.is_enabled())
     if world.agree(not is_finite):

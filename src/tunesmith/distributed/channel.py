@@ -58,7 +58,9 @@ class Channel:
     def __init__(self, store: Any, rank: int, size: int, name: str) -> None:
         self._store, self._rank, self._size = store, rank, size
         self._silence_s = silence_s()
-        self._seen = {other: ("", time.monotonic()) for other in range(size) if other != rank}
+        # process 0 listens to all, the others to it: with hundreds of processes more would burden the store
+        heard = range(1, size) if rank == 0 else [0]
+        self._seen = {other: ("", time.monotonic()) for other in heard}
         self._store_lost: float | None = None
         self._is_closed = threading.Event()
         self.on_end: Callable[[Failure], None] = _print_failure
@@ -148,14 +150,15 @@ class Channel:
                 self._end_after_grace(found)
 
     def _listen(self) -> None:
-        for other in self._seen:
-            key = f"alive/{other}"
-            if not self._store.check([key]):
-                continue
-            beat = self._store.get(key).decode()
-            with self._lock:
-                if beat != self._seen[other][0]:
-                    self._seen[other] = (beat, time.monotonic())
+        keys = {other: f"alive/{other}" for other in self._seen}
+        if not self._store.check([*keys.values()]):  # some have not joined yet; multi_get would wait for them
+            keys = {other: key for other, key in keys.items() if self._store.check([key])}
+        beats = self._store.multi_get([*keys.values()]) if keys else []
+        now = time.monotonic()
+        with self._lock:
+            for other, beat in zip(keys, beats, strict=True):
+                if beat.decode() != self._seen[other][0]:
+                    self._seen[other] = (beat.decode(), now)
 
     def _silent(self) -> Failure | None:
         lost = self._unheard(self._silence_s)

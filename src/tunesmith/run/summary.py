@@ -30,12 +30,14 @@ def summary_lines(ready: ReadyRun) -> list[tuple[str, str]]:
     trained = f"{trainable:,} trained ({trainable / parameters:.2%})"
     if trainable + sum(gate.numel() for gate in gates.values()) == parameters:
         trained = "all trained but its shared experts' gates" if gates else "all trained"
+    of_each = " in each process" if ready.session.world.size > 1 else ""
     lines = [
         ("model", f"{config.model.path}: {type(ready.lm.model).__name__}, {parameters:,} parameters, {trained}"),
         *([("", "these gates are all zero and stay frozen: a shared expert of MiniMind has no gate")] if gates else []),
         *([("", remark)] if (remark := ready.session.model.remark) else []),
         *_adapter_lines(ready),
         ("device", f"{ready.session.device.type}, {ready.session.precision.name}, {_threads()}"),
+        *_process_lines(ready),
         *_ledger_lines("data", ready.dataset.ledger, config.data),
         *(("", line) for line in ready.dataset.ledger.describe_draws(config.data)),
         *_source_lines(ready),
@@ -53,8 +55,29 @@ def summary_lines(ready: ReadyRun) -> list[tuple[str, str]]:
         ("attention", ready.isolation.report),
         ("head", _head_line(ready.lm)),
         ("steps", _steps_line(ready)),
-        ("memory", f"about {format_bytes(estimate_memory(ready))} at its peak"),
+        ("memory", f"about {format_bytes(estimate_memory(ready))} at its peak{of_each}"),
     ]
+    return lines
+
+
+def _process_lines(ready: ReadyRun) -> list[tuple[str, str]]:
+    """How the packs of a step are dealt, and a warning where some processes would have none."""
+    world, packs = ready.session.world, ready.session.config.train.grad_accum_steps
+    if world.size == 1:
+        return []
+    what = {"ddp": "each has the whole model (ddp)", "fsdp": "each keeps a shard of the model (fsdp)"}
+    dealt = f"a step's {packs} packs are dealt" if packs > 1 else "a step has one pack"
+    lines = [("processes", f"{world.size}: {what[ready.session.parallel]}; {dealt}")]
+    if packs % world.size:
+        idle = "have nothing to do" if packs < world.size else "make one forward less"
+        better = -(-packs // world.size) * world.size
+        lines.append(
+            (
+                "warning",
+                f"train.grad_accum_steps {packs} is the number of packs a step in all processes: some of the "
+                f"{world.size} {idle}. Set it to {better}, or to another multiple of {world.size}",
+            )
+        )
     return lines
 
 
@@ -202,7 +225,7 @@ def _steps_line(ready: ReadyRun) -> str:
 
 
 def estimate_memory(ready: ReadyRun) -> float:
-    """Bytes at the peak of a step: weights, gradients, AdamW's two averages, activations, logits.
+    """Bytes of one process at the peak of a step: weights, gradients, AdamW's two averages, activations, logits.
 
     The count of activations per token and layer is that of a pre-norm block with a gated MLP and fused attention
     (after Korthikanti et al. 2022): an estimate, for what fits by far and what does not.
@@ -211,6 +234,7 @@ def estimate_memory(ready: ReadyRun) -> float:
     _, trainable = count_parameters(model)
     width = torch.finfo(ready.session.precision.weights).bits // 8
     states = sum(p.numel() * p.element_size() for p in model.parameters()) + trainable * 3 * width
+    states = states // ready.session.world.size if ready.session.parallel == "fsdp" else states
     config = model.config.get_text_config()
     layers, hidden = config.num_hidden_layers, config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden

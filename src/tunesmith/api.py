@@ -18,16 +18,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.arguments import Name, as_path, read_arguments, section_of
+from tunesmith.arguments import Name, as_path, read_arguments, refuse_rows_with_stages, section_of
 from tunesmith.config.choices import RESUME_PARTS
-from tunesmith.config.runfile import flatten_sections, read_yaml, resolve_config
+from tunesmith.config.runfile import flatten_sections, read_yaml
 from tunesmith.config.schema import PreviewConfig, RunConfig
+from tunesmith.config.stages import StagedConfig, resolve_stages, resolve_training
 from tunesmith.display import LEVEL_STYLES
 from tunesmith.errors import TunesmithError, UsageError
 from tunesmith.process import embedded, one_run
 from tunesmith.reading import read_text
 from tunesmith.report.verdict import Verdict
-from tunesmith.runfolder import RunFolder, read_metrics
+from tunesmith.runfolder import RunFolder, has_stages, read_metrics, started_stages
 from tunesmith.sources.memory import sources_of, write_rows
 from tunesmith.sources.read import Sources
 from tunesmith.use.check import CheckResult
@@ -106,20 +107,32 @@ class LoggedReporter:
 class Run:
     """A RUN folder: what was trained, and how it went.
 
+    Of a run with stages, the config, the figures and the model are those of the stage that began last; `stages` has
+    each of them.
+
     Attributes:
         path: the folder.
     """
 
     def __init__(self, path: Name) -> None:
         self.path = Path(path).expanduser().absolute()  # the same folder after os.chdir
-        self._folder = RunFolder(self.path)
-        if not self._folder.is_run:
+        if not RunFolder(self.path).is_run and not started_stages(self.path):
             raise TunesmithError(
                 f"{path}: is not a run. Give the folder that train was given as output.", code="not-a-run"
             )
 
     def __fspath__(self) -> str:
         return os.fspath(self.path)
+
+    @property
+    def _folder(self) -> RunFolder:
+        started = started_stages(self.path)
+        return started[-1] if started else RunFolder(self.path)
+
+    @property
+    def stages(self) -> list[Run]:
+        """The stages that have begun, each as a run; none where the run has no stages."""
+        return [Run(stage.path) for stage in started_stages(self.path)]
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -151,7 +164,12 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the folder holds the final model or adapter."""
+        """Whether the folder holds the final model or adapter; of a run with stages, that of the last one."""
+        if has_stages(self.path):
+            from tunesmith.stages.record import find_next, read_stages
+
+            run = read_stages(self.path, str(self.path))
+            return find_next(run) == len(run)
         return self._folder.has_complete_model
 
     @property
@@ -168,7 +186,7 @@ class Run:
         """How the run went, judged by its figures: a summary, and findings with what to try next."""
         from tunesmith.report.write import read_verdict
 
-        return read_verdict(self.path)
+        return read_verdict(self._folder.path)
 
     def report(self) -> Path:
         """As `tunesmith report`: write RUN/report.html again, with sample replies of the finished model.
@@ -176,10 +194,10 @@ class Run:
         Returns:
             Its path.
         """
-        from tunesmith.report.write import write_report
+        from tunesmith.report.stages import report_run
 
         with embedded():
-            return write_report(self.path)
+            return report_run(self.path)
 
 
 def train(
@@ -206,7 +224,7 @@ def train(
         eval_data: held-out data, in the same forms as `data`.
         on_log: called with each record of metrics.jsonl, as it is written. An exception from it ends the run, which
             can then be resumed.
-        sections: optim, lora and train.
+        sections: optim, lora and train; and stages, a list as in a run file.
 
     Raises:
         ConfigError: a key is unknown or a value is wrong; all problems at once.
@@ -214,18 +232,16 @@ def train(
         RunError: the run failed (non-finite loss, memory, disk); it names the last good checkpoint.
         InterruptedRun: Ctrl-C, SIGTERM or a closed terminal; the run is saved.
     """
-    from tunesmith.report.write import reported
-    from tunesmith.run.start import run_training
+    from tunesmith.stages.command import train_config
 
     tree, rows = read_arguments(model, data, tokenizer, eval_data, sections)
     if output is not None:
         section_of(tree, "train")["output_dir"] = os.fspath(output)
-    config = resolve_config(RunConfig, as_path(run_file), {}, arguments=tree)
-    reporter = LoggedReporter(on_log)
-    path = Path(config.train.output_dir).expanduser().absolute()  # on_log may change the working directory
-    with one_run(), embedded(), callback_errors(), reported(path, reporter.note):
-        run_training(config, reporter, rows)
-    return Run(path)
+    config = resolve_training(as_path(run_file), {}, arguments=tree)
+    if rows and isinstance(config, StagedConfig):
+        refuse_rows_with_stages("data")
+    with one_run(), embedded(), callback_errors():
+        return Run(train_config(config, LoggedReporter(on_log), rows))
 
 
 def resume(
@@ -248,8 +264,7 @@ def resume(
     Raises:
         TunesmithError: the run cannot be resumed, or something that changes its mathematics is not as it was.
     """
-    from tunesmith.report.write import reported
-    from tunesmith.run.resume import run_resume
+    from tunesmith.stages.command import resume_run
 
     tree, rows = read_arguments(sections.pop("model", None), sections.pop("data", None), None, None, sections)
     if rows:
@@ -262,11 +277,8 @@ def resume(
     wrong = [allow] if isinstance(allow, str) else [part for part in allow if part not in RESUME_PARTS]
     if wrong:
         raise UsageError(f"allow: {wrong[0]!r}; give a list of {', '.join(RESUME_PARTS)}.", code="unknown-part")
-    reporter = LoggedReporter(on_log)
-    path = Path(run).expanduser().absolute()
-    with one_run(), embedded(), callback_errors(), reported(path, reporter.note):
-        run_resume(os.fspath(run), changes, allow, reporter=reporter)
-    return Run(path)
+    with one_run(), embedded(), callback_errors():
+        return Run(resume_run(os.fspath(run), changes, allow, LoggedReporter(on_log)))
 
 
 def preview(
@@ -278,6 +290,7 @@ def preview(
     row: int | str | Iterable[int | str] = (),
     only: str | Iterable[str] = (),
     tokenizer: Name | None = None,
+    stage: str | None = None,
     **sections: Any,
 ) -> Preview:
     """Label rows exactly as `train` does. A notebook shows the trained tokens coloured.
@@ -287,12 +300,13 @@ def preview(
         row: rows as `check` names them: "chats.jsonl:12", "chats.jsonl:10-20"; numbers alone where there is one file.
             Rows given in Python by their index: 16, or "data[16]".
         only: kinds of rows: refused, used, truncated, cut (before a stop token), split, noted, unrolled, composed.
+        stage: of a run file with stages; default: the first.
         run_file, model, data, tokenizer, sections: as in `train`.
     """
     from tunesmith.use.preview import choose_rows, preview_rows
 
     asked, kinds, limit = choose_rows(rows, row, only)
-    with _preview_config(run_file, model, data, tokenizer, None, sections, limit) as (config, sources):
+    with _preview_config(run_file, model, data, tokenizer, None, sections, stage, limit) as (config, sources):
         return preview_rows(config, rows, sources, asked, kinds)
 
 
@@ -303,16 +317,18 @@ def check(
     data: Any = None,
     eval_data: Any = None,
     tokenizer: Name | None = None,
+    stage: str | None = None,
     **sections: Any,
 ) -> CheckResult:
     """Read a whole data set and collect what is wrong or odd about it. Findings are returned, not raised.
 
     Args:
+        stage: of a run file with stages; default: the first.
         run_file, model, data, eval_data, tokenizer, sections: as in `train`.
     """
     from tunesmith.use.check import check_data
 
-    with _preview_config(run_file, model, data, tokenizer, eval_data, sections) as (config, sources):
+    with _preview_config(run_file, model, data, tokenizer, eval_data, sections, stage) as (config, sources):
         return check_data(config, sources)
 
 
@@ -323,6 +339,7 @@ def find_lr(
     data: Any = None,
     tokenizer: Name | None = None,
     eval_data: Any = None,
+    stage: str | None = None,
     **sections: Any,
 ) -> FoundLr:
     """Find a learning rate for a run by short runs on its model and data; nothing is written, no model changes.
@@ -330,6 +347,7 @@ def find_lr(
     The search begins at optim.lr. Without `eval_data`, a tenth of the rows is held out to compare the short runs.
 
     Args:
+        stage: of a run file with stages; default: the first.
         run_file, model, data, tokenizer, eval_data, sections: as in `train`.
 
     Raises:
@@ -339,7 +357,7 @@ def find_lr(
     from tunesmith.lr_find import find_lr as search
 
     tree, rows = read_arguments(model, data, tokenizer, eval_data, sections)
-    config = resolve_config(LrFindConfig, as_path(run_file), {}, arguments=tree)
+    config = resolve_stages(LrFindConfig, as_path(run_file), {}, arguments=tree, name=stage)[0].config
     with one_run(), embedded():
         return search(config, rows=rows)
 
@@ -352,11 +370,12 @@ def _preview_config(
     tokenizer: Any,
     eval_data: Any,
     sections: Mapping[str, Any],
+    stage: str | None,
     limit: int | None = None,
 ) -> Iterator[tuple[PreviewConfig, dict[str, Sources]]]:
     """The config, and the sources of rows given in Python, which are kept in a file until the block ends."""
     tree, rows = read_arguments(model, data, tokenizer, eval_data, sections)
-    config = resolve_config(PreviewConfig, as_path(run_file), {}, arguments=tree)
+    config = resolve_stages(PreviewConfig, as_path(run_file), {}, arguments=tree, name=stage)[0].config
     limit = limit or config.data.limit
     with embedded(), tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
         sources = {}

@@ -6,9 +6,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from tunesmith.errors import ConfigError, DataError
+from tunesmith.config.runfile import STAGES
+from tunesmith.errors import ConfigError, DataError, UsageError
 from tunesmith.sources.memory import is_rows
 
 Name = str | os.PathLike[str]
@@ -123,9 +124,41 @@ def _texts(tree: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in tree.items():
         if isinstance(value, Mapping):
             changed[name] = _texts(value)
+        elif name == STAGES and isinstance(value, (list, tuple)):
+            changed[name] = [_stage(item) if isinstance(item, Mapping) else item for item in value]
         else:
             changed[name] = _text(value)
     return changed
+
+
+def _stage(item: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage of the argument `stages`. Its data cannot be rows, since a run reads the data of later stages later.
+
+    Raises:
+        UsageError: they are rows.
+    """
+    stage, data = _texts(item), item.get("data")
+    if not isinstance(data, Mapping):
+        return stage
+    for key in ("train", "eval"):
+        if key == "train" and has_sources(data.get(key)):
+            stage["data"][key] = _sections(data[key])
+        elif is_rows(data.get(key)):
+            refuse_rows_with_stages(f"stages: {key} of {item.get('name')}")
+        elif key in data:
+            stage["data"][key] = _names(data[key])
+    return stage
+
+
+def refuse_rows_with_stages(where: str) -> NoReturn:
+    """Raises:
+    UsageError: rows in memory were given to a run with stages.
+    """
+    raise UsageError(
+        f"{where}: are rows in memory. A run with stages reads files, so that it can be resumed between two stages. "
+        "Save the rows as .jsonl and give the file's name.",
+        code="rows-with-stages",
+    )
 
 
 def _names(given: Any) -> Any:

@@ -10,13 +10,13 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tunesmith.boundary import end_at_next_interrupt, end_interrupted, report_failure, taken_signals
 from tunesmith.display import visible_streams
-from tunesmith.distributed.launch import VOICE, is_first, require_one_process
+from tunesmith.distributed.launch import VOICE, require_one_process
 from tunesmith.errors import ConfigError, InterruptedRun, UsageError
 from tunesmith.parser.build import build_parser
 from tunesmith.parser.command import CommandParser
@@ -26,10 +26,11 @@ from tunesmith.terminal.status import show_status
 
 
 def _parse_config_command(parser: CommandParser, argv: list[str]) -> tuple[argparse.Namespace, Any]:
-    from tunesmith.config.runfile import OPEN_MAPS, explain_flag, leaf_fields, resolve_config
+    from tunesmith.config.runfile import OPEN_MAPS, STAGES, explain_flag, leaf_fields
     from tunesmith.config.schema import LrFindConfig, PreviewConfig, RunConfig, TokenizerConfig
+    from tunesmith.config.stages import resolve_stages, resolve_training
 
-    argv, flags = take_open_maps(argv, OPEN_MAPS)
+    argv, flags = take_open_maps(argv, OPEN_MAPS if argv[0] == "resume" else (*OPEN_MAPS, STAGES))
     own_flags = parser.commands[argv[0]].flags
     argv, unknown = take_unknown_flags(argv, own_flags)
     own_names = [flag[2:] for flag in own_flags if flag.startswith("--") and not flag.endswith(".KEY")]
@@ -56,12 +57,14 @@ def _parse_config_command(parser: CommandParser, argv: list[str]) -> tuple[argpa
     }
     model = models[options.command]
     own = leaf_fields(model)
-    open_maps = tuple(f"{name}." for name in OPEN_MAPS if name in own)
+    open_maps = tuple(f"{name}." for name in (*OPEN_MAPS, STAGES) if name in own or name == STAGES)
     for dotted in [name for name in flags if name not in own and not name.startswith(open_maps)]:
         del flags[dotted]
         problems.append(explain_flag(f"--{dotted}", own_names))
-    config = resolve_config(model, options.run_yaml, flags, problems)
-    return options, config
+    if options.command == "train":
+        return options, resolve_training(options.run_yaml, flags, problems)
+    stages = resolve_stages(model, options.run_yaml, flags, problems, name=options.stage)
+    return options, stages
 
 
 _DOING = {
@@ -165,30 +168,37 @@ def _run_config_command(parser: CommandParser, argv: list[str]) -> None:
         _train(config)
     elif options.command == "resume":
         _resume(options, config)
-    elif options.command == "lr-find":
+    elif options.command == "check":
+        _check(options, config)
+    else:
+        _run_on_stage(options, config[0].config)
+
+
+def _run_on_stage(options: argparse.Namespace, config: Any) -> None:
+    """A command that reads one stage of a run file, or one without stages."""
+    if options.command == "lr-find":
         _lr_find(config)
     elif options.command == "tokenizer":
         from tunesmith.use.tokenizer import run_tokenizer
 
         run_tokenizer(config.data, options.vocab_size, options.output, options.sample_mb)
-    elif options.command == "check":
-        from tunesmith.use.check import run_check
-
-        run_check(config, options.strict, options.json, options.html)
     else:
         from tunesmith.use.preview import run_preview
 
         run_preview(config, options.rows, options.json, options.html, options.row, options.only)
 
 
-def _train(config: Any) -> None:
-    from tunesmith.report.write import reported
-    from tunesmith.run.console import ConsoleReporter
-    from tunesmith.run.start import run_training
+def _check(options: argparse.Namespace, stages: Any) -> None:
+    from tunesmith.stages.check import check_stages
 
-    reporter = ConsoleReporter()
-    with reported(Path(config.train.output_dir), reporter.note) if is_first() else nullcontext():
-        run_training(config, reporter)
+    check_stages(stages, options.strict, options.json, options.html)
+
+
+def _train(config: Any) -> None:
+    from tunesmith.run.console import ConsoleReporter
+    from tunesmith.stages.command import train_config
+
+    train_config(config, ConsoleReporter())
 
 
 def _lr_find(config: Any) -> None:
@@ -198,19 +208,16 @@ def _lr_find(config: Any) -> None:
 
 
 def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> None:
-    from tunesmith.report.write import reported
     from tunesmith.run.console import ConsoleReporter
-    from tunesmith.run.resume import run_resume
+    from tunesmith.stages.command import resume_run
 
-    reporter = ConsoleReporter()
-    with reported(Path(options.run), reporter.note) if is_first() else nullcontext():
-        run_resume(options.run, flags, options.allow, reporter)
+    resume_run(options.run, flags, options.allow, ConsoleReporter())
 
 
 def _report(run: Path) -> None:
-    from tunesmith.report.write import write_report
+    from tunesmith.report.stages import report_run
 
-    print(write_report(run))
+    print(report_run(run))
 
 
 def _merge(options: argparse.Namespace) -> None:

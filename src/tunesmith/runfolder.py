@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from tunesmith.reading import read_text
 
 RUN_FILE = "run.json"
+STAGES_FILE = "stages.json"  # of a run with stages, beside the folder of each stage
 LEDGER_FILE = "data_ledger.json"
 INITIAL_ADAPTER = "adapter_init"
 SUBFOLDERS = ("adapter", INITIAL_ADAPTER, "model", "checkpoints", "tokens", "eval_tokens", "rows")
@@ -123,3 +125,56 @@ def read_lines(path: Path) -> Iterator[tuple[str, int]]:
             continue
         if isinstance(step, int):
             yield line, step
+
+
+def name_stage(number: int, name: str) -> str:
+    """Name of a stage's folder in RUN, as in 2-sft.
+
+    Args:
+        number: from 1.
+    """
+    return f"{number}-{name}"
+
+
+def has_stages(path: Path) -> bool:
+    """Whether a folder is the RUN of a run file with stages."""
+    return (path / STAGES_FILE).is_file()
+
+
+def started_stages(path: Path) -> list[RunFolder]:
+    """The stages of a run that have begun, in order; none where it has no stages."""
+    if not has_stages(path):
+        return []
+    found = [(re.match(r"(\d+)-", folder.name), RunFolder(folder)) for folder in path.iterdir()]
+    numbered = [(int(match[1]), run) for match, run in found if match and run.config.is_file()]
+    return [run for _, run in sorted(numbered, key=lambda one: one[0])]
+
+
+def latest_stage(path: Path) -> Path:
+    """For the RUN of a run with stages, the folder of the last stage with a finished model, or else of the first.
+
+    Other paths are returned unchanged, so that whatever takes a RUN takes one with stages too.
+    """
+    started = started_stages(path)
+    finished = [run for run in started if run.has_complete_model]
+    return next((run.path for run in (finished[-1:] or started[:1])), path)
+
+
+def whole_run(path: Path) -> Path:
+    """The RUN to name to `tunesmith resume`: for the folder of a stage that of all stages, else the path itself."""
+    return path.parent if has_stages(path.parent) and re.match(r"\d+-", path.name) else path
+
+
+def moved_in_run(path: Path, name: str) -> str:
+    """Where a model that a stage started from is now, if the whole run was moved; else the name unchanged.
+
+    Args:
+        path: a folder in the stage.
+        name: of the model when the stage was trained: RUN/1-pretrain/model.
+    """
+    there = Path(name)
+    for stage in (path, *path.resolve().parents[:2]):
+        now = stage.parent / there.parent.name / there.name
+        if has_stages(stage.parent) and now.is_dir() and (there.is_absolute() and not there.exists()):
+            return str(now)
+    return name

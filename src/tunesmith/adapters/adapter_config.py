@@ -12,6 +12,7 @@ import regex
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tunesmith.errors import ModelError
+from tunesmith.runfolder import latest_stage
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = regex.compile(r"[\w.]+")
@@ -68,6 +69,7 @@ class AdapterConfig(BaseModel):
 
 def find_adapter(path: Path) -> Path | None:
     """The PEFT folder at a path (the path itself or RUN/adapter); None if there is none."""
+    path = latest_stage(path)
     for folder in (path, path / "adapter"):
         if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
             return folder

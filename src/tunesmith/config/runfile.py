@@ -28,6 +28,7 @@ SHORTHANDS = {
 }
 _MAX_GUESSES = 100  # unknown keys that get a suggestion
 OPEN_MAPS = ("model.config", "data.template_kwargs")  # free keys below these
+STAGES = "stages"  # the list of a run file with several stages; see config/stages.py
 
 
 def leaf_fields(model: type[Section], prefix: str = "") -> dict[str, FieldInfo]:
@@ -141,7 +142,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def _set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
+def set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for name in parents:
         below = tree.get(name)
@@ -151,7 +152,7 @@ def _set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
     tree[last] = value
 
 
-def _unknown_keys(tree: Mapping[str, Any], known: list[str], prefix: str = "") -> list[str]:
+def unknown_keys(tree: Mapping[str, Any], known: list[str], prefix: str = "") -> list[str]:
     problems = []
     sections = {k.rsplit(".", depth)[0] for k in known for depth in range(1, k.count(".") + 1)}
     for name, value in tree.items():
@@ -160,12 +161,14 @@ def _unknown_keys(tree: Mapping[str, Any], known: list[str], prefix: str = "") -
             continue
         if dotted in sections:
             if isinstance(value, Mapping):
-                problems += _unknown_keys(value, known, f"{dotted}.")
+                problems += unknown_keys(value, known, f"{dotted}.")
             elif value is not None:
                 hint = explain_key(dotted) or _SECTION_HINTS[dotted]
                 problems.append(f"{dotted}: is a section and needs keys below it, not {show(value)}; {hint}")
         elif isinstance(value, Mapping) and not (prefix and explain_key(dotted)):
             problems.append(f"{dotted}: unknown section" + _explain_section(dotted, list(value), known))
+        elif isinstance(value, list) and STAGES in known and suggest_words(dotted, [STAGES]):
+            problems.append(f"{dotted}: unknown key; did you mean {STAGES}?")
         elif len(problems) < _MAX_GUESSES:
             problems.append(f"{dotted}: unknown key{explain_unknown(dotted, known)}")
         else:
@@ -175,7 +178,7 @@ def _unknown_keys(tree: Mapping[str, Any], known: list[str], prefix: str = "") -
 
 def _explain_section(name: str, keys: list[str], known: list[str]) -> str:
     """What an unknown section was meant to be: by its name, else by the keys in it."""
-    sections = list(dict.fromkeys(key.rpartition(".")[0] for key in known))
+    sections = list(dict.fromkeys(key.rpartition(".")[0] or key for key in known))  # STAGES is a key and a section
     if found := suggest_keys(name, sections):
         return did_you_mean(found)
     if hint := explain_key(name):
@@ -247,30 +250,55 @@ def resolve_config(
     Raises:
         ConfigError: with every problem of file, flags and arguments at once.
     """
-    known = list(leaf_fields(RunConfig))
+    tree, problems = read_tree(yaml_path, arguments)
+    if STAGES in tree:
+        problems.append(f"{STAGES}: this command takes a run file without stages")
+    config, more = build_config(model, tree, flags, is_python=arguments is not None)
+    problems += [*(flag_problems or []), *more]
+    if problems or config is None:
+        raise ConfigError(name_source(yaml_path, arguments), problems, exit_code=2 if flag_problems else 1)
+    return config
+
+
+def name_source(yaml_path: Path | None, arguments: Mapping[str, Any] | None) -> str:
+    """Where a config comes from, for the first line of its problems."""
+    return str(yaml_path or ("the command line" if arguments is None else "the arguments"))
+
+
+def read_tree(yaml_path: Path | None, arguments: Mapping[str, Any] | None) -> tuple[dict[str, Any], list[str]]:
+    """The sections of the file, overridden by those given in Python; and the problems with their keys."""
+    known = [*leaf_fields(RunConfig), STAGES]
     tree = read_yaml(yaml_path) if yaml_path else {}
-    problems = _unknown_keys(tree, known)
+    problems = unknown_keys(tree, known)
     if arguments is not None:
-        problems += _unknown_keys(arguments, known)
-        tree = _join(tree, arguments)
+        problems += unknown_keys(arguments, known)
+        tree = join_trees(tree, arguments)
+    return tree, problems
+
+
+def build_config(
+    model: type[C], tree: Mapping[str, Any], flags: Mapping[str, Any], is_python: bool
+) -> tuple[C | None, list[str]]:
+    """The config of sections and flags, and the problems with their values; None if there are any.
+
+    Args:
+        tree: of which unknown keys, and keys that the model does not have, are left out.
+        is_python: names a missing key as an argument of the Python API.
+    """
     tree = _without(tree, list(leaf_fields(model)))
     for dotted, value in flags.items():
-        _set_dotted(tree, dotted, value)
-    problems += flag_problems or []
+        set_dotted(tree, dotted, value)
     _split_lists(tree)
     try:
         config = model.model_validate(tree)
     except ValidationError as error:
-        problems += explain_problems(error, arguments is not None)
-    if not problems and len(dump_yaml(config)) > MAX_CHARACTERS:
-        problems.append(
+        return None, explain_problems(error, is_python)
+    if len(dump_yaml(config)) > MAX_CHARACTERS:
+        return None, [
             "the names and settings exceed the size limit of a run file, so the run could not be resumed; name a "
             "folder or a pattern (in quotes) instead of each file"
-        )
-    if problems:
-        source = str(yaml_path or ("the command line" if arguments is None else "the arguments"))
-        raise ConfigError(source, problems, exit_code=2 if flag_problems else 1)
-    return config
+        ]
+    return config, []
 
 
 def flatten_sections(sections: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,7 +308,7 @@ def flatten_sections(sections: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: a section or a key is unknown.
     """
     known = list(leaf_fields(RunConfig))
-    if problems := _unknown_keys(sections, known):
+    if problems := unknown_keys(sections, known):
         raise ConfigError("the arguments", problems)
     return {
         f"{section}.{name}": value
@@ -298,12 +326,12 @@ def _leaves(tree: Mapping[str, Any], prefix: str, known: Sequence[str]) -> Itera
             yield name, value
 
 
-def _join(tree: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def join_trees(tree: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Two trees of sections; the second wins key by key."""
     joined = dict(tree)
     for name, value in over.items():
         below = joined.get(name)
-        joined[name] = _join(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        joined[name] = join_trees(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
     return joined
 
 
@@ -357,4 +385,24 @@ def json_schema() -> dict[str, Any]:
         items = options[0]["items"]
         first, *others = items.get("anyOf", [items])  # a name, or a source
         own["anyOf"] = [first, *options, *others]
+    schema["properties"][STAGES] = _stages_schema(schema["properties"])
     return schema
+
+
+def _stages_schema(sections: Mapping[str, Any]) -> dict[str, Any]:
+    name = {
+        "type": "string",
+        "pattern": r"^[\w][\w-]*$",
+        "description": "Name of the stage: letters, digits, - and _. Its folder is RUN/N-NAME.",
+    }
+    return {
+        "type": "array",
+        "minItems": 1,
+        "description": "Trainings to do one after another as one run, each from the model of the one before.",
+        "items": {
+            "type": "object",
+            "properties": {"name": name, **sections},
+            "required": ["name"],
+            "additionalProperties": False,
+        },
+    }

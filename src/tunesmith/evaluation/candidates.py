@@ -25,7 +25,7 @@ from tunesmith.run.given import own_files, own_names
 from tunesmith.run.identity import compare_files
 from tunesmith.run.records import RunRecord, read_record
 from tunesmith.run.resume import absolute_names
-from tunesmith.runfolder import RunFolder
+from tunesmith.runfolder import RunFolder, latest_stage
 from tunesmith.sources.read import Sources, find_sources
 
 _DRAWN_KEYS = ("train", "eval", "eval_split", "limit", "system_prompts", "system_prompt_share", "empty_think_share")
@@ -88,7 +88,7 @@ def find_run(path: str) -> TrainedRun | None:
     try:
         if not found.exists():  # a hub id, also where the working folder is a run
             return None
-        found = found.resolve()
+        found = latest_stage(found.resolve())
         for place in (found, *found.parents[:2]):
             folder = RunFolder(place)
             if folder.config.is_file() and folder.is_run:

@@ -30,7 +30,7 @@ from tunesmith.model.device import pick_device
 from tunesmith.model.load import load_config, load_model, require_own_base
 from tunesmith.model.source import ModelSource, find_model, telling_text
 from tunesmith.model.tokenizer import build_encoder, load_tokenizer
-from tunesmith.runfolder import RunFolder
+from tunesmith.runfolder import RunFolder, latest_stage
 
 logger = logging.getLogger(__name__)
 
@@ -290,7 +290,7 @@ _ON_CHANGED = "To use the changed base anyway: --allow-changed-base."
 
 def _trained_data_section(path: Path) -> dict[str, Any]:
     """The data section of a run's config; empty for a model outside of a run."""
-    path = path.resolve()
+    path = latest_stage(path.resolve())
     for folder in (path, *path.parents[:2]):  # RUN, RUN/model, RUN/checkpoints/step-N
         run = RunFolder(folder)
         if run.config.is_file() and run.ledger.is_file():

@@ -17,7 +17,7 @@ from tunesmith.files import is_out_of_memory, lacking_memory
 from tunesmith.minimind.opened import open_weights
 from tunesmith.minimind.read import is_weight_file
 from tunesmith.minimind.settings import settings_of
-from tunesmith.runfolder import RunFolder
+from tunesmith.runfolder import RunFolder, has_stages, latest_stage, moved_in_run, whole_run
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # files that transformers silently ignores, or reports misleadingly, if they are not regular files
@@ -65,7 +65,7 @@ def find_model(path: str, given: Mapping[str, Any] | None = None) -> ModelSource
     """
     if path.startswith("new:"):
         return ModelSource("preset", path.removeprefix("new:"))
-    folder = open_path(path)
+    folder = latest_stage(open_path(path))
     if folder.is_dir():
         if adapter := find_adapter(folder):
             require_plain_files(adapter)
@@ -111,6 +111,7 @@ def _find_base(adapter: Path) -> ModelSource:
             f"{adapter}: its base {base} had random weights, which were not saved. Train on a saved model.",
             code="base-not-saved",
         )
+    base = moved_in_run(adapter, base)
     try:
         folder = open_path(base)
         if folder.is_dir() and find_adapter(folder):
@@ -175,8 +176,12 @@ def _explain_folder(folder: Path) -> ModelError:
     if run.config.is_file():
         checkpoints = sorted(run.checkpoints.glob("step-*")) if run.checkpoints.is_dir() else []
         hint = f" Its newest checkpoint is {checkpoints[-1]}." if checkpoints else ""
-        hint += f" To finish it: tunesmith resume {folder}"
+        hint += f" To finish it: tunesmith resume {whole_run(folder)}"
         return ModelError(f"{folder}: is an unfinished run without model/.{hint}", code="run-not-finished")
+    if has_stages(folder):
+        return ModelError(
+            f"{folder}: none of its stages has begun. To train them: tunesmith resume {folder}", code="run-not-finished"
+        )
     return ModelError(
         f"{folder}: no config.json, so not a Hugging Face model folder (found: {found}). Give the folder with "
         "config.json, model.safetensors and the tokenizer files.",

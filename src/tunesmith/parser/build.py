@@ -33,6 +33,7 @@ def build_parser() -> CommandParser:
     add_resume_flags(resume)
     preview = add_command(commands, "preview", "show rows as the model sees them, with trained tokens coloured")
     add_config_flags(preview, LABEL_KEYS)
+    _add_stage_flag(preview, "the first")
     preview.add_argument("--rows", type=as_positive, metavar="N", help="how many rows (default: 5, or all of --row)")
     preview.add_argument(
         "--row", nargs="+", action="extend", default=[], metavar="FILE:N",
@@ -47,17 +48,24 @@ def build_parser() -> CommandParser:
     output.add_argument("--html", type=as_path, metavar="FILE", help="write an HTML page")
     check = add_command(commands, "check", "read a whole data set and report errors and oddities")
     add_config_flags(check, LABEL_KEYS)
+    _add_stage_flag(check, "all")
     check.add_argument("--strict", action="store_true", help="exit with 1 for warnings too")
     output = check.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="one JSON object")
     output.add_argument("--html", type=as_path, metavar="FILE", help="also write an HTML page")
     lr_find = add_command(commands, "lr-find", "find a learning rate for a run, by short runs on its model and data")
     add_config_flags(lr_find, ("model", "data", "optim", "lora", "train"))
+    _add_stage_flag(lr_find, "the first")
     tokenizer = add_command(commands, "tokenizer", "train a byte-level BPE tokenizer on your texts")
     add_config_flags(tokenizer, ("data",))
+    _add_stage_flag(tokenizer, "the first")
     tokenizer.add_argument("--vocab-size", type=as_positive, default=6400, metavar="N", help="tokens (default: 6400)")
     tokenizer.add_argument("--output", required=True, type=as_path, metavar="DIR", help="folder to create")
     sample = "train on at most N MB of text, drawn evenly from all of it (default: 16)"
     tokenizer.add_argument("--sample-mb", type=as_positive, default=16, metavar="N", help=sample)
     add_use_commands(commands)
     return parser
+
+
+def _add_stage_flag(parser: CommandParser, default: str) -> None:
+    parser.add_argument("--stage", metavar="NAME", help=f"stage of a run file with stages (default: {default})")

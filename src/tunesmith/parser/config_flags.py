@@ -20,6 +20,7 @@ def add_config_flags(parser: CommandParser, names: tuple[str, ...]) -> None:
     from tunesmith.config.schema import RunConfig
 
     parser.add_argument("run_yaml", nargs="?", type=as_path, metavar="run.yaml", help="the config; flags win over it")
+    parser.add_argument("--stages.NAME.KEY", metavar="VALUE", help="a key of one stage of run.yaml")  # take_open_maps
     sections = dict.fromkeys(name.partition(".")[0] for name in names)
     groups = {name: parser.add_section(f"{name} ({SECTIONS[name]})") for name in sections}
     for dotted, field in leaf_fields(RunConfig).items():

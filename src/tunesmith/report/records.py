@@ -14,7 +14,7 @@ from tunesmith.config.schema import RunConfig
 from tunesmith.errors import TunesmithError
 from tunesmith.files import read_sealed
 from tunesmith.reading import read_text
-from tunesmith.runfolder import RUN_FILE, RunFolder
+from tunesmith.runfolder import RUN_FILE, RunFolder, latest_stage
 
 Record = dict[str, Any]
 
@@ -70,7 +70,7 @@ def find_run(path: Path) -> RunFolder:
     Raises:
         TunesmithError: there is no such folder, or it holds no run.
     """
-    folder = RunFolder(path.expanduser())
+    folder = RunFolder(latest_stage(path.expanduser()))
     if not folder.path.is_dir():
         what = "is a file, not a folder" if folder.path.exists() else "no such folder"
         raise TunesmithError(

@@ -10,7 +10,7 @@ from tunesmith.config.schema import RunConfig
 from tunesmith.distributed.processes import ToldError
 from tunesmith.errors import InterruptedRun, RunError, TunesmithError
 from tunesmith.files import NO_ROOM, is_out_of_memory, lacking_memory, system_error
-from tunesmith.runfolder import RunFolder
+from tunesmith.runfolder import RunFolder, started_stages, whole_run
 from tunesmith.training.checkpoint import list_checkpoints, newest_valid
 from tunesmith.training.progress import Progress
 
@@ -75,11 +75,12 @@ def how_to_continue(run: RunFolder, is_urgent: bool = False) -> str:
     Args:
         is_urgent: do not read the checkpoint's files, which may take minutes; the run verified them when it wrote them.
     """
-    if not run.record.exists():
-        return "No files were kept."
+    if not run.record.exists():  # of a stage: those before it are kept
+        has_others = whole_run(run.path) != run.path and started_stages(run.path.parent)
+        return f"Continue with: tunesmith resume {whole_run(run.path)}" if has_others else "No files were kept."
     last = next(reversed(list_checkpoints(run)[0]), None) if is_urgent else newest_valid(run)[0]
     state = f"Last good checkpoint: {last.folder}." if last else "No checkpoint yet: resume starts at step 0."
-    return f"{state} Continue with: tunesmith resume {run.path}"
+    return f"{state} Continue with: tunesmith resume {whole_run(run.path)}"
 
 
 def explain_memory(config: RunConfig, capacity: int) -> str:

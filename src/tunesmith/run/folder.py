@@ -17,7 +17,7 @@ from tunesmith.errors import TunesmithError
 from tunesmith.files import is_no_room
 from tunesmith.model.save import write_trained
 from tunesmith.run.assemble import ReadyRun
-from tunesmith.runfolder import RunFolder
+from tunesmith.runfolder import RunFolder, has_stages
 from tunesmith.staging import is_partial, remove_abandoned
 from tunesmith.training.loop import DEFAULT_SAVE_STEPS
 
@@ -52,6 +52,10 @@ def _explain_taken(name: str, output: Path) -> str:
     if run.is_run and not run.has_model:
         return (
             f"{name}: contains an unfinished run. Continue it: tunesmith resume {name}. Or give --output a new folder."
+        )
+    if has_stages(output):
+        return (
+            f"{name}: contains a run with stages. Continue it: tunesmith resume {name}. Or give --output a new folder."
         )
     if any(is_partial(path, output.name) for path in output.iterdir()):
         return f"{name}: another process prepares a run there. Wait for it, or give --output a new folder."

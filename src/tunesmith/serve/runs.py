@@ -33,7 +33,7 @@ from tunesmith.report.records import RunRecords, find_run, parse_record, read_ru
 from tunesmith.report.replies import kept_replies
 from tunesmith.report.verdict import judge
 from tunesmith.report.write import describe_outcome, is_of_last_step
-from tunesmith.runfolder import RunFolder
+from tunesmith.runfolder import RunFolder, latest_stage
 from tunesmith.serve.turns import Opening, learn_openings, split_turns
 from tunesmith.sources.names import name_row
 from tunesmith.use.labels import shorten_names
@@ -55,7 +55,7 @@ def find_runs(paths: Iterable[str]) -> list[ServedRun]:
     """The runs among models and adapters as they were given: a RUN, or the model, adapter or checkpoint of one."""
     folders: dict[Path, None] = {}
     for path in paths:
-        place = Path(path).expanduser().resolve()
+        place = latest_stage(Path(path).expanduser().resolve())
         near = (RunFolder(folder) for folder in (place, *place.parents[:2]))
         run = next((one for one in near if one.is_run and one.ledger.is_file()), None)
         if run is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tunesmith.errors import DataError
 from tunesmith.reading import read_text
-from tunesmith.runfolder import RunFolder
+from tunesmith.runfolder import RunFolder, has_stages
 from tunesmith.sources.datafile import SUFFIXES, container_of
 
 TEXT_SUFFIXES = (".txt", ".md")
@@ -108,7 +108,7 @@ def load_object(path: Path) -> dict[str, Any]:
 def is_run(folder: Path) -> bool:
     """Whether a folder is a RUN, written by `train --output`."""
     run = RunFolder(folder)
-    return all(path.is_file() for path in (run.record, run.ledger, run.config))
+    return has_stages(folder) or all(path.is_file() for path in (run.record, run.ledger, run.config))
 
 
 def _list_folder(folder: Path, depth: int = 0) -> tuple[list[Path], list[Path]]:

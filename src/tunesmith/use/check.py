@@ -100,8 +100,11 @@ def check_data(
     return CheckResult(check_rows(watch(data.rows()), eval_rows, data.encoder, config.data, data.max_seq_len))
 
 
-def run_check(config: PreviewConfig, is_strict: bool, as_json: bool, html_path: Path | None) -> None:
+def run_check(config: PreviewConfig, is_strict: bool, as_json: bool, html_path: Path | None, stage: str = "") -> None:
     """Print what `check_data` finds: as a table, as JSON, or as a table and a page.
+
+    Args:
+        stage: its name goes into the JSON.
 
     Raises:
         DataError: there are errors, or with --strict warnings.
@@ -111,7 +114,7 @@ def run_check(config: PreviewConfig, is_strict: bool, as_json: bool, html_path: 
     result = check_data(config, watch=with_progress)
     check = result.check
     if as_json:
-        print(json.dumps(result.to_json()))
+        print(json.dumps(({"stage": stage} if stage else {}) | result.to_json()))
     elif html_path is not None:
         write_text_atomic(html_path, result.to_html(model=config.model.path))
         print(f"written: {html_path}")

@@ -22,7 +22,7 @@ from tunesmith.config.schema import LrFindConfig, PreviewConfig, TokenizerConfig
 from tunesmith.config.stages import StagedConfig, resolve_stages, resolve_training
 from tunesmith.errors import ConfigError, InterruptedRun, UsageError
 from tunesmith.files import sealed
-from tunesmith.runfolder import RunFolder, latest_stage, started_stages
+from tunesmith.runfolder import latest_stage, started_stages
 
 ROOT = Path(__file__).parents[1]
 Run = Callable[..., tuple[int, str, str]]
@@ -446,9 +446,9 @@ def test_two_at_once(fails: Any, work: Path) -> None:
 
 def test_a_run_with_stages_is_taken_as_its_last_finished_model(run: Run, fails: Any, work: Path) -> None:
     assert latest_stage(work / "RUN") == work / "RUN" / "3-lora"
-    code, out, err = run("chat", "RUN", "--prompt", "Who are you?", "--max-new-tokens", 2)
+    code, _, err = run("chat", "RUN", "--prompt", "Who are you?", "--max-new-tokens", 2)
     assert code == 0, err
-    code, out, err = run("merge", "RUN", "--output", "merged")
+    code, _, err = run("merge", "RUN", "--output", "merged")
     assert code == 0, err
     code, _, err = run("evaluate", "RUN/2-sft", "--replies", "none")
     assert code == 0, err
@@ -508,7 +508,12 @@ def test_stages_in_python(work: Path, inputs: Path) -> None:
     assert run.report() == work / "RUN" / "report.html"
     assert not run.stages[0].stages
     with raises(UsageError, "rows-with-stages"):
-        tunesmith.train("run.yaml", output="OTHER", data={"eval": [chat_row("a", "b")], "eval_split": 0})
+        tunesmith.train(
+            "run.yaml",
+            output="OTHER",
+            data={"eval": [chat_row("a", "b")]},
+            stages=[{"name": "a", "data": {"train": "x"}}],
+        )
     with raises(UsageError, "rows-with-stages", "eval of a"):
         tunesmith.train("run.yaml", stages=[{"name": "a", "data": {"eval": [chat_row("a", "b")]}}])
 
@@ -516,11 +521,13 @@ def test_stages_in_python(work: Path, inputs: Path) -> None:
 def test_an_interrupt_names_the_run(inputs: Path) -> None:
     """After the last step of a stage, and in the middle of the next."""
 
+    at = {"pretrain": 3, "sft": 2}
+
     def stop(record: dict[str, Any]) -> None:
-        if record["step"] == last_step:
+        if record["step"] == at[name]:
             os.kill(os.getpid(), 2)
 
-    for last_step, name in ((3, "pretrain"), (2, "sft")):
+    for name in at:
         with raises(InterruptedRun, "run-interrupted", f"stage {name}") as caught:
             tunesmith.resume("RUN", on_log=stop) if Path("RUN").exists() else tunesmith.train("run.yaml", on_log=stop)
         assert str(caught.value).endswith("RUN"), caught.value  # the command that continues

@@ -129,8 +129,8 @@ class StagedRun:
             return {}
         cwd = RunRecord.from_json(read_record(folder.record), folder.record).cwd
         began_from = os.path.join(cwd, os.path.expanduser(str(read_yaml(folder.config)["model"]["path"])))
-        base = self.base(place)
-        return {} if os.path.realpath(began_from) == os.path.realpath(base) else {"model.path": base}
+        base = os.path.realpath(self.base(place))
+        return {} if os.path.realpath(began_from) == base else {"model.path": base}
 
 
 def refuse_fixed(run: StagedRun, place: int, flags: Mapping[str, Any]) -> None:

@@ -11,8 +11,6 @@ from tunesmith.errors import DataError, UsageError
 from tunesmith.stages.failures import named_stage
 from tunesmith.use.check import run_check
 
-FOUND = "check-findings"
-
 
 def check_stages(
     stages: Sequence[Stage[PreviewConfig]], is_strict: bool, as_json: bool, html_path: Path | None
@@ -36,8 +34,8 @@ def check_stages(
             else:
                 run_check(stage.config, is_strict, as_json, html_path)
         except DataError as error:
-            if error.code != FOUND:
+            if error.code != "check-findings":
                 raise
             found.append(str(error))
     if found:
-        raise DataError("\n".join(found), code=FOUND)
+        raise DataError("\n".join(found), code="check-findings")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from tunesmith.config.schema import RunConfig
 from tunesmith.config.stages import StagedConfig
+from tunesmith.distributed.launch import is_first
 from tunesmith.report.write import reported
-from tunesmith.run.console import Reporter
+from tunesmith.run.console import Reporter, Silent
 from tunesmith.run.given import Rows
 from tunesmith.run.resume import run_resume
 from tunesmith.run.start import run_training
@@ -26,10 +28,10 @@ def train_config(config: RunConfig | StagedConfig, reporter: Reporter, rows: Row
     """
     if isinstance(config, StagedConfig):
         path = _absolute(config.output_dir)
-        train_stages(config, reporter)
+        train_stages(config, reporter if is_first() else Silent())
         return path
     path = _absolute(config.train.output_dir)
-    with reported(path, reporter.note):
+    with reported(path, reporter.note) if is_first() else nullcontext():
         run_training(config, reporter, rows)
     return path
 
@@ -42,9 +44,9 @@ def resume_run(name: str, flags: Mapping[str, Any], allowed: Sequence[str], repo
     """
     path = _absolute(name)
     if has_stages(whole_run(path)):
-        resume_stages(name, flags, allowed, reporter)
+        resume_stages(name, flags, allowed, reporter if is_first() else Silent())
         return whole_run(path)
-    with reported(path, reporter.note):
+    with reported(path, reporter.note) if is_first() else nullcontext():
         run_resume(name, flags, allowed, reporter=reporter)
     return path
 

@@ -14,6 +14,7 @@ from tunesmith.config.stages import StagedConfig
 from tunesmith.data.dataset import find_data, refuse_shared_files
 from tunesmith.data.labelling import label_rows
 from tunesmith.data.ledger import Ledger
+from tunesmith.distributed.world import OneProcess
 from tunesmith.errors import DataError
 from tunesmith.model.source import ModelSource, find_model
 from tunesmith.run.console import Reporter, Silent
@@ -61,7 +62,7 @@ def _with_model(config: RunConfig, first: ModelSection, template: str | None) ->
 def _look(config: RunConfig, folder: Path, model: ModelSource) -> None:
     sources = find_data(config.data)
     date = datetime.datetime.now().replace(microsecond=0)
-    session = open_session(config, RunFolder(folder), Silent(), date, sources, model)
+    session = open_session(config, RunFolder(folder), Silent(), date, sources, model, OneProcess())
     for key, part in (("train", sources.train), ("eval", sources.eval)):
         if part.files or part.hub:
             _label_first(session, key, part)

@@ -15,11 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tunesmith.config.runfile import build_config, read_yaml
 from tunesmith.config.schema import RunConfig
 from tunesmith.config.stages import StagedConfig
+from tunesmith.distributed.launch import find_launch
 from tunesmith.errors import ConfigError, TunesmithError
 from tunesmith.files import sealed, write_text_atomic
+from tunesmith.run.identity import find_changes
 from tunesmith.run.records import WITHOUT_IT, RunRecord, read_record
 from tunesmith.run.resume import absolute_names
-from tunesmith.runfolder import STAGES_FILE, RunFolder, name_stage
+from tunesmith.runfolder import STAGES_FILE, RunFolder, has_stages, name_stage
 
 _FIXED = ("model.path", "model.tokenizer", "model.revision")  # of a stage after the first
 
@@ -179,3 +181,40 @@ def find_next(run: StagedRun) -> int:
         return 0
     last = begun[-1]
     return last + 1 if run.is_finished(last) else last
+
+
+def find_begun(config: StagedConfig) -> StagedRun | None:
+    """The run that this command began before and may continue: with train.resume, or after a restart by torchrun.
+
+    Raises:
+        TunesmithError: stages.json is damaged, or of other stages.
+    """
+    launch = find_launch()
+    is_asked = any(stage.config.train.resume for stage in config.stages)
+    path = Path(config.output_dir).expanduser().resolve()
+    if not (is_asked or (launch is not None and launch.restarts)) or not has_stages(path):
+        return None
+    run = read_stages(path, config.output_dir)
+    before, now = [run.name(place) for place in range(len(run))], [stage.name for stage in config.stages]
+    if before != now:
+        raise TunesmithError(
+            f"{config.output_dir}: contains another run: its stages are {', '.join(before)} there, and "
+            f"{', '.join(now)} here. Give --output a new folder, or restore the stages.",
+            code="output-taken",
+        )
+    return run
+
+
+def update_stages(run: StagedRun, config: StagedConfig, place: int) -> dict[str, object]:
+    """Take over what the command changes: flags for the stage that is next, and the configs of those after it.
+
+    Raises:
+        TunesmithError: a key differs that decides what a stage that has begun trains.
+    """
+    changes: dict[str, object] = {}
+    for number, stage in enumerate(config.stages):
+        if run.folder(number).is_run:
+            changes = find_changes(stage.config, run.folder(number))
+    record = StagesRecord.of(config).model_copy(update={"date": run.record.date, "threads": run.record.threads})
+    record.write(run.path)
+    return changes if run.folder(min(place, len(run) - 1)).is_run else {}

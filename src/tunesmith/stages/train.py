@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from tunesmith.config.stages import StagedConfig
+from tunesmith.distributed.launch import is_first
+from tunesmith.distributed.processes import joined_world
 from tunesmith.errors import TunesmithError
 from tunesmith.report.stages import write_index_quietly
 from tunesmith.report.write import reported
@@ -20,29 +22,48 @@ from tunesmith.run.start import run_training
 from tunesmith.runfolder import STAGES_FILE, started_stages, whole_run
 from tunesmith.stages.failures import explained_stage
 from tunesmith.stages.look import look_at_stages
-from tunesmith.stages.record import StagedRun, StagesRecord, find_next, read_stages, refuse_fixed
+from tunesmith.stages.record import (
+    StagedRun,
+    StagesRecord,
+    find_begun,
+    find_next,
+    read_stages,
+    refuse_fixed,
+    update_stages,
+)
 from tunesmith.staging import locked, staged_folder
 from tunesmith.training.randomness import unchanged_process
 
 
 @unchanged_process()
 def train_stages(config: StagedConfig, reporter: Reporter) -> None:
-    """Train all stages of a run file."""
-    path = resolve_output(config.output_dir)
-    look_at_stages(config, path, reporter)
-    record = StagesRecord.of(config)
-    with staged_folder(path) as staging:
-        record.write(staging)
-    run = StagedRun(path, config.output_dir, record)
+    """Train all stages of a run file; of several processes, all call this."""
+    if run := find_begun(config):
+        with joined_world(run.record.stages[0].config.train) as world:
+            place = world.share(lambda: find_next(run))
+            flags = world.share(lambda: update_stages(run, config, place))
+        _go_on(read_stages(run.path, run.named), place, reporter, flags, ())
+        return
+    with joined_world(config.stages[0].config.train) as world:
+        path = Path(world.share(lambda: str(_create(config, reporter))))
     try:
-        with locked(path):
-            _train_from(run, 0, reporter)
+        with _alone(path):
+            _train_from(read_stages(path, config.output_dir), 0, reporter)
     except BaseException:
-        if not started_stages(path):  # as for a run that fails before it has anything to keep
+        if is_first() and not started_stages(path):  # as for a run that fails before it has anything to keep
             with suppress(OSError):
                 (path / STAGES_FILE).unlink()
                 path.rmdir()
         raise
+
+
+def _create(config: StagedConfig, reporter: Reporter) -> Path:
+    """Make RUN with stages.json, after a look at all stages; the work of one process."""
+    path = resolve_output(config.output_dir)
+    look_at_stages(config, path, reporter)
+    with staged_folder(path) as staging:
+        StagesRecord.of(config).write(staging)
+    return path
 
 
 @unchanged_process()
@@ -57,20 +78,29 @@ def resume_stages(name: str, flags: Mapping[str, Any], allowed: Sequence[str], r
     given = Path(name).expanduser().resolve()
     path = whole_run(given)
     run = read_stages(path, name if path == given else os.path.relpath(path) if not os.path.isabs(name) else str(path))
-    with locked(path):
-        place = find_next(run)
-        is_finished = place == len(run)
-        place = min(place, len(run) - 1)
-        _require_next(run, given, place)
-        if is_finished and "train.max_steps" not in flags and "train.epochs" not in flags:
-            names = ", ".join(run.name(number) for number in range(len(run)))
-            reporter.note(
-                f"{run.named} is finished (stages {names}); nothing to do. To train its last stage longer: tunesmith "
-                f"resume {run.named} --train.max_steps N"
-            )
-            return
-        keep_threads(run.record.threads, reporter)
-        _train_from(run, place, reporter, flags, allowed)
+    with joined_world(run.record.stages[0].config.train) as world:
+        place = world.share(lambda: find_next(run))
+    _require_next(run, given, min(place, len(run) - 1))
+    _go_on(run, place, reporter, flags, allowed)
+
+
+def _go_on(run: StagedRun, place: int, reporter: Reporter, flags: Mapping[str, Any], allowed: Sequence[str]) -> None:
+    """Continue at a stage; where all are finished, extend the last one, or say that there is nothing to do."""
+    if place == len(run) and "train.max_steps" not in flags and "train.epochs" not in flags:
+        names = ", ".join(run.name(number) for number in range(len(run)))
+        reporter.note(
+            f"{run.named} is finished (stages {names}); nothing to do. To train its last stage longer: tunesmith "
+            f"resume {run.named} --train.max_steps N"
+        )
+        return
+    keep_threads(run.record.threads, reporter)
+    with _alone(run.path):
+        _train_from(run, min(place, len(run) - 1), reporter, flags, allowed)
+
+
+def _alone(path: Path) -> AbstractContextManager[None]:
+    """RUN, locked by the process that writes."""
+    return locked(path) if is_first() else nullcontext()
 
 
 def _require_next(run: StagedRun, given: Path, place: int) -> None:
@@ -100,7 +130,8 @@ def _train_from(
             flags, allowed = {}, ()
         reporter.note(f"all {len(run)} stages are trained: {run.named}\ntalk to it: tunesmith chat {run.named}")
     finally:
-        write_index_quietly(run.path)
+        if is_first():
+            write_index_quietly(run.path)
 
 
 def _train_stage(
@@ -110,7 +141,7 @@ def _train_stage(
     start = f", from {run.base(place)}" if place else ""
     reporter.note(f"stage {place + 1} of {len(run)}: {run.name(place)}{start}")
     added: dict[str, Any] = {}
-    with explained_stage(run, place, added), reported(folder.path, reporter.note):
+    with explained_stage(run, place, added), reported(folder.path, reporter.note) if is_first() else nullcontext():
         if folder.is_run:
             refuse_fixed(run, place, flags)
             added |= run.moved_base(place)

@@ -86,11 +86,11 @@ def _label_first(session: Session, key: str, sources: Sources) -> None:
 def _first_rows(sources: Sources, encoding: str, max_row_mb: float) -> Iterator[RawRow]:
     for place, path in islice(enumerate(sources.files), _FILES):
         entry = sources.entries.get(place)
-        one = replace(sources, files=[path], hub=[], entries={0: entry} if entry else {}, hub_entries={})
+        one = Sources(files=[path], entries={0: entry} if entry else {}, names=sources.names)
         for row in islice(read_rows(one, encoding, max_row_mb), _ROWS):
             yield replace(row, value=_beginning(row.value))
     if sources.hub:
-        yield from islice(read_rows(replace(sources, files=[], entries={}), encoding, max_row_mb), _ROWS)
+        yield from islice(read_rows(replace(sources, files=[], entries={}, parts=[]), encoding, max_row_mb), _ROWS)
 
 
 def _beginning(value: Any) -> Any:

@@ -22,10 +22,10 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import chat_row, killed_after, save_folder, tiny_config, write_jsonl
+from tunesmith.monitor.pace import Pace
 from tunesmith.runfolder import RunFolder
 from tunesmith.training.checkpoint import MANIFEST, find_damage, newest_valid, read_checkpoint, write_manifest
 from tunesmith.training.interrupt import StopRequest
-from tunesmith.training.pace import Pace
 from tunesmith.training.progress import Progress
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +38,7 @@ Run = Callable[..., tuple[int, str, str]]
 def records(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        for clock in ("tokens_per_s", "eval_s", "time"):
+        for clock in ("tokens_per_s", "memory_gb", "eval_s", "time"):
             line.pop(clock, None)
     return lines
 

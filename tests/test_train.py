@@ -54,6 +54,7 @@ def test_a_run_leaves_everything_that_it_promises(run, model_folder: Path, chats
         "tokens",
         "supervised_tokens",
         "tokens_per_s",
+        "memory_gb",
         "time",
     }
     assert records[-1]["loss"] < 0.7 * records[0]["loss"]

@@ -113,7 +113,7 @@ def report_failure(error: BaseException, words: list[str]) -> int:
 
 def explain(error: BaseException, words: list[str]) -> tuple[str, int]:
     """A message and an exit code for any error."""
-    if isinstance(error, InterruptedRun):
+    if isinstance(error, TunesmithError) and error.exit_code == InterruptedRun.exit_code:  # also of another process
         return str(error), error.exit_code
     if isinstance(error, TunesmithError):
         return f"error: {error}", error.exit_code
@@ -318,8 +318,12 @@ class Signals:
 
 
 @contextlib.contextmanager
-def taken_signals() -> Iterator[Signals]:
-    """Within the block, signals that would end the process raise interrupts; ignored ones (nohup) stay ignored."""
+def taken_signals(saves: bool = False) -> Iterator[Signals]:
+    """Within the block, signals that would end the process raise interrupts; ignored ones (nohup) stay ignored.
+
+    Args:
+        saves: the command saves a checkpoint at SIGUSR1. Before it can, that signal must not end it.
+    """
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():  # Python handles signals only there
         yield signals
@@ -328,13 +332,15 @@ def taken_signals() -> Iterator[Signals]:
     numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
     taken = [number for number in numbers if signal.getsignal(number) in ending]
     before = {number: signal.signal(number, signals.interrupt) for number in taken}
+    if saves and hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
+        before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     hook, sys.unraisablehook = sys.unraisablehook, signals.drop
     try:
         yield signals
     finally:
         sys.unraisablehook = hook
         for number, handler in before.items():
-            if signal.getsignal(number) == signals.interrupt:
+            if signal.getsignal(number) in (signals.interrupt, signal.SIG_IGN):
                 signal.signal(number, handler)
 
 

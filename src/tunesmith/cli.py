@@ -319,7 +319,8 @@ def _quiet_libraries() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code of the command contract."""
     words = list(sys.argv[1:] if argv is None else argv)
-    with lasting_streams() as output, visible_streams(), printed_messages(), taken_signals() as signals:
+    saves = words[:1] in (["train"], ["resume"])
+    with lasting_streams() as output, visible_streams(), printed_messages(), taken_signals(saves) as signals:
         output.ends_without_reader, output.ends_when_full = _needs_output(words)
         try:
             code = _exit_code(words)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
@@ -20,6 +20,8 @@ _HIDDEN = re.compile(
 )
 LEVEL_STYLES = {"error": "bold red", "warning": "yellow"}
 """Colours of errors and warnings on a terminal, by level."""
+_ROWS = 4  # that a line names
+_LONGEST_NAME = 24  # of a file in such a line
 _MARKDOWN = re.compile(r"[\\`*\[\]<>|~#!$@]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])|:(?=//)|(?<=www)\.")
 
 
@@ -135,6 +137,13 @@ def format_time(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def format_seconds(seconds: float) -> str:
+    """0.084 -> "0.08 s", 94.2 -> "94 s", 250 -> "4 min"."""
+    if seconds >= 100:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s" if seconds >= 1 else f"{seconds:.2f} s"
+
+
 def format_count(number: float) -> str:
     """1234567 -> "1.2M"."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -147,3 +156,16 @@ def format_bytes(number: float) -> str:
     if number < 2**20:
         return f"{number / 2**10:.0f} KiB"
     return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
+
+
+def format_rows(rows: Sequence[str]) -> str:
+    """The first of them as FILE:ROW; metrics.jsonl has all in full."""
+    shown, last = [], ""
+    for row in rows[:_ROWS]:
+        file, _, number = row.rpartition(":")
+        name = file.rpartition("/")[2]
+        name = name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"
+        shown.append(number if name and name == last else f"{name}:{number}" if name else number)
+        last = name
+    more = f" and {len(rows) - _ROWS} more" if len(rows) > _ROWS else ""
+    return f"{'row' if len(rows) == 1 else 'rows'} {', '.join(shown)}{more}"

@@ -84,6 +84,11 @@ class RunFolder:
         return self.path / "rows"
 
     @property
+    def profile(self) -> Path:
+        """Traces of train.profile_steps."""
+        return self.path / "profile"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, PlainSerializer
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
+from tunesmith.config.plainyaml import show
 from tunesmith.config.section import Section
 
 RouterLoss = Literal["transformers", "layers", "sequences"]
@@ -23,6 +24,18 @@ _Interval = Annotated[
     Field(gt=0.0, le=2**53),
     AfterValidator(_whole_or_share),
     PlainSerializer(lambda every: every, return_type=int | float),  # 5, not 5.0
+]
+
+
+def _require_steps(steps: str) -> str:
+    parse_steps(steps)
+    return steps
+
+
+_Steps = Annotated[
+    str,
+    BeforeValidator(lambda steps: str(steps) if type(steps) is int else steps),
+    AfterValidator(_require_steps),
 ]
 
 
@@ -73,8 +86,26 @@ class TrainSection(Section):
     ROUGE-L and the share that stops go to metrics.jsonl, the replies to the report. 0: none."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """On a NaN or infinite loss or gradient: stop the run, or skip the step (up to 10 in a row)."""
+    profile_steps: _Steps | None = None
+    """Step, or first and last step (10-12), whose time torch's profiler records: a trace for each process goes to
+    RUN/profile, a short table to the log."""
     trackers: list[Literal["tensorboard", "wandb", "swanlab", "trackio"]] = Field(default_factory=list)
     """Trackers to log to (each an extra: pip install 'tunesmith[wandb]')."""
+
+
+def parse_steps(steps: str) -> tuple[int, int]:
+    """First and last step: "10-12" -> (10, 12), "10" -> (10, 10).
+
+    Raises:
+        ValueError: it is neither a step nor a range of steps.
+    """
+    first, separator, last = (part.strip() for part in steps.partition("-"))
+    if not first.isascii() or not first.isdigit() or (separator and not (last.isascii() and last.isdigit())):
+        raise ValueError(f"must be a step (10), or the first and the last step (10-12), not {show(steps)}")
+    numbers = int(first), int(last or first)
+    if not 1 <= numbers[0] <= numbers[1] <= 2**53:
+        raise ValueError(f"steps count from 1, and the first comes before the last, not {show(steps)}")
+    return numbers
 
 
 def interval_steps(every: float, total_steps: int) -> int:

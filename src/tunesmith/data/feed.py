@@ -88,6 +88,26 @@ class Batches:
         ]
         return SourceCounts(*map(tuple, counts))
 
+    @property
+    def num_squares(self) -> int:
+        """Sum of the squares of the documents' lengths: what attention costs."""
+        return sum(int(np.square(self.store.lengths_of(pack).astype(np.int64)).sum()) for pack in self.packs)
+
+    def num_tokens_of(self, forward: int) -> int:
+        """Args:
+        forward: number of a batch, from 0.
+        """
+        return int(self.store.lengths_of(np.array(self._samples_of(forward), np.int64)).sum())
+
+    def rows_of(self, forward: int) -> list[str]:
+        """FILE:ROW of every sample of one batch."""
+        return [self.store.where(index) for index in self._samples_of(forward)]
+
+    def _samples_of(self, forward: int) -> list[int]:
+        if self.is_packed:
+            return [int(index) for pack in self.packs[forward : forward + 1] for index in pack]
+        return [int(index) for pack in self.packs for index in pack][forward : forward + 1]
+
     def rows(self) -> list[str]:
         """FILE:ROW of every sample, in batch order."""
         return [self.store.where(int(index)) for pack in self.packs for index in pack]

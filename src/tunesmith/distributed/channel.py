@@ -9,18 +9,23 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from tunesmith.errors import InterruptedRun
 
 _BEAT_S = 0.5
 _GRACE_S = 6.0  # for the main thread to end by itself after another process has failed
 _TOLD_S = 15.0  # for process 0 to tell what happened here
 _UNHEARD_S = 4.0  # without a beat: the process has ended
-_FAILED, _TOLD = "failed", "told"
+_ASLEEP_S = 5.0  # since the last beat of this process: it did not run, and cannot tell who is silent
+LEFT = "left"  # the last sign of life of a process that has ended in order
+_FAILED, _TOLD, _STOP = "failed", "told", "stop"
 
 
 def silence_s() -> float:
@@ -46,13 +51,40 @@ class Failure:
     exit_code: int
     code: str
 
+    @property
+    def prefix(self) -> str:
+        """Of the message: an interrupted run is not an error."""
+        return "" if self.exit_code == InterruptedRun.exit_code else "error: "
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """The last sign of life of another process.
+
+    Attributes:
+        beat: what it wrote; LEFT if it has ended in order.
+        at: when that was first seen, by this process's clock.
+        order, place: where it was in the run (see `Channel.place`).
+    """
+
+    beat: str
+    at: float
+    order: tuple[int, ...] = ()
+    place: str = ""
+
 
 class Channel:
-    """Signs of life and failures of `size` processes.
+    """Signs of life, signals and failures of `size` processes.
 
     Args:
         store: a client of the launcher's store that nothing else uses.
         name: of this process, for messages.
+
+    Attributes:
+        place: where this process is in the run, as numbers that grow and as text; called in another thread.
+        on_failure: called once in another thread, when another process has failed.
+        on_stop: called once on process 0 in another thread, when another process has got a signal.
+        on_end: prints what has ended the run, where the main thread does not.
     """
 
     def __init__(self, store: Any, rank: int, size: int, name: str) -> None:
@@ -60,7 +92,12 @@ class Channel:
         self._silence_s = silence_s()
         # process 0 listens to all, the others to it: with hundreds of processes more would burden the store
         heard = range(1, size) if rank == 0 else [0]
-        self._seen = {other: ("", time.monotonic()) for other in heard}
+        self._seen = {other: Sign("", time.monotonic()) for other in heard}
+        self._beat_at = time.monotonic()
+        self.place: Callable[[], tuple[tuple[int, ...], str]] = lambda: ((), "")
+        self.on_failure: Callable[[], None] = _interrupt_main_thread
+        self.on_stop: Callable[[str], None] = lambda name: None
+        self._has_failed = self._was_stopped = False
         self._store_lost: float | None = None
         self._is_closed = threading.Event()
         self.on_end: Callable[[Failure], None] = _print_failure
@@ -73,7 +110,7 @@ class Channel:
         """No more signs of life: the process has left the run."""
         self._is_closed.set()
         with contextlib.suppress(Exception):
-            self._store.set(f"alive/{self._rank}", "left")
+            self._store.set(f"alive/{self._rank}", LEFT)
         if self._thread is not threading.current_thread():
             self._thread.join(2 * _BEAT_S)
 
@@ -115,20 +152,33 @@ class Channel:
             return self.fail(self._lost(lost[0], "ended without a word"))
         return None
 
-    def _unheard(self, seconds: float) -> list[int]:
-        now = time.monotonic()
-        with self._lock:
-            return [rank for rank, (beat, at) in self._seen.items() if now - at > seconds and beat != "left"]
+    def ask_stop(self) -> None:
+        """Tell process 0 that a signal asked this process to end."""
+        with contextlib.suppress(Exception):
+            self._store.compare_set(_STOP, "", str(self._rank))
 
-    def _lost(self, rank: int, what: str) -> Failure:
-        name = f"process {rank}"
+    def signs(self) -> dict[int, Sign]:
+        """The last sign of life of each other process."""
+        with self._lock:
+            return dict(self._seen)
+
+    def name_of(self, rank: int) -> str:
         with contextlib.suppress(Exception):
             if self._store.check([f"name/{rank}"]):
-                name = self._store.get(f"name/{rank}").decode()
+                return str(self._store.get(f"name/{rank}").decode())
+        return f"process {rank}"
+
+    def _unheard(self, seconds: float) -> list[int]:
+        now = time.monotonic()
+        return [rank for rank, sign in self.signs().items() if now - sign.at > seconds and sign.beat != LEFT]
+
+    def _lost(self, rank: int, what: str) -> Failure:
+        sign = self.signs().get(rank)
+        where = f" Its last sign of life came from {sign.place}." if sign and sign.place else ""
         return Failure(
             rank,
-            f"{name} {what}. The system kills processes where memory is full (dmesg says so); the launcher's log has "
-            "what it printed.",
+            f"{self.name_of(rank)} {what}.{where} The system kills processes where memory is full (dmesg says so); the "
+            "launcher's log has what it printed.",
             4,
             "process-lost",
         )
@@ -138,7 +188,8 @@ class Channel:
         while not self._is_closed.wait(_BEAT_S):
             beat += 1
             try:
-                self._store.set(f"alive/{self._rank}", str(beat))
+                self._store.set(f"alive/{self._rank}", json.dumps([beat, *self._place()]))
+                self._forgive_sleep()
                 self._listen()
                 self._store_lost = None
             except Exception:
@@ -146,8 +197,33 @@ class Channel:
                 if time.monotonic() - self._store_lost > _GRACE_S:  # its keeper has ended, and so has the run
                     self._end(self._lost(0, "or the launcher's store is gone"))
                 continue
+            self._take_stop()
             if found := self.failure() or self._silent():
+                if found.rank != self._rank and not self._has_failed:
+                    self._has_failed = True
+                    self.on_failure()
                 self._end_after_grace(found)
+
+    def _place(self) -> tuple[tuple[int, ...], str]:
+        try:
+            return self.place()
+        except Exception:  # it changes while it is read
+            return (), ""
+
+    def _take_stop(self) -> None:
+        if self._rank == 0 and not self._was_stopped:
+            with contextlib.suppress(Exception):
+                if self._store.check([_STOP]):
+                    self._was_stopped = True
+                    self.on_stop(self.name_of(int(self._store.get(_STOP))))
+
+    def _forgive_sleep(self) -> None:
+        """Where this process did not run for a while (a suspended machine), the others may have slept as well."""
+        now = time.monotonic()
+        gap, self._beat_at = now - self._beat_at, now
+        if gap > _ASLEEP_S:
+            with self._lock:
+                self._seen = {rank: replace(sign, at=sign.at + gap) for rank, sign in self._seen.items()}
 
     def _listen(self) -> None:
         keys = {other: f"alive/{other}" for other in self._seen}
@@ -156,9 +232,10 @@ class Channel:
         beats = self._store.multi_get([*keys.values()]) if keys else []
         now = time.monotonic()
         with self._lock:
-            for other, beat in zip(keys, beats, strict=True):
-                if beat.decode() != self._seen[other][0]:
-                    self._seen[other] = (beat.decode(), now)
+            for other, beat in zip(keys, map(bytes.decode, beats), strict=True):
+                if beat != self._seen[other].beat:
+                    order, place = ([], "") if beat == LEFT else json.loads(beat)[1:]
+                    self._seen[other] = Sign(beat, now, tuple(order), place)
 
     def _silent(self) -> Failure | None:
         lost = self._unheard(self._silence_s)
@@ -182,5 +259,14 @@ class Channel:
         os._exit(failure.exit_code)
 
 
+def _interrupt_main_thread() -> None:
+    """Another process has failed: raise KeyboardInterrupt where this one works for itself, perhaps for hours."""
+    main = threading.main_thread()
+    if hasattr(signal, "pthread_kill") and main.ident is not None:
+        signal.pthread_kill(main.ident, signal.SIGINT)
+    else:
+        signal.raise_signal(signal.SIGINT)
+
+
 def _print_failure(failure: Failure) -> None:
-    print(f"error: {failure.text}", file=sys.stderr, flush=True)
+    print(f"{failure.prefix}{failure.text}", file=sys.stderr, flush=True)

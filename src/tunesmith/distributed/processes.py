@@ -22,7 +22,7 @@ from tunesmith.config.train_keys import TrainSection
 from tunesmith.distributed.channel import Channel, Failure
 from tunesmith.distributed.launch import VOICE, Launch, find_launch
 from tunesmith.distributed.world import OneProcess, World
-from tunesmith.errors import ConfigError, RunError, TunesmithError
+from tunesmith.errors import ConfigError, InterruptedRun, RunError, TunesmithError
 from tunesmith.files import is_out_of_memory, lacking_memory
 
 _JOIN_S = 300  # for all processes to start
@@ -95,10 +95,23 @@ class Processes:
                 self.channel.tell()
             raise ToldError(failure)
 
+    def raise_cause(self) -> None:
+        """After an interrupt: it may come from the channel, since another process has failed.
+
+        Raises:
+            ToldError: that failure, unless that process was only interrupted as well.
+        """
+        failure = self.channel.failure()
+        if failure and failure.exit_code != InterruptedRun.exit_code:
+            self.raise_failure()
+
     @contextmanager
     def explained(self) -> Iterator[None]:
         try:
             yield
+        except KeyboardInterrupt:
+            self.raise_cause()
+            raise
         except RuntimeError as error:  # of gloo or NCCL, when a process has ended; and anything else of torch
             if is_out_of_memory(error) or not (failure := self.channel.find_cause()):
                 raise
@@ -107,6 +120,17 @@ class Processes:
             if self.is_main:
                 self.channel.tell()
             raise ToldError(failure) from error
+
+    def ask_stop(self) -> str:
+        """Tell process 0 of a signal that only this process got, so that it says what happens next."""
+        self.channel.ask_stop()
+        return ""
+
+    def publish_interrupt(self) -> str:
+        """Tell the other processes that a second signal ends this one at once."""
+        text = f"{'' if self.is_main else f'{self._launch.name}: '}interrupted."
+        self.channel.fail(Failure(self.rank, text, InterruptedRun.exit_code, "run-interrupted"))
+        return ""
 
     def publish(self, error: BaseException) -> None:
         """Tell the other processes what ended this one; process 0 prints it."""
@@ -126,7 +150,9 @@ class Processes:
             str(getattr(error, "code", "") or "process-failed"),
         )
         told = self.channel.fail(failure)
-        if not self.is_main and told.rank == self.rank:
+        if self.is_main:
+            self.channel.tell()
+        elif told.rank == self.rank:
             self.channel.wait_told()
 
 
@@ -146,7 +172,11 @@ def joined_world(train: TrainSection) -> Iterator[World]:
     world, leave = _join(launch)
     error: BaseException | None = None
     try:
-        yield world
+        try:
+            yield world
+        except (KeyboardInterrupt, InterruptedRun):
+            world.raise_cause()
+            raise
     except BaseException as raised:
         error = raised
         world.publish(raised)

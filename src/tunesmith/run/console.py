@@ -6,20 +6,17 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 from rich.console import Console
 from rich.text import Text
 
-from tunesmith.display import LEVEL_STYLES, format_time, one_line, raw_stream, visible
+from tunesmith.display import LEVEL_STYLES, format_rows, format_time, one_line, raw_stream, visible
 from tunesmith.terminal.bar import StepBar, fold
 from tunesmith.terminal.rows import RowDisplay
 from tunesmith.terminal.status import show_status
 
 _PLAIN_LINES = 20  # lines of a run whose output goes to a file
-_ROWS = 4  # that a line names
-_LONGEST_NAME = 24  # of a file in such a line
 
 
 class Reporter(Protocol):
@@ -232,16 +229,3 @@ def format_findings(record: dict[str, Any]) -> list[str]:
         what = f"gradient norm {times:.0f} times the usual" if times else "left out, its loss is not finite"
         parts.append(f"{what}: {format_rows(record['rows'])}")
     return parts
-
-
-def format_rows(rows: Sequence[str]) -> str:
-    """The first of them as FILE:ROW; metrics.jsonl has all in full."""
-    shown, last = [], ""
-    for row in rows[:_ROWS]:
-        file, _, number = row.rpartition(":")
-        name = file.rpartition("/")[2]
-        name = name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"
-        shown.append(number if name and name == last else f"{name}:{number}" if name else number)
-        last = name
-    more = f" and {len(rows) - _ROWS} more" if len(rows) > _ROWS else ""
-    return f"{'row' if len(rows) == 1 else 'rows'} {', '.join(shown)}{more}"

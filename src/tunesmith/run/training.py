@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 
 from tunesmith.config.runfile import dump_yaml
-from tunesmith.distributed.channel import Failure
+from tunesmith.config.train_keys import parse_steps
+from tunesmith.distributed.channel import LEFT, Failure
 from tunesmith.distributed.choose import build_spread
 from tunesmith.distributed.processes import Processes
 from tunesmith.files import spell_sealed, write_text_atomic
 from tunesmith.generation.held_out import HeldOutQuestions
+from tunesmith.monitor.pace import Pace
+from tunesmith.monitor.profile import Profile
+from tunesmith.monitor.usage import DeviceStopwatch
+from tunesmith.monitor.watchdog import Peer, Watchdog
 from tunesmith.run.assemble import ReadyRun
 from tunesmith.run.failures import how_to_continue, tell_interrupted
 from tunesmith.run.records import RunRecord
@@ -58,6 +65,7 @@ def build_trainer(
         precision = replace(precision, autocast=None)
     optimizer = build_optimizer(lm.model, config.optim, config.lora.lr_ratio)
     scaler = precision.scaler(session.device)
+    steps = config.train.profile_steps
     names, last_step = list(config.train.trackers), state.step if state else None
     trackers: list[Tracker] = []
     if session.world.is_main:
@@ -87,6 +95,8 @@ def build_trainer(
         progress=progress,
         window=state.window if state else Window(),
         saved_step=state.step if state else None,
+        pace=Pace(DeviceStopwatch() if session.world.size > 1 and session.device.type == "cuda" else None),
+        profile=Profile(parse_steps(steps), folder.profile, session.world.rank) if steps else None,
     )
 
 
@@ -109,29 +119,15 @@ def choose_questions(ready: ReadyRun) -> HeldOutQuestions | None:
 
 def train_to_end(ready: ReadyRun, trainer: Trainer) -> None:
     """Run the loop; trackers and the saver are closed in any case."""
-    reporter, folder, world = ready.session.reporter, ready.session.folder, ready.session.world
-
-    def last_words() -> str:
-        reporter.end()
-        return tell_interrupted(folder, trainer.progress) if world.is_main else ""
-
-    def tell_failure(failure: Failure) -> None:
-        reporter.end()
-        advice = "" if "tunesmith resume" in failure.text else f" {how_to_continue(folder, is_urgent=True)}"
-        print(f"error: {failure.text}{advice}", file=sys.stderr, flush=True)
-
-    owns_process = reporter.owns_process or not world.is_main
-    if isinstance(world, Processes):
-        world.channel.on_end = tell_failure
-
-    train = ready.session.config.train
+    reporter, world, train = ready.session.reporter, ready.session.world, ready.session.config.train
     for line in tracker_hints(list(train.trackers), train.output_dir):
         reporter.note(line)
     epochs = train.epochs if train.max_steps is None else ready.feed.total_epochs
     try:
         reporter.begin(ready.feed.total_steps, trainer.progress.step, epochs)
-        trainer.stop.defer(trainer.explain_stop if world.is_main else str, last_words if owns_process else None)
-        trainer.train()
+        _defer_signals(ready, trainer)
+        with _watching(ready, trainer) if world.is_main else contextlib.nullcontext():
+            trainer.train()
     except BaseException:
         if not trainer.stop.is_urgent:
             with contextlib.suppress(Exception):
@@ -144,4 +140,66 @@ def train_to_end(ready: ReadyRun, trainer: Trainer) -> None:
         for tracker in trainer.all_trackers:
             tracker.finish()
     finally:
+        if trainer.profile is not None:
+            trainer.profile.end(trainer.progress.step)
         reporter.end()
+
+
+def _defer_signals(ready: ReadyRun, trainer: Trainer) -> None:
+    """From here on signals, and failures of other processes, end the run between two forwards."""
+    reporter, folder, world = ready.session.reporter, ready.session.folder, ready.session.world
+    stop = trainer.stop
+    if not isinstance(world, Processes):
+        stop.defer(trainer.explain_stop, _last_words(ready, trainer) if reporter.owns_process else None)
+        return
+
+    def tell_failure(failure: Failure) -> None:
+        reporter.end()
+        advice = "" if "tunesmith resume" in failure.text else f" {how_to_continue(folder, is_urgent=True)}"
+        print(f"{failure.prefix}{failure.text}{advice}", file=sys.stderr, flush=True)
+
+    world.channel.on_end = tell_failure
+    world.channel.on_failure = _nothing  # its collectives fail by themselves
+    world.channel.place = trainer.pace.position
+    world.channel.on_stop = stop.ask
+    if not world.is_main:
+        stop.defer(world.ask_stop, world.publish_interrupt)
+        return
+    last_words = _last_words(ready, trainer)
+
+    def publish_last_words() -> str:
+        world.publish_interrupt()
+        return last_words()
+
+    stop.defer(trainer.explain_stop, publish_last_words if reporter.owns_process else None)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _last_words(ready: ReadyRun, trainer: Trainer) -> Callable[[], str]:
+    def last_words() -> str:
+        ready.session.reporter.end()
+        return tell_interrupted(ready.session.folder, trainer.progress)
+
+    return last_words
+
+
+def _watching(ready: ReadyRun, trainer: Trainer) -> contextlib.AbstractContextManager[None]:
+    """Warn of steps that take far too long."""
+    world = ready.session.world
+
+    def peers() -> list[Peer]:
+        if not isinstance(world, Processes):
+            return []
+        signs, now = world.channel.signs(), time.monotonic()
+        return [
+            Peer(f"process {rank}", sign.order, sign.place, now - sign.at)
+            for rank, sign in signs.items()
+            if sign.place and sign.beat != LEFT
+        ]
+
+    # a step with shapes that torch.compile has not seen takes a minute by design
+    floor_s = 180.0 if ready.session.config.train.compile else 10.0
+    return Watchdog(trainer.pace, peers, "process 0", floor_s).watching()

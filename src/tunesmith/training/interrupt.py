@@ -1,4 +1,5 @@
-"""Ctrl-C, SIGTERM and a closed terminal: the first asks the run to save and end, the second ends it at once.
+"""Ctrl-C, SIGTERM and a closed terminal: the first asks the run to save and end, the second ends it at once. SIGUSR1
+asks for a checkpoint.
 
 Python runs a signal handler in the main thread, between two of its own instructions: not during a long backward pass,
 and once for several signals that arrive meanwhile. So a thread listens too. It learns of each signal as it arrives,
@@ -22,6 +23,7 @@ from tunesmith.errors import InterruptedRun
 
 logger = logging.getLogger(__name__)
 _CLOSED = getattr(signal, "SIGHUP", None)  # of the terminal; it may come twice, from the shell and from the system
+_SAVES = getattr(signal, "SIGUSR1", None)
 _ENDING = (signal.SIGINT, signal.SIGTERM, *([_CLOSED] if _CLOSED else []))
 _RAISE_AGAIN_S = 0.2  # the main thread usually takes a signal in less
 _PATIENCE_S = 2.0  # then the process is ended, if that is allowed
@@ -35,10 +37,11 @@ class StopRequest:
     Attributes:
         is_made: a signal asked the run to end.
         is_urgent: a second signal asked for that at once.
+        wants_save: SIGUSR1 asked for a checkpoint at the end of the running step; the loop takes it back.
     """
 
     def __init__(self) -> None:
-        self.is_made = self.is_urgent = False
+        self.is_made = self.is_urgent = self.wants_save = False
         self._is_deferred = False
         self._taken = self._heard = 0  # signals seen by the handler and by the listener
         self._before: dict[int, Any] = {}
@@ -48,6 +51,8 @@ class StopRequest:
         self._wakeup_before = -1
         self._explain: Callable[[], str] = str
         self._last_words: Callable[[], str] | None = None
+        self._has_explained = False
+        self._lock = threading.Lock()
         self._has_ended = threading.Event()
         self._is_ending = False
         self._late: int | None = None  # a signal that arrived while the handlers were given back
@@ -62,6 +67,15 @@ class StopRequest:
         """
         self._explain, self._last_words = explain, last_words
         self._is_deferred = True
+
+    def ask(self, name: str) -> None:
+        """Another process got a signal, and all of them end; called in another thread.
+
+        Args:
+            name: of that process.
+        """
+        self.is_made = True
+        self._say(f"{name} got a signal. ")
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is not threading.main_thread():  # Python takes signals nowhere else
@@ -93,6 +107,10 @@ class StopRequest:
             if before is not None and not is_nohup:  # None: a handler in C, which Python cannot set again
                 self._before[number] = before
                 signal.signal(number, self._take)
+        # a caller that handles SIGUSR1 by itself keeps it
+        if _SAVES is not None and (before := signal.getsignal(_SAVES)) in (signal.SIG_DFL, signal.SIG_IGN):
+            self._before[_SAVES] = before
+            signal.signal(_SAVES, self._take)
 
     def _end(self, error: BaseException | None) -> None:
         """Leave the process as it was; also after a part of `_begin`."""
@@ -119,6 +137,8 @@ class StopRequest:
         self._mouth.close()
 
     def _take(self, number: int, frame: FrameType | None) -> None:
+        if number == _SAVES:  # the listener has it
+            return
         if self._is_ending:
             self._late = number
             return
@@ -140,6 +160,8 @@ class StopRequest:
                 for number in numbers:
                     if number not in self._before:
                         self._pass_on(number)
+                    elif number == _SAVES:
+                        self.wants_save = True
                     elif self._is_deferred and not (number == _CLOSED and self._heard):
                         self._hear()
 
@@ -153,10 +175,18 @@ class StopRequest:
         self._heard += 1
         if self._heard == 1:
             self.is_made = True
-            if text := self._explain():
-                logger.warning("%s", text)
+            self._say()
         elif self._heard == 2:
             threading.Thread(target=self._insist, name="second signal", daemon=True).start()
+
+    def _say(self, who: str = "") -> None:
+        """What happens next, once: a launcher passes a signal on to all processes."""
+        with self._lock:
+            if self._has_explained:
+                return
+            self._has_explained = True
+        if text := self._explain():
+            logger.warning("%s", f"{who}{text}")
 
     def _insist(self) -> None:
         """Make sure that the second signal ends the run."""

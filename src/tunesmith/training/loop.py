@@ -18,12 +18,14 @@ from tunesmith.distributed.world import World
 from tunesmith.errors import InterruptedRun, ModelError, RunError
 from tunesmith.generation.held_out import HeldOutQuestions, mean_scores
 from tunesmith.model.loss import SupervisedLM
+from tunesmith.monitor.pace import Pace
+from tunesmith.monitor.profile import Profile
+from tunesmith.monitor.usage import memory_gb, usage_record
 from tunesmith.training.checkpoint import Snapshot, copy_optimizer, copy_weights
 from tunesmith.training.evaluate import evaluate
 from tunesmith.training.interrupt import StopRequest
 from tunesmith.training.metrics import Record, Tracker, source_record
 from tunesmith.training.optim import lr_at, set_lr
-from tunesmith.training.pace import Pace
 from tunesmith.training.precision import Precision
 from tunesmith.training.progress import Progress, TrainState, Window, add_lists
 from tunesmith.training.randomness import restore_random_states, take_random_states
@@ -45,6 +47,7 @@ class Trainer:
         on_doing: gets what is done between two steps, for the bar.
         saved_step: of the newest checkpoint.
         pace: what the loop is doing, and how long that took before.
+        profile: of the steps of train.profile_steps, if any.
     """
 
     config: RunConfig
@@ -66,6 +69,7 @@ class Trainer:
     window: Window = field(default_factory=Window)
     saved_step: int | None = None
     pace: Pace = field(default_factory=Pace)
+    profile: Profile | None = None
     answer_failure: str = ""
 
     @property
@@ -89,7 +93,12 @@ class Trainer:
         for step in self.feed.steps(progress.place, self.world.rank, self.world.size):
             if progress.step >= total or progress.stopped_early:
                 break
+            if self.profile is not None:
+                self.profile.before(progress.step + 1)
             record = self._whole_step(step)
+            if self.profile is not None:
+                with self.window.pause():
+                    self.profile.after(progress.step)
             if self._evaluates_now():
                 with self.window.pause():
                     record = (record or self._head()) | self._evaluate()
@@ -98,11 +107,12 @@ class Trainer:
                 is_best = False
             if record:
                 self._log(record)
-            if self.world.agree(self.stop.is_made):
+            stops, is_asked, is_due = self._wishes()
+            if stops:
                 self._stop()
-            if progress.step < total and (is_best or self._saves_now()):
+            if is_asked or (progress.step < total and (is_best or is_due)):
                 with self.window.pause():
-                    self.save()
+                    self.save(is_asked)
         self.pace.is_at_end = True
         self._save_last()
 
@@ -110,7 +120,7 @@ class Trainer:
         """`_step`; where a signal arrives in it, the run ends between two of its forwards, as if it had not begun."""
         random = take_random_states()
         try:
-            with self.pace.of("forward", len(step.batches)):
+            with self.pace.of_step(self.progress.step + 1, step):
                 return self._step(step)
         except StepAborted:
             self.optimizer.zero_grad(set_to_none=True)
@@ -119,8 +129,10 @@ class Trainer:
             self._stop()
 
     def _gives_up(self) -> bool:
+        self.pace.wait()
+        gives_up = self.world.agree(self.stop.is_made)  # all of them make the same forwards
         self.pace.count_forward()
-        return self.world.agree(self.stop.is_made)  # all of them make the same forwards
+        return gives_up
 
     def _stop(self) -> NoReturn:
         step = self.progress.step
@@ -139,6 +151,7 @@ class Trainer:
             result = train_step(
                 self.lm, self.optimizer, step.batches, max_grad_norm, self.precision, self.scaler, self.world,
                 self.spread, gives_up=self._gives_up, seed=(train.seed, progress.step),
+                end_forwards=self.pace.end_forwards,
             )  # fmt: skip
         except NotFiniteError as error:
             return self._leave_out(step, error)
@@ -188,7 +201,7 @@ class Trainer:
             "tokens": self.progress.tokens,
             "supervised_tokens": self.progress.supervised_tokens,
             "tokens_per_s": round(window.tokens / window.seconds(), 1),
-        }
+        } | self._usage()  # fmt: skip
         if self.feed.mix is not None:
             names, tokens = self.feed.mix.names, self.progress.source_tokens
             record |= source_record(names, window.source_losses, window.source_targets, tokens)
@@ -198,6 +211,12 @@ class Trainer:
         if sum(counts):  # share of the tokens that went to each expert
             record["expert_load"] = [round(count / sum(counts), 4) for count in counts]
         return record
+
+    def _usage(self) -> Record:
+        """Memory and throughput of each process."""
+        tokens, seconds = self.pace.take_work()
+        memory = memory_gb(next(self.lm.parameters()).device)
+        return usage_record(self.world, memory, tokens / seconds if seconds else 0.0)
 
     def _evaluates_now(self) -> bool:
         every, step, total = self.config.train.eval_steps, self.progress.step, self.feed.total_steps
@@ -259,14 +278,22 @@ class Trainer:
         progress.stopped_early = bool(patience and progress.evals_without_gain >= patience)
         return False
 
-    def _saves_now(self) -> bool:
-        train = self.config.train
-        is_due = bool(train.save_minutes) and time.monotonic() - self._saved_at >= 60 * (train.save_minutes or 0)
+    def _wishes(self) -> tuple[bool, bool, bool]:
+        """Whether the run stops, whether a signal asked for a checkpoint, and whether one is due: in any process."""
+        train, now = self.config.train, time.monotonic()
+        is_late = bool(train.save_minutes) and now - self._saved_at >= 60 * (train.save_minutes or 0)
+        is_asked, self.stop.wants_save = self.stop.wants_save, False
+        own = torch.tensor([self.stop.is_made, is_asked, is_late], dtype=torch.int32)
+        stops, is_asked, is_late = (count > 0 for count in self.world.sum(own).tolist())
         every = interval_steps(train.save_steps or DEFAULT_SAVE_STEPS, self.feed.total_steps)
-        return self.world.agree(is_due) or self.progress.step % every == 0
+        return stops, is_asked, is_late or self.progress.step % every == 0
 
-    def save(self) -> None:
-        """Take a snapshot and let it be written beside the next steps."""
+    def save(self, is_told: bool = False) -> None:
+        """Take a snapshot and let it be written beside the next steps.
+
+        Args:
+            is_told: log where it is.
+        """
         random, others = take_random_states()
         state = TrainState(self.progress, self.feed.total_steps, self.window, self.scaler.state_dict(), others)
         content = state.to_json()  # now: training changes it while it is written
@@ -280,7 +307,7 @@ class Trainer:
         weights = copy_weights(self.lm, self.spread)
         optimizer = copy_optimizer(self.lm.model, self.optimizer, self.spread)
         if self.world.is_main:
-            self.saver.save(Snapshot(weights, optimizer, random, content), self.progress.best_step)
+            self.saver.save(Snapshot(weights, optimizer, random, content), self.progress.best_step, is_told)
         self._saved_at, self.saved_step = time.monotonic(), self.progress.step
 
     def _save_last(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ from tunesmith.training.checkpoint import (
     write_checkpoint,
 )
 
+logger = logging.getLogger(__name__)
+
 
 class Saver:
     """Write snapshots in a thread.
@@ -41,11 +44,16 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, snapshot: Snapshot, best_step: int | None) -> None:
-        """Start writing; waits for the previous snapshot if that is not on disk yet."""
+    def save(self, snapshot: Snapshot, best_step: int | None, is_told: bool = False) -> None:
+        """Start writing; waits for the previous snapshot if that is not on disk yet.
+
+        Args:
+            is_told: log where the checkpoint is when it is on disk.
+        """
         self.wait()
         # daemon: a second Ctrl-C must not wait for the disk
-        self._thread = threading.Thread(target=self._write, args=(snapshot, best_step), name="saver", daemon=True)
+        arguments = (snapshot, best_step, is_told)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="saver", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -57,7 +65,7 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
-    def _write(self, snapshot: Snapshot, best_step: int | None) -> None:
+    def _write(self, snapshot: Snapshot, best_step: int | None, is_told: bool) -> None:
         began = time.monotonic()
         try:
             require_finite(snapshot)
@@ -67,6 +75,8 @@ class Saver:
                 self.failure = f"checkpoint of step {snapshot.step} does not verify ({damage}); older ones are kept"
                 return
             self.failure, self.seconds = "", time.monotonic() - began
+            if is_told:
+                logger.info("checkpoint saved: %s", folder)
             prune_checkpoints(self._run, self._keep, best_step, snapshot.step)
         except BaseException as error:
             reason = system_error(error)

@@ -60,6 +60,7 @@ def train_step(
     objective: Objective = supervised_loss,
     gives_up: Callable[[], bool] | None = None,
     seed: Sequence[int] = (),
+    end_forwards: Callable[[], None] | None = None,
 ) -> StepResult:
     """One update. The loss is the sum over all supervised tokens of the step divided by their count.
 
@@ -71,6 +72,7 @@ def train_step(
         gives_up: asked before each forward but the first, in all processes alike.
         seed: of the step. Dropout in a forward depends on it and on the forward's number alone, not on the process
             that makes it. Empty: dropout draws from torch's generator as it is.
+        end_forwards: called after the last backward, before the processes sum their gradients.
 
     Raises:
         NotFiniteError: they are not; there is no update.
@@ -84,7 +86,7 @@ def train_step(
     loss_sum, router_sum = torch.zeros(2, device=device).unbind()
     expert_counts = torch.zeros(lm.router.num_experts, dtype=torch.int64, device=device) if lm.router else None
     source_losses = torch.zeros(batches.num_sources, device=device)
-    for batch in _until_given_up(batches, gives_up):
+    for batch in _until_given_up(batches, gives_up, end_forwards):
         if batch.is_empty and not spread.needs_equal_forwards:
             continue
         if seed:
@@ -130,11 +132,15 @@ def _nothing_of(sums: LossSums) -> Tensor:
     return nothing if sums.router_loss is None else nothing + sums.router_loss * 0.0
 
 
-def _until_given_up(batches: Batches, gives_up: Callable[[], bool] | None) -> Iterator[Batch]:
+def _until_given_up(
+    batches: Batches, gives_up: Callable[[], bool] | None, end_forwards: Callable[[], None] | None
+) -> Iterator[Batch]:
     for number, batch in enumerate(batches):
         if number and gives_up is not None and gives_up():
             raise StepAborted
         yield batch
+    if end_forwards is not None:
+        end_forwards()
 
 
 def read_numbers(tensors: Sequence[Tensor]) -> list[float]:

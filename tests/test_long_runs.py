@@ -3,6 +3,8 @@ processes."""
 
 from __future__ import annotations
 
+import contextlib
+import contextlib
 import gzip
 import json
 import os
@@ -14,12 +16,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from conftest import chat_row, save_folder, tiny_config, write_jsonl
+from conftest import chat_row, write_jsonl
 from test_pack import make_store
 from tunesmith.config.train_keys import parse_steps
 from tunesmith.data.feed import Batches, Step
@@ -45,7 +46,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
-    yield Clock(monkeypatch)
+    return Clock(monkeypatch)
 
 
 def make_step(folder: Path, *packs: list[int]) -> Step:
@@ -83,13 +84,18 @@ def test_a_step_of_ten_times_the_usual_is_said_once(clock: Clock, tmp_path: Path
     assert not loop.said
     loop.make(300.0)
     [text] = loop.said
-    assert "step 8 " in text and "20 s" in text and "10 times the usual 2.0 s" in text
-    assert "forward 1 of its 2" in text and "rows x.jsonl:1, 2" in text
+    assert "step 8 " in text
+    assert "20 s" in text
+    assert "10 times the usual 2.0 s" in text
+    assert "forward 1 of its 2" in text
+    assert "rows x.jsonl:1, 2" in text
     loop.make(300.0)  # ten minutes have not passed
     assert len(loop.said) == 1
 
 
-@pytest.mark.parametrize("case", ["first steps", "short steps", "longer packs", "longer documents", "between", "asleep"])
+@pytest.mark.parametrize(
+    "case", ["first steps", "short steps", "longer packs", "longer documents", "between", "asleep"]
+)
 def test_what_is_slow_by_design_is_not_said(clock: Clock, tmp_path: Path, case: str) -> None:
     loop = Loop(clock, tmp_path)
     if case == "first steps":
@@ -130,7 +136,8 @@ def test_the_process_that_is_behind_is_named(clock: Clock, tmp_path: Path) -> No
     [text] = loop.said
     assert "process 1 is in forward 1 of its 2 of step 7: row b.jsonl:9" in text
     assert "no sign of life for 40 s" in text
-    assert "process 0" not in text and "process 2" not in text
+    assert "process 0" not in text
+    assert "process 2" not in text
 
 
 def test_steps_to_profile() -> None:
@@ -155,9 +162,11 @@ def test_a_profile_changes_no_weight(run: Run, model_folder: Path, chats: Path, 
     code, out, err = run(*words, "--output", tmp_path / "run", "--train.profile_steps", "2-3")
     assert code == 0, err
     trace = tmp_path / "run" / "profile" / "steps-2-3.process-0.json.gz"
-    assert str(trace) in out and "profile of steps 2-3" in out and "calls  operation" in out
+    assert str(trace) in out
+    assert "profile of steps 2-3" in out
+    assert "calls  operation" in out
     assert [path.name for path in trace.parent.iterdir()] == [trace.name]
-    names = {event.get("name") for event in json.loads(gzip.open(trace).read())["traceEvents"]}
+    names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
     assert any("mm" in str(name) for name in names)
     ours, others = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("run", "plain"))
     assert ours.read_bytes() == others.read_bytes()
@@ -182,10 +191,12 @@ def test_a_signal_for_a_checkpoint_ends_nothing() -> None:
         stop.defer()
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(0.3)
-        assert stop.wants_save and not stop.is_made
+        assert stop.wants_save
+        assert not stop.is_made
         os.kill(os.getpid(), signal.SIGTERM)  # still the first of these
         time.sleep(0.3)
-        assert stop.is_made and not stop.is_urgent
+        assert stop.is_made
+        assert not stop.is_urgent
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
     seen: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, _: seen.append(number))
@@ -193,7 +204,8 @@ def test_a_signal_for_a_checkpoint_ends_nothing() -> None:
         with StopRequest() as stop:  # of a caller
             os.kill(os.getpid(), signal.SIGUSR1)
             time.sleep(0.3)
-        assert seen == [signal.SIGUSR1] and not stop.wants_save
+        assert seen == [signal.SIGUSR1]
+        assert not stop.wants_save
     finally:
         signal.signal(signal.SIGUSR1, before)
 
@@ -231,7 +243,16 @@ class Launched:
     """A command in two processes under torchrun; its output is read line by line."""
 
     def __init__(self, *words: object) -> None:
-        script = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tunesmith"]
+        script = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "tunesmith",
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self.agent = subprocess.Popen(
             [*script, *map(str, words)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -252,7 +273,8 @@ class Launched:
     def wait_for(self, pattern: str, seconds: float = 100.0) -> None:
         end = time.time() + seconds
         while not re.search(pattern, self.text):
-            assert time.time() < end and self.agent.poll() is None, f"no {pattern!r}:\n{self.text}"
+            is_over = time.time() > end or self.agent.poll() is not None
+            assert not is_over, f"no {pattern!r}:\n{self.text}"
             time.sleep(0.05)
 
     def workers(self) -> dict[int, int]:
@@ -281,10 +303,8 @@ class Launched:
 
 
 def with_suppressed_kill(number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(number, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 @pytest.fixture
@@ -330,7 +350,8 @@ def test_signals_to_several_processes(
     second.wait_for(r"step \d+/300")
     second.agent.send_signal(signal.SIGINT)
     second.end()
-    assert second.text.count("interrupted at step") == 1 and second.text.count("Stopping") == 1
+    assert second.text.count("interrupted at step") == 1
+    assert second.text.count("Stopping") == 1
 
     third = launch("resume", tmp_path / "run")
     third.wait_for(r"step \d+/300")
@@ -338,7 +359,8 @@ def test_signals_to_several_processes(
         os.kill(third.workers()[1], signal.SIGTERM)
         time.sleep(0.05)
     third.end()
-    assert third.agent.returncode == 1 and "resume" in third.text
+    assert third.agent.returncode == 1
+    assert "resume" in third.text
 
     last, whole = launch("resume", tmp_path / "run"), launch("train", *words, "--output", tmp_path / "whole")
     assert (last.end(200), whole.end(200)) == ([], [])

@@ -4,7 +4,6 @@ processes."""
 from __future__ import annotations
 
 import contextlib
-import contextlib
 import gzip
 import json
 import os
@@ -49,24 +48,21 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     return Clock(monkeypatch)
 
 
-def make_step(folder: Path, *packs: list[int]) -> Step:
-    store = make_store(folder, LENGTHS) if not (folder / "tokens").exists() else make_store.opened  # type: ignore[attr-defined]
-    make_store.opened = store  # type: ignore[attr-defined]
-    batches = Batches(store, [np.array(pack) for pack in packs])
-    return Step(batches, batches, 0.0, (0, 0))
-
-
 class Loop:
     """Steps of a given length, as the training loop reports them, under a watchdog that looks once a second."""
 
     def __init__(self, clock: Clock, folder: Path, peers: list[Peer] | None = None) -> None:
-        self.clock, self.folder, self.said = clock, folder, list[str]()
+        self.clock, self.store, self.said = clock, make_store(folder, LENGTHS), list[str]()
         self.pace, self.step = Pace(), 0
         self.dog = Watchdog(self.pace, lambda: peers or [], "process 0", 10.0, self.said.append, clock)
 
-    def make(self, seconds: float, *packs: list[int], asleep: float = 0.0) -> None:
+    def of_step(self, *packs: list[int]) -> contextlib.AbstractContextManager[None]:
         self.step += 1
-        with self.pace.of_step(self.step, make_step(self.folder, *(packs or ([0, 1], [2])))):
+        batches = Batches(self.store, [np.array(pack) for pack in packs])
+        return self.pace.of_step(self.step, Step(batches, batches, 0.0, (0, 0)))
+
+    def make(self, seconds: float, *packs: list[int], asleep: float = 0.0) -> None:
+        with self.of_step(*(packs or ([0, 1], [2]))):
             for second in range(int(seconds)):
                 self.tick(1.0 + (asleep if second == 1 else 0.0))
             self.clock.now += seconds % 1
@@ -127,8 +123,7 @@ def test_the_process_that_is_behind_is_named(clock: Clock, tmp_path: Path) -> No
     loop = Loop(clock, tmp_path, peers)
     for _ in range(6):
         loop.make(1.0)
-    loop.step += 1
-    with loop.pace.of_step(7, make_step(tmp_path, [0], [1])):
+    with loop.of_step([0], [1]):
         loop.pace.wait()
         loop.pace.count_forward()
         for _ in range(12):

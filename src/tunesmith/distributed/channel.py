@@ -20,6 +20,7 @@ from typing import Any
 from tunesmith.errors import InterruptedRun
 
 _BEAT_S = 0.5
+_NOTICE_S = 1.0  # for the main thread to learn of a failure from its own call
 _GRACE_S = 6.0  # for the main thread to end by itself after another process has failed
 _TOLD_S = 15.0  # for process 0 to tell what happened here
 _UNHEARD_S = 4.0  # without a beat: the process has ended
@@ -82,7 +83,7 @@ class Channel:
 
     Attributes:
         place: where this process is in the run, as numbers that grow and as text; called in another thread.
-        on_failure: called once in another thread, when another process has failed.
+        on_failure: called in another thread, when another process has failed and the main thread does not know yet.
         on_stop: called once on process 0 in another thread, when another process has got a signal.
         on_end: prints what has ended the run, where the main thread does not.
     """
@@ -97,7 +98,8 @@ class Channel:
         self.place: Callable[[], tuple[tuple[int, ...], str]] = lambda: ((), "")
         self.on_failure: Callable[[], None] = _interrupt_main_thread
         self.on_stop: Callable[[str], None] = lambda name: None
-        self._has_failed = self._was_stopped = False
+        self._is_noticed = threading.Event()
+        self._was_stopped = False
         self._store_lost: float | None = None
         self._is_closed = threading.Event()
         self.on_end: Callable[[Failure], None] = _print_failure
@@ -130,6 +132,7 @@ class Channel:
 
     def tell(self) -> None:
         """Process 0 has taken the failure and will print it."""
+        self.notice()
         with contextlib.suppress(Exception):
             self._store.set(_TOLD, "1")
 
@@ -199,9 +202,6 @@ class Channel:
                 continue
             self._take_stop()
             if found := self.failure() or self._silent():
-                if found.rank != self._rank and not self._has_failed:
-                    self._has_failed = True
-                    self.on_failure()
                 self._end_after_grace(found)
 
     def _place(self) -> tuple[tuple[int, ...], str]:
@@ -245,8 +245,14 @@ class Channel:
 
     def _end_after_grace(self, failure: Failure) -> None:
         """The main thread learns of it when its collective fails, or here if it does not."""
+        if failure.rank != self._rank and not self._is_noticed.wait(_NOTICE_S):
+            self.on_failure()
         if not self._is_closed.wait(_GRACE_S):
             self._end(failure)
+
+    def notice(self) -> None:
+        """The main thread knows of the failure, and ends."""
+        self._is_noticed.set()
 
     def _end(self, failure: Failure) -> None:
         if self._is_closed.is_set():

@@ -27,6 +27,7 @@ from tunesmith.files import is_out_of_memory, lacking_memory
 
 _JOIN_S = 300  # for all processes to start
 _POLL_S = 0.05
+_WITHOUT_ADVICE = ("process-lost", "run-interrupted")  # failures of a process that ended at once
 _JOINED = itertools.count()  # worlds of this process; each has its own keys in the store
 _stores: list[Any] = []  # kept to the end of the process: others may still read from it
 
@@ -49,7 +50,7 @@ class ToldError(RunError):
 
     def with_advice(self, advice: str) -> ToldError:
         """With how to continue the run, which a process that ended without a word has not said."""
-        is_complete = self.failure.code != "process-lost"
+        is_complete = self.failure.code not in _WITHOUT_ADVICE or "tunesmith resume" in self.failure.text
         return self if is_complete else ToldError(replace(self.failure, text=f"{self.failure.text} {advice}"))
 
 
@@ -91,6 +92,7 @@ class Processes:
         ToldError: another process has failed.
         """
         if (failure := self.channel.failure()) and failure.rank != self.rank:
+            self.channel.notice()
             if self.is_main:
                 self.channel.tell()
             raise ToldError(failure)
@@ -117,6 +119,7 @@ class Processes:
                 raise
             if failure.rank == self.rank:
                 raise
+            self.channel.notice()
             if self.is_main:
                 self.channel.tell()
             raise ToldError(failure) from error
@@ -134,6 +137,7 @@ class Processes:
 
     def publish(self, error: BaseException) -> None:
         """Tell the other processes what ended this one; process 0 prints it."""
+        self.channel.notice()
         if isinstance(error, ToldError):
             return
         text = str(error)

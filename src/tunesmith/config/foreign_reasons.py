@@ -105,7 +105,7 @@ HARMLESS = (
      swanlab_completion_log_interval swanlab_completion_max_buffer logging_dir"""),
     ("trackers are tensorboard, wandb, swanlab and trackio (train.trackers)",
      "use_mlflow use_comet use_otel_metrics otel_metrics_host otel_metrics_port"),
-    ("profilers wrap the command from outside",
+    ("train.profile_steps FIRST-LAST profiles a range of steps",
      """profiler_steps profiler_steps_start enable_torch_profiler profiler_output_dir profiler_wait_steps
      profiler_warmup_steps profiler_active_steps profiler_repeat profiler_record_shapes profiler_profile_memory
      profiler_with_stack profile_modules"""),

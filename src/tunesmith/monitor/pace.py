@@ -157,12 +157,18 @@ class Pace:
             return f"All steps are done and the model is being saved; {_AGAIN} (tunesmith resume then saves it)."
         doing, parts = self._doing, []
         if doing in _NAMES:
-            left = self._usual_s.get(doing, 0.0) * self._relative_size() - (time.monotonic() - self._forward_began)
-            parts.append(_NAMES[doing] + (_about(left) if doing in self._usual_s else ""))
+            parts.append(_NAMES[doing] + (_about(self._doing_s(doing)) if doing in self._usual_s else ""))
         # a step that can end after each forward is given up: the one before it is saved
         if (step and step != saved_step) or doing != "forward":
             parts.append("a checkpoint" + (_about(self.save_s) if self.save_s else ""))
         return f"Stopping {'after ' if parts else ''}{' and '.join(parts) or 'now'}; {_AGAIN}."
+
+    def left_s(self) -> float:
+        """What a first signal leaves to be done, in seconds, as far as that is known."""
+        return max(0.0, self._doing_s(self._doing)) + self.save_s
+
+    def _doing_s(self, doing: str) -> float:
+        return self._usual_s.get(doing, 0.0) * self._relative_size() - (time.monotonic() - self._forward_began)
 
     def _relative_size(self) -> float:
         """Tokens of the running forward, as a multiple of the last step's mean forward."""

@@ -30,26 +30,38 @@ class Profile:
         self._folder, self._rank = folder, rank
         self._began = 0  # first recorded step
         self._profiler: Any = None
+        self._has_failed = False
 
     def before(self, step: int) -> None:
         """Step `step` begins."""
-        if self._profiler is None and self._first <= step <= self._last:
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            if torch.cuda.is_available():
-                activities.append(torch.profiler.ProfilerActivity.CUDA)
-            self._profiler, self._began = torch.profiler.profile(activities=activities), step
-            self._profiler.start()
+        if self._profiler is not None or self._has_failed or not self._first <= step <= self._last:
+            return
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        profiler: Any = torch.profiler.profile(activities=activities)
+        try:
+            profiler.start()
+        except RuntimeError as error:  # another profiler runs in this process
+            self._has_failed = True
+            logger.warning("warning: train.profile_steps: nothing is recorded: %s", one_line(str(error)))
+            return
+        self._profiler, self._began = profiler, step
 
     def after(self, step: int) -> None:
         """Step `step` is done."""
         if self._profiler is not None and step >= self._last:
             self._write(step)
 
-    def end(self, step: int) -> None:
-        """The run ends after `step`, perhaps within the range."""
+    def end(self, step: int, is_urgent: bool) -> None:
+        """The run ends after `step`, perhaps within the range.
+
+        Args:
+            is_urgent: there is no time to write.
+        """
         if self._profiler is None:
             return
-        if step >= self._began:
+        if step >= self._began and not is_urgent:
             self._write(step)
         else:
             with contextlib.suppress(Exception):

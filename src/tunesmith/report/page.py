@@ -78,6 +78,9 @@ def list_facts(run: RunRecords) -> Iterator[tuple[str, str]]:
         yield "took", ", ".join(parts) if len(parts) < 2 else f"{format_duration(took.total)}: {', '.join(parts)}"
     if took.tokens_per_s:
         yield "speed", f"{format_value(took.tokens_per_s)} tokens/s in training"
+    _, memory = run.series("memory_gb")
+    if memory:
+        yield "memory", f"{format_value(max(memory))} GB at the peak of a process"
 
 
 def draw_charts(run: RunRecords) -> list[Markup]:

@@ -135,7 +135,7 @@ def parse_record(line: str) -> Record | None:
 _NUMBERS = (
     "epoch", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "tokens_per_s", "router_loss", "eval_loss",
     "eval_perplexity", "eval_token_accuracy", "eval_exact_match", "eval_rougeL", "eval_stopped", "eval_s", "time",
-    "skipped", "grad_norm_jump",
+    "skipped", "grad_norm_jump", "memory_gb",
 )  # fmt: skip
 _LARGEST_STEP = 10**12
 _LARGEST = 1e100

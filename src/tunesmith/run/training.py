@@ -32,6 +32,12 @@ from tunesmith.training.progress import Progress, TrainState, Window
 from tunesmith.training.randomness import restore_random_states, seed_all
 from tunesmith.training.saver import Saver
 
+_LAUNCHER_S = 30  # after a signal, torchrun kills its processes
+_KILLED = (
+    f" If torchrun itself got the signal, it kills its processes after {_LAUNCHER_S} s: the run then continues from the "
+    "checkpoint before."
+)
+
 
 def write_run_files(folder: RunFolder, ready: ReadyRun, record: RunRecord) -> None:
     """Write data_ledger.json, config.yaml, and run.json, which makes the folder a resumable run."""
@@ -122,6 +128,11 @@ def train_to_end(ready: ReadyRun, trainer: Trainer) -> None:
     reporter, world, train = ready.session.reporter, ready.session.world, ready.session.config.train
     for line in tracker_hints(list(train.trackers), train.output_dir):
         reporter.note(line)
+    if train.profile_steps and parse_steps(train.profile_steps)[0] > ready.feed.total_steps:
+        reporter.note(
+            f"note: train.profile_steps {train.profile_steps}: nothing is recorded, the run ends at step "
+            f"{ready.feed.total_steps:,}"
+        )
     epochs = train.epochs if train.max_steps is None else ready.feed.total_epochs
     try:
         reporter.begin(ready.feed.total_steps, trainer.progress.step, epochs)
@@ -141,7 +152,7 @@ def train_to_end(ready: ReadyRun, trainer: Trainer) -> None:
             tracker.finish()
     finally:
         if trainer.profile is not None:
-            trainer.profile.end(trainer.progress.step)
+            trainer.profile.end(trainer.progress.step, trainer.stop.is_urgent)
         reporter.end()
 
 
@@ -171,7 +182,12 @@ def _defer_signals(ready: ReadyRun, trainer: Trainer) -> None:
         world.publish_interrupt()
         return last_words()
 
-    stop.defer(trainer.explain_stop, publish_last_words if reporter.owns_process else None)
+    def explain() -> str:
+        text = trainer.explain_stop()
+        is_long = trainer.pace.left_s() > _LAUNCHER_S / 2
+        return text + (_KILLED if is_long else "")
+
+    stop.defer(explain, publish_last_words if reporter.owns_process else None)
 
 
 def _nothing() -> None:

@@ -34,8 +34,8 @@ from tunesmith.training.saver import Saver
 
 _LAUNCHER_S = 30  # after a signal, torchrun kills its processes
 _KILLED = (
-    f" If torchrun itself got the signal, it kills its processes after {_LAUNCHER_S} s: the run then continues from the "
-    "checkpoint before."
+    f" If torchrun itself got the signal, it kills its processes after {_LAUNCHER_S} s: resume then continues from the "
+    "last checkpoint."
 )
 
 

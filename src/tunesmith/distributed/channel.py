@@ -133,6 +133,9 @@ class Channel:
     def tell(self) -> None:
         """Process 0 has taken the failure and will print it."""
         self.notice()
+        self._promise()
+
+    def _promise(self) -> None:
         with contextlib.suppress(Exception):
             self._store.set(_TOLD, "1")
 
@@ -247,6 +250,8 @@ class Channel:
         """The main thread learns of it when its collective fails, or here if it does not."""
         if failure.rank != self._rank and not self._is_noticed.wait(_NOTICE_S):
             self.on_failure()
+        if self._rank == 0 and failure.exit_code == InterruptedRun.exit_code:
+            self._promise()  # with its connections, that process's end breaks the collective that this one waits in
         if not self._is_closed.wait(_GRACE_S):
             self._end(failure)
 

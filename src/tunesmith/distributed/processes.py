@@ -140,18 +140,18 @@ class Processes:
         self.channel.notice()
         if isinstance(error, ToldError):
             return
-        text = str(error)
+        text, is_interrupt = str(error), isinstance(error, KeyboardInterrupt)
         if is_out_of_memory(error):
             text = f"{lacking_memory(error)} is out of memory"
         elif not isinstance(error, TunesmithError):
             kind = type(error).__name__
-            text = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{kind}: {' '.join(text.split())[:2000]}"
-        default = 3 if isinstance(error, KeyboardInterrupt) else RunError.exit_code
+            text = "interrupted." if is_interrupt else f"{kind}: {' '.join(text.split())[:2000]}"
+        default = InterruptedRun.exit_code if is_interrupt else RunError.exit_code
         failure = Failure(
             self.rank,
             text if self.is_main else f"{self._launch.name}: {text}",
             int(getattr(error, "exit_code", default)),
-            str(getattr(error, "code", "") or "process-failed"),
+            str(getattr(error, "code", "") or ("run-interrupted" if is_interrupt else "process-failed")),
         )
         told = self.channel.fail(failure)
         if self.is_main:

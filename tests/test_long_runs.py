@@ -363,3 +363,42 @@ def test_signals_to_several_processes(
     assert all(len(record["process_memory_gb"]) == len(record["process_tokens_per_s"]) == 2 for record in records)
     ours, others = (tmp_path / name / "model" / "model.safetensors" for name in ("run", "whole"))
     assert ours.read_bytes() == others.read_bytes()
+
+
+@needs_long
+def test_a_process_that_stops_is_named(
+    launch: Callable[..., Launched], model_folder: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First for a while, then for good."""
+    monkeypatch.setenv("TUNESMITH_SILENCE_S", "30")
+    words = ["--model", model_folder, "--data", chats, *LONGER, "--train.max_steps", 2000]
+    run = launch("train", *words, "--output", tmp_path / "run")
+    run.wait_for(r"step [1-9]\d\d/2000")
+    os.kill(run.workers()[1], signal.SIGSTOP)
+    run.wait_for(r"warning: step \d+ has taken 1\d s, \d+ times the usual .*; process 1 is .*no sign of life for")
+    assert "process 0 is" not in run.text
+    os.kill(run.workers()[1], signal.SIGCONT)
+    steps = len(re.findall(r"step \d+/2000", run.text))
+    run.wait_for(rf"(?s)(step \d+/2000.*){{{steps + 1}}}")
+    os.kill(run.workers()[1], signal.SIGSTOP)
+    run.wait_for(r"error: process 1 of 2 .* has not answered for 30 seconds\. It was (in|after|at).* of step \d+")
+    os.kill(run.workers()[1], signal.SIGCONT)
+    assert 4 in run.end()
+    assert run.text.count("error: process 1") == 1
+
+
+@needs_long
+@pytest.mark.parametrize("moment", ["attention  ", r"step 1/300"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_at_other_moments(
+    launch: Callable[..., Launched], model_folder: Path, chats: Path, tmp_path: Path, moment: str, rank: int
+) -> None:
+    run = launch("train", "--model", model_folder, "--data", chats, *LONGER, "--output", tmp_path / "run")
+    run.wait_for(moment)
+    began = time.time()
+    os.kill(run.workers()[rank], signal.SIGINT)
+    assert run.end() == [3, 3]
+    assert time.time() - began < 12
+    lines = [line for line in run.lines if "interrupted" in line]
+    assert len(lines) == 1, run.text
+    assert not re.search(r"error: |tunesmith/.*\.py", run.text)

@@ -180,7 +180,7 @@ class Channel:
 
     def _lost(self, rank: int, what: str) -> Failure:
         sign = self.signs().get(rank)
-        where = f" Its last sign of life came from {sign.place}." if sign and sign.place else ""
+        where = f" It was {sign.place}." if sign and sign.place else ""
         return Failure(
             rank,
             f"{self.name_of(rank)} {what}.{where} The system kills processes where memory is full (dmesg says so); the "

@@ -55,7 +55,14 @@ REWRITING = (
     "{{ m.content.split('</think>')[-1] }}{%- else -%}{{ m.content }}{%- endif -%}<|im_end|>\n{%- endfor -%}"
     "{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}"
 )
-CLOCKS = ("tokens_per_s", "memory_gb", "eval_s", "time")  # of a record in metrics.jsonl: these differ from run to run
+CLOCKS = (
+    "tokens_per_s",
+    "memory_gb",
+    "process_tokens_per_s",
+    "process_memory_gb",
+    "eval_s",
+    "time",
+)  # of a record in metrics.jsonl: these differ from run to run
 WORDING = ("reason", "notes")  # of `preview --json`
 BUSY = ["--data.max_seq_len", "96", "--train.micro_batch_tokens", "128", "--train.grad_accum_steps", "2",
         "--train.eval_steps", "7", "--train.save_steps", "3", "--train.log_steps", "2", "--optim.lr", "1e-3"]  # fmt: skip

@@ -122,11 +122,12 @@ WANTED: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "llama-factory": (
         LLAMA_FACTORY,
         {"model": {"path": "m"},
-         "data": {"train": ["data:identity", "data:chats"], "max_seq_len": 2048, "eval_split": 0.1, "train_on": "last_assistant"},
+         "data": {"train": [{"path": "data:identity", "limit": 100}, {"path": "data:chats", "limit": 100}],
+                  "max_seq_len": 2048, "eval_split": 0.1, "train_on": "last_assistant"},
          "optim": {"lr": 1e-4, "schedule": "cosine", "warmup_ratio": 0.1},
          "lora": {"kind": "lora", "rank": 8, "target_modules": ["all-linear"], "quantize": "nf4"},
          "train": {"micro_batch_tokens": 2048, "epochs": 3.0, "output_dir": "o", "seed": 42, "gradient_checkpointing": True}},
-        ["max_samples", "some_new_key"],
+        ["some_new_key"],
     ),
     "axolotl": (
         AXOLOTL,

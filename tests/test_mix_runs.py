@@ -291,3 +291,18 @@ def test_a_source_of_a_folder_owns_its_files(tmp_path: Path) -> None:
     config = resolve_config(RunConfig, None, {}, arguments=BASE | {"data": {"train": [{"path": str(tmp_path)}]}})
     found = find_data(config.data).train
     assert [len(found.row_files(part)) for part in found.parts] == [2]
+
+
+@pytest.mark.parametrize("extra", [(), ("--data.system_prompts", "Be brief.")], ids=["same-store", "labelled-anew"])
+def test_rows_held_out_of_a_mix_are_evaluated_by_source(
+    run: Run, model_folder: Path, sources: dict[str, str], tmp_path: Path, extra: tuple[str, ...]
+) -> None:
+    yaml = write_mix(tmp_path, sources, chats=0.5, poems=0.5)
+    flags = (*FAST, "--train.max_steps", 3, "--data.eval_split", 0.2, *extra)
+    code, _, err = run("train", yaml, "--model", model_folder, "--output", tmp_path / "run", *flags)
+    assert code == 0, err
+    last = records(tmp_path / "run")[-1]
+    assert set(last["eval_source_loss"]) == {"chats", "poems"}
+    low, high = sorted(last["eval_source_loss"].values())
+    assert low <= last["eval_loss"] <= high
+    assert "evaluation loss of each source" in (tmp_path / "run" / "report.html").read_text()

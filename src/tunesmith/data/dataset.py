@@ -22,7 +22,7 @@ from tunesmith.errors import TunesmithError
 from tunesmith.files import sha256_file, sha256_text
 from tunesmith.plans.mix import Mix, MixedPlan
 from tunesmith.plans.plan import Plan, ShuffledPlan, count_steps
-from tunesmith.plans.sources import SourceShare, build_mix, describe_sources
+from tunesmith.plans.sources import SourceShare, build_mix, describe_sources, match_sources
 from tunesmith.runfolder import RunFolder
 from tunesmith.sources.read import Sources, find_sources
 
@@ -205,11 +205,12 @@ def build_feed(dataset: Dataset, train: TrainSection, capacity: int, is_packed: 
     """
     plan = plan_training(dataset, capacity, train.seed)
     total = train.max_steps or count_steps(plan, train.grad_accum_steps, train.epochs)
+    mix = dataset.mix if dataset.mix is not None and dataset.mix.size > 1 else None
     held_out = None
     if dataset.eval is not None:
         packs = plan_samples(dataset.eval, dataset.eval_samples, capacity, 0, 0)
-        held_out = Batches(dataset.eval, packs, is_packed)
-    mix = dataset.mix if dataset.mix is not None and dataset.mix.size > 1 else None
+        eval_mix = match_sources(dataset.ledger.sources, dataset.eval.files, dataset.eval.file_numbers) if mix else None
+        held_out = Batches(dataset.eval, packs, is_packed, mix=eval_mix)
     return Feed(dataset.train, plan, train.grad_accum_steps, total, held_out, is_packed, mix)
 
 

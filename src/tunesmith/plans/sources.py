@@ -72,6 +72,15 @@ class SourceShare:
         }
 
 
+def match_sources(files_of: FilesOf, files: Sequence[str], file_numbers: Any) -> Mix | None:
+    """The source of each sample of a store; None where it has rows of other files."""
+    owners = {file: number for number, own in enumerate(files_of.values()) for file in own}
+    if not all(file in owners for file in files):
+        return None
+    of_file = np.array([owners[file] for file in files], np.int16)
+    return Mix(tuple(files_of), of_file[file_numbers])
+
+
 def build_mix(
     files_of: FilesOf, train: Sequence[Source], files: Sequence[str], file_numbers: Any, samples: Numbers, lengths: Any
 ) -> Mix:
@@ -86,12 +95,11 @@ def build_mix(
     Raises:
         DataError: a source with an amount has no samples.
     """
-    owners = {file: number for number, own in enumerate(files_of.values()) for file in own}
-    of_file = np.array([owners[file] for file in files], np.int16)
-    source_of = of_file[file_numbers]
-    names = tuple(files_of)
+    mix = match_sources(files_of, files, file_numbers)
+    assert mix is not None
+    names, source_of = mix.names, mix.source_of
     if not has_amounts(train):
-        return Mix(names, source_of)
+        return mix
     tokens = count_tokens(source_of, samples, lengths, len(names))
     if empty := [name for name, count in zip(names, tokens, strict=True) if not count]:
         raise DataError(

@@ -91,7 +91,8 @@ def draw_charts(run: RunRecords) -> list[Markup]:
 
     charts = [
         line_chart("loss", [series("loss", is_smoothed=True), series("eval_loss", is_marked=True)]),
-        draw_sources(run.records),
+        draw_sources(run.records, "source_loss", "loss"),
+        draw_sources(run.records, "eval_source_loss", "evaluation loss", is_marked=True),
         line_chart("learning rate", [series("lr")]),
         line_chart("gradient norm", [series("grad_norm", is_smoothed=True)], can_be_log=True),
         line_chart("tokens per second", [series("tokens_per_s", is_smoothed=True)]),

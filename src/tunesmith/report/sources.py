@@ -15,20 +15,25 @@ _DRAWN = 6  # lines that a chart has colours for
 _NAME = 28  # characters of a name in a chart
 
 
-def draw_sources(records: Sequence[Record]) -> Markup:
-    """A chart of the loss of each source; of many sources, those with the most tokens. Empty without a mix."""
+def draw_sources(records: Sequence[Record], key: str, what: str, is_marked: bool = False) -> Markup:
+    """A chart of a number of each source; of many sources, those with the most tokens. Empty without a mix.
+
+    Args:
+        key: of the records.
+        what: the number, in words.
+    """
     points: dict[str, list[tuple[int, float]]] = {}
     for record in records:
-        for name, value in _numbers_of(record, "source_loss").items():
+        for name, value in _numbers_of(record, key).items():
             points.setdefault(name, []).append((record["step"], value))
     tokens = _last_tokens(records)
     chosen = sorted(points, key=lambda name: -tokens.get(name, 0))[:_DRAWN]
     series = [
-        Series(_short(name), [x for x, _ in points[name]], [y for _, y in points[name]], is_smoothed=True)
+        Series(_short(name), [x for x, _ in points[name]], [y for _, y in points[name]], is_marked, not is_marked)
         for name in points
         if name in chosen
     ]
-    title = "loss of each source" if len(chosen) == len(points) else f"loss of the {_DRAWN} largest sources"
+    title = f"{what} of each source" if len(chosen) == len(points) else f"{what} of the {_DRAWN} largest sources"
     return line_chart(title, series) if series else Markup()
 
 

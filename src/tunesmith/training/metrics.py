@@ -182,11 +182,15 @@ def source_record(
     Args:
         losses, targets: sums since the last record.
     """
-    sums = zip(names, losses, targets, strict=True)
     return {
-        "source_loss": {name: loss / count for name, loss, count in sums if count},
+        "source_loss": mean_by_source(names, losses, targets),
         "source_tokens": dict(zip(names, tokens, strict=True)),
     }
+
+
+def mean_by_source(names: Sequence[str], losses: Sequence[float], targets: Sequence[int]) -> dict[str, float]:
+    """The mean loss of each source that has targets."""
+    return {name: loss / count for name, loss, count in zip(names, losses, targets, strict=True) if count}
 
 
 def _numbers(record: Record) -> Record:

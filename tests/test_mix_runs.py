@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -306,3 +309,27 @@ def test_rows_held_out_of_a_mix_are_evaluated_by_source(
     low, high = sorted(last["eval_source_loss"].values())
     assert low <= last["eval_loss"] <= high
     assert "evaluation loss of each source" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.skipif("TUNESMITH_LONG" not in os.environ, reason="set TUNESMITH_LONG=1: starts torchrun twice")
+def test_a_mix_is_the_same_run_in_several_processes(
+    run: Run, straight: Path, model_folder: Path, sources: dict[str, str], tmp_path: Path
+) -> None:
+    """Losses and tokens of each source, from the start and after a resume in the middle."""
+    folder, whole = tmp_path / "two", records(straight)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tunesmith"]
+
+    def launched(*words: object) -> None:
+        done = subprocess.run([*launch, *map(str, words)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert len(records(folder)) == len(whole)
+        for one, other in zip(whole, records(folder), strict=True):
+            assert one["source_tokens"] == other["source_tokens"]
+            assert other["source_loss"] == pytest.approx(one["source_loss"], abs=1e-4)
+            assert other["loss"] == pytest.approx(one["loss"], abs=1e-4)
+
+    yaml = write_mix(tmp_path, sources, chats=0.5, poems=0.3, facts=0.2)
+    launched("train", yaml, "--model", model_folder, "--output", folder, *FAST, "--train.max_steps", 14)
+    killed = killed_after(folder, 8, tmp_path / "killed")
+    folder = killed
+    launched("resume", killed)

@@ -12,6 +12,7 @@ from typing import Any, overload
 import numpy as np
 
 from tunesmith.config.data_keys import DataSection
+from tunesmith.config.sources import has_amounts
 from tunesmith.config.train_keys import TrainSection
 from tunesmith.data.feed import Batches, Feed, plan_samples
 from tunesmith.data.ledger import Ledger
@@ -174,6 +175,7 @@ def split_dataset(
     elif len(eval_samples):
         eval_store = store
     mix = None
+    assert ledger.sources or not has_amounts(data.train), "a ledger without the sources of its mix"
     if ledger.sources:
         mix = build_mix(ledger.sources, data.train, store.files, store.file_numbers, train_samples, store.lengths)
     return Dataset(store, train_samples, ledger, eval_store, eval_samples, eval_ledger, hashes, mix)

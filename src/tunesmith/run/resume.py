@@ -128,13 +128,15 @@ def _open_data(session: Session, before: Fingerprint, allow: Allowed) -> tuple[D
 
     def reopen() -> dict[str, Any]:
         found.append(reopen_data(session, before, allow))
-        return found[0][1].to_json()
+        dataset, guard = found[0]
+        return {"guard": guard.to_json(), "sources": dataset.ledger.sources}
 
-    guard = Fingerprint.from_json(world.share(reopen), session.folder.record)
+    shared = world.share(reopen)
     if found:
         return found[0]
-    data, seed = session.config.data, session.config.train.seed
-    return open_dataset(data, seed, session.folder, guard.store, Ledger(), None), guard
+    guard = Fingerprint.from_json(shared["guard"], session.folder.record)
+    data, seed, ledger = session.config.data, session.config.train.seed, Ledger(sources=shared["sources"])
+    return open_dataset(data, seed, session.folder, guard.store, ledger, None), guard
 
 
 _NAMES = ("data.train", "data.eval", "data.chat_template", "model.path", "model.tokenizer")

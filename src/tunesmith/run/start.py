@@ -129,7 +129,7 @@ def _prepare(session: Session, rows: Rows) -> tuple[ReadyRun, RunRecord, Lines]:
         session.reporter.stage("reading the data")
         with named_as_given(folder, rows):
             dataset = write_dataset(config.data, sources, session.encoder, max_seq_len, seed, staging, session.reporter)
-        world.share(lambda: {"folder": str(path), "sha256": dataset.sha256})
+        world.share(lambda: {"folder": str(path), "sha256": dataset.sha256, "sources": dataset.ledger.sources})
         session.reporter.stage("loading the model")
         ready = assemble(session, dataset)
         initial = keep_initial(ready.lm.adapter, staging) if changes_base(config.lora) else None
@@ -151,7 +151,8 @@ def _follow(session: Session) -> tuple[ReadyRun, RunRecord, Lines]:
     world, config = session.world, session.config
     prepared = world.share(_of_main)
     staging = RunFolder(Path(prepared["folder"]))
-    dataset = open_dataset(config.data, config.train.seed, staging, prepared["sha256"], Ledger(), None)
+    ledger = Ledger(sources=prepared["sources"])  # the rest of it is for the first process alone
+    dataset = open_dataset(config.data, config.train.seed, staging, prepared["sha256"], ledger, None)
     world.agree(False)
     ready = assemble(session, dataset)
     record = RunRecord.from_json(world.share(_of_main), session.folder.record)

@@ -33,7 +33,7 @@ class SourceSection(Section):
     """Name of the source in metrics and reports; default: the file's name."""
     weight: float | None = Field(default=None, gt=0.0)
     """Share of the training tokens, relative to the weights of all sources."""
-    epochs: float | None = Field(default=None, gt=0.0, le=1e6)
+    epochs: float | None = Field(default=None, gt=0.0, le=1000.0)
     """Passes over the source in one pass over all: 3 repeats its rows, 0.5 takes another half of them each time."""
     limit: int | None = Field(default=None, ge=1)
     """Read only this many of its rows, the first ones."""

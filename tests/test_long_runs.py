@@ -21,6 +21,7 @@ import pytest
 
 from conftest import chat_row, write_jsonl
 from test_pack import make_store
+from tunesmith.boundary import taken_signals
 from tunesmith.config.train_keys import parse_steps
 from tunesmith.data.feed import Batches, Step
 from tunesmith.distributed.channel import Channel
@@ -181,6 +182,10 @@ def test_memory_of_the_process_is_logged(run: Run, model_folder: Path, chats: Pa
 
 
 def test_a_signal_for_a_checkpoint_ends_nothing() -> None:
+    with taken_signals(saves=True):
+        os.kill(os.getpid(), signal.SIGUSR1)  # while libraries are imported
+        time.sleep(0.1)
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGUSR1)  # before the loop can save
         stop.defer()

@@ -96,7 +96,8 @@ class Channel:
         self._seen = {other: Sign("", time.monotonic()) for other in heard}
         self._beat_at = time.monotonic()
         self.place: Callable[[], tuple[tuple[int, ...], str]] = lambda: ((), "")
-        self.on_failure: Callable[[], None] = _interrupt_main_thread
+        is_in_main = threading.current_thread() is threading.main_thread()  # not so in a worker of Ray
+        self.on_failure: Callable[[], None] = _interrupt_main_thread if is_in_main else do_nothing
         self.on_stop: Callable[[str], None] = lambda name: None
         self._is_noticed = threading.Event()
         self._was_stopped = False
@@ -268,6 +269,10 @@ class Channel:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(failure.exit_code)
+
+
+def do_nothing() -> None:
+    pass
 
 
 def _interrupt_main_thread() -> None:

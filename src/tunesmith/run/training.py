@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from tunesmith.config.runfile import dump_yaml
 from tunesmith.config.train_keys import parse_steps
-from tunesmith.distributed.channel import LEFT, Failure
+from tunesmith.distributed.channel import LEFT, Failure, do_nothing
 from tunesmith.distributed.choose import build_spread
 from tunesmith.distributed.processes import Processes
 from tunesmith.files import spell_sealed, write_text_atomic
@@ -170,7 +170,7 @@ def _defer_signals(ready: ReadyRun, trainer: Trainer) -> None:
         print(f"{failure.prefix}{failure.text}{advice}", file=sys.stderr, flush=True)
 
     world.channel.on_end = tell_failure
-    world.channel.on_failure = _nothing  # its collectives fail by themselves
+    world.channel.on_failure = do_nothing  # its collectives fail by themselves
     world.channel.place = trainer.pace.position
     world.channel.on_stop = stop.ask
     if not world.is_main:
@@ -188,10 +188,6 @@ def _defer_signals(ready: ReadyRun, trainer: Trainer) -> None:
         return text + (_KILLED if is_long else "")
 
     stop.defer(explain, publish_last_words if reporter.owns_process else None)
-
-
-def _nothing() -> None:
-    pass
 
 
 def _last_words(ready: ReadyRun, trainer: Trainer) -> Callable[[], str]:

@@ -120,5 +120,6 @@ class Watchdog:
 
 
 def _describe(peer: Peer) -> str:
-    silent = f", and has given no sign of life for {format_seconds(peer.silent_s)}" if peer.silent_s > _SILENT_S else ""
-    return f"{peer.name} is {peer.text}{silent}"
+    if peer.silent_s > _SILENT_S:
+        return f"{peer.name} has given no sign of life for {format_seconds(peer.silent_s)}; it was {peer.text}"
+    return f"{peer.name} is {peer.text}"

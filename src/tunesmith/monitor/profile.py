@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tunesmith.display import format_seconds, one_line
+from tunesmith.display import one_line
 
 logger = logging.getLogger(__name__)
 _OPERATIONS = 8  # that the table names
@@ -104,9 +104,8 @@ def describe(operations: Any, steps: str, path: Path) -> list[str]:
         f"  {where} time  share  calls  operation",
     ]
     for operation in most[:_OPERATIONS]:
-        seconds = own(operation) / 1e6
         lines.append(
-            f"  {format_seconds(seconds):>8}  {own(operation) / total:>5.0%}  {operation.count:>5}  "
+            f"  {own(operation) / 1e3:>5.0f} ms  {own(operation) / total:>5.0%}  {operation.count:>5}  "
             f"{one_line(str(operation.key))[:60]}"
         )
     return lines

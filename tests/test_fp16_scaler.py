@@ -100,7 +100,7 @@ def test_the_loss_scale_goes_through_a_checkpoint(tmp_path: Path, encoder: Encod
     checkpoint = read_checkpoint(first.save(tmp_path, at, encoder))
     assert not find_damage(checkpoint)
     second = Run(load_file(checkpoint.folder / "model.safetensors"))
-    restore_optimizer(second.lm.model, second.optimizer, checkpoint.load_optimizer(), Spread())
+    restore_optimizer(second.lm.model, second.optimizer, checkpoint.open_optimizer(), Spread())
     second.scaler.load_state_dict(dict(checkpoint.load_state().scaler))
     assert second.scaler.state_dict() == first.scaler.state_dict()
     losses += second.train(at, STEPS)
@@ -118,7 +118,7 @@ def test_without_its_scale_a_run_would_go_on_differently(tmp_path: Path, encoder
     losses = first.train(0, 7)
     checkpoint = read_checkpoint(first.save(tmp_path, 7, encoder))
     second = Run(load_file(checkpoint.folder / "model.safetensors"))
-    restore_optimizer(second.lm.model, second.optimizer, checkpoint.load_optimizer(), Spread())
+    restore_optimizer(second.lm.model, second.optimizer, checkpoint.open_optimizer(), Spread())
     assert losses + second.train(7, STEPS) != wanted
 
 

@@ -229,25 +229,36 @@ def atomic_directory(path: Path, seal: Callable[[Path], None] | None = None, rep
     partial.mkdir(parents=True)
     try:
         yield partial
-        written = sorted(partial.rglob("*"))
-        for file in written:
-            sync_path(file)
-        if seal:
-            seal(partial)
-            for file in sorted(set(partial.rglob("*")) - set(written)):
-                sync_path(file)
-        usual_modes(partial)
-        sync_path(partial)
-        if replaces and path.exists():  # rename cannot replace a folder that is not empty
-            old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
-            path.rename(old)
-            partial.rename(path)
-            shutil.rmtree(old)
-            sync_path(path.parent)
-        else:
-            take_name(partial, path)
+        complete_directory(partial, path, seal, replaces)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def complete_directory(
+    partial: Path, path: Path, seal: Callable[[Path], None] | None = None, replaces: bool = False
+) -> None:
+    """Sync all files of a hidden folder next to `path` and rename it; arguments as in `atomic_directory`.
+
+    Raises:
+        TunesmithError: another process created the folder meanwhile.
+    """
+    written = sorted(partial.rglob("*"))
+    for file in written:
+        sync_path(file)
+    if seal:
+        seal(partial)
+        for file in sorted(set(partial.rglob("*")) - set(written)):
+            sync_path(file)
+    usual_modes(partial)
+    sync_path(partial)
+    if replaces and path.exists():  # rename cannot replace a folder that is not empty
+        old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
+        path.rename(old)
+        partial.rename(path)
+        shutil.rmtree(old)
+        sync_path(path.parent)
+    else:
+        take_name(partial, path)
 
 
 def take_name(made: Path, path: Path) -> None:

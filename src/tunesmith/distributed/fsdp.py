@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
+from tunesmith.distributed.held import Held, shard_rows
+from tunesmith.distributed.shards import Shard, StoredTensor
 from tunesmith.distributed.spread import Spread
 from tunesmith.distributed.world import World
 from tunesmith.model.loss import SupervisedLM
@@ -28,14 +30,16 @@ class Sharded(Spread):
     needs_equal_forwards = True
 
     def __init__(self, world: World, device: torch.device, compute: torch.dtype | None) -> None:
-        self._device = device
+        self._device, self._world = device, world
         self._mesh = init_device_mesh(device.type, (world.size,))
         self._policy = MixedPrecisionPolicy(compute, reduce_dtype=torch.float32) if compute else MixedPrecisionPolicy()
 
     def prepare(self, lm: SupervisedLM) -> None:
+        held = Held(lm)
         for block in find_blocks(lm.model):
             fully_shard(block, mesh=self._mesh, mp_policy=self._policy)
         fully_shard(lm, mesh=self._mesh, mp_policy=self._policy)
+        held.fill(self._device)
         for module in lm.modules():
             if isinstance(module, FSDPModule):
                 # sums, not means; gloo cannot scale while it sums
@@ -48,13 +52,29 @@ class Sharded(Spread):
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def whole(self, tensor: Tensor) -> Tensor:
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        return full.detach().to("cpu", copy=True)
+        full = tensor.detach()
+        if isinstance(full, DTensor):
+            full = full.full_tensor()
+            return full.cpu() if self._world.is_main else torch.empty(0)
+        return full.to("cpu", copy=True)
 
-    def part(self, tensor: Tensor, like: Tensor) -> Tensor:
+    def shard(self, tensor: Tensor) -> Shard | None:
+        if not isinstance(tensor, DTensor):
+            return super().shard(tensor) if self._world.is_main else None
+        start, stop = shard_rows(tensor.shape[0], self._world.rank, self._world.size)
+        if start == stop:
+            return None
+        local = tensor.detach().to_local()
+        return Shard(local.to("cpu", copy=True).contiguous(), start, tuple(tensor.shape))
+
+    def part(self, tensor: StoredTensor, like: Tensor) -> Tensor:
         if not isinstance(like, DTensor) or tensor.shape != like.shape:
-            return tensor.to(like.device, copy=True)  # a count of steps
-        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+            return super().part(tensor, like)  # a count of steps
+        rows = tensor.read(*shard_rows(tensor.shape[0], self._world.rank, self._world.size))
+        return DTensor.from_local(
+            rows.to(self._device, copy=True), like.device_mesh, like.placements, run_check=False, shape=like.shape,
+            stride=like.stride(),
+        )  # fmt: skip
 
     @contextmanager
     def callable_parts(self, lm: SupervisedLM) -> Iterator[None]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from tunesmith.distributed.shards import Shard, StoredTensor
 from tunesmith.distributed.world import World
 from tunesmith.model.loss import SupervisedLM
 
@@ -41,16 +42,21 @@ class Spread:
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
 
     def whole(self, tensor: Tensor) -> Tensor:
-        """A copy of a whole tensor on the CPU; only process 0 needs a real one. Every process calls this."""
+        """A copy of a whole tensor on the CPU; an empty one where only process 0 gets it. Every process calls this."""
         return tensor.detach().to("cpu", copy=True)
 
-    def part(self, tensor: Tensor, like: Tensor) -> Tensor:
-        """What this process keeps of a whole tensor that belongs to a parameter, such as an average of AdamW.
+    def shard(self, tensor: Tensor) -> Shard | None:
+        """A copy of what this process has of a tensor, on the CPU; None if another process saves it."""
+        whole = tensor.detach().to("cpu", copy=True).contiguous()
+        return Shard(whole, 0, tuple(whole.shape))
+
+    def part(self, tensor: StoredTensor, like: Tensor) -> Tensor:
+        """What this process keeps of a saved tensor that belongs to a parameter, such as an average of AdamW.
 
         Args:
             like: the parameter.
         """
-        return tensor.to(like.device, copy=True)
+        return tensor.read().to(like.device, copy=True)
 
     @contextmanager
     def callable_parts(self, lm: SupervisedLM) -> Iterator[None]:

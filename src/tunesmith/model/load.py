@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tunesmith.errors import ModelError
 from tunesmith.model.presets import build_preset_config, explain_overrides, zero_gates
 from tunesmith.model.source import ModelSource, explain_load_error, find_model
 
-_LOADING = threading.Lock()  # from_pretrained patches torch while it loads; two concurrent calls would leave it patched
+LOADING = threading.Lock()  # from_pretrained patches torch while it loads; two concurrent calls would leave it patched
 
 
 def load_config(section: ModelSection, tokenizer: Any, source: ModelSource | None = None) -> PretrainedConfig:
@@ -115,6 +116,7 @@ def load_model(
     seed: int,
     quantization: Any = None,
     source: ModelSource | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Load weights on the CPU in `dtype`; for an adapter, those of its base with the adapter merged.
 
@@ -123,6 +125,7 @@ def load_model(
         seed: for the random weights of a new:PRESET model.
         quantization: transformers' quantization config for 4 or 8 bits.
         source: result of find_model(section.path), if already known.
+        extra: further arguments of from_pretrained.
     """
     source = source or find_model(section.path, section.config)
     logging.disable_progress_bar()
@@ -139,7 +142,7 @@ def load_model(
     if folder is not None:
         weight_files(folder)  # raises an error that names a damaged index, unlike transformers
     try:
-        with _LOADING:
+        with LOADING:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.name,
                 config=copy.deepcopy(config),
@@ -149,6 +152,7 @@ def load_model(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported below by name, unlike transformers' error
                 **({"quantization_config": quantization} if quantization is not None else {}),
+                **(extra or {}),
             )
     except Exception as error:
         raise explain_load_error(section.path, "its weights", error) from None

@@ -21,7 +21,8 @@ def probe_model(model: PreTrainedModel, max_parameters: int = MAX_PARAMETERS) ->
     The small model has random weights and as many of the first layers as are needed to have every type of layer.
     """
     parameters = list(model.parameters())
-    is_whole = not any(p.is_meta or hasattr(p, "full_tensor") for p in parameters)  # full_tensor: DTensor (sharded)
+    # full_tensor: DTensor (sharded); part: of which this process has its shard alone (distributed/held.py)
+    is_whole = not any(p.is_meta or hasattr(p, "full_tensor") or hasattr(p, "part") for p in parameters)
     is_in_one_place = len({p.device for p in parameters}) == 1
     if is_whole and is_in_one_place and sum(p.numel() for p in parameters) <= max_parameters:
         return model

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
@@ -17,6 +19,8 @@ from tunesmith.adapters.adapter import write_adapter
 from tunesmith.encode.encoder import Encoder
 from tunesmith.files import atomic_directory
 from tunesmith.tensors import require_tensors
+
+_WEIGHTS = "model.safetensors"
 
 
 def write_trained(
@@ -88,6 +92,36 @@ def write_model(model: Any, encoder: Encoder, folder: Path, weights: Mapping[str
     model.save_pretrained(folder, state_dict=dict(meant))
     _compare_saved(model, meant, folder)
     write_tokenizer(encoder, folder)
+
+
+def save_in_groups(
+    model: Any, encoder: Encoder, card: str, folder: Path, groups: Iterable[Mapping[str, Tensor]], number: int
+) -> None:
+    """Write the model's folder atomically, with a file for each group of weights, so that no more than a group is in
+    memory at once.
+
+    Args:
+        groups: parts of the state dict; weights that the model saves as one are in one group.
+        number: of groups.
+    """
+    with atomic_directory(folder, replaces=True) as partial:
+        write_model(model, encoder, partial, {})
+        (partial / _WEIGHTS).unlink(missing_ok=True)  # without tensors
+        files: dict[str, str] = {}
+        total = 0
+        for place, group in enumerate(groups, 1):
+            name = _WEIGHTS if number == 1 else f"model-{place:05}-of-{number:05}.safetensors"
+            with tempfile.TemporaryDirectory(dir=partial, prefix=".group.") as made:
+                model.save_pretrained(made, state_dict=dict(group), max_shard_size=2**62)
+                _compare_saved(model, group, Path(made))
+                (Path(made) / _WEIGHTS).rename(partial / name)
+            with safe_open(partial / name, "pt") as file:
+                files |= dict.fromkeys(file.keys(), name)
+            total += sum(tensor.numel() * tensor.element_size() for tensor in group.values())
+        if number > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": files}
+            (partial / f"{_WEIGHTS}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (partial / "README.md").write_text(card, encoding="utf-8")
 
 
 def _compare_saved(model: Any, meant: Mapping[str, Tensor], folder: Path) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunesmith.adapters.adapter import add_adapter, cast_trained, quantization_config
 from tunesmith.adapters.base import record_base
-from tunesmith.config.schema import ModelSection
+from tunesmith.config.schema import LoraSection, ModelSection
 from tunesmith.data.dataset import Dataset, build_feed
 from tunesmith.data.feed import Feed
+from tunesmith.distributed.held import part_of
+from tunesmith.distributed.load import load_from_shards, load_held
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.model.head import choose_head_path
 from tunesmith.model.isolation import Isolation, probe_isolation, use_packed_attention
@@ -24,6 +27,8 @@ from tunesmith.model.probe import probe_model
 from tunesmith.model.source import ModelSource, find_model
 from tunesmith.run.session import Session
 from tunesmith.tensors import find_not_finite
+from tunesmith.training.checkpoint import weight_shards
+from tunesmith.training.sharded import Form, choose_form, free_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,7 @@ class ReadyRun:
     lm: SupervisedLM
     isolation: Isolation
     feed: Feed
+    form: Form = Form()
 
 
 def assemble(session: Session, dataset: Dataset, checkpoint: Path | None = None) -> ReadyRun:
@@ -50,7 +56,20 @@ def assemble(session: Session, dataset: Dataset, checkpoint: Path | None = None)
     adapter = add_new_adapter(session, model) if session.is_adapter else None
     isolation, lm = wrap(session, model, adapter)
     feed = build_feed(dataset, config.train, session.lengths.capacity, lm.is_packed)
-    return ReadyRun(session, dataset, lm, isolation, feed)
+    return ReadyRun(session, dataset, lm, isolation, feed, choose_checkpoints(session, lm))
+
+
+def choose_checkpoints(session: Session, lm: SupervisedLM) -> Form:
+    """The form of the checkpoints; the first process decides. An adapter is small, and always saved whole."""
+    if session.parallel != "fsdp" or session.is_adapter:
+        return Form()
+    trained = [parameter for parameter in lm.model.parameters() if parameter.requires_grad]
+    here = float(os.environ.get("LOCAL_WORLD_SIZE", session.world.size)) / session.world.size
+    # gradients and averages, which are on the GPU where there is one
+    taken_first = 3 * here * sum(p.numel() * p.element_size() for p in trained) if session.device.type == "cpu" else 0.0
+    setting = session.config.train.sharded_checkpoints
+    chosen = session.world.share(lambda: asdict(choose_form(setting, trained, taken_first, free_memory())))
+    return Form(**chosen)
 
 
 def require_real_base(path: str, source: ModelSource) -> None:
@@ -74,7 +93,10 @@ def require_real_base(path: str, source: ModelSource) -> None:
 
 
 def load_weights(session: Session, checkpoint: Path | None) -> PreTrainedModel:
-    """The model on its device, with embedding rows for added tokens, and finite weights."""
+    """The model on its device, with embedding rows for added tokens, and finite weights.
+
+    With train.parallel fsdp it has held parameters where that can be (distributed/load.py).
+    """
     config, tokenizer = session.config, session.encoder.tokenizer
     section, source, model_config = config.model, session.model, session.model_config
     if checkpoint is not None:
@@ -83,16 +105,32 @@ def load_weights(session: Session, checkpoint: Path | None) -> PreTrainedModel:
         model_config = load_config(section, tokenizer, source)
     dtype = weights_dtype(session)
     quantization = quantization_config(config.lora, dtype)
-    model = cast(PreTrainedModel, load_model(section, model_config, dtype, config.train.seed, quantization, source))
-    if checkpoint is None:  # a checkpoint already contains the added rows
-        extend_vocabulary(model, tokenizer, session.new_tokens)
+    new_tokens = session.new_tokens if checkpoint is None else []  # a checkpoint already contains the added rows
+    is_sharded = session.parallel == "fsdp" and quantization is None
+    size = session.world.size if is_sharded and loads_shards(config.lora, source) else 1
+    if shards := weight_shards(checkpoint):
+        model = load_from_shards(section, model_config, dtype, size, shards)
+    elif size > 1:
+        model = load_held(section, model_config, dtype, size, source, bool(new_tokens))
+    else:
+        loaded = load_model(section, model_config, dtype, config.train.seed, quantization, source)
+        model = cast(PreTrainedModel, loaded)
+    extend_vocabulary(model, tokenizer, new_tokens)
     check_vocabulary(model, tokenizer)
-    if quantization is None and session.parallel != "fsdp":  # a GPU gets its shards alone
-        nn.Module.to(model, session.device)  # transformers' `to` is untyped
-    own_memory(model)
+    if not is_sharded:  # otherwise each process copies its shard alone, to its device
+        if quantization is None:
+            nn.Module.to(model, session.device)  # transformers' `to` is untyped
+        own_memory(model)
     refuse_not_finite(config.model.path, model)
     freeze_zero_gates(model)
     return model
+
+
+def loads_shards(lora: LoraSection, source: ModelSource) -> bool:
+    """Whether each process can load its shard alone: new weights are made whole, and so are those that an adapter is
+    merged into, or begins with a copy of."""
+    is_copied = lora.kind == "dora" or bool(lora.modules_to_save)
+    return source.kind != "preset" and source.adapter is None and not is_copied
 
 
 def weights_dtype(session: Session) -> torch.dtype:
@@ -151,14 +189,20 @@ def own_memory(model: PreTrainedModel) -> None:
 
 
 def refuse_not_finite(name: str, model: PreTrainedModel) -> None:
-    """Check that all weights are finite.
+    """Check that all weights are finite, of held parameters the shard of this process.
 
     Raises:
         ModelError: the model's weights contain NaN or infinity.
     """
-    if found := find_not_finite(model.state_dict()):
+    tensors = model.state_dict(keep_vars=True)
+    if found := find_not_finite({name: _values_of(tensor) for name, tensor in tensors.items()}):
         raise ModelError(
             f"{name}: its weights are not finite ({found} contains NaN or infinity), which training cannot repair. The "
             "file is damaged, or a failed run saved it.",
             code="model-not-finite",
         )
+
+
+def _values_of(tensor: Tensor) -> Tensor:
+    part = part_of(tensor)
+    return tensor.detach() if part is None else part

@@ -8,13 +8,14 @@ from typing import Any, NoReturn
 from tunesmith.adapters.adapter import changes_base, load_adapter_weights
 from tunesmith.adapters.initial import require_initial
 from tunesmith.errors import InterruptedRun
-from tunesmith.model.save import save_adapter, save_model
+from tunesmith.model.save import save_adapter, save_in_groups, save_model
 from tunesmith.run.assemble import ReadyRun
 from tunesmith.run.records import RunRecord
 from tunesmith.run.summary import model_card
 from tunesmith.training.checkpoint import Checkpoint, DamagedError, copy_weights, find_damage, read_checkpoint
 from tunesmith.training.loop import Trainer
 from tunesmith.training.progress import Progress
+from tunesmith.training.sharded import GROUP_BYTES, StoredGroups, WeightGroups
 
 
 def finish_run(ready: ReadyRun, trainer: Trainer, record: RunRecord, lines: list[tuple[str, str]]) -> Path:
@@ -29,6 +30,9 @@ def finish_run(ready: ReadyRun, trainer: Trainer, record: RunRecord, lines: list
     session.reporter.stage("saving the model")
     is_adapter = lm.adapter is not None
     takes_best = world.share(lambda: find_best(ready, progress) is not None)
+    if trainer.saver.in_shards and not is_adapter:
+        _finish_in_groups(ready, trainer, record, lines, takes_best)
+        return saved
     weights = None
     if not takes_best and trainer.spread.name == "fsdp":
         weights = copy_weights(lm, trainer.spread)
@@ -43,16 +47,53 @@ def finish_run(ready: ReadyRun, trainer: Trainer, record: RunRecord, lines: list
             found = best.load_adapter() if best else weights
             save_adapter(lm.model, lm.adapter, session.encoder, card, saved, initial, found)
         else:
-            kind: Any = type(lm.model)
-            model = kind.from_pretrained(best.folder, dtype=session.precision.weights) if best else lm.model
-            save_model(model, session.encoder, card, saved, weights)
-        # only now: until here, the folder of an extended run has its earlier model
-        record.updated(finished_at_step=progress.step).write(folder.record)
-        tell_best(ready, progress, best, saved.name)
-        tell_end(ready, progress, saved.name)
+            stored = best.open_weights() if best else None
+            if stored is not None:
+                groups = StoredGroups(stored, GROUP_BYTES)
+                save_in_groups(lm.model, session.encoder, card, saved, groups, len(groups))
+            else:
+                kind: Any = type(lm.model)
+                model = kind.from_pretrained(best.folder, dtype=session.precision.weights) if best else lm.model
+                save_model(model, session.encoder, card, saved, weights)
+        _record_end(ready, progress, record, best, saved.name)
 
     world.share(write)
     return saved
+
+
+def _finish_in_groups(
+    ready: ReadyRun, trainer: Trainer, record: RunRecord, lines: list[tuple[str, str]], takes_best: bool
+) -> None:
+    """Write the model a group of weights at a time: every process takes part in gathering those of the last step."""
+    lm, progress, world = ready.lm, trainer.progress, ready.session.world
+    groups = None if takes_best else WeightGroups(lm, trainer.spread, GROUP_BYTES)
+
+    def write() -> None:
+        best = find_best(ready, progress) if takes_best else None
+        card = model_card(ready, progress, lines)
+        stored = best.open_weights() if best else None
+        found = StoredGroups(stored, GROUP_BYTES) if stored is not None else groups
+        saved = ready.session.folder.model
+        if found is not None:
+            save_in_groups(lm.model, ready.session.encoder, card, saved, found, len(found))
+        else:  # the best checkpoint was written whole, before the run was resumed
+            assert best is not None
+            kind: Any = type(lm.model)
+            model = kind.from_pretrained(best.folder, dtype=ready.session.precision.weights)
+            save_model(model, ready.session.encoder, card, saved)
+        _record_end(ready, progress, record, best, saved.name)
+
+    if groups is not None and not world.is_main:
+        for _ in groups:
+            pass
+    world.share(write)
+
+
+def _record_end(ready: ReadyRun, progress: Progress, record: RunRecord, best: Checkpoint | None, what: str) -> None:
+    # only now: until here, the folder of an extended run has its earlier model
+    record.updated(finished_at_step=progress.step).write(ready.session.folder.record)
+    tell_best(ready, progress, best, what)
+    tell_end(ready, progress, what)
 
 
 def raise_late_stop(ready: ReadyRun, saved: Path) -> NoReturn:

@@ -130,6 +130,7 @@ def _prepare(session: Session, rows: Rows) -> tuple[ReadyRun, RunRecord, Lines]:
         with named_as_given(folder, rows):
             dataset = write_dataset(config.data, sources, session.encoder, max_seq_len, seed, staging, session.reporter)
         world.share(lambda: {"folder": str(path), "sha256": dataset.sha256, "sources": dataset.ledger.sources})
+        world.agree(False)  # waits until the others have opened the data under this name
         session.reporter.stage("loading the model")
         ready = assemble(session, dataset)
         initial = keep_initial(ready.lm.adapter, staging) if changes_base(config.lora) else None
@@ -141,7 +142,6 @@ def _prepare(session: Session, rows: Rows) -> tuple[ReadyRun, RunRecord, Lines]:
             id=run_id(folder.path, session.date), date=session.date, cwd=os.getcwd(), guard=guard, adapter_init=initial
         )
         write_run_files(staging, ready, record)
-        world.agree(False)  # waits until the others have opened the data under this name
     world.share(record.to_json)
     return ready, record, lines
 

@@ -55,6 +55,7 @@ def summary_lines(ready: ReadyRun) -> list[tuple[str, str]]:
         ("attention", ready.isolation.report),
         ("head", _head_line(ready.lm)),
         ("steps", _steps_line(ready)),
+        *([("checkpoints", ready.form.line)] if ready.form.line else []),
         ("memory", f"about {format_bytes(estimate_memory(ready))} at its peak{of_each}"),
     ]
     return lines
@@ -269,7 +270,7 @@ def model_card(ready: ReadyRun, progress: Progress, lines: list[tuple[str, str]]
     rows_of_card = (
         f"- {name or '  '} {to_markdown(_without_path(text, config.model.path, describe_base(source)))}".rstrip()
         for name, text in lines
-        if name != "memory"
+        if name not in ("memory", "checkpoints")
     )
     return (
         f"{front_matter(source, is_adapter)}"

@@ -76,10 +76,13 @@ def build_trainer(
     trackers: list[Tracker] = []
     if session.world.is_main:
         trackers = start_trackers(names, folder, config.model_dump(mode="json"), record.id, last_step)
-    saver = Saver(folder, lm, session.encoder, record.guard.to_json(), config.train.keep_checkpoints)
+    saver = Saver(
+        folder, lm, session.encoder, record.guard.to_json(), config.train.keep_checkpoints, session.world,
+        ready.form.in_shards,
+    )  # fmt: skip
     seed_all(config.train.seed)
     if checkpoint and state:
-        restore_optimizer(lm.model, optimizer, checkpoint.load_optimizer(), spread)
+        restore_optimizer(lm.model, optimizer, checkpoint.open_optimizer(), spread)
         scaler.load_state_dict(dict(state.scaler))
         restore_random_states(checkpoint.load_random(), state.random)
     return Trainer(
@@ -142,7 +145,7 @@ def train_to_end(ready: ReadyRun, trainer: Trainer) -> None:
     except BaseException:
         if not trainer.stop.is_urgent:
             with contextlib.suppress(Exception):
-                trainer.saver.wait()  # an earlier snapshot is still worth keeping
+                trainer.saver.leave()
         for tracker in trainer.all_trackers:
             with contextlib.suppress(OSError):  # a full disk must not hide the original error
                 tracker.finish()

@@ -4,6 +4,10 @@ A checkpoint is a model folder with the optimizer, the random states and the run
 temporary name in the same folder: files, fsync of each, then manifest.json with size and SHA-256 of every file, fsync,
 fsync of the folder, rename, fsync of the parent folder. A folder without a manifest that matches its files is not a
 checkpoint.
+
+A checkpoint has one of two forms. Whole: the first process gathers weights and optimizer, and writes a model folder. In
+shards (a model larger than one host's memory): each process writes its shards below shards/; the first one waits for
+the files of all, and then writes the manifest (sharded.py). Both can be resumed by any number of processes.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from tunesmith.adapters.adapter import adapter_tensors
 from tunesmith.adapters.adapter_config import ADAPTER_WEIGHTS
+from tunesmith.distributed.shards import ShardFiles, StoredTensor
 from tunesmith.distributed.spread import Spread
 from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import TunesmithError
@@ -35,10 +40,11 @@ from tunesmith.runfolder import RunFolder
 from tunesmith.tensors import write_tensors
 from tunesmith.training.progress import TrainState
 
-FORMAT = 1
+FORMAT, FORMAT_IN_SHARDS = 1, 2
 _NUMBER = "#number"
 MANIFEST = "manifest.json"
-_OPTIMIZER, _RANDOM, _STATE = "optimizer.safetensors", "random.safetensors", "state.json"
+SHARDS = "shards"
+OPTIMIZER, RANDOM, STATE = "optimizer.safetensors", "random.safetensors", "state.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,22 +85,34 @@ class Checkpoint:
             TunesmithError: a field is missing, so another version wrote it.
         """
         try:
-            return TrainState.from_json(json.loads(read_text(self.folder / _STATE)))
+            return TrainState.from_json(json.loads(read_text(self.folder / STATE)))
         except KeyError as error:
             raise TunesmithError(
-                f"{self.folder / _STATE}: has no {error}; another version of tunesmith wrote it. Resume with that "
+                f"{self.folder / STATE}: has no {error}; another version of tunesmith wrote it. Resume with that "
                 "version.",
                 code="state-incomplete",
             ) from None
 
     def load_random(self) -> dict[str, Tensor]:
-        return load_file(self.folder / _RANDOM)
+        return load_file(self.folder / RANDOM)
 
     def load_adapter(self) -> dict[str, Tensor]:
         return load_file(self.folder / ADAPTER_WEIGHTS)
 
-    def load_optimizer(self) -> dict[str, Tensor]:
-        return load_file(self.folder / _OPTIMIZER)
+    def open_optimizer(self) -> ShardFiles:
+        """The optimizer's state, to be read tensor by tensor."""
+        shards = sorted((self.folder / SHARDS).glob("optimizer-*.safetensors"))
+        return ShardFiles(shards or [self.folder / OPTIMIZER])
+
+    def open_weights(self) -> ShardFiles | None:
+        """The weights of a checkpoint in shards; None for one in whole form, which is a model folder."""
+        shards = weight_shards(self.folder)
+        return ShardFiles(shards) if shards else None
+
+
+def weight_shards(folder: Path | None) -> list[Path]:
+    """Files with the weights of a checkpoint in shards; none for any other."""
+    return sorted((folder / SHARDS).glob("weights-*.safetensors")) if folder else []
 
 
 def copy_weights(lm: SupervisedLM, spread: Spread) -> dict[str, Tensor]:
@@ -103,37 +121,45 @@ def copy_weights(lm: SupervisedLM, spread: Spread) -> dict[str, Tensor]:
         return {name: spread.whole(tensor).contiguous() for name, tensor in adapter_tensors(lm.adapter).items()}
     copies: dict[tuple[Any, ...], Tensor] = {}
     weights = {}
-    for name, tensor in lm.model.state_dict(keep_vars=True).items():
-        place: tuple[Any, ...] = (id(tensor),)  # of a shard, which may be empty: all processes must see the same tying
-        if not isinstance(tensor, DTensor):
-            place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+    for name, tensor, place in placed_weights(lm):
         if place not in copies or not tensor.numel():
             copies[place] = spread.whole(tensor)
         weights[name] = copies[place]
     return weights
 
 
+def placed_weights(lm: SupervisedLM) -> Iterator[tuple[str, Tensor, tuple[Any, ...]]]:
+    """Name, tensor, and what is the same for tensors that share memory; in the same order in all processes."""
+    for name, tensor in lm.model.state_dict(keep_vars=True).items():
+        place: tuple[Any, ...] = (id(tensor),)  # of a shard, which may be empty: all processes must see the same tying
+        if not isinstance(tensor, DTensor):
+            place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+        yield name, tensor, place
+
+
 def copy_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, spread: Spread) -> dict[str, Tensor]:
     """The optimizer's state by parameter name, so that it can be restored in any order."""
+    return {name: spread.whole(tensor).contiguous() for name, tensor in optimizer_tensors(model, optimizer)}
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    tensors = {}
     for parameter, entries in optimizer.state.items():
         for key, value in entries.items():
             kind = "" if isinstance(value, Tensor) else _NUMBER  # bitsandbytes keeps its step count as a Python number
-            tensors[f"{names[id(parameter)]}/{key}{kind}"] = spread.whole(torch.as_tensor(value)).contiguous()
-    return tensors
+            yield f"{names[id(parameter)]}/{key}{kind}", torch.as_tensor(value)
 
 
 def restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], spread: Spread
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, StoredTensor], spread: Spread
 ) -> None:
-    """Load the result of `copy_optimizer` into a new optimizer of the same parameters."""
+    """Load what `copy_optimizer` or `copy_shards` saved into a new optimizer of the same parameters."""
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
         parameter_name, _, key = name.rpartition("/")
         parameter = parameters[parameter_name]
         if key.endswith(_NUMBER):
-            optimizer.state[parameter][key.removesuffix(_NUMBER)] = tensor.item()
+            optimizer.state[parameter][key.removesuffix(_NUMBER)] = tensor.read().item()
         else:
             optimizer.state[parameter][key] = spread.part(tensor, parameter)
 
@@ -154,18 +180,24 @@ def write_checkpoint(
 
     with atomic_directory(folder, seal, replaces=True) as partial:
         write_trained(lm.model, lm.adapter, encoder, partial, snapshot.weights)
-        write_tensors(partial / _OPTIMIZER, snapshot.optimizer)
-        write_tensors(partial / _RANDOM, snapshot.random)
-        (partial / _STATE).write_text(json.dumps(snapshot.state, indent=1), encoding="utf-8")
+        write_tensors(partial / OPTIMIZER, snapshot.optimizer)
+        write_tensors(partial / RANDOM, snapshot.random)
+        (partial / STATE).write_text(json.dumps(snapshot.state, indent=1), encoding="utf-8")
     return folder
 
 
-def write_manifest(folder: Path, step: int, guard: Mapping[str, Any]) -> None:
-    files = {
-        name: {"size": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in _names(folder)
-    }
-    content = {"format": FORMAT, "step": step, "files": files, "guard": guard}
+def write_manifest(folder: Path, step: int, guard: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> None:
+    """Args:
+    known: size and hash of the files that other processes have described; they are in shards.
+    """
+    described = known or {}
+    files = {name: described.get(name) or describe_file(folder / name) for name in _names(folder)}
+    content = {"format": FORMAT_IN_SHARDS if known else FORMAT, "step": step, "files": files, "guard": guard}
     (folder / MANIFEST).write_text(sealed(content), encoding="utf-8")
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def _names(folder: Path) -> list[str]:
@@ -186,8 +218,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     try:
         content = json.loads(read_text(folder / MANIFEST))
         seal = content.pop("sha256")
-        if content["format"] > FORMAT:
-            raise DamagedError(f"{MANIFEST} is of format {content['format']}; this tunesmith reads up to {FORMAT}")
+        if content["format"] > FORMAT_IN_SHARDS:
+            raise DamagedError(
+                f"{MANIFEST} is of format {content['format']}; this tunesmith reads up to {FORMAT_IN_SHARDS}"
+            )
         is_whole = seal_of(content) == seal
         checkpoint = Checkpoint(folder, content["step"], content["files"], content["guard"])
     except FileNotFoundError:
@@ -201,8 +235,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def find_damage(checkpoint: Checkpoint) -> str:
-    """The first file that does not match the manifest, with the reason; "" if all match."""
+def find_damage(checkpoint: Checkpoint, names: Collection[str] | None = None) -> str:
+    """The first file that does not match the manifest, with the reason; "" if all match.
+
+    Args:
+        names: the files to read; all by default. Of the others, the size is compared.
+    """
     for name, wanted in checkpoint.files.items():
         path = checkpoint.folder / name
         try:
@@ -210,7 +248,7 @@ def find_damage(checkpoint: Checkpoint) -> str:
                 size = os.fstat(file.fileno()).st_size
             if size != wanted["size"]:
                 return f"{name} has {size:,} bytes instead of {wanted['size']:,}"
-            if sha256_file(path) != wanted["sha256"]:
+            if (names is None or name in names) and sha256_file(path) != wanted["sha256"]:
                 return f"{name} is changed: its SHA-256 does not match"
         except FileNotFoundError:
             return f"{name} is missing"

@@ -21,7 +21,6 @@ from tunesmith.model.loss import SupervisedLM
 from tunesmith.monitor.pace import Pace
 from tunesmith.monitor.profile import Profile
 from tunesmith.monitor.usage import memory_gb, usage_record
-from tunesmith.training.checkpoint import Snapshot, copy_optimizer, copy_weights
 from tunesmith.training.evaluate import evaluate
 from tunesmith.training.interrupt import StopRequest
 from tunesmith.training.metrics import Record, Tracker, source_record
@@ -300,26 +299,23 @@ class Trainer:
         if self.world.is_main:
             for tracker in self.all_trackers:
                 tracker.sync()  # what a resumed run will not log again must be on disk before its checkpoint
-            self.saver.wait()
-            if self.saver.failure:
-                self.on_log(self._head(), self.saver.failure)
-        # every process takes part: a sharded model is gathered
-        weights = copy_weights(self.lm, self.spread)
-        optimizer = copy_optimizer(self.lm.model, self.optimizer, self.spread)
-        if self.world.is_main:
-            self.saver.save(Snapshot(weights, optimizer, random, content), self.progress.best_step, is_told)
+        if failure := self.saver.settle():
+            self._log_failure(failure)
+        snapshot = self.saver.take(self.optimizer, self.spread, random, content)
+        if snapshot is not None:
+            self.saver.save(snapshot, self.progress.best_step, is_told)
         self._saved_at, self.saved_step = time.monotonic(), self.progress.step
 
     def _save_last(self) -> None:
-        failure = self.world.share(self._wait_for_saver)
+        failure = self.saver.settle()
         if failure or self.saved_step != self.progress.step:
             self.save()
-        if failure := self.world.share(self._wait_for_saver):
+        if failure := self.saver.settle():
             raise RunError(f"the last checkpoint could not be saved: {failure}. Free space there.", code="save-failed")
 
-    def _wait_for_saver(self) -> str:
-        self.saver.wait()
-        return self.saver.failure
+    def _log_failure(self, failure: str) -> None:
+        if self.world.is_main:
+            self.on_log(self._head(), failure)
 
     def explain_stop(self) -> str:
         """What a first signal leaves to be done; another thread asks."""

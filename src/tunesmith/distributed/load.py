@@ -1,0 +1,162 @@
+"""Load a model so that each process reads and keeps its shard of the weights alone.
+
+transformers shards a model before it reads the weights, so that each process reads its slices of the files, whatever
+their type and form. Adapters, added tokens and our own sharding need a model that is not sharded yet; so the shards are
+moved into such a model, as held parameters (held.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging as std_logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.distributed import DistributedConfig
+
+from tunesmith.config.schema import ModelSection
+from tunesmith.distributed.held import hold
+from tunesmith.distributed.shards import ShardFiles
+from tunesmith.errors import TunesmithError
+from tunesmith.model.load import LOADING, load_model, require_all_weights
+from tunesmith.model.source import ModelSource, explain_load_error
+
+
+def load_held(
+    section: ModelSection, config: PretrainedConfig, dtype: torch.dtype, size: int, source: ModelSource, whole_rows: bool
+) -> PreTrainedModel:
+    """The model with held parameters; all processes call this together.
+
+    Args:
+        size: number of processes.
+        whole_rows: whether embedding and head must be whole here, for tokens that will be added.
+    """
+    plan = _plan(section, config, size)
+    with _quiet():
+        sharded = load_model(section, config, dtype, 0, source=source, extra={"distributed_config": plan})
+    return _without_sharding(section, cast(PreTrainedModel, sharded), dtype, whole_rows)
+
+
+def load_from_shards(
+    section: ModelSection, config: PretrainedConfig, dtype: torch.dtype, size: int, files: list[Path]
+) -> PreTrainedModel:
+    """The model of a checkpoint in shards: with held parameters, or whole if there is one process.
+
+    Args:
+        files: with the weights.
+    """
+    stored, plan = ShardFiles(files), _plan(section, config, size) if size > 1 else None
+    kind: Any = _class_of(section, config)
+    extra: Mapping[str, Any] = {"distributed_config": plan} if plan else {}
+    try:
+        with LOADING, _quiet():
+            model, report = kind.from_pretrained(
+                None, config=copy.deepcopy(config), dtype=dtype, state_dict=dict(stored), output_loading_info=True,
+                ignore_mismatched_sizes=True, **extra,
+            )  # fmt: skip
+    except Exception as error:
+        raise explain_load_error(section.path, "its weights", error) from None
+    require_all_weights(section.path, report)
+    if (Path(section.path) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(section.path)
+    loaded: PreTrainedModel = _without_sharding(section, model, dtype, False) if plan else model
+    return loaded
+
+
+def _class_of(section: ModelSection, config: PretrainedConfig) -> type[PreTrainedModel]:
+    return type(_empty_model(section, config, None))
+
+
+def _empty_model(section: ModelSection, config: PretrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:
+    """A model without memory."""
+    given = {"dtype": dtype} if dtype else {}
+    with torch.device("meta"):
+        made: Any = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), trust_remote_code=section.trust_remote_code, **given
+        )
+    model: PreTrainedModel = made
+    return model
+
+
+def _plan(section: ModelSection, config: PretrainedConfig, size: int) -> DistributedConfig:
+    """How transformers shards the model while it loads; any division into modules gives the same shards."""
+    model = _empty_model(section, config, None)
+    blocks: Any = getattr(model, "_no_split_modules", None) or ()
+    names = [name for name, module in model.named_modules() if type(module).__name__ in set(blocks)]
+    if not names:
+        names = [name for name, module in model.named_modules() if name and list(module.parameters(recurse=False))][:1]
+    patterns = {".".join("*" if word.isdigit() else word for word in name.split(".")) for name in names}
+    return DistributedConfig(fsdp_size=size, fsdp_plan=dict.fromkeys(sorted(patterns), "free_full_weight"))
+
+
+@torch.no_grad()
+def _without_sharding(
+    section: ModelSection, sharded: PreTrainedModel, dtype: torch.dtype, whole_rows: bool
+) -> PreTrainedModel:
+    """The same model with held parameters instead of sharded ones."""
+    config = copy.deepcopy(sharded.config)
+    del config.distributed_config
+    plain = _empty_model(section, config, dtype)
+    wanted = set(_names_of_rows(plain)) if whole_rows else set()
+    wanted |= {name for name, module in _odd_linears(plain) for name in [f"{name}.weight"]}
+    made: dict[int, nn.Parameter] = {}
+    for name in [name for name, _ in sharded.named_parameters(remove_duplicate=False)]:
+        path, _, last = name.rpartition(".")
+        parameter = getattr(sharded.get_submodule(path), last)
+        if id(parameter) not in made:
+            made[id(parameter)] = _take(parameter, name in wanted or name.endswith(".shared_expert_gate.weight"))
+        setattr(plain.get_submodule(path), last, made[id(parameter)])
+        sharded.get_submodule(path)._parameters[last] = None  # frees the mapped or converted copy
+    for name, buffer in sharded.named_buffers(remove_duplicate=False):
+        path, _, last = name.rpartition(".")
+        plain.get_submodule(path)._buffers[last] = buffer.cpu()
+    if any(tensor.is_meta for tensor in [*plain.parameters(), *plain.buffers()]):
+        raise TunesmithError(f"{section.path}: some of its weights were not loaded.", code="weights-missing")
+    other: Any = plain
+    other.generation_config = sharded.generation_config
+    other._weight_conversions = getattr(sharded, "_weight_conversions", None)
+    plain.eval()
+    gc.collect()  # of the sharded model's hooks, which refer to each other
+    return plain
+
+
+def _take(parameter: Any, is_wanted: bool) -> nn.Parameter:
+    if not hasattr(parameter, "full_tensor"):
+        return nn.Parameter(parameter.cpu().clone(), parameter.requires_grad)
+    if is_wanted:
+        return nn.Parameter(parameter.full_tensor().cpu(), parameter.requires_grad)
+    part = parameter.to_local()
+    # a mapped file may start anywhere, which changes rounding
+    return hold(part.clone(), parameter.shape, parameter.requires_grad)
+
+
+def _names_of_rows(model: PreTrainedModel) -> list[str]:
+    """Names of the weights that have a row for each token."""
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    weights = {id(layer.weight) for layer in layers if layer is not None}
+    return [name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in weights]
+
+
+def _odd_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Layers that adapters try out to see whether they are linear."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+            yield name, module
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' warning that its own plan, which we replace, does not fit some models."""
+    logger = std_logging.getLogger("transformers.distributed.mixin")
+    level = logger.level
+    logger.setLevel(std_logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -62,8 +62,8 @@ class TrainSection(Section):
     """How several processes of a launcher (torchrun) share the model. fsdp: each keeps a shard of weights, gradients
     and averages; ddp: each has the whole model; auto: ddp for an adapter, else fsdp; one process needs neither."""
     sharded_checkpoints: bool | Literal["auto"] = "auto"
-    """With parallel fsdp, each process writes its shards, instead of the first one gathering a model folder. auto: where
-    that does not fit into the first one's memory. An adapter is always gathered; any form is resumed by any number."""
+    """With parallel fsdp: each process writes its shards, instead of the first one gathering a model folder. auto: if
+    that does not fit into the first one's memory. An adapter is always gathered."""
     resume: bool = False
     """Continue the run in output_dir if it has begun, instead of refusing: for launchers that start a command again."""
     compile: bool = False

@@ -59,13 +59,13 @@ class Sharded(Spread):
         return full.to("cpu", copy=True)
 
     def shard(self, tensor: Tensor) -> Shard | None:
-        if not isinstance(tensor, DTensor):
+        local: Any = tensor.detach()
+        if not isinstance(local, DTensor):
             return super().shard(tensor) if self._world.is_main else None
         start, stop = shard_rows(tensor.shape[0], self._world.rank, self._world.size)
         if start == stop:
             return None
-        local = tensor.detach().to_local()
-        return Shard(local.to("cpu", copy=True).contiguous(), start, tuple(tensor.shape))
+        return Shard(local.to_local().to("cpu", copy=True).contiguous(), start, tuple(tensor.shape))
 
     def part(self, tensor: StoredTensor, like: Tensor) -> Tensor:
         if not isinstance(like, DTensor) or tensor.shape != like.shape:

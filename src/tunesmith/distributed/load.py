@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from tunesmith.config.schema import ModelSection
 from tunesmith.distributed.held import hold
@@ -29,7 +29,12 @@ from tunesmith.model.source import ModelSource, explain_load_error
 
 
 def load_held(
-    section: ModelSection, config: PretrainedConfig, dtype: torch.dtype, size: int, source: ModelSource, whole_rows: bool
+    section: ModelSection,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    size: int,
+    source: ModelSource,
+    whole_rows: bool,
 ) -> PreTrainedModel:
     """The model with held parameters; all processes call this together.
 

@@ -104,7 +104,8 @@ class ShardFiles(Mapping[str, StoredTensor]):
     def __init__(self, paths: Sequence[Path]) -> None:
         self._tensors: dict[str, StoredTensor] = {}
         for path in paths:
-            file: Any = safe_open(path, "pt").__enter__()  # mapped until nothing refers to it
+            opened: Any = safe_open(path, "pt")
+            file = opened.__enter__()  # mapped until nothing refers to it
             places = json.loads((file.metadata() or {}).get(_PLACES, "{}"))
             for name in file.keys():  # noqa: SIM118  # not a dict
                 own = file.get_slice(name).get_shape()

@@ -28,7 +28,7 @@ from tunesmith.model.source import ModelSource, find_model
 from tunesmith.run.session import Session
 from tunesmith.tensors import find_not_finite
 from tunesmith.training.checkpoint import weight_shards
-from tunesmith.training.sharded import Form, choose_form, free_memory
+from tunesmith.training.sharded import WHOLE, Form, choose_form, free_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class ReadyRun:
     lm: SupervisedLM
     isolation: Isolation
     feed: Feed
-    form: Form = Form()
+    form: Form = WHOLE
 
 
 def assemble(session: Session, dataset: Dataset, checkpoint: Path | None = None) -> ReadyRun:
@@ -62,7 +62,7 @@ def assemble(session: Session, dataset: Dataset, checkpoint: Path | None = None)
 def choose_checkpoints(session: Session, lm: SupervisedLM) -> Form:
     """The form of the checkpoints; the first process decides. An adapter is small, and always saved whole."""
     if session.parallel != "fsdp" or session.is_adapter:
-        return Form()
+        return WHOLE
     trained = [parameter for parameter in lm.model.parameters() if parameter.requires_grad]
     here = float(os.environ.get("LOCAL_WORLD_SIZE", session.world.size)) / session.world.size
     # gradients and averages, which are on the GPU where there is one

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 
@@ -262,8 +261,7 @@ def model_card(ready: ReadyRun, progress: Progress, lines: list[tuple[str, str]]
     if progress.best_step is not None:
         last += f"; weights of step {progress.best_step}, the best evaluated (eval_loss {progress.best_eval_loss:.4f})"
     if is_adapter:
-        model: Any = ready.lm.model
-        rows = model.get_input_embeddings().weight.shape[0] if session.new_tokens else None
+        rows = ready.lm.model.config.get_text_config().vocab_size if session.new_tokens else None
         load = load_adapter_lines(source, config.model.revision or source.revision, rows)
     else:
         load = load_model_lines()

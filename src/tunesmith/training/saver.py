@@ -172,7 +172,9 @@ class Saver:
     def _write(self, snapshot: Snapshot | ShardSnapshot, best_step: int | None, is_told: bool) -> None:
         began = time.monotonic()
         try:
-            folder = self._write_shards(snapshot) if isinstance(snapshot, ShardSnapshot) else self._write_whole(snapshot)
+            folder = (
+                self._write_shards(snapshot) if isinstance(snapshot, ShardSnapshot) else self._write_whole(snapshot)
+            )
             if folder is None:
                 return
             # verify before an older one is deleted; shards are read back where they are written

@@ -57,6 +57,9 @@ class Form:
     line: str = ""
 
 
+WHOLE = Form()
+
+
 def choose_form(setting: bool | str, trained: Sequence[Tensor], taken_first: float, free: float) -> Form:
     """Whole checkpoints where the first process has memory for what it gathers, else shards.
 
@@ -179,9 +182,7 @@ def finish_shards(
     for note in notes:
         known |= json.loads(note.read_text(encoding="utf-8"))
         note.unlink()
-    complete_directory(
-        partial, folder, lambda place: write_manifest(place, snapshot.step, guard, known), replaces=True
-    )
+    complete_directory(partial, folder, lambda place: write_manifest(place, snapshot.step, guard, known), replaces=True)
     return folder
 
 

@@ -74,13 +74,16 @@ def find_position(folder: RunFolder, name: str, record: RunRecord, chosen: str) 
     return Position(checkpoint, state, state.progress, fingerprint, is_finished, is_extended)
 
 
-def choose_checkpoint(folder: RunFolder, name: str, reporter: Reporter) -> Checkpoint | None:
+def choose_checkpoint(folder: RunFolder, name: str, reporter: Reporter, verified: str = "") -> Checkpoint | None:
     """The newest valid checkpoint; damaged newer ones are reported.
+
+    Args:
+        verified: name of one that is known to be valid.
 
     Raises:
         TunesmithError: there are checkpoints, but none is valid.
     """
-    checkpoint, damaged = newest_valid(folder)
+    checkpoint, damaged = newest_valid(folder, verified)
     lines = [f"damaged: {path.name}: {reason}" for path, reason in sorted(damaged.items(), reverse=True)]
     if damaged and checkpoint is None:
         raise TunesmithError(

@@ -41,6 +41,7 @@ from tunesmith.staging import locked
 from tunesmith.training.checkpoint import leftovers
 from tunesmith.training.interrupt import StopRequest
 from tunesmith.training.randomness import unchanged_process
+from tunesmith.training.sharded import verify_together
 
 
 @unchanged_process()
@@ -78,7 +79,8 @@ def _resume(
 ) -> Path:
     folder, allow = RunFolder(find_run(name).path), Allowed(as_typed(name, flags), allowed)
     with StopRequest() as stop, world.explained():
-        chosen = world.share(lambda: _choose_checkpoint(folder, name, reporter))
+        verified = verify_together(folder, world) if world.size > 1 else ""
+        chosen = world.share(lambda: _choose_checkpoint(folder, name, reporter, verified))
         position = find_position(folder, name, record, chosen)
         position = replace(position, fingerprint=own_files(position.fingerprint, folder))
         if position.is_finished and "train.max_steps" not in flags and "train.epochs" not in flags:
@@ -113,11 +115,11 @@ def _resume(
     return saved
 
 
-def _choose_checkpoint(folder: RunFolder, name: str, reporter: Reporter) -> str:
-    """Name of the newest valid checkpoint; "" if there is none yet."""
+def _choose_checkpoint(folder: RunFolder, name: str, reporter: Reporter, verified: str) -> str:
+    """Name of the newest valid checkpoint, which may be known already; "" if there is none yet."""
     remove_leftovers(folder)
     reporter.stage("verifying the newest checkpoint")
-    checkpoint = choose_checkpoint(folder, name, reporter)
+    checkpoint = choose_checkpoint(folder, name, reporter, verified)
     return checkpoint.folder.name if checkpoint else ""
 
 

@@ -271,11 +271,15 @@ def list_checkpoints(run: RunFolder) -> tuple[list[Checkpoint], dict[Path, str]]
     return sorted(found, key=lambda checkpoint: checkpoint.step), damaged
 
 
-def newest_valid(run: RunFolder) -> tuple[Checkpoint | None, dict[Path, str]]:
-    """The newest valid checkpoint, and the reason for each invalid one."""
+def newest_valid(run: RunFolder, verified: str = "") -> tuple[Checkpoint | None, dict[Path, str]]:
+    """The newest valid checkpoint, and the reason for each invalid one.
+
+    Args:
+        verified: name of one that is known to be valid.
+    """
     found, damaged = list_checkpoints(run)
     for checkpoint in reversed(found):
-        damage = find_damage(checkpoint)
+        damage = "" if checkpoint.folder.name == verified else find_damage(checkpoint)
         if not damage:
             return checkpoint, damaged
         damaged[checkpoint.folder] = damage

@@ -22,6 +22,7 @@ from torch import Tensor
 from tunesmith.display import format_bytes
 from tunesmith.distributed.shards import Shard, ShardFiles, write_shards
 from tunesmith.distributed.spread import Spread
+from tunesmith.distributed.world import World
 from tunesmith.encode.encoder import Encoder
 from tunesmith.files import complete_directory, sync_path, write_text_atomic
 from tunesmith.model.loss import SupervisedLM
@@ -32,9 +33,13 @@ from tunesmith.training.checkpoint import (
     RANDOM,
     SHARDS,
     STATE,
+    DamagedError,
     describe_file,
+    find_damage,
+    list_checkpoints,
     optimizer_tensors,
     placed_weights,
+    read_checkpoint,
     write_manifest,
 )
 from tunesmith.training.cost import total_memory
@@ -149,6 +154,24 @@ def write_own_shards(snapshot: ShardSnapshot, rank: int, size: int) -> None:
 
 def _note(partial: Path, rank: int) -> Path:
     return partial / f".written-{rank:05}.json"
+
+
+def verify_together(run: RunFolder, world: World) -> str:
+    """Name of the newest checkpoint that is valid, "" if there is none; each process reads a part of the files."""
+    names = world.share(lambda: [found.folder.name for found in reversed(list_checkpoints(run)[0])])
+    for name in names:
+        if not world.agree(_has_damage(run.checkpoints / name, world)):
+            return str(name)
+    return ""
+
+
+def _has_damage(folder: Path, world: World) -> bool:
+    try:
+        checkpoint = read_checkpoint(folder)
+    except DamagedError:
+        return True
+    by_size = sorted(checkpoint.files, key=lambda name: (int(checkpoint.files[name]["size"]), name))
+    return bool(find_damage(checkpoint, by_size[world.rank :: world.size]))
 
 
 class AbandonedError(Exception):

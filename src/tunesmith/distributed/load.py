@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import gc
-import logging as std_logging
+import json
+import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.utils import logging as hf_logging
 
 from tunesmith.config.schema import ModelSection
 from tunesmith.distributed.held import hold
@@ -26,6 +29,8 @@ from tunesmith.distributed.shards import ShardFiles
 from tunesmith.errors import TunesmithError
 from tunesmith.model.load import LOADING, load_model, require_all_weights
 from tunesmith.model.source import ModelSource, explain_load_error
+
+_NAMES = "names.json"
 
 
 def load_held(
@@ -43,7 +48,7 @@ def load_held(
         whole_rows: whether embedding and head must be whole here, for tokens that will be added.
     """
     plan = _plan(section, config, size)
-    with _quiet():
+    with _loading():
         sharded = load_model(section, config, dtype, 0, source=source, extra={"distributed_config": plan})
     return _without_sharding(section, cast(PreTrainedModel, sharded), dtype, whole_rows)
 
@@ -60,7 +65,7 @@ def load_from_shards(
     kind: Any = _class_of(section, config)
     extra: Mapping[str, Any] = {"distributed_config": plan} if plan else {}
     try:
-        with LOADING, _quiet():
+        with LOADING, _loading():
             model, report = kind.from_pretrained(
                 None, config=copy.deepcopy(config), dtype=dtype, state_dict=dict(stored), output_loading_info=True,
                 ignore_mismatched_sizes=True, **extra,
@@ -68,10 +73,20 @@ def load_from_shards(
     except Exception as error:
         raise explain_load_error(section.path, "its weights", error) from None
     require_all_weights(section.path, report)
+    # under the names that are saved, [] turns none of them back into those of the files, and None all
+    names = json.loads((files[0].parent / _NAMES).read_text(encoding="utf-8"))
+    model._weight_conversions = None if names["are_converted"] else []
     if (Path(section.path) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(section.path)
     loaded: PreTrainedModel = _without_sharding(section, model, dtype, False) if plan else model
     return loaded
+
+
+def write_names(folder: Path, model: nn.Module) -> None:
+    """Write beside the shards whether the names of the weights differ from those of the model's files, in which
+    transformers keeps fused experts as separate tensors."""
+    are_converted = getattr(model, "_weight_conversions", None) != []
+    (folder / _NAMES).write_text(json.dumps({"are_converted": are_converted}), encoding="utf-8")
 
 
 def _class_of(section: ModelSection, config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -156,12 +171,20 @@ def _odd_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' warning that its own plan, which we replace, does not fit some models."""
-    logger = std_logging.getLogger("transformers.distributed.mixin")
+def _loading() -> Iterator[None]:
+    """transformers binds the process to the GPU of LOCAL_RANK, which a launcher may not set; and it warns that its own
+    plan, which we replace, does not fit some models."""
+    hf_logging.disable_progress_bar()
+    logger, before = logging.getLogger("transformers.distributed.mixin"), os.environ.get("LOCAL_RANK")
     level = logger.level
-    logger.setLevel(std_logging.ERROR)
+    logger.setLevel(logging.ERROR)
+    if torch.cuda.is_available():
+        os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
     try:
         yield
     finally:
         logger.setLevel(level)
+        if before is not None:
+            os.environ["LOCAL_RANK"] = before
+        else:
+            os.environ.pop("LOCAL_RANK", None)

@@ -140,7 +140,7 @@ def load_model(
         Path(source.name) if source.kind == "local" else hub_folder(source.name, source.revision or section.revision)
     )
     if folder is not None:
-        weight_files(folder)  # raises an error that names a damaged index, unlike transformers
+        require_weights(section.path, folder)
     try:
         with LOADING:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -167,6 +167,21 @@ def load_model(
         return merge_adapter(open_adapter(model, source.adapter)).requires_grad_(True)
     result: nn.Module = model
     return result
+
+
+def require_weights(path: str, folder: Path) -> None:
+    """Check the files from which from_pretrained reads the weights.
+
+    Raises:
+        ModelError: their index is damaged, which transformers does not name, or the folder is a checkpoint in shards.
+    """
+    if not weight_files(folder) and (folder / "shards").is_dir():
+        raise ModelError(
+            f"{path}: is a checkpoint in shards (train.sharded_checkpoints), which only tunesmith resume opens. Finish "
+            "the run: its model/ is a model folder. Or resume it with --train.sharded_checkpoints false: its next "
+            "checkpoint is one.",
+            code="checkpoint-in-shards",
+        )
 
 
 def require_all_weights(path: str, report: Any) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.display import format_bytes
+from tunesmith.distributed.load import write_names
 from tunesmith.distributed.shards import Shard, ShardFiles, write_shards
 from tunesmith.distributed.spread import Spread
 from tunesmith.distributed.world import World
@@ -195,6 +196,7 @@ def finish_shards(
     partial, folder = snapshot.partial, run.checkpoint(snapshot.step)
     write_trained(lm.model, None, encoder, partial, {})
     (partial / "model.safetensors").unlink(missing_ok=True)  # without tensors
+    write_names(partial / SHARDS, lm.model)
     write_tensors(partial / RANDOM, snapshot.random)
     (partial / STATE).write_text(json.dumps(snapshot.state, indent=1), encoding="utf-8")
     notes = [_note(partial, rank) for rank in range(size)]

@@ -26,7 +26,7 @@ from transformers.utils import logging as hf_logging
 from tunesmith.config.schema import ModelSection
 from tunesmith.distributed.held import hold
 from tunesmith.distributed.shards import ShardFiles
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import ModelError
 from tunesmith.model.load import LOADING, load_model, require_all_weights
 from tunesmith.model.source import ModelSource, explain_load_error
 
@@ -137,7 +137,7 @@ def _without_sharding(
         path, _, last = name.rpartition(".")
         plain.get_submodule(path)._buffers[last] = buffer.cpu()
     if any(tensor.is_meta for tensor in [*plain.parameters(), *plain.buffers()]):
-        raise TunesmithError(f"{section.path}: some of its weights were not loaded.", code="weights-missing")
+        raise ModelError(f"{section.path}: some of its weights were not loaded.", code="weights-missing")
     other: Any = plain
     other.generation_config = sharded.generation_config
     other._weight_conversions = getattr(sharded, "_weight_conversions", None)

@@ -7,7 +7,9 @@ moved into such a model, as held parameters (held.py).
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 import gc
 import json
 import logging
@@ -126,11 +128,13 @@ def _without_sharding(
     wanted = set(_names_of_rows(plain)) if whole_rows else set()
     wanted |= {name for name, module in _odd_linears(plain) for name in [f"{name}.weight"]}
     made: dict[int, nn.Parameter] = {}
+    mapped = _mapped_ranges()
     for name in [name for name, _ in sharded.named_parameters(remove_duplicate=False)]:
         path, _, last = name.rpartition(".")
         parameter = getattr(sharded.get_submodule(path), last)
         if id(parameter) not in made:
-            made[id(parameter)] = _take(parameter, name in wanted or name.endswith(".shared_expert_gate.weight"))
+            is_wanted = name in wanted or name.endswith(".shared_expert_gate.weight")
+            made[id(parameter)] = _take(parameter, is_wanted, mapped)
         setattr(plain.get_submodule(path), last, made[id(parameter)])
         sharded.get_submodule(path)._parameters[last] = None  # frees the mapped or converted copy
     for name, buffer in sharded.named_buffers(remove_duplicate=False):
@@ -142,18 +146,19 @@ def _without_sharding(
     other.generation_config = sharded.generation_config
     other._weight_conversions = getattr(sharded, "_weight_conversions", None)
     plain.eval()
-    gc.collect()  # of the sharded model's hooks, which refer to each other
+    release_memory()  # the sharded model's hooks refer to each other
     return plain
 
 
-def _take(parameter: Any, is_wanted: bool) -> nn.Parameter:
+def _take(parameter: Any, is_wanted: bool, mapped: list[tuple[int, int]]) -> nn.Parameter:
     if not hasattr(parameter, "full_tensor"):
         return nn.Parameter(parameter.cpu().clone(), parameter.requires_grad)
     if is_wanted:
         return nn.Parameter(parameter.full_tensor().cpu(), parameter.requires_grad)
-    part = parameter.to_local()
-    # a mapped file may start anywhere, which changes rounding
-    return hold(part.clone(), parameter.shape, parameter.requires_grad)
+    part = parameter.to_local().detach()
+    if any(start <= part.data_ptr() < end for start, end in mapped):
+        part = part.clone()  # a mapped file may start anywhere, which changes rounding
+    return hold(part, parameter.shape, parameter.requires_grad)
 
 
 def _names_of_rows(model: PreTrainedModel) -> list[str]:
@@ -172,19 +177,45 @@ def _odd_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @contextmanager
 def _loading() -> Iterator[None]:
-    """transformers binds the process to the GPU of LOCAL_RANK, which a launcher may not set; and it warns that its own
-    plan, which we replace, does not fit some models."""
+    """Set what transformers reads from the environment, and silence a warning.
+
+    It binds the process to the GPU of LOCAL_RANK, which a launcher may not set; it reads ahead in threads, which would
+    hold a model's converted tensors twice; and it warns that its own plan, which we replace, does not fit some models.
+    """
     hf_logging.disable_progress_bar()
-    logger, before = logging.getLogger("transformers.distributed.mixin"), os.environ.get("LOCAL_RANK")
-    level = logger.level
+    logger = logging.getLogger("transformers.distributed.mixin")
+    level, before = logger.level, dict(os.environ)
     logger.setLevel(logging.ERROR)
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     if torch.cuda.is_available():
         os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
     try:
         yield
     finally:
         logger.setLevel(level)
-        if before is not None:
-            os.environ["LOCAL_RANK"] = before
-        else:
-            os.environ.pop("LOCAL_RANK", None)
+        for name in ("HF_DEACTIVATE_ASYNC_LOAD", "LOCAL_RANK"):
+            os.environ.pop(name, None)
+            if name in before:
+                os.environ[name] = before[name]
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system, which glibc keeps for small allocations."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another libc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _mapped_ranges() -> list[tuple[int, int]]:
+    """Addresses of mapped weight files."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return [(0, 2**64)]  # of any address it is unknown
+    found = []
+    for line in lines:
+        words = line.split(maxsplit=5)
+        if len(words) > 5 and words[5].startswith("/"):
+            start, _, end = words[0].partition("-")
+            found.append((int(start, 16), int(end, 16)))
+    return found

@@ -17,7 +17,7 @@ from tunesmith.config.schema import LoraSection, ModelSection
 from tunesmith.data.dataset import Dataset, build_feed
 from tunesmith.data.feed import Feed
 from tunesmith.distributed.held import part_of
-from tunesmith.distributed.load import load_from_shards, load_held
+from tunesmith.distributed.load import load_from_shards, load_held, release_memory
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.model.head import choose_head_path
 from tunesmith.model.isolation import Isolation, probe_isolation, use_packed_attention
@@ -55,6 +55,8 @@ def assemble(session: Session, dataset: Dataset, checkpoint: Path | None = None)
     model = load_weights(session, checkpoint)
     adapter = add_new_adapter(session, model) if session.is_adapter else None
     isolation, lm = wrap(session, model, adapter)
+    if session.parallel == "fsdp":
+        release_memory()  # of the model that was probed
     feed = build_feed(dataset, config.train, session.lengths.capacity, lm.is_packed)
     return ReadyRun(session, dataset, lm, isolation, feed, choose_checkpoints(session, lm))
 

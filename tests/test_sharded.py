@@ -30,7 +30,7 @@ from tunesmith.model.save import save_in_groups
 from tunesmith.runfolder import RunFolder
 from tunesmith.training.checkpoint import find_damage, list_checkpoints, newest_valid, restore_optimizer
 from tunesmith.training.saver import Saver
-from tunesmith.training.sharded import ShardSnapshot, StoredGroups, choose_form, plan_groups
+from tunesmith.training.sharded import ShardSnapshot, StoredGroups, choose_form, plan_groups, verify_together
 
 CASES = Path(__file__).with_name("sharded_cases.py")
 LONG = pytest.mark.skipif("TUNESMITH_LONG" not in os.environ, reason="takes minutes: TUNESMITH_LONG=1")
@@ -259,6 +259,28 @@ class Halves(Spread):
         return Shard(part, start, tuple(tensor.shape)) if len(part) else None
 
 
+def in_two(work: Callable[[int, ThreadWorld], Any]) -> list[Any]:
+    """Results of two threads that stand for processes; an error of one is raised."""
+    shared: dict[int, Any] = {}
+    barrier, found, errors = threading.Barrier(2), {}, []
+
+    def start(rank: int) -> None:
+        try:
+            found[rank] = work(rank, Worlds(rank, 2, shared, barrier))
+        except BaseException as error:
+            errors.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=start, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return [found[0], found[1]]
+
+
 def save_twice(tmp_path: Path, encoder: Any, damage: Callable[[int, Path], None]) -> tuple[list[Any], RunFolder, Any]:
     """Save steps 1 and 2 in two threads; `damage` gets rank and hidden folder before step 2 is written."""
     run, model = RunFolder(tmp_path / "run"), build_model(tiny_config("qwen3", tie_word_embeddings=True))
@@ -279,22 +301,7 @@ def save_twice(tmp_path: Path, encoder: Any, damage: Callable[[int, Path], None]
             failures.append(saver.settle())
         return failures
 
-    shared: dict[int, Any] = {}
-    barrier, found = threading.Barrier(2), [None, None]
-
-    def start(rank: int) -> None:
-        try:
-            found[rank] = work(rank, Worlds(rank, 2, shared, barrier))  # type: ignore[call-overload]
-        except BaseException as error:
-            found[rank] = error  # type: ignore[call-overload]
-            barrier.abort()
-
-    threads = [threading.Thread(target=start, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found, run, (lm, optimizer)
+    return in_two(work), run, (lm, optimizer)
 
 
 def test_a_checkpoint_in_shards_has_everything(tmp_path: Path, encoder: Any) -> None:
@@ -325,6 +332,7 @@ def test_a_checkpoint_in_shards_has_everything(tmp_path: Path, encoder: Any) -> 
     assert valid is not None
     assert valid.step == 1
     assert "optimizer-00001" in next(iter(reasons.values()))
+    assert in_two(lambda rank, world: verify_together(run, world)) == ["step-000001", "step-000001"]
 
 
 def test_shards_that_one_process_cannot_write_leave_no_checkpoint(tmp_path: Path, encoder: Any) -> None:

@@ -202,7 +202,7 @@ def _loading() -> Iterator[None]:
 def release_memory() -> None:
     """Give freed memory back to the system, which glibc keeps for small allocations."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # another libc
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another libc or system
         ctypes.CDLL(None).malloc_trim(0)
 
 

@@ -77,6 +77,9 @@ class Replicated(Spread):
     def __init__(self, world: World) -> None:
         self._world = world
 
+    def whole(self, tensor: Tensor) -> Tensor:
+        return super().whole(tensor) if self._world.is_main else torch.empty(0)
+
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         device = parameters[0].device
         used = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32, device=device)

@@ -89,13 +89,35 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("data") / "chats.jsonl", rows)
 
 
-def test_two_processes_load_save_and_resume_in_shards(
+def test_two_processes_load_and_save_in_shards(
     tmp_path: Path, folders: dict[str, Path], data: Path, run: Callable[..., tuple[int, str, str]]
 ) -> None:
-    """Every weight is loaded to the bit; losses are those of one process; a run that was killed after step 2 continues
+    """Every weight is loaded to the bit; losses are those of one process, which continues from the shards."""
+    cases: dict[str, Any] = {f"load {name}": {"folder": str(folder)} for name, folder in folders.items()}
+    sharded = ["--train.parallel", "fsdp", "--train.sharded_checkpoints", "true"]
+    cases["train"] = {"words": command(folders["qwen3_moe"], data, tmp_path / "two", *sharded)}
+    found = launch(2, cases, tmp_path)
+    assert {name: result for name, result in found.items() if result} == {}
+    last = tmp_path / "two" / "checkpoints" / "step-000004"
+    assert len(list((last / "shards").iterdir())) == 5
+    assert not list(last.glob("*model*"))
+    alone = killed_after(tmp_path / "two", 2, tmp_path / "alone")
+    code, _, err = run("resume", alone, "--train.parallel", "auto")
+    assert code == 0, err
+    assert losses_of(alone) == pytest.approx(losses_of(tmp_path / "two"), abs=2e-6)
+    by_one, by_two = weights_of(alone), weights_of(tmp_path / "two")
+    assert by_one.keys() == by_two.keys()
+    assert max(float((by_one[key] - by_two[key]).abs().max()) for key in by_two) < 1e-6
+
+
+@LONG
+def test_two_processes_resume_in_shards_to_the_bit(
+    tmp_path: Path, folders: dict[str, Path], data: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Losses are those of one process; a run that was killed after step 2 continues
     in shards to the bit, and a checkpoint in shards is continued by one process."""
     sharded = ["--train.parallel", "fsdp", "--train.sharded_checkpoints", "true"]
-    cases: dict[str, Any] = {f"load {name}": {"folder": str(folder)} for name, folder in folders.items()}
+    cases: dict[str, Any] = {}
     for name in ("qwen3", "qwen3_moe"):
         cases[f"train {name}"] = {"words": command(folders[name], data, tmp_path / name, *sharded)}
         code, _, err = run(*command(folders[name], data, tmp_path / f"{name}-one"))

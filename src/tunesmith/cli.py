@@ -312,6 +312,8 @@ def _quiet_libraries() -> None:
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     }.items():
         os.environ.setdefault(name, value)
+    if "RANK" in os.environ:  # where a process is lost, torch prints stacks of C++ for each try to reach it
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # it logs a line for every 8-bit forward
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from tunesmith.errors import UsageError
 
+_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "GROUP_WORLD_SIZE")
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -24,7 +25,8 @@ class Launch:
         local_rank: number of this process on its host.
         address, port: of the launcher's key-value store.
         has_agent: the launcher itself keeps that store; otherwise process 0 does.
-        restarts: how often the launcher has started the processes again.
+        is_again: the launcher has started the processes again, or may have: with several hosts, only the one where a
+            process was lost counts that.
     """
 
     rank: int
@@ -33,7 +35,7 @@ class Launch:
     address: str
     port: int
     has_agent: bool
-    restarts: int
+    is_again: bool
 
     @property
     def name(self) -> str:
@@ -59,7 +61,7 @@ def find_launch() -> Launch | None:
     try:
         rank, size, port = (int(given[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
         local_rank = int(given.get("LOCAL_RANK", rank))
-        restarts = int(given.get("TORCHELASTIC_RESTART_COUNT", 0))
+        restarts, most, hosts = (int(given.get(name, 0)) for name in _COUNTS)
     except ValueError as error:
         raise UsageError(
             f"a variable of the launcher is not a number: {error}. Start the run with torchrun.",
@@ -71,7 +73,8 @@ def find_launch() -> Launch | None:
             code="launcher-incomplete",
         )
     has_agent = given.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return Launch(rank, size, local_rank, given["MASTER_ADDR"], port, has_agent, restarts)
+    is_again = restarts > 0 or (hosts > 1 and most > 0)
+    return Launch(rank, size, local_rank, given["MASTER_ADDR"], port, has_agent, is_again)
 
 
 def is_first() -> bool:
@@ -97,12 +100,18 @@ class Voice:
     """Whether this process prints. Before the processes have joined, the first of each host does; then only process 0.
 
     What happens on another process is told by process 0.
+
+    Attributes:
+        has_joined: the processes know each other.
+        speaks_for_first: process 0 is lost, and this one tells it.
     """
 
     def __init__(self) -> None:
-        self.has_joined = False
+        self.has_joined = self.speaks_for_first = False
 
     def is_heard(self) -> bool:
+        if self.speaks_for_first:
+            return True
         rank = os.environ.get("RANK", "0") if self.has_joined else os.environ.get("LOCAL_RANK", "0")
         return rank == "0" or "RANK" not in os.environ
 

@@ -21,13 +21,14 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from tunesmith.config.train_keys import TrainSection
 from tunesmith.distributed.channel import Channel, Failure
 from tunesmith.distributed.launch import VOICE, Launch, find_launch
+from tunesmith.distributed.meeting import NotMetError, meet
 from tunesmith.distributed.world import OneProcess, World
 from tunesmith.errors import ConfigError, InterruptedRun, RunError, TunesmithError
 from tunesmith.files import is_out_of_memory, lacking_memory
 
 _JOIN_S = 300  # for all processes to start
 _POLL_S = 0.05
-_WITHOUT_ADVICE = ("process-lost", "run-interrupted")  # failures of a process that ended at once
+_WITHOUT_ADVICE = ("process-lost", "process-failed", "run-interrupted")  # failures of a process that ended at once
 _JOINED = itertools.count()  # worlds of this process; each has its own keys in the store
 _stores: list[Any] = []  # kept to the end of the process: others may still read from it
 
@@ -92,36 +93,44 @@ class Processes:
         ToldError: another process has failed.
         """
         if (failure := self.channel.failure()) and failure.rank != self.rank:
-            self.channel.notice()
-            if self.is_main:
-                self.channel.tell()
+            self._take(failure)
             raise ToldError(failure)
 
-    def raise_cause(self) -> None:
-        """After an interrupt: it may come from the channel, since another process has failed.
+    def _take(self, failure: Failure) -> None:
+        """Another process has failed; it may end when process 0 has taken its failure."""
+        self.channel.notice()
+        VOICE.speaks_for_first = self.channel.speaks(failure)
+        if self.is_main:
+            self.channel.tell()
+
+    def raise_cause(self, waits: bool = False) -> None:
+        """After an interrupt: it may come from the channel, since another process has failed, or from torchrun, which
+        ends all others when it sees that one has ended.
+
+        Args:
+            waits: long enough to see that a process is lost.
 
         Raises:
             ToldError: that failure, unless that process was only interrupted as well.
         """
-        failure = self.channel.failure()
-        if failure and failure.exit_code != InterruptedRun.exit_code:
-            self.raise_failure()
+        failure = self.channel.find_lost() if waits else self.channel.failure()
+        if failure and failure.rank != self.rank and failure.exit_code != InterruptedRun.exit_code:
+            self._take(failure)
+            raise ToldError(failure)
 
     @contextmanager
     def explained(self) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt:
-            self.raise_cause()
+            self.raise_cause(waits=True)
             raise
         except RuntimeError as error:  # of gloo or NCCL, when a process has ended; and anything else of torch
             if is_out_of_memory(error) or not (failure := self.channel.find_cause()):
                 raise
             if failure.rank == self.rank:
                 raise
-            self.channel.notice()
-            if self.is_main:
-                self.channel.tell()
+            self._take(failure)
             raise ToldError(failure) from error
 
     def ask_stop(self) -> str:
@@ -143,9 +152,11 @@ class Processes:
         text, is_interrupt = str(error), isinstance(error, KeyboardInterrupt)
         if is_out_of_memory(error):
             text = f"{lacking_memory(error)} is out of memory"
+        elif is_interrupt:
+            text = "interrupted."
         elif not isinstance(error, TunesmithError):
-            kind = type(error).__name__
-            text = "interrupted." if is_interrupt else f"{kind}: {' '.join(text.split())[:2000]}"
+            text = f"unexpected error: {type(error).__name__}: {' '.join(text.split())[:2000]}".rstrip(".:")
+            text = f"{text}. TUNESMITH_DEBUG=1 shows the traceback."
         default = InterruptedRun.exit_code if is_interrupt else RunError.exit_code
         failure = Failure(
             self.rank,
@@ -156,13 +167,17 @@ class Processes:
         told = self.channel.fail(failure)
         if self.is_main:
             self.channel.tell()
-        elif told.rank == self.rank:
+        elif told.rank == self.rank and self.channel.owns_process:
             self.channel.wait_told()
 
 
 @contextmanager
-def joined_world(train: TrainSection) -> Iterator[World]:
+def joined_world(train: TrainSection, owns_process: bool = True) -> Iterator[World]:
     """The world of this run: all processes of the launcher, or this one.
+
+    Args:
+        owns_process: nothing runs in this process but the command; otherwise errors are raised to a caller, who may
+            start the run again (Ray Train).
 
     Raises:
         ConfigError: train.parallel does not fit the number of processes.
@@ -173,7 +188,7 @@ def joined_world(train: TrainSection) -> Iterator[World]:
     if launch is None or (launch.size == 1 and train.parallel in ("auto", "none")):
         yield OneProcess()
         return
-    world, leave = _join(launch)
+    world, leave = _join(launch, owns_process)
     error: BaseException | None = None
     try:
         try:
@@ -209,23 +224,24 @@ def require_fitting(train: TrainSection, launch: Launch | None) -> None:
         )  # fmt: skip
 
 
-def _join(launch: Launch) -> tuple[Processes, Callable[[BaseException | None], None]]:
-    VOICE.has_joined = True
+def _join(launch: Launch, owns_process: bool) -> tuple[Processes, Callable[[BaseException | None], None]]:
     if torch.cuda.is_available():
         torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
     limit = datetime.timedelta(seconds=collective_s())
     owns_group = not dist.is_initialized()
     number = next(_JOINED)
-    prefix = f"tunesmith/{launch.restarts}/{number}"
     try:
+        store = _connect(launch, is_first=owns_group and number == 0)
+        prefix = f"tunesmith/{meet(PrefixStore(f'tunesmith/{number}', store), launch.rank, launch.size, _JOIN_S)}"
+        VOICE.has_joined = True
         if owns_group:
-            store = PrefixStore(f"{prefix}/group", _connect(launch, is_first=number == 0))
+            store = PrefixStore(f"{prefix}/group", store)
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=limit)
         group = dist.new_group(backend="gloo", timeout=limit)
         client = PrefixStore(prefix, _connect(launch, is_first=False))
-        channel = Channel(PrefixStore("channel", client), launch.rank, launch.size, launch.name)
-    except (RuntimeError, OSError) as error:
+        channel = Channel(PrefixStore("channel", client), launch.rank, launch.size, launch.name, owns_process)
+    except (NotMetError, RuntimeError, OSError) as error:
         raise RunError(
             f"{launch.name}: cannot reach the other processes at {launch.address}:{launch.port} "
             f"({' '.join(str(error).split())[:300]}). All must be started, and reach that address.",

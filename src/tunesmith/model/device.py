@@ -7,10 +7,13 @@ import torch
 
 def pick_device(local_rank: int | None = None) -> torch.device:
     """Args:
-    local_rank: number of this process on its host, where there are several; each has a GPU of its own.
+    local_rank: number of this process on its host, where there are several; each has a GPU of its own. Some launchers
+        show each process only that one GPU.
     """
     if torch.cuda.is_available():
-        return torch.device("cuda") if local_rank is None else torch.device("cuda", local_rank)
+        if local_rank is None:
+            return torch.device("cuda")
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")

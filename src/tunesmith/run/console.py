@@ -103,7 +103,8 @@ class ConsoleReporter:
 class Silent:
     """Shows nothing. Of several processes, the first shows what they do."""
 
-    owns_process = False
+    def __init__(self, owns_process: bool = False) -> None:
+        self.owns_process = owns_process
 
     def stage(self, text: str) -> None:
         pass

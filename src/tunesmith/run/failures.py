@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tunesmith.config.schema import RunConfig
+from tunesmith.distributed.launch import find_launch
 from tunesmith.distributed.processes import ToldError
 from tunesmith.errors import InterruptedRun, RunError, TunesmithError
 from tunesmith.files import NO_ROOM, is_out_of_memory, lacking_memory, system_error
@@ -80,7 +81,9 @@ def how_to_continue(run: RunFolder, is_urgent: bool = False) -> str:
         return f"Continue with: tunesmith resume {whole_run(run.path)}" if has_others else "No files were kept."
     last = next(reversed(list_checkpoints(run)[0]), None) if is_urgent else newest_valid(run)[0]
     state = f"Last good checkpoint: {last.folder}." if last else "No checkpoint yet: resume starts at step 0."
-    return f"{state} Continue with: tunesmith resume {whole_run(run.path)}"
+    launch = find_launch()
+    how = "Continue with" if launch is None or launch.size == 1 else "Continue with, under the same launcher"
+    return f"{state} {how}: tunesmith resume {whole_run(run.path)}"
 
 
 def explain_memory(config: RunConfig, capacity: int) -> str:

@@ -62,8 +62,8 @@ def run_resume(
     record = RunRecord.from_json(read_record(folder.record), folder.record)
     config = own_names(absolute_names(read_config(name, folder, flags), record.cwd), folder)
     require_packages(config)
-    with joined_world(config.train) as world:
-        reporter = reporter if world.is_main else Silent()
+    with joined_world(config.train, reporter.owns_process) as world:
+        reporter = reporter if world.is_main else Silent(reporter.owns_process)
         with locked(folder.path) if world.is_main else contextlib.nullcontext():
             return _resume(name, flags, allowed, reporter, world, record, config)
 
@@ -94,7 +94,7 @@ def _resume(
         sources = find_data_or_none(config) if world.is_main else None
         session = open_session(config, folder, reporter, record.date, sources, model, world)
         require_same_start(session)
-        with explained_failures(folder, config, session.lengths.capacity, position.progress):
+        with explained_failures(folder, config, session.lengths.capacity, position.progress), world.explained():
             dataset, guard = _open_data(session, position.fingerprint, allow)
             reporter.stage("loading the model")
             ready = assemble(session, dataset, None if session.is_adapter else position.weights)

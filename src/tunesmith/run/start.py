@@ -52,8 +52,8 @@ def run_training(config: RunConfig, reporter: Reporter | None = None, rows: Rows
     rows = rows or {}
     if done := continue_if_begun(config, reporter, rows):
         return done
-    with joined_world(config.train) as world:
-        return _train(config, reporter if world.is_main else Silent(), rows, world)
+    with joined_world(config.train, reporter.owns_process) as world:
+        return _train(config, reporter if world.is_main else Silent(reporter.owns_process), rows, world)
 
 
 def continue_if_begun(config: RunConfig, reporter: Reporter, rows: Rows) -> Path | None:
@@ -66,7 +66,7 @@ def continue_if_begun(config: RunConfig, reporter: Reporter, rows: Rows) -> Path
         TunesmithError: the folder contains another run.
     """
     launch = find_launch()
-    if not config.train.resume and (launch is None or not launch.restarts):
+    if not config.train.resume and (launch is None or not launch.is_again):
         return None
     output = Path(config.train.output_dir).expanduser()
     folder = RunFolder(output.resolve())

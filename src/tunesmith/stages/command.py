@@ -28,7 +28,7 @@ def train_config(config: RunConfig | StagedConfig, reporter: Reporter, rows: Row
     """
     if isinstance(config, StagedConfig):
         path = _absolute(config.output_dir)
-        train_stages(config, reporter if is_first() else Silent())
+        train_stages(config, reporter if is_first() else Silent(reporter.owns_process))
         return path
     path = _absolute(config.train.output_dir)
     with reported(path, reporter.note) if is_first() else nullcontext():
@@ -44,7 +44,7 @@ def resume_run(name: str, flags: Mapping[str, Any], allowed: Sequence[str], repo
     """
     path = _absolute(name)
     if has_stages(whole_run(path)):
-        resume_stages(name, flags, allowed, reporter if is_first() else Silent())
+        resume_stages(name, flags, allowed, reporter if is_first() else Silent(reporter.owns_process))
         return whole_run(path)
     with reported(path, reporter.note) if is_first() else nullcontext():
         run_resume(name, flags, allowed, reporter=reporter)

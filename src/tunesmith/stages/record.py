@@ -192,7 +192,7 @@ def find_begun(config: StagedConfig) -> StagedRun | None:
     launch = find_launch()
     is_asked = any(stage.config.train.resume for stage in config.stages)
     path = Path(config.output_dir).expanduser().resolve()
-    if not (is_asked or (launch is not None and launch.restarts)) or not has_stages(path):
+    if not (is_asked or (launch is not None and launch.is_again)) or not has_stages(path):
         return None
     run = read_stages(path, config.output_dir)
     before, now = [run.name(place) for place in range(len(run))], [stage.name for stage in config.stages]

@@ -80,10 +80,11 @@ def train_step(
     """
     world, spread = world or OneProcess(), spread or Spread()
     device = next(lm.parameters()).device
+    dtype = torch.promote_types(next(lm.parameters()).dtype, torch.float32)  # of sums, also where nothing is summed
     num_parts = batches.num_samples if lm.router and lm.router.is_per_document else len(batches)
     counts = torch.tensor([batches.num_tokens, batches.num_targets, num_parts])  # of this process
     num_tokens, num_targets, num_parts = world.sum(counts).tolist()
-    loss_sum, router_sum = torch.zeros(2, device=device).unbind()
+    loss_sum, router_sum = torch.zeros(2, device=device, dtype=dtype).unbind()
     expert_counts = torch.zeros(lm.router.num_experts, dtype=torch.int64, device=device) if lm.router else None
     source_losses = torch.zeros(batches.num_sources, device=device)
     for batch in _until_given_up(batches, gives_up, end_forwards):

@@ -30,14 +30,14 @@ LEFT = "left"  # the last sign of life of a process that has ended in order
 _FAILED, _TOLD, _STOP = "failed", "told", "stop"
 _SUSPECT_S = 1.5  # without a beat, where a signal says that something has happened
 _ENDED = (
-    "ended without a word{where}. The system kills processes where memory is full (dmesg says so); the launcher's log "
+    "ended without a word.{where} The system kills processes where memory is full (dmesg says so); the launcher's log "
     "has what it printed."
 )
 _STORE_GONE = "process 0, or the launcher that connects the processes, has ended. The log of its host says why."
 _LAUNCHER_GONE = "the launcher of this process has ended, and the run with it. Its log or dmesg says why."
 _NO_PROCESS = -1  # the rank of what is not a process of the run
 _SILENT = (
-    "has not answered for {seconds:.0f} seconds{where}: it is stopped, or its host or network is lost. Look at that "
+    "has not answered for {seconds:.0f} seconds.{where} It is stopped, or its host or network is lost. Look at that "
     "host; where pauses are usual, set TUNESMITH_SILENCE_S higher."
 )
 
@@ -238,7 +238,7 @@ class Channel:
 
     def _lost(self, rank: int, what: str) -> Failure:
         sign = self.signs().get(rank)
-        where = f" {sign.place}" if sign and sign.place else ""
+        where = f" It was {sign.place}." if sign and sign.place else ""
         return Failure(rank, f"{self.name_of(rank)} {what.format(where=where)}", 4, "process-lost")
 
     def _watch(self) -> None:

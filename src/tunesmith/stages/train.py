@@ -39,12 +39,12 @@ from tunesmith.training.randomness import unchanged_process
 def train_stages(config: StagedConfig, reporter: Reporter) -> None:
     """Train all stages of a run file; of several processes, all call this."""
     if run := find_begun(config):
-        with joined_world(run.record.stages[0].config.train) as world:
+        with joined_world(run.record.stages[0].config.train, reporter.owns_process) as world:
             place = world.share(lambda: find_next(run))
             flags = world.share(lambda: update_stages(run, config, place))
         _go_on(read_stages(run.path, run.named), place, reporter, flags, ())
         return
-    with joined_world(config.stages[0].config.train) as world:
+    with joined_world(config.stages[0].config.train, reporter.owns_process) as world:
         path = Path(world.share(lambda: str(_create(config, reporter))))
     try:
         with _alone(path):
@@ -78,7 +78,7 @@ def resume_stages(name: str, flags: Mapping[str, Any], allowed: Sequence[str], r
     given = Path(name).expanduser().resolve()
     path = whole_run(given)
     run = read_stages(path, name if path == given else os.path.relpath(path) if not os.path.isabs(name) else str(path))
-    with joined_world(run.record.stages[0].config.train) as world:
+    with joined_world(run.record.stages[0].config.train, reporter.owns_process) as world:
         place = world.share(lambda: find_next(run))
     _require_next(run, given, min(place, len(run) - 1))
     _go_on(run, place, reporter, flags, allowed)

@@ -316,6 +316,8 @@ def _quiet_libraries() -> None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # it logs a line for every 8-bit forward
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # accelerate imports it wherever it is installed, and it sets its own level
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,8 +14,8 @@ RESUME_PARTS = (
 FREE_KEYS = (
     "train.max_steps", "train.epochs", "train.log_steps", "train.eval_steps", "train.save_steps", "train.save_minutes",
     "train.keep_checkpoints", "train.early_stop_patience", "train.on_nonfinite", "train.trackers",
-    "train.gradient_checkpointing", "train.eval_generate", "train.parallel", "train.sharded_checkpoints",
-    "train.resume", "train.profile_steps", "data.max_cut_replies", "data.workers",
+    "train.gradient_checkpointing", "train.eval_generate", "train.parallel", "train.deepspeed",
+    "train.sharded_checkpoints", "train.resume", "train.profile_steps", "data.max_cut_replies", "data.workers",
 )  # fmt: skip
 """Keys that resume takes without --allow: none of them alters a step. More steps may need --allow schedule."""
 

@@ -58,9 +58,12 @@ class TrainSection(Section):
     """bf16, fp16: autocast over fp32 weights; bf16_pure: bf16 weights; auto: bf16 on a GPU that has it, else fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, far less memory."""
-    parallel: Literal["auto", "ddp", "fsdp", "none"] = "auto"
+    parallel: Literal["auto", "ddp", "fsdp", "deepspeed", "none"] = "auto"
     """How several processes of a launcher (torchrun) share the model. fsdp: each keeps a shard of weights, gradients
-    and averages; ddp: each has the whole model; auto: ddp for an adapter, else fsdp; one process needs neither."""
+    and averages; ddp: each has the whole model; deepspeed: as train.deepspeed says. auto: deepspeed with
+    train.deepspeed, ddp for an adapter, else fsdp; one process needs none of them."""
+    deepspeed: str | None = None
+    """JSON file of DeepSpeed's settings (ZeRO stage 1, 2 or 3); the extra tunesmith[deepspeed]."""
     sharded_checkpoints: bool | Literal["auto"] = "auto"
     """With parallel fsdp: each process writes its shards, instead of the first one gathering a model folder. auto: if
     that does not fit into the first one's memory. An adapter is always gathered."""

@@ -28,6 +28,7 @@ class Sharded(Spread):
 
     name = "fsdp"
     needs_equal_forwards = True
+    must_gather = True
 
     def __init__(self, world: World, device: torch.device, compute: torch.dtype | None) -> None:
         self._device, self._world = device, world
@@ -45,7 +46,7 @@ class Sharded(Spread):
                 # sums, not means; gloo cannot scale while it sums
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
-        _move_buffers(lm, self._device)
+        move_buffers(lm, self._device)
 
     def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
         norm = super().clip(parameters, max_norm)
@@ -96,7 +97,7 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     return max(lists, key=len, default=[])
 
 
-def _move_buffers(lm: nn.Module, device: torch.device) -> None:
+def move_buffers(lm: nn.Module, device: torch.device) -> None:
     """fully_shard moves parameters; tables such as the rotary embedding's frequencies stay where they were."""
     for module in lm.modules():
         for name, buffer in module.named_buffers(recurse=False):

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
+from tunesmith.config.deepspeed_file import wants_deepspeed
 from tunesmith.config.train_keys import TrainSection
 from tunesmith.distributed.channel import Channel, Failure
 from tunesmith.distributed.launch import VOICE, Launch, find_launch
@@ -185,7 +186,7 @@ def joined_world(train: TrainSection, owns_process: bool = True) -> Iterator[Wor
     """
     launch = find_launch()
     require_fitting(train, launch)
-    if launch is None or (launch.size == 1 and train.parallel in ("auto", "none")):
+    if launch is None or (launch.size == 1 and train.parallel in ("auto", "none") and not wants_deepspeed(train)):
         yield OneProcess()
         return
     world, leave = _join(launch, owns_process)
@@ -215,10 +216,11 @@ def require_fitting(train: TrainSection, launch: Launch | None) -> None:
              "train.parallel out"],
             code="parallel-does-not-fit",
         )  # fmt: skip
-    if train.parallel in ("ddp", "fsdp", "deepspeed") and launch is None:
+    name = "deepspeed" if wants_deepspeed(train) else train.parallel
+    if name in ("ddp", "fsdp", "deepspeed") and launch is None:
         raise ConfigError(
             "train.parallel",
-            [f"{train.parallel} needs a launcher, which says how many processes there are: torchrun --nproc-per-node N "
+            [f"{name} needs a launcher, which says how many processes there are: torchrun --nproc-per-node N "
              "-m tunesmith train ..."],
             code="parallel-does-not-fit",
         )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +24,28 @@ class Spread:
     Attributes:
         name: as in train.parallel.
         needs_equal_forwards: whether each process must make the same number of forwards in a step.
+        must_gather: whether process 0 lacks parts of the weights, so that all processes take part in saving.
     """
 
     name = "none"
     needs_equal_forwards = False
+    must_gather = False
 
     def prepare(self, lm: SupervisedLM) -> None:
         """Spread the model; after this call, and before the optimizer is built."""
 
-    def backward(self, loss: Tensor) -> None:
+    def attach(self, lm: SupervisedLM, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """The optimizer that the loop uses, after `prepare`."""
+        return optimizer
+
+    def callable(self, lm: SupervisedLM) -> nn.Module:
+        """What is called for a forward that a backward follows."""
+        return lm
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Args:
+        is_last: of this process in the step.
+        """
         loss.backward()
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -57,6 +71,23 @@ class Spread:
             like: the parameter.
         """
         return tensor.read().to(like.device, copy=True)
+
+    def copy_state(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, str, Any]]:
+        """The optimizer's state of each parameter: key and whole value. Every process calls this."""
+        for parameter, entries in optimizer.state.items():
+            for key, value in entries.items():
+                yield parameter, key, self.whole(value) if isinstance(value, Tensor) else value
+
+    def set_state(
+        self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str, value: StoredTensor
+    ) -> None:
+        """Keep what belongs to this process of a value that `copy_state` gave."""
+        optimizer.state[parameter][key] = self.part(value, parameter)
+
+    @contextmanager
+    def whole_adapter(self, lm: SupervisedLM) -> Iterator[None]:
+        """Within the block, the weights of the adapter are whole. Every process calls this."""
+        yield
 
     @contextmanager
     def callable_parts(self, lm: SupervisedLM) -> Iterator[None]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from tunesmith.config.deepspeed_file import find_refused
 from tunesmith.config.foreign import SAME, explain_key
 from tunesmith.config.foreign_reasons import HARMLESS_KEYS, MISSING_KEYS
 from tunesmith.config.plainyaml import dump, show
@@ -133,7 +134,9 @@ def _turn(draft: Draft, key: str, value: Any, turns: Mapping[str, Turn]) -> None
 
 
 def _turn_key(draft: Draft, key: str, value: Any, turns: Mapping[str, Turn]) -> None:
-    if key in _KEPT and is_on(value):
+    if is_on(value) and (file := _deepspeed_file(key, value)):
+        _turn_deepspeed(draft, key, file)
+    elif key in _KEPT and is_on(value):
         draft.comments.append(f"not used here, where one process trains:\n{dump({key: value}).rstrip()}")
     elif key in SWITCHES and not is_switch(value):
         draft.lose(key, value, "neither true nor false")
@@ -148,6 +151,23 @@ def _turn_key(draft: Draft, key: str, value: Any, turns: Mapping[str, Turn]) -> 
             draft.lose(key, value, MISSING_KEYS[key])
     elif is_on(value):
         draft.lose(key, value, explain_key(key) or "not known here")
+
+
+def _deepspeed_file(key: str, value: Any) -> str:
+    """The file of DeepSpeed's settings that a key names; "" if it names none."""
+    if key == "deepspeed" and isinstance(value, str):
+        return value
+    if key == "dist_config" and isinstance(value, Mapping) and value.get("name") == "deepspeed":
+        return str(value.get("config_file") or "")
+    return ""
+
+
+def _turn_deepspeed(draft: Draft, key: str, file: str) -> None:
+    draft.ours["train.deepspeed"] = file
+    draft.note(key, f"{file} is kept; start the run with torchrun --nproc-per-node N -m tunesmith train FILE")
+    beside = draft.folder / file
+    if reason := find_refused(str(beside if beside.is_file() else file)):
+        draft.note(key, f"{file} will be refused: {reason}")
 
 
 def _choose_adapter(draft: Draft) -> None:

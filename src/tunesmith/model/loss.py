@@ -26,9 +26,8 @@ from tunesmith.model.head import head_logits
 _CHUNK_BYTES = 256 * 2**20  # of fp32 logits in memory at once
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LossSums:
-    """Sums of one forward.
+class LossSums(NamedTuple):
+    """Sums of one forward. A named tuple, since wrappers of a model look for tensors in tuples.
 
     Attributes:
         loss: scalar, cross-entropy summed over targets; differentiable.

@@ -120,7 +120,7 @@ def load_weights(session: Session, checkpoint: Path | None) -> PreTrainedModel:
     extend_vocabulary(model, tokenizer, new_tokens)
     check_vocabulary(model, tokenizer)
     if not is_sharded:  # otherwise each process copies its shard alone, to its device
-        if quantization is None:
+        if quantization is None and session.parallel != "deepspeed":  # which moves it in parts
             nn.Module.to(model, session.device)  # transformers' `to` is untyped
         own_memory(model)
     refuse_not_finite(config.model.path, model)
@@ -137,6 +137,8 @@ def loads_shards(lora: LoraSection, source: ModelSource) -> bool:
 
 def weights_dtype(session: Session) -> torch.dtype:
     precision = session.precision
+    if session.parallel == "deepspeed":  # takes weights of one dtype
+        return precision.weights
     # frozen weights need no fp32 copy, since autocast uses half precision anyway
     return precision.autocast if session.is_adapter and precision.autocast else precision.weights
 

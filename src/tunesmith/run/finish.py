@@ -34,7 +34,7 @@ def finish_run(ready: ReadyRun, trainer: Trainer, record: RunRecord, lines: list
         _finish_in_groups(ready, trainer, record, lines, takes_best)
         return saved
     weights = None
-    if not takes_best and trainer.spread.name == "fsdp":
+    if not takes_best and trainer.spread.must_gather:
         weights = copy_weights(lm, trainer.spread)
 
     def write() -> None:

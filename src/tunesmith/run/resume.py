@@ -141,7 +141,7 @@ def _open_data(session: Session, before: Fingerprint, allow: Allowed) -> tuple[D
     return open_dataset(data, seed, session.folder, guard.store, ledger, None), guard
 
 
-_NAMES = ("data.train", "data.eval", "data.chat_template", "model.path", "model.tokenizer")
+_NAMES = ("data.train", "data.eval", "data.chat_template", "model.path", "model.tokenizer", "train.deepspeed")
 
 
 def find_run(name: str) -> RunFolder:

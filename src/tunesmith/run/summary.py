@@ -9,6 +9,7 @@ import torch
 from tunesmith import __version__
 from tunesmith.adapters.adapter import describe_adapter, find_zero_gates
 from tunesmith.config.data_keys import DataSection
+from tunesmith.config.deepspeed_file import read_deepspeed
 from tunesmith.data.ledger import Ledger, Problem
 from tunesmith.display import format_bytes, format_count, to_markdown
 from tunesmith.model.card import describe_base, front_matter, load_adapter_lines, load_model_lines
@@ -66,6 +67,10 @@ def _process_lines(ready: ReadyRun) -> list[tuple[str, str]]:
     if world.size == 1:
         return []
     what = {"ddp": "each has the whole model (ddp)", "fsdp": "each keeps a shard of the model (fsdp)"}
+    if ready.session.parallel == "deepspeed":
+        parts = {1: "averages", 2: "averages and gradients", 3: "weights, gradients and averages"}
+        stage = read_deepspeed(ready.session.config, ready.session.precision.name).stage
+        what["deepspeed"] = f"each keeps a part of the {parts[stage]} (deepspeed, ZeRO-{stage})"
     dealt = f"a step's {packs} packs are dealt" if packs > 1 else "a step has one pack"
     lines = [("processes", f"{world.size}: {what[ready.session.parallel]}; {dealt}")]
     if packs % world.size:
@@ -233,8 +238,14 @@ def estimate_memory(ready: ReadyRun) -> float:
     model = ready.lm.model
     _, trainable = count_parameters(model)
     width = torch.finfo(ready.session.precision.weights).bits // 8
-    states = sum(p.numel() * p.element_size() for p in model.parameters()) + trainable * 3 * width
-    states = states // ready.session.world.size if ready.session.parallel == "fsdp" else states
+    weights, gradients = sum(p.numel() * p.element_size() for p in model.parameters()), trainable * width
+    size, stage = ready.session.world.size, 0
+    if ready.session.parallel == "deepspeed":
+        stage = read_deepspeed(ready.session.config, ready.session.precision.name).stage
+    elif ready.session.parallel == "fsdp":
+        stage = 3
+    states = weights // (size if stage == 3 else 1) + gradients // (size if stage >= 2 else 1)
+    states += 2 * gradients // (size if stage else 1)
     config = model.config.get_text_config()
     layers, hidden = config.num_hidden_layers, config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden

@@ -65,11 +65,13 @@ def build_trainer(
     config, folder = session.config, session.folder
     precision = session.precision
     questions = choose_questions(ready)
-    spread = build_spread(session.parallel, session.world, session.device, precision.autocast)
+    spread = build_spread(
+        session.parallel, session.world, session.device, precision.autocast, config, session.reporter.note
+    )
     spread.prepare(lm)
     if spread.name == "fsdp":  # which casts by itself
         precision = replace(precision, autocast=None)
-    optimizer = build_optimizer(lm.model, config.optim, config.lora.lr_ratio)
+    optimizer = spread.attach(lm, build_optimizer(lm.model, config.optim, config.lora.lr_ratio))
     scaler = precision.scaler(session.device)
     steps = config.train.profile_steps
     names, last_step = list(config.train.trackers), state.step if state else None

@@ -118,7 +118,8 @@ def weight_shards(folder: Path | None) -> list[Path]:
 def copy_weights(lm: SupervisedLM, spread: Spread) -> dict[str, Tensor]:
     """The trained weights, whole, copied to the CPU; tensors that share memory still do."""
     if lm.adapter is not None:
-        return {name: spread.whole(tensor).contiguous() for name, tensor in adapter_tensors(lm.adapter).items()}
+        with spread.whole_adapter(lm):
+            return {name: spread.whole(tensor).contiguous() for name, tensor in adapter_tensors(lm.adapter).items()}
     copies: dict[tuple[Any, ...], Tensor] = {}
     weights = {}
     for name, tensor, place in placed_weights(lm):
@@ -132,14 +133,19 @@ def placed_weights(lm: SupervisedLM) -> Iterator[tuple[str, Tensor, tuple[Any, .
     """Name, tensor, and what is the same for tensors that share memory; in the same order in all processes."""
     for name, tensor in lm.model.state_dict(keep_vars=True).items():
         place: tuple[Any, ...] = (id(tensor),)  # of a shard, which may be empty: all processes must see the same tying
-        if not isinstance(tensor, DTensor):
+        if not isinstance(tensor, DTensor) and not hasattr(tensor, "ds_id"):  # DeepSpeed's mark of a shard
             place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
         yield name, tensor, place
 
 
 def copy_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, spread: Spread) -> dict[str, Tensor]:
     """The optimizer's state by parameter name, so that it can be restored in any order."""
-    return {name: spread.whole(tensor).contiguous() for name, tensor in optimizer_tensors(model, optimizer)}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    tensors = {}
+    for parameter, key, value in spread.copy_state(optimizer):
+        kind = "" if isinstance(value, Tensor) else _NUMBER  # bitsandbytes keeps its step count as a Python number
+        tensors[f"{names[id(parameter)]}/{key}{kind}"] = torch.as_tensor(value).contiguous()
+    return tensors
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
@@ -161,7 +167,7 @@ def restore_optimizer(
         if key.endswith(_NUMBER):
             optimizer.state[parameter][key.removesuffix(_NUMBER)] = tensor.read().item()
         else:
-            optimizer.state[parameter][key] = spread.part(tensor, parameter)
+            spread.set_state(optimizer, parameter, key, tensor)
 
 
 def write_checkpoint(

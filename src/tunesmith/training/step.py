@@ -87,15 +87,15 @@ def train_step(
     loss_sum, router_sum = torch.zeros(2, device=device, dtype=dtype).unbind()
     expert_counts = torch.zeros(lm.router.num_experts, dtype=torch.int64, device=device) if lm.router else None
     source_losses = torch.zeros(batches.num_sources, device=device)
-    for batch in _until_given_up(batches, gives_up, end_forwards):
+    for batch, is_last in _until_given_up(batches, gives_up, end_forwards):
         if batch.is_empty and not spread.needs_equal_forwards:
             continue
         if seed:
             seed_forward(*seed, *batch.number)
         with precision.context(device):
-            sums = objective(lm, batch)
+            sums = objective(spread.callable(lm), batch)
         if batch.is_empty:
-            spread.backward(scaler.scale(_nothing_of(sums)))
+            spread.backward(scaler.scale(_nothing_of(sums)), is_last)
             continue
         loss = sums.loss / max(1, num_targets)
         loss_sum = loss_sum + loss.detach()
@@ -107,7 +107,7 @@ def train_step(
             expert_counts += sums.expert_counts
         if sums.source_losses is not None:
             source_losses = source_losses + sums.source_losses
-        spread.backward(scaler.scale(loss))
+        spread.backward(scaler.scale(loss), is_last)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     spread.sum_gradients(parameters)
     scaler.unscale_(optimizer)
@@ -135,11 +135,16 @@ def _nothing_of(sums: LossSums) -> Tensor:
 
 def _until_given_up(
     batches: Batches, gives_up: Callable[[], bool] | None, end_forwards: Callable[[], None] | None
-) -> Iterator[Batch]:
-    for number, batch in enumerate(batches):
-        if number and gives_up is not None and gives_up():
+) -> Iterator[tuple[Batch, bool]]:
+    """The batches, each with whether it is the last one."""
+    coming = iter(batches)
+    batch = next(coming, None)
+    while batch is not None:
+        following = next(coming, None)
+        yield batch, following is None
+        if following is not None and gives_up is not None and gives_up():
             raise StepAborted
-        yield batch
+        batch = following
     if end_forwards is not None:
         end_forwards()
 

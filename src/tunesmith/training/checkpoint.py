@@ -123,7 +123,7 @@ def copy_weights(lm: SupervisedLM, spread: Spread) -> dict[str, Tensor]:
     copies: dict[tuple[Any, ...], Tensor] = {}
     weights = {}
     for name, tensor, place in placed_weights(lm):
-        if place not in copies or not tensor.numel():
+        if place not in copies or not (tensor.numel() or hasattr(tensor, "ds_id")):
             copies[place] = spread.whole(tensor)
         weights[name] = copies[place]
     return weights

@@ -47,6 +47,11 @@ def _one_thread_pool() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["TUNESMITH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _short_replies() -> Iterator[None]:
     """One sample reply of a few tokens in each run's report: they take longer than the runs of most tests."""
     with pytest.MonkeyPatch.context() as patch:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -206,9 +207,10 @@ _UMASK = _read_umask()  # at import, while there is only one thread
 
 def usual_modes(folder: Path) -> None:
     """Give every file the permissions of the user's umask: safetensors makes files readable only by their owner."""
+    usual = 0o666 & ~_UMASK
     for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            path.chmod(0o666 & ~_UMASK)
+        if path.is_file() and not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) != usual:
+            path.chmod(usual)
 
 
 @contextmanager

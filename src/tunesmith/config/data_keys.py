@@ -109,6 +109,8 @@ class DataSection(Section):
     """Largest row in MB; a larger one is refused and never parsed. A .txt or .md file may have any size."""
     workers: Literal["auto"] | int = "auto"
     """Processes that label rows; auto: one for each core where the data are large; 0 or 1: none besides the command."""
+    cache: Literal["auto"] | bool = "auto"
+    """Keep prepared data in the cache folder for the next start; auto: those of files of 32 MB and more together."""
 
     @field_validator("train", mode="before")
     @classmethod

@@ -22,8 +22,8 @@ from tunesmith.config.schema import RunConfig
 from tunesmith.config.sources import amounts_of
 from tunesmith.data.dataset import DataSources, StoreHashes
 from tunesmith.errors import TunesmithError
-from tunesmith.files import sha256_file
 from tunesmith.hashes import describe_weights, hash_config, hash_template, hash_tokenizer
+from tunesmith.preparation.cache import hash_data_file
 from tunesmith.run.records import Fingerprint
 from tunesmith.run.session import Session
 from tunesmith.runfolder import RunFolder
@@ -81,7 +81,7 @@ def _describe_file(path: Path, name: str) -> dict[str, Any]:
         "path": str(Path(name).resolve()),
         "size": stat.st_size,
         "mtime_ns": stat.st_mtime_ns,
-        "sha256": sha256_file(path),
+        "sha256": hash_data_file(path),
     }
 
 
@@ -106,7 +106,7 @@ def compare_files(before: FileRecords, sources: DataSources | None) -> tuple[lis
             stat = path.stat()
             if (stat.st_size, stat.st_mtime_ns) == (entry["size"], entry["mtime_ns"]):
                 continue
-            if stat.st_size != entry["size"] or sha256_file(path) != entry["sha256"]:
+            if stat.st_size != entry["size"] or hash_data_file(path) != entry["sha256"]:
                 refusals.append(f"data: {path} has changed since the run began")
     parts = (("train", sources.train), ("eval", sources.eval)) if sources else ()
     given = {(part, str(path.resolve())) for part, found in parts for path in found.files}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ from typing import Any
 
 from tunesmith.errors import DataError
 from tunesmith.sources.datafile import DataFile
+from tunesmith.sources.jsonarray import ArrayReader
 from tunesmith.sources.jsontext import DuplicateKey, load_json
-from tunesmith.sources.rowsize import RowTooLarge, bound_row
+from tunesmith.sources.rowsize import BYTES_PER_MB, RowTooLarge, bound_row, measure_row
 
 _TURN_KEYS = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
 _ROW_KEYS = {"messages", "conversations", "conversation", "prompt", "completion", "instruction", "output", "text"}
@@ -54,11 +56,37 @@ def read_json(file: DataFile, parses: bool = True) -> Iterator[NumberedRow]:
                 line = JsonLine(path, number, text)
                 yield number, line.parse() if parses else line
         return
+    if _first_character(file) == "[":
+        yield from _read_array(file)
+        return
     value = _load_whole(file)
-    items = value if isinstance(value, list) and not _is_one_chat(value) else [value]
-    is_small = file.holds_small_rows_only
-    for number, item in enumerate(items, 1):
-        yield number, item if is_small else bound_row(item, file.max_row_mb)
+    yield 1, value if file.holds_small_rows_only else bound_row(value, file.max_row_mb)
+
+
+def _read_array(file: DataFile) -> Iterator[NumberedRow]:
+    """Rows of an array, or the one chat whose turns its items are."""
+    with _explained(file), file.open_text() as text:
+        turns = _read_chat(ArrayReader(text, file.max_row_mb).items(), file.max_row_bytes)
+    if turns is not None:
+        yield 1, turns if isinstance(turns, RowTooLarge) else bound_row(turns, file.max_row_mb)
+        return
+    with _explained(file), file.open_text() as text:
+        yield from enumerate(ArrayReader(text, file.max_row_mb).items(), 1)
+
+
+def _read_chat(items: Iterator[Any], max_bytes: int) -> list[Any] | RowTooLarge | None:
+    """The items of an array if they are turns rather than rows; RowTooLarge where there are too many to hold."""
+    turns: list[Any] = []
+    size = 0
+    for item in items:
+        if not _is_turn(item):
+            return None
+        size += measure_row(item, max_bytes)
+        if size <= max_bytes:
+            turns.append(item)
+    if not size:
+        return None
+    return turns if size <= max_bytes else RowTooLarge(size, max_bytes / BYTES_PER_MB)
 
 
 def _is_json_lines(file: DataFile) -> bool:
@@ -86,12 +114,9 @@ def _first_character(file: DataFile) -> str:
     return ""
 
 
-def _is_one_chat(items: list[Any]) -> bool:
-    """Whether the items of an array are turns rather than rows."""
-    return bool(items) and all(
-        isinstance(item, dict) and any(keys <= item.keys() for keys in _TURN_KEYS) and not _ROW_KEYS & item.keys()
-        for item in items
-    )
+def _is_turn(item: Any) -> bool:
+    """Whether an item of an array is a turn of one chat rather than a row."""
+    return isinstance(item, dict) and any(keys <= item.keys() for keys in _TURN_KEYS) and not _ROW_KEYS & item.keys()
 
 
 def _is_json(text: str) -> bool:
@@ -105,8 +130,15 @@ def _is_json(text: str) -> bool:
 def _load_whole(file: DataFile) -> Any:
     with file.open_text() as opened:
         text = opened.read()
-    try:
+    with _explained(file):
         return load_json(text)
+
+
+@contextlib.contextmanager
+def _explained(file: DataFile) -> Iterator[None]:
+    """Name the line of a JSON error."""
+    try:
+        yield
     except json.JSONDecodeError as error:
         raise _explain(f"{file.path}:{error.lineno}", error, "", "Correct the file from there on.") from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 _STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{\]}]', re.DOTALL)
@@ -69,26 +69,42 @@ def load_json(text: str) -> Any:
         JSONDecodeError: with the position; also where Python raises errors of other classes.
         DuplicateKey: a JSONDecodeError too.
     """
+    return _explained(lambda: _DECODER.decode(text), text, 0)
+
+
+def load_json_at(text: str, start: int) -> tuple[Any, int]:
+    """The JSON value that begins at a position, and the position after it.
+
+    Raises:
+        JSONDecodeError: as `load_json`.
+    """
+    found: tuple[Any, int] = _explained(lambda: _DECODER.raw_decode(text, start), text, start)
+    return found
+
+
+def _explained(decode: Callable[[], Any], text: str, start: int) -> Any:
+    """What the decoder returns for a text from `start` on, with all of its errors as JSONDecodeError."""
     try:
-        return _DECODER.decode(text)
+        return decode()
     except json.JSONDecodeError:
         raise
     except _Duplicate as duplicate:
         key = duplicate.key if len(duplicate.key) <= 80 else duplicate.key[:77] + "..."
-        raise DuplicateKey(f"the key {key!r} appears twice in one object", text, _find_duplicate(text)) from None
+        place = _find_duplicate(text, start)
+        raise DuplicateKey(f"the key {key!r} appears twice in one object", text, place) from None
     except RecursionError:
-        raise json.JSONDecodeError("nested too deeply", text, _deepest(text)) from None
+        raise json.JSONDecodeError("nested too deeply", text, _deepest(text, start)) from None
     except ValueError:  # from int(), which takes only so many digits
         limit = sys.get_int_max_str_digits()
-        number = re.search(rf"\d{{{limit + 1},}}", text)
+        number = re.compile(rf"\d{{{limit + 1},}}").search(text, start)
         reason = f"a number of more than {limit} digits"
-        raise json.JSONDecodeError(reason, text, number.start() if number else 0) from None
+        raise json.JSONDecodeError(reason, text, number.start() if number else start) from None
 
 
-def _find_duplicate(text: str) -> int:
+def _find_duplicate(text: str, start: int = 0) -> int:
     """Position of the first key that repeats another key of its object."""
     keys_above: list[set[str]] = []  # one set for each open bracket; that of a list stays empty
-    for found in _STRING_OR_BRACKET.finditer(text):
+    for found in _STRING_OR_BRACKET.finditer(text, start):
         mark = found.group()
         if mark in ("[", "{"):
             keys_above.append(set())
@@ -99,13 +115,14 @@ def _find_duplicate(text: str) -> int:
             if key in keys_above[-1]:
                 return found.start()
             keys_above[-1].add(key)
-    return 0
+    return start
 
 
-def _deepest(text: str) -> int:
+def _deepest(text: str, start: int = 0) -> int:
     """Position of the innermost bracket."""
-    depth = greatest = place = 0
-    for found in _STRING_OR_BRACKET.finditer(text):
+    depth = greatest = 0
+    place = start
+    for found in _STRING_OR_BRACKET.finditer(text, start):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found.group(), 0)
         if depth > greatest:
             greatest, place = depth, found.start()

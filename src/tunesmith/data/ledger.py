@@ -161,9 +161,7 @@ class FileLedger:
         self.empty_think_removed += later.empty_think_removed
 
     def to_json(self, is_lazy: bool = False) -> dict[str, Any]:
-        """Args:
-        is_lazy: row numbers stay as they are held, for a writer that takes any sequence (files.spell_json).
-        """
+        """With `is_lazy`, row numbers stay as they are held, for `files.spell_json`."""
         keep: Callable[[Sequence[Any]], Any] = (lambda rows: rows) if is_lazy else list
         return {
             "rows": self.rows,
@@ -421,9 +419,6 @@ class Ledger:
         self.num_cut += later.num_cut
 
     def to_json(self, is_lazy: bool = False) -> dict[str, Any]:
-        """Args:
-        is_lazy: see `FileLedger.to_json`.
-        """
         return {
             "rows": self.rows,
             "used": self.used,

@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from tunesmith.data.labels import Sample
 from tunesmith.data.ledger import LabelledRow
-from tunesmith.files import lost_write, require_written, write_bytes
+from tunesmith.files import lost_write, require_written, sync_path, write_bytes
 from tunesmith.reading import open_file, read_text
 
 SHARD_TOKENS = 1 << 24  # 64 MiB of ids
@@ -203,6 +203,7 @@ class StoreWriter:
     def commit(self) -> dict[str, Any]:
         """Make everything so far safe against a kill or a power failure; returns the state to continue from."""
         opened = (*self._index.values(), self._tokens, self._mask)
+        sync_path(self.folder)
         return {
             "closed": dict(self.sha256),
             "open": {appended.path.name: appended.sync() for appended in opened},
@@ -298,6 +299,8 @@ class _Appended:
             length = (self._file.tell() - self._header) // np.dtype(dtype).itemsize
             self._file.seek(0)
             self._file.write(_header(dtype, length))
+            self._file.flush()
+        os.fsync(self._file.fileno())
         self._file.close()
         if not self._header:
             require_written(self.path, self._digest.hexdigest())

@@ -24,7 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import TunesmithError
-from tunesmith.files import read_sealed, require_written, sha256_file, sha256_text, spell_sealed, write_text_atomic
+from tunesmith.files import (
+    read_sealed,
+    require_written,
+    sha256_file,
+    sha256_text,
+    spell_sealed,
+    sync_tree,
+    write_text_atomic,
+)
 from tunesmith.reading import read_text
 
 DEFAULT_GB = 50.0
@@ -140,6 +148,7 @@ class Entry:
 
     def complete(self, sha256: Mapping[str, str], ledger: Mapping[str, Any]) -> None:
         """Make the entry valid; its store has been written and read back."""
+        sync_tree(self.store)
         write_text_atomic(self._record, spell_sealed({"sha256": dict(sha256), "ledger": ledger}))
 
     def hand_over(self, folder: Path, sha256: Mapping[str, str]) -> None:

@@ -40,6 +40,7 @@ def fingerprint(sources: Sources, rules: LabelRules, more: Any = None) -> str | 
     content = {
         "files": [[str(path), hash_data_file(path), repr(sources.entries.get(place))]
                   for place, path in enumerate(sources.files)],
+        "parts": [[part.files.start, part.files.stop, part.limit] for part in sources.parts],
         "data": {key: value for key, value in data.items() if key not in _UNUSED},
         "max_seq_len": rules.max_seq_len,
         "draws": dataclasses.asdict(rules.draws) if rules.draws else None,

@@ -18,7 +18,8 @@ from tunesmith.data.split import split_eval
 from tunesmith.data.store import StoreWriter, TokenStore, open_store
 from tunesmith.encode.draws import RowDraws
 from tunesmith.encode.encoder import Encoder
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, RunError
+from tunesmith.files import is_no_room
 from tunesmith.plans.sources import files_of_sources
 from tunesmith.preparation.cache import Entry, NoCache, cache_limit, open_entry, trim_cache
 from tunesmith.preparation.chunks import chunk_rows
@@ -196,12 +197,32 @@ def _from_cache(
             sha256, ledger = found[0], ledger_from_saved(found[1])
             watcher.note(f"note: data prepared earlier: {ledger.rows:,} rows ({entry.folder})")
         else:
-            sha256, ledger = _prepare(entry, given, before, watcher)
-            entry.complete(sha256, ledger_to_saved(ledger))
+            with _explained_room(entry):
+                sha256, ledger = _prepare(entry, given, before, watcher)
+                entry.complete(sha256, ledger_to_saved(ledger))
         entry.hand_over(folder, sha256)
     if found is None:
         trim_cache(limit, key)
     return sha256, ledger
+
+
+@contextlib.contextmanager
+def _explained_room(entry: Entry) -> Iterator[None]:
+    """Name the cache folder where its disk is full.
+
+    Raises:
+        RunError: it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not is_no_room(error):
+            raise
+        raise RunError(
+            f"{entry.folder}: the disk is full. Free space there; the same command then continues where it stopped. Or "
+            "set TUNESMITH_CACHE to a folder on another disk, or prepare into the run alone with --data.cache false.",
+            code="disk-full",
+        ) from None
 
 
 def _prepare(entry: Entry, given: _Rows, before: Stamps, watcher: Watcher) -> tuple[dict[str, str], Ledger]:

@@ -106,6 +106,7 @@ def sealed(content: Mapping[str, Any]) -> str:
 
 def spell_sealed(content: Mapping[str, Any]) -> Iterator[str]:
     """The text of `sealed` in pieces, for content with long sequences of any type (data_ledger.json)."""
+    assert "sha256" not in content
     digest = hashlib.sha256()
     for piece in spell_json(content, None):
         digest.update(piece.encode("utf-8"))

@@ -135,7 +135,7 @@ class Entry:
             return None
         try:
             saved = read_sealed(self._record)
-            sha256: dict[str, str] = saved["sha256"]
+            sha256: dict[str, str] = saved["files"]
             stamps = json.loads(read_text(self._stamps)) if self._stamps.exists() else {}
             for name, expected in sha256.items():
                 path = self.store / name
@@ -149,7 +149,7 @@ class Entry:
     def complete(self, sha256: Mapping[str, str], ledger: Mapping[str, Any]) -> None:
         """Make the entry valid; its store has been written and read back."""
         sync_tree(self.store)
-        write_text_atomic(self._record, spell_sealed({"sha256": dict(sha256), "ledger": ledger}))
+        write_text_atomic(self._record, spell_sealed({"files": dict(sha256), "ledger": ledger}))
 
     def hand_over(self, folder: Path, sha256: Mapping[str, str]) -> None:
         """Give a run its own copy of the store: links to the same files where the file system allows that."""

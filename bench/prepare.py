@@ -2,8 +2,8 @@
 
     python bench/prepare.py --shared ../shared --folder /tmp/prepare --rows 1000 10000 100000 1000000 5000000
 
-Rows are those of GSM8K with up to 420 characters, each many times with other digits and a number of its own; 5 million
-of them are a file of about 1.8 GB. Each size is prepared from nothing. Where it takes long enough it is killed (SIGKILL)
+Rows are those of GSM8K with up to 290 characters, each many times with other digits and a number of its own; 5 million
+of them are a file of about 1.7 GB. Each size is prepared from nothing. Where it takes long enough it is killed (SIGKILL)
 in the middle and started again; then it is started once more, and finds what is there.
 
 Memory is the largest sum, over all processes of the preparation, of the proportional set size (PSS in
@@ -66,7 +66,7 @@ def write_rows(source: Path, path: Path, count: int) -> None:
     for _ in range(20):
         digits = str.maketrans("123456789", "".join(rng.sample("123456789", 9)))
         for row in known:
-            if len(row["question"]) + len(row["answer"]) <= 420:
+            if len(row["question"]) + len(row["answer"]) <= 290:
                 question, answer = (json.dumps(row[key])[1:].translate(digits) for key in ("question", "answer"))
                 bodies.append((question, answer))
     rng.shuffle(bodies)
@@ -104,19 +104,18 @@ def memory_mb(pid: int) -> float:
 def run_child(words: list[str], cache: Path, kill_after_s: float | None = None) -> dict[str, Any] | None:
     """Prepare in a process of its own; None if it was killed."""
     env = {**os.environ, "TUNESMITH_CACHE": str(cache)}
-    child = subprocess.Popen([sys.executable, "-c", CHILD, *words], stdout=subprocess.PIPE, text=True, env=env)
-    assert child.stdout is not None
-    os.set_blocking(child.stdout.fileno(), False)
-    began, peak, text = time.monotonic(), 0.0, ""
+    output = cache.parent / "output.txt"
+    with output.open("w") as file:
+        child = subprocess.Popen([sys.executable, "-c", CHILD, *words], stdout=file, env=env)
+    began, peak = time.monotonic(), 0.0
     while child.poll() is None:
         peak = max(peak, memory_mb(child.pid))
-        text += child.stdout.read() or ""
         if kill_after_s is not None and time.monotonic() - began > kill_after_s:
             child.send_signal(signal.SIGKILL)
             child.wait()
             return None
         time.sleep(0.2)
-    text += child.stdout.read() or ""
+    text = output.read_text()
     for line in text.splitlines():
         if line.startswith("RESULT "):
             return {

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tunesmith.config.schema import RunConfig
 from tunesmith.errors import TunesmithError
 from tunesmith.files import read_sealed, sealed, write_text_atomic
@@ -88,7 +90,7 @@ def _ask(folder: RunFolder, config: RunConfig) -> SampleReplies:
     has_eval = folder.eval_tokens.is_dir()
     store = open_store(folder.eval_tokens if has_eval else folder.tokens)
     _, held_out = split_eval(store, 0.0 if has_eval else config.data.eval_split, config.train.seed)
-    ids = range(len(store)) if has_eval or not len(held_out) else held_out
+    ids = np.arange(len(store)) if has_eval or not len(held_out) else held_out
     step = max(1, len(ids) // NUM_SAMPLES)
     remark = "greedy replies to held-out rows" if has_eval or len(held_out) else "greedy replies to training rows"
     return SampleReplies(remark, _reply_to_all(speaker, [store[int(index)] for index in ids[::step][:NUM_SAMPLES]]))

@@ -26,6 +26,7 @@ from tunesmith.model.loss import SupervisedLM, require_router
 from tunesmith.model.probe import probe_model
 from tunesmith.model.source import ModelSource, find_model
 from tunesmith.run.session import Session
+from tunesmith.runfolder import latest_stage
 from tunesmith.tensors import find_not_finite
 from tunesmith.training.checkpoint import weight_shards
 from tunesmith.training.sharded import WHOLE, Form, choose_form, free_memory
@@ -150,7 +151,8 @@ def add_new_adapter(session: Session, model: PreTrainedModel) -> Any:
     new_ids = session.encoder.tokenizer.convert_tokens_to_ids(session.new_tokens)
     base = record_base(source.kind, source.name, config.model.revision)
     path = config.model.path
-    name = str(Path(path).expanduser().resolve()) if source.kind == "local" else path  # for adapter_config.json
+    local = latest_stage(Path(path).expanduser().resolve())
+    name = str(local) if source.kind == "local" else path  # for adapter_config.json
     adapter = add_adapter(model, config.lora, name, new_ids, config.model.revision, base)
     if session.precision.autocast:
         cast_trained(model, session.precision.weights)

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -546,8 +547,10 @@ def test_killed_at_any_moment_the_weights_are_the_same(inputs: Path) -> None:
             [sys.executable, "-m", "tunesmith", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
+    began = time.monotonic()
     whole = start("train", "run.yaml")
     _, err = whole.communicate()
+    took = time.monotonic() - began
     assert whole.returncode == 0, err
     wanted = weights(inputs / "RUN")
     draw, kills = random.Random(0), 0
@@ -557,7 +560,7 @@ def test_killed_at_any_moment_the_weights_are_the_same(inputs: Path) -> None:
             has_begun = (inputs / "RUN" / "stages.json").exists()
             process = start("resume", "RUN") if has_begun else start("train", "run.yaml")
             try:
-                _, err = process.communicate(timeout=3 + 9 * draw.random())
+                _, err = process.communicate(timeout=took * draw.random())
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.communicate()

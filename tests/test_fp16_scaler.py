@@ -47,7 +47,9 @@ def batches(number: int) -> Batches:
     """One pack of two documents, different in each step."""
     ids = np.random.default_rng(number).integers(3, 400, size=24).astype(np.uint32)
     twelve, rows = np.array([11, 11]), np.array([1, 2])
-    store = TokenStore(ids, np.ones(24, np.uint8), np.array([0, 12, 24]), twelve, rows - rows, rows, ["x.jsonl"])
+    shard = (ids, np.ones(24, np.uint8))
+    ends = np.array([0, 12, 24])
+    store = TokenStore([shard], ends[::2], ends, twelve, rows - rows, rows, ["x.jsonl"])
     return Batches(store, [np.array([0, 1])])
 
 

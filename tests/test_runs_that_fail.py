@@ -181,17 +181,17 @@ def test_a_changed_file_of_a_run_is_known(
 def test_a_file_that_changes_while_it_is_read(
     fails: Any, model_folder: Path, chats: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from tunesmith.data import dataset
+    from tunesmith.preparation import write
 
-    def slow(*args: Any) -> Any:
-        for number, row in enumerate(real(*args)):
+    def slow(*args: Any, **options: Any) -> Any:
+        for number, row in enumerate(real(*args, **options)):
             if number == 3:
                 with chats.open("a") as file:
                     file.write(json.dumps(chat_row("more", "and more")) + "\n")
             yield row
 
-    real = dataset.read_rows
-    monkeypatch.setattr(dataset, "read_rows", slow)
+    real = write.read_rows
+    monkeypatch.setattr(write, "read_rows", slow)
     error = fails("train", "--model", model_folder, "--data", chats, "--output", tmp_path / "r", *FAST)
     assert (error.code, str(chats) in str(error)) == ("file-changed", True)
     assert not (tmp_path / "r").exists()

@@ -13,6 +13,7 @@ from tunesmith.config.train_keys import parse_steps
 from tunesmith.distributed.channel import LEFT, Failure, do_nothing
 from tunesmith.distributed.choose import build_spread
 from tunesmith.distributed.processes import Processes
+from tunesmith.distributed.spread import Spread
 from tunesmith.files import spell_sealed, write_text_atomic
 from tunesmith.generation.held_out import HeldOutQuestions
 from tunesmith.monitor.pace import Pace
@@ -28,6 +29,7 @@ from tunesmith.training.interrupt import StopRequest
 from tunesmith.training.loop import Trainer
 from tunesmith.training.metrics import MetricsFile, Tracker, start_trackers, tracker_hints
 from tunesmith.training.optim import build_optimizer
+from tunesmith.training.precision import Precision
 from tunesmith.training.progress import Progress, TrainState, Window
 from tunesmith.training.randomness import restore_random_states, seed_all
 from tunesmith.training.saver import Saver
@@ -63,14 +65,8 @@ def build_trainer(
     """
     session, lm = ready.session, ready.lm
     config, folder = session.config, session.folder
-    precision = session.precision
     questions = choose_questions(ready)
-    spread = build_spread(
-        session.parallel, session.world, session.device, precision.autocast, config, session.reporter.note
-    )
-    spread.prepare(lm)
-    if spread.name == "fsdp":  # which casts by itself
-        precision = replace(precision, autocast=None)
+    spread, precision = spread_model(ready)
     optimizer = spread.attach(lm, build_optimizer(lm.model, config.optim, config.lora.lr_ratio))
     scaler = precision.scaler(session.device)
     steps = config.train.profile_steps
@@ -109,6 +105,16 @@ def build_trainer(
         pace=Pace(DeviceStopwatch() if session.world.size > 1 and session.device.type == "cuda" else None),
         profile=Profile(parse_steps(steps), folder.profile, session.world.rank) if steps else None,
     )
+
+
+def spread_model(ready: ReadyRun) -> tuple[Spread, Precision]:
+    """Spread the model over the processes; returns how, and the precision of a forward from now on."""
+    session, precision = ready.session, ready.session.precision
+    spread = build_spread(
+        session.parallel, session.world, session.device, precision.autocast, session.config, session.reporter.note
+    )
+    spread.prepare(ready.lm)
+    return spread, replace(precision, autocast=None) if spread.name == "fsdp" else precision  # fsdp casts by itself
 
 
 def choose_questions(ready: ReadyRun) -> HeldOutQuestions | None:

@@ -79,44 +79,27 @@ def train_step(
         StepAborted: `gives_up` said so; there is no update.
     """
     world, spread = world or OneProcess(), spread or Spread()
-    device = next(lm.parameters()).device
-    dtype = torch.promote_types(next(lm.parameters()).dtype, torch.float32)  # of sums, also where nothing is summed
     num_parts = batches.num_samples if lm.router and lm.router.is_per_document else len(batches)
     counts = torch.tensor([batches.num_tokens, batches.num_targets, num_parts])  # of this process
     num_tokens, num_targets, num_parts = world.sum(counts).tolist()
-    loss_sum, router_sum = torch.zeros(2, device=device, dtype=dtype).unbind()
-    expert_counts = torch.zeros(lm.router.num_experts, dtype=torch.int64, device=device) if lm.router else None
-    source_losses = torch.zeros(batches.num_sources, device=device)
+    sums = _Sums(lm, batches.num_sources, num_targets, num_parts)
     for batch, is_last in _until_given_up(batches, gives_up, end_forwards):
         if batch.is_empty and not spread.needs_equal_forwards:
             continue
         if seed:
             seed_forward(*seed, *batch.number)
-        with precision.context(device):
-            sums = objective(spread.callable(lm), batch)
-        if batch.is_empty:
-            spread.backward(scaler.scale(_nothing_of(sums)), is_last)
-            continue
-        loss = sums.loss / max(1, num_targets)
-        loss_sum = loss_sum + loss.detach()
-        if sums.router_loss is not None:
-            router_loss = sums.router_loss / num_parts
-            router_sum = router_sum + router_loss.detach()
-            loss = loss + router_loss
-        if sums.expert_counts is not None and expert_counts is not None:
-            expert_counts += sums.expert_counts
-        if sums.source_losses is not None:
-            source_losses = source_losses + sums.source_losses
+        with precision.context(sums.device):
+            found = objective(spread.callable(lm), batch)
+        loss = _nothing_of(found) if batch.is_empty else sums.add(found)
         spread.backward(scaler.scale(loss), is_last)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     spread.sum_gradients(parameters)
     scaler.unscale_(optimizer)
     grad_norm = spread.clip(parameters, max_grad_norm)
-    by_source = world.sum(source_losses).unbind() if batches.num_sources else ()
-    read = read_numbers([world.sum(loss_sum), world.sum(router_sum), grad_norm, *by_source])
-    router = read[1] if lm.router else None
-    chosen = world.sum(expert_counts) if expert_counts is not None else None
-    result = StepResult(read[0], router, read[2], num_tokens, num_targets, chosen, source_losses=read[3:])
+    loss_sum, router, *by_source, norm = read_numbers([*sums.of_all(world), grad_norm])
+    chosen = world.sum(sums.expert_counts) if sums.expert_counts is not None else None
+    router_loss = router if lm.router else None
+    result = StepResult(loss_sum, router_loss, norm, num_tokens, num_targets, chosen, source_losses=by_source)
     # fp16 overflows now and then by design: its scaler skips that update and lowers the scale
     is_finite = math.isfinite(result.loss) and (math.isfinite(result.grad_norm) or scaler.is_enabled())
     if world.agree(not is_finite):
@@ -125,6 +108,44 @@ def train_step(
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return result
+
+
+class _Sums:
+    """What a step's forwards in this process add up to, on the device.
+
+    Args:
+        num_targets, num_parts: of the step, in all processes; the loss and the router loss are divided by them.
+    """
+
+    def __init__(self, lm: SupervisedLM, num_sources: int, num_targets: int, num_parts: int) -> None:
+        first = next(lm.parameters())
+        self.device = first.device
+        dtype = torch.promote_types(first.dtype, torch.float32)  # of sums, also where nothing is summed
+        self._num_targets, self._num_parts = max(1, num_targets), num_parts
+        self._loss, self._router = torch.zeros(2, device=self.device, dtype=dtype).unbind()
+        self._source_losses = torch.zeros(num_sources, device=self.device)
+        self.expert_counts: Tensor | None = None
+        if lm.router:
+            self.expert_counts = torch.zeros(lm.router.num_experts, dtype=torch.int64, device=self.device)
+
+    def add(self, found: LossSums) -> Tensor:
+        """The loss of one forward, as a part of the step's."""
+        loss = found.loss / self._num_targets
+        self._loss = self._loss + loss.detach()
+        if found.router_loss is not None:
+            router_loss = found.router_loss / self._num_parts
+            self._router = self._router + router_loss.detach()
+            loss = loss + router_loss
+        if found.expert_counts is not None and self.expert_counts is not None:
+            self.expert_counts += found.expert_counts
+        if found.source_losses is not None:
+            self._source_losses = self._source_losses + found.source_losses
+        return loss
+
+    def of_all(self, world: World) -> list[Tensor]:
+        """The loss, the router loss, and the loss of each source, summed over the processes."""
+        by_source = world.sum(self._source_losses).unbind() if len(self._source_losses) else ()
+        return [world.sum(self._loss), world.sum(self._router), *by_source]
 
 
 def _nothing_of(sums: LossSums) -> Tensor:

@@ -28,6 +28,7 @@ from tunesmith.training.trials import Trial, Trials, lowest, search_lr
 
 SHARE, FEWEST, MOST = 8, 10, 50  # steps of a trial: an eighth of the run's, within these limits
 _HELD_OUT = 0.1  # of the rows, where neither data.eval nor data.eval_split is given
+_STREAM_ROWS = 20_000  # that are read of a stream
 _EVAL_TOKENS = 32_768  # that judge a trial
 _SHOWN = ("model", "adapter", "device", "data", "eval data", "template", "steps")  # lines of the run's summary
 
@@ -120,6 +121,8 @@ def find_lr(config: LrFindConfig, shown: Shown | None = None, rows: Rows | None 
 def for_search(config: LrFindConfig, folder: RunFolder) -> RunConfig:
     """The run's config, with some rows held out to judge the trials, and nothing written but its tokens."""
     data = config.data
+    if data.stream:  # the trials need the first rows only
+        data = data.model_copy(update={"stream": False, "limit": min(data.limit or _STREAM_ROWS, _STREAM_ROWS)})
     if not (data.eval or data.eval_split):
         data = data.model_copy(update={"eval_split": _HELD_OUT})
     train = config.train.model_copy(update={"output_dir": str(folder.path), "trackers": []})

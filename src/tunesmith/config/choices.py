@@ -27,10 +27,11 @@ NAME_KEYS = (
 """Names of things that resume compares by content, so that they may have moved."""
 
 FIXED_KEYS = (
-    "model.config", "model.add_tokens", "optim.name", "lora.kind", "lora.rank", "lora.target_modules",
+    "model.config", "model.add_tokens", "data.stream", "optim.name", "lora.kind", "lora.rank", "lora.target_modules",
     "lora.target_parameters", "lora.modules_to_save", "lora.bias", "lora.quantize", "lora.double_quant",
 )  # fmt: skip
-"""Keys that decide which weights are trained and what the optimizer keeps of them: a run keeps them to its end."""
+"""Keys that decide which weights are trained, what the optimizer keeps of them and how places in the data are kept:
+a run keeps them to its end."""
 
 _PART_OF_KEY = {
     "train.micro_batch_tokens": "batch",

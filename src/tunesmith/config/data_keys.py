@@ -101,6 +101,9 @@ class DataSection(Section):
     """Share of bad rows above which the command fails."""
     max_cut_replies: float = Field(default=0.25, ge=0.0, le=1.0)
     """Share of the trained replies cut before their stop token (overlong truncate) above which a run does not start."""
+    stream: bool = False
+    """For data larger than the disk: read and label rows just ahead of training. Needs train.max_steps; shuffles within
+    windows of rows."""
     limit: int | None = Field(default=None, ge=1)
     """Read only this many rows of the training data."""
     encoding: str = "utf-8"

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tunesmith.config.sources import SourceSection
+
 if TYPE_CHECKING:
     from tunesmith.config.data_keys import DataSection
     from tunesmith.config.train_keys import TrainSection
+
+NO_AMOUNT = (None, None, None)
 
 
 def check_lengths(data: DataSection, micro_batch_tokens: int | None) -> list[str]:
@@ -41,4 +45,22 @@ def check_draws(data: DataSection) -> list[str]:
     for name, is_given in (("system_prompts", data.system_prompts), ("empty_think_share", data.empty_think_share < 1)):
         if is_given and data.chat_template == "none":
             problems.append(f"data.{name}: needs a chat template; data.chat_template is none")
+    return problems
+
+
+def check_stream(data: DataSection, train: TrainSection) -> list[str]:
+    """What a stream, which is never read as a whole before training, cannot know."""
+    problems = []
+    if data.stream and train.max_steps is None:
+        problems.append(
+            "train.max_steps: data.stream needs it, since the number of rows is not known before training; at the end "
+            "of the data the next epoch begins"
+        )
+    if data.stream and data.eval_split:
+        problems.append("data.eval_split: data.stream cannot hold rows out; give files of their own with data.eval")
+    if data.stream and any(isinstance(source, SourceSection) and source.amount != NO_AMOUNT for source in data.train):
+        problems.append(
+            "data.train: data.stream reads its sources one after another, without weight, epochs or limit; leave these "
+            "out, or data.stream, or write mixed files first"
+        )
     return problems

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from tunesmith.config.data_keys import DataSection
 from tunesmith.config.deepspeed_file import check_deepspeed
 from tunesmith.config.plainyaml import require_plain, show
-from tunesmith.config.rules import check_draws, check_held_out, check_lengths
+from tunesmith.config.rules import check_draws, check_held_out, check_lengths, check_stream
 from tunesmith.config.section import Section
 from tunesmith.config.train_keys import LARGEST_SEED, TrainSection
 
@@ -133,6 +133,7 @@ class RunConfig(Section):
         data, train = self.data, self.train
         problems = [*check_lengths(data, train.micro_batch_tokens), *check_draws(data), *check_held_out(data, train)]
         problems += check_deepspeed(train)
+        problems += check_stream(data, train)
         # a resolved config has both keys, so a ratio at its default or at 0 counts as not given
         if self.optim.warmup_steps is not None and self.optim.warmup_ratio not in (0.0, DEFAULT_WARMUP_RATIO):
             problems.append(

@@ -111,7 +111,7 @@ class Dataset:
 
     def ledger_json(self, encoder: Encoder, date: datetime.datetime) -> dict[str, Any]:
         """The content of data_ledger.json, for `spell_sealed`: its long lists are made as they are written."""
-        template, store = encoder.template, self.train
+        store = self.train
         is_held_out = np.ones(len(store), dtype=bool)
         is_held_out[self.train_samples] = False
         return {
@@ -120,13 +120,19 @@ class Dataset:
             **({"mix": [source.to_json() for source in self.describe_sources()]} if self.mix else {}),
             "train": self.ledger.to_json(is_lazy=True),
             "eval": self.eval_ledger.to_json(is_lazy=True) if self.eval_ledger else None,
-            "template": {
-                "source": template.source if template else "none",
-                "sha256": sha256_text(template.text) if template else None,
-                "date": date.isoformat(),
-                "stop_token": encoder.stop.text,
-            },
+            "template": describe_template(encoder, date),
         }
+
+
+def describe_template(encoder: Encoder, date: datetime.datetime) -> dict[str, Any]:
+    """The chat template in data_ledger.json."""
+    template = encoder.template
+    return {
+        "source": template.source if template else "none",
+        "sha256": sha256_text(template.text) if template else None,
+        "date": date.isoformat(),
+        "stop_token": encoder.stop.text,
+    }
 
 
 class SampleNames(Sequence[str]):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from tunesmith.data.pack import EMPTY_BATCH, Batch, build_batch
 from tunesmith.data.store import TokenStore
+from tunesmith.display import format_count
 from tunesmith.plans.mix import Mix
 from tunesmith.plans.plan import Plan, ShuffledPlan
 
@@ -142,6 +143,42 @@ class Step:
         return self.whole.rows()
 
 
+class StepFeed(Protocol):
+    """The data of a run as the loop and the summary know it: `Feed`, or one that prepares its rows on the way."""
+
+    @property
+    def packs_per_step(self) -> int: ...
+    @property
+    def total_steps(self) -> int: ...
+    @property
+    def held_out(self) -> Batches | None: ...
+    @property
+    def mix(self) -> Mix | None: ...
+    @property
+    def total_epochs(self) -> float | None:
+        """Of the run; None if that is not known before it ends."""
+
+    @property
+    def tokens_per_step(self) -> float:
+        """About."""
+
+    def steps(self, place: Place = FIRST_PLACE, rank: int = 0, size: int = 1) -> Generator[Step | None, None, None]:
+        """Endless steps starting at a place, each with the packs of one of `size` processes.
+
+        None: the rows of the next step are not ready; ask again.
+        """
+
+    def describe_packs(self, noun: str) -> str:
+        """How many packs there are of what size, for the summary.
+
+        Args:
+            noun: what a pack is called.
+        """
+
+    def describe_steps(self) -> str:
+        """How many steps there are of what size, for the summary."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Feed:
     """Distribute the packs of every epoch to steps.
@@ -163,7 +200,7 @@ class Feed:
     is_packed: bool = True
     mix: Mix | None = None
 
-    def steps(self, place: Place = FIRST_PLACE, rank: int = 0, size: int = 1) -> Iterator[Step]:
+    def steps(self, place: Place = FIRST_PLACE, rank: int = 0, size: int = 1) -> Generator[Step, None, None]:
         """Endless steps starting at a place, each with the packs of one of `size` processes."""
         epoch, first = place
         while True:
@@ -197,6 +234,19 @@ class Feed:
     def total_epochs(self) -> float:
         """Of the run; epochs may differ by a pack or two."""
         return self.total_steps / self.steps_per_epoch
+
+    @property
+    def tokens_per_step(self) -> float:
+        return self.tokens_per_epoch / self.steps_per_epoch
+
+    def describe_packs(self, noun: str) -> str:
+        num_packs = self.packs_per_epoch
+        fill = self.tokens_per_epoch / (num_packs * self.capacity)
+        return f"{num_packs:,} {noun}s an epoch of {self.capacity} tokens, {fill:.1%} full"
+
+    def describe_steps(self) -> str:
+        size = format_count(self.tokens_per_step)
+        return f"{self.total_steps:,} steps of about {size} tokens, {self.total_epochs:.2f} epochs"
 
 
 def plan_samples(store: TokenStore, samples: Pack, capacity: int, seed: int, epoch: int) -> Sequence[Pack]:

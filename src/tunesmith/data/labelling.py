@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -102,6 +102,7 @@ def label_rows(
     settings: RenderSettings | None = None,
     folder: Path | None = None,
     draws: RowDraws | None = None,
+    known_files: Collection[str] = (),
 ) -> Iterator[LabelledRow]:
     """Yield every row with its outcome, in order. A row's outcome does not depend on the rows before it.
 
@@ -109,12 +110,15 @@ def label_rows(
         settings: date and template variables; by default the encoder's.
         folder: for temporary files of long documents; by default the system's.
         draws: what is drawn for training rows; rows for evaluation have none.
+        known_files: names of files whose format is known to be one of ours, so that a row of none is only refused.
 
     Raises:
         DataError: the first row of a file has an unknown format, or the template rejects a drawn system prompt.
     """
     rows = itertools.islice(rows, data.limit) if data.limit else rows
-    yield from Labeller(encoder, data, max_seq_len, encoder.renderer(settings), folder, draws).label(rows, set())
+    yield from Labeller(encoder, data, max_seq_len, encoder.renderer(settings), folder, draws).label(
+        rows, set(known_files)
+    )
 
 
 def begins_file(row: RawRow, seen_files: set[str]) -> bool:

@@ -16,11 +16,11 @@ class RowNumbers(Sequence[int]):
     ([1, 3, 7, 7], 4)
     """
 
-    __slots__ = ("_ends", "_length", "_starts")
+    __slots__ = ("_ends", "_length", "_starts", "unlisted")
 
     def __init__(self, numbers: Iterable[int] = ()) -> None:
         self._starts, self._ends = array("q"), array("q")  # each run includes its end
-        self._length = 0
+        self._length = self.unlisted = 0
         for number in numbers:
             self.append(number)
 
@@ -40,9 +40,21 @@ class RowNumbers(Sequence[int]):
         if isinstance(numbers, RowNumbers):
             for start, end in numbers._runs():
                 self.add_run(start, end)
+            self.count_unlisted(numbers.unlisted)
             return
         for number in numbers:
             self.append(number)
+
+    def bound(self, max_runs: int) -> None:
+        """Forget all but the first runs; the length still counts all numbers (`unlisted` of them are forgotten)."""
+        dropped = zip(self._starts[max_runs:], self._ends[max_runs:], strict=True)
+        self.unlisted += sum(end - start + 1 for start, end in dropped)
+        del self._starts[max_runs:], self._ends[max_runs:]
+
+    def count_unlisted(self, count: int) -> None:
+        """Count numbers that were forgotten before."""
+        self.unlisted += count
+        self._length += count
 
     def to_runs(self) -> list[int]:
         """Start and end of each run, one after the other."""
@@ -84,7 +96,7 @@ class RowNumbers(Sequence[int]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str):
             return NotImplemented
-        return len(self) == len(other) and all(one == two for one, two in zip(self, other, strict=True))
+        return len(self) == len(other) and list(self) == list(other)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -93,10 +105,10 @@ class RowNumbers(Sequence[int]):
         return f"RowNumbers([{', '.join(map(str, self[:8]))}{more}])"
 
     def __getstate__(self) -> Any:
-        return self._starts, self._ends, self._length
+        return self._starts, self._ends, self._length, self.unlisted
 
     def __setstate__(self, state: Any) -> None:
-        self._starts, self._ends, self._length = state
+        self._starts, self._ends, self._length, self.unlisted = state
 
 
 class CutRecords(Sequence[dict[str, int]]):
@@ -122,10 +134,10 @@ class CutRecords(Sequence[dict[str, int]]):
 class CutRows(Sequence[tuple[int, int]]):
     """Rows that were truncated, each with the tokens that it lost."""
 
-    __slots__ = ("_lost", "_rows")
+    __slots__ = ("_lost", "_rows", "unlisted")
 
     def __init__(self, cuts: Iterable[tuple[int, int]] = ()) -> None:
-        self._rows, self._lost = array("q"), array("q")
+        self._rows, self._lost, self.unlisted = array("q"), array("q"), 0
         self.extend(cuts)
 
     def append(self, cut: tuple[int, int]) -> None:
@@ -136,16 +148,26 @@ class CutRows(Sequence[tuple[int, int]]):
         if isinstance(cuts, CutRows):
             self._rows.extend(cuts._rows)
             self._lost.extend(cuts._lost)
+            self.unlisted += cuts.unlisted
             return
         for cut in cuts:
             self.append(cut)
+
+    def bound(self, max_rows: int) -> None:
+        """Forget all but the first rows; the length still counts all (`unlisted` of them are forgotten)."""
+        self.unlisted += len(self._rows[max_rows:])
+        del self._rows[max_rows:], self._lost[max_rows:]
+
+    def count_unlisted(self, count: int) -> None:
+        """Count rows that were forgotten before."""
+        self.unlisted += count
 
     @property
     def records(self) -> CutRecords:
         return CutRecords(self)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._rows) + self.unlisted
 
     @overload
     def __getitem__(self, index: int) -> tuple[int, int]: ...
@@ -159,7 +181,7 @@ class CutRows(Sequence[tuple[int, int]]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str):
             return NotImplemented
-        return len(self) == len(other) and all(one == two for one, two in zip(self, other, strict=True))
+        return len(self) == len(other) and list(self) == list(other)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -167,7 +189,7 @@ class CutRows(Sequence[tuple[int, int]]):
         return f"CutRows({len(self)} rows)"
 
     def __getstate__(self) -> Any:
-        return self._rows, self._lost
+        return self._rows, self._lost, self.unlisted
 
     def __setstate__(self, state: Any) -> None:
-        self._rows, self._lost = state
+        self._rows, self._lost, self.unlisted = state

@@ -117,8 +117,8 @@ def list_files(ledger: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     drawn = [(what, key) for what, key in _DRAWN if any(entry.get(key) for entry in every)]
     for name in ("train", "eval"):
         for file, entry in (ledger.get(name) or {"files": {}})["files"].items():
-            refused = sum(len(numbers) for numbers in entry["refused"].values())
-            cut = len(entry["truncated"])
+            refused = entry["rows"] - entry["used"]
+            cut = len(entry["truncated"]) + entry.get("unlisted", {}).get("rows", {}).get("truncated", 0)
             numbers = [("rows", entry["rows"]), ("used", entry["used"]), ("refused", refused), ("truncated", cut)]
             numbers += [(what, entry.get(key, 0)) for what, key in drawn]
             yield {"part": name, "file": file, "numbers": numbers}

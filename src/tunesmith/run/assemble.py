@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from tunesmith.adapters.adapter import add_adapter, cast_trained, quantization_config
 from tunesmith.adapters.base import record_base
 from tunesmith.config.schema import LoraSection, ModelSection
-from tunesmith.data.dataset import Dataset, build_feed
-from tunesmith.data.feed import Feed
+from tunesmith.data.dataset import Dataset, DataSources, StoreHashes, build_feed, open_dataset
+from tunesmith.data.feed import StepFeed
+from tunesmith.data.ledger import Ledger
 from tunesmith.distributed.held import part_of
 from tunesmith.distributed.load import load_from_shards, load_held, release_memory
 from tunesmith.errors import ModelError, TunesmithError
@@ -25,11 +26,15 @@ from tunesmith.model.load import check_vocabulary, extend_vocabulary, freeze_zer
 from tunesmith.model.loss import SupervisedLM, require_router
 from tunesmith.model.probe import probe_model
 from tunesmith.model.source import ModelSource, find_model
+from tunesmith.preparation.write import write_dataset
 from tunesmith.run.session import Session
-from tunesmith.runfolder import latest_stage
+from tunesmith.runfolder import RunFolder, latest_stage
+from tunesmith.streaming.data import StreamedDataset, StreamSettings, build_stream_feed, open_stream, write_stream
 from tunesmith.tensors import find_not_finite
 from tunesmith.training.checkpoint import weight_shards
 from tunesmith.training.sharded import WHOLE, Form, choose_form, free_memory
+
+AnyDataset = Dataset | StreamedDataset
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +42,14 @@ class ReadyRun:
     """A run before its first step."""
 
     session: Session
-    dataset: Dataset
+    dataset: AnyDataset
     lm: SupervisedLM
     isolation: Isolation
-    feed: Feed
+    feed: StepFeed
     form: Form = WHOLE
 
 
-def assemble(session: Session, dataset: Dataset, checkpoint: Path | None = None) -> ReadyRun:
+def assemble(session: Session, dataset: AnyDataset, checkpoint: Path | None = None) -> ReadyRun:
     """Load the model and plan the steps.
 
     Args:
@@ -58,7 +63,11 @@ def assemble(session: Session, dataset: Dataset, checkpoint: Path | None = None)
     isolation, lm = wrap(session, model, adapter)
     if session.parallel == "fsdp":
         release_memory()  # of the model that was probed
-    feed = build_feed(dataset, config.train, session.lengths.capacity, lm.is_packed)
+    feed: StepFeed
+    if isinstance(dataset, StreamedDataset):
+        feed = build_stream_feed(dataset, stream_settings(session), lm.is_packed, session.folder, session.world.share)
+    else:
+        feed = build_feed(dataset, config.train, session.lengths.capacity, lm.is_packed)
     return ReadyRun(session, dataset, lm, isolation, feed, choose_checkpoints(session, lm))
 
 
@@ -73,6 +82,34 @@ def choose_checkpoints(session: Session, lm: SupervisedLM) -> Form:
     setting = session.config.train.sharded_checkpoints
     chosen = session.world.share(lambda: asdict(choose_form(setting, trained, taken_first, free_memory())))
     return Form(**chosen)
+
+
+def write_data(session: Session, sources: DataSources, folder: RunFolder) -> AnyDataset:
+    """Label the data of a run into a folder; of a stream only what comes before step 1."""
+    config = session.config
+    if config.data.stream:
+        return write_stream(stream_settings(session), sources, folder)
+    max_seq_len, seed = session.lengths.max_seq_len, config.train.seed
+    return write_dataset(config.data, sources, session.encoder, max_seq_len, seed, folder, session.reporter)
+
+
+def follow_data(session: Session, folder: RunFolder, hashes: StoreHashes, sources: dict[str, list[str]]) -> AnyDataset:
+    """Open the data that the first process has written to a folder.
+
+    Args:
+        sources: of a mix; the rest of the ledger is for the first process alone.
+    """
+    config = session.config
+    if config.data.stream:
+        return open_stream(stream_settings(session), None, folder, hashes)
+    return open_dataset(config.data, config.train.seed, folder, hashes, Ledger(sources=sources), None)
+
+
+def stream_settings(session: Session) -> StreamSettings:
+    lengths = session.lengths
+    return StreamSettings(
+        session.config.data, session.config.train, session.encoder, lengths.max_seq_len, lengths.capacity
+    )
 
 
 def require_real_base(path: str, source: ModelSource) -> None:

@@ -43,8 +43,8 @@ class Reporter(Protocol):
     def note(self, text: str) -> None:
         """One remark."""
 
-    def begin(self, total_steps: int, first_step: int, total_epochs: float) -> None:
-        """Training starts after `first_step`."""
+    def begin(self, total_steps: int, first_step: int, total_epochs: float | None) -> None:
+        """Training starts after `first_step`. A streamed run does not know its epochs."""
 
     def doing(self, text: str) -> None:
         """What is done between two steps, until the next record."""
@@ -83,7 +83,7 @@ class ConsoleReporter:
     def note(self, text: str) -> None:
         print(text)
 
-    def begin(self, total_steps: int, first_step: int, total_epochs: float) -> None:
+    def begin(self, total_steps: int, first_step: int, total_epochs: float | None) -> None:
         self._display = StepDisplay(total_steps, first_step, total_epochs)
 
     def doing(self, text: str) -> None:
@@ -121,7 +121,7 @@ class Silent:
     def note(self, text: str) -> None:
         pass
 
-    def begin(self, total_steps: int, first_step: int, total_epochs: float) -> None:
+    def begin(self, total_steps: int, first_step: int, total_epochs: float | None) -> None:
         pass
 
     def doing(self, text: str) -> None:
@@ -156,12 +156,12 @@ class StepDisplay:
 
     Args:
         first_step: where a resumed run begins.
-        total_epochs: of the whole run.
+        total_epochs: of the whole run; None if they are not known.
     """
 
-    def __init__(self, total_steps: int, first_step: int = 0, total_epochs: float = 1.0) -> None:
+    def __init__(self, total_steps: int, first_step: int = 0, total_epochs: float | None = 1.0) -> None:
         self.total_steps, self.first_step = total_steps, first_step
-        self._epochs = f"{total_epochs:.2f}".rstrip("0").rstrip(".")
+        self._epochs = "/" + f"{total_epochs:.2f}".rstrip("0").rstrip(".") if total_epochs is not None else ""
         self.started = time.perf_counter()
         self._next_line = first_step + 1
         self._remark = ""
@@ -180,7 +180,7 @@ class StepDisplay:
     def show(self, record: dict[str, Any], remark: str = "") -> None:
         """A record as a line, with `remark` at its end."""
         step = record["step"]
-        epoch = f"epoch {record['epoch']:.2f}/{self._epochs}"
+        epoch = f"epoch {record['epoch']:.2f}{self._epochs}"
         numbers, findings = format_numbers(record), format_findings(record)
         if self._bar and self._console:
             is_news = bool(remark) and remark != self._remark  # on a terminal, once is enough

@@ -22,6 +22,7 @@ from tunesmith.config.schema import RunConfig
 from tunesmith.config.sources import amounts_of
 from tunesmith.data.dataset import DataSources, StoreHashes
 from tunesmith.errors import TunesmithError
+from tunesmith.files import sha256_ends
 from tunesmith.hashes import describe_weights, hash_config, hash_template, hash_tokenizer
 from tunesmith.preparation.cache import hash_data_file
 from tunesmith.run.records import Fingerprint
@@ -31,6 +32,7 @@ from tunesmith.runfolder import RunFolder
 RELABELS = ("data", "template", "tokenizer")  # parts that decide the tokens on disk
 _WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "pytorch_model*.bin")
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft")
+_ENDS = 1 << 20  # bytes
 _FREE = ("train.output_dir", *FREE_KEYS)  # keys that do not alter training
 _BY_HASH = (*NAME_KEYS, "model.add_tokens", "model.config")  # compared by content
 
@@ -66,22 +68,27 @@ def _version(package: str) -> str | None:
 FileRecords = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
-def describe_files(data: DataSources) -> dict[str, list[dict[str, Any]]]:
-    """Every data file, in order, with its size, time and SHA-256; hub data by name."""
+def describe_files(data: DataSources, is_stream: bool = False) -> dict[str, list[dict[str, Any]]]:
+    """Every data file, in order, with its size, time and SHA-256; hub data by name.
+
+    Args:
+        is_stream: take the SHA-256 of the ends of each file, since reading all of it may take hours.
+    """
     described: dict[str, list[dict[str, Any]]] = {}
     for part, sources in (("train", data.train), ("eval", data.eval)):
-        described[part] = [_describe_file(path, sources.name_of(path)) for path in sources.files]
+        described[part] = [_describe_file(path, sources.name_of(path), is_stream) for path in sources.files]
         described[part] += [{"hub": list(name)} for name in sources.hub]
     return described
 
 
-def _describe_file(path: Path, name: str) -> dict[str, Any]:
+def _describe_file(path: Path, name: str, is_stream: bool) -> dict[str, Any]:
     stat = path.stat()
+    sha256 = {"ends": sha256_ends(path, _ENDS)} if is_stream else {"sha256": hash_data_file(path)}
     return {
         "path": str(Path(name).resolve()),
         "size": stat.st_size,
         "mtime_ns": stat.st_mtime_ns,
-        "sha256": hash_data_file(path),
+        **sha256,
     }
 
 
@@ -100,13 +107,16 @@ def compare_files(before: FileRecords, sources: DataSources | None) -> tuple[lis
             if "hub" in entry:
                 continue
             path = Path(entry["path"])
+            if not path.is_file() and "ends" in entry:
+                refusals.append(f"data: {path} no longer exists, and the run streams it")
+                continue
             if not path.is_file():
                 notes.append(f"{path} no longer exists; the run's own copy of its tokens is used")
                 continue
             stat = path.stat()
             if (stat.st_size, stat.st_mtime_ns) == (entry["size"], entry["mtime_ns"]):
                 continue
-            if stat.st_size != entry["size"] or hash_data_file(path) != entry["sha256"]:
+            if stat.st_size != entry["size"] or not _has_content(path, entry):
                 refusals.append(f"data: {path} has changed since the run began")
     parts = (("train", sources.train), ("eval", sources.eval)) if sources else ()
     given = {(part, str(path.resolve())) for part, found in parts for path in found.files}
@@ -115,6 +125,12 @@ def compare_files(before: FileRecords, sources: DataSources | None) -> tuple[lis
         part, other = (sorted(given - had) or sorted(had - given))[0]
         refusals.append(f"data: the list of files differs from that at the start of the run (data.{part}: {other})")
     return refusals, notes
+
+
+def _has_content(path: Path, entry: Mapping[str, Any]) -> bool:
+    if "ends" in entry:
+        return bool(sha256_ends(path, _ENDS) == entry["ends"])
+    return bool(hash_data_file(path) == entry["sha256"])
 
 
 def compare_runs(before: Fingerprint, now: Fingerprint) -> tuple[list[str], list[str]]:

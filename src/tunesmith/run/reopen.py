@@ -18,13 +18,14 @@ from tunesmith.data.dataset import (
     open_dataset,
     refuse_shared_files,
 )
+from tunesmith.data.feed import Place
 from tunesmith.data.ledger import Ledger
 from tunesmith.encode.draws import RowDraws
 from tunesmith.errors import TunesmithError
 from tunesmith.files import spell_sealed, write_text_atomic
 from tunesmith.preparation.replace import replace_dataset
 from tunesmith.preparation.write import write_dataset
-from tunesmith.run.assemble import ReadyRun
+from tunesmith.run.assemble import ReadyRun, stream_settings
 from tunesmith.run.identity import (
     RELABELS,
     compare_files,
@@ -36,6 +37,7 @@ from tunesmith.run.identity import (
 from tunesmith.run.records import WITHOUT_IT, Fingerprint, RunRecord, read_record
 from tunesmith.run.session import Session
 from tunesmith.runfolder import RunFolder
+from tunesmith.streaming.data import StreamedDataset, open_stream
 from tunesmith.training.checkpoint import Checkpoint
 
 
@@ -56,8 +58,13 @@ class Allowed:
         return refuse_changes(refusals, self.parts, session.folder.path, self.command)
 
 
-def reopen_data(session: Session, before: Fingerprint, allow: Allowed) -> tuple[Dataset, Fingerprint]:
+def reopen_data(
+    session: Session, before: Fingerprint, allow: Allowed, place: Place
+) -> tuple[Dataset | StreamedDataset, Fingerprint]:
     """The run's data, after everything that training depends on has been compared with the start of the run.
+
+    Args:
+        place: of the feed, where the run continues.
 
     Raises:
         TunesmithError: something that would alter training has changed without --allow.
@@ -70,6 +77,8 @@ def reopen_data(session: Session, before: Fingerprint, allow: Allowed) -> tuple[
     for note in [*notes, *others]:
         session.reporter.note(f"note: {note}")
     damage = find_store_damage(folder, before.store)
+    if config.data.stream:
+        return reopen_stream(session, now, changed, damage, place), now
     relabels = {*RELABELS, *(["seed"] if RowDraws.of(config.data, config.train.seed) else [])}
     if set(changed) & relabels or (damage and "data" in allow.parts):
         why = [f"changed {part}" for part in changed] or [damage]
@@ -81,6 +90,26 @@ def reopen_data(session: Session, before: Fingerprint, allow: Allowed) -> tuple[
         )
     ledger, eval_ledger = read_ledgers(folder, now.store)
     return open_dataset(config.data, config.train.seed, folder, now.store, ledger, eval_ledger), now
+
+
+def reopen_stream(
+    session: Session, now: Fingerprint, changed: Sequence[str], damage: str, place: Place
+) -> StreamedDataset:
+    """The data of a streamed run, from its place on.
+
+    Raises:
+        TunesmithError: the rows have changed, so that the place means nothing.
+    """
+    folder = session.folder
+    if "data" in changed or damage:
+        raise TunesmithError(
+            f"{folder.path}: {damage or 'its data have changed'}, and a streamed run has no copy of them to continue "
+            "with. Restore them, or start a new run from its newest checkpoint: tunesmith train --model CHECKPOINT",
+            code="stream-changed",
+        )
+    sources = session.sources or find_data(session.config.data)
+    _, eval_ledger = read_ledgers(folder, now.store)
+    return open_stream(stream_settings(session), sources, folder, now.store, place, eval_ledger)
 
 
 def read_ledgers(folder: RunFolder, store: StoreHashes) -> tuple[Ledger, Ledger | None]:

@@ -17,14 +17,14 @@ from tunesmith.config.plainyaml import show
 from tunesmith.config.runfile import resolve_config
 from tunesmith.config.schema import RunConfig
 from tunesmith.config.sources import Source, SourceSection, with_path
-from tunesmith.data.dataset import Dataset, DataSources, find_data, open_dataset
-from tunesmith.data.ledger import Ledger
+from tunesmith.data.dataset import DataSources, find_data
+from tunesmith.data.feed import Place
 from tunesmith.distributed.processes import joined_world
 from tunesmith.distributed.world import World
 from tunesmith.errors import ConfigError, ModelError, TunesmithError
 from tunesmith.model.source import ModelSource, find_model
 from tunesmith.preparation.replace import finish_replacing
-from tunesmith.run.assemble import assemble
+from tunesmith.run.assemble import AnyDataset, assemble, follow_data
 from tunesmith.run.console import ConsoleReporter, Reporter, Silent
 from tunesmith.run.failures import explained_failures
 from tunesmith.run.finish import finish_run, raise_late_stop
@@ -95,7 +95,7 @@ def _resume(
         session = open_session(config, folder, reporter, record.date, sources, model, world)
         require_same_start(session)
         with explained_failures(folder, config, session.lengths.capacity, position.progress), world.explained():
-            dataset, guard = _open_data(session, position.fingerprint, allow)
+            dataset, guard = _open_data(session, position.fingerprint, allow, position.progress.place)
             reporter.stage("loading the model")
             ready = assemble(session, dataset, None if session.is_adapter else position.weights)
             if session.is_adapter:
@@ -123,13 +123,13 @@ def _choose_checkpoint(folder: RunFolder, name: str, reporter: Reporter, verifie
     return checkpoint.folder.name if checkpoint else ""
 
 
-def _open_data(session: Session, before: Fingerprint, allow: Allowed) -> tuple[Dataset, Fingerprint]:
+def _open_data(session: Session, before: Fingerprint, allow: Allowed, place: Place) -> tuple[AnyDataset, Fingerprint]:
     """The run's data; the first process compares them with the start of the run, and labels them again if need be."""
     world = session.world
-    found: list[tuple[Dataset, Fingerprint]] = []
+    found: list[tuple[AnyDataset, Fingerprint]] = []
 
     def reopen() -> dict[str, Any]:
-        found.append(reopen_data(session, before, allow))
+        found.append(reopen_data(session, before, allow, place))
         dataset, guard = found[0]
         return {"guard": guard.to_json(), "sources": dataset.ledger.sources}
 
@@ -137,8 +137,7 @@ def _open_data(session: Session, before: Fingerprint, allow: Allowed) -> tuple[D
     if found:
         return found[0]
     guard = Fingerprint.from_json(shared["guard"], session.folder.record)
-    data, seed, ledger = session.config.data, session.config.train.seed, Ledger(sources=shared["sources"])
-    return open_dataset(data, seed, session.folder, guard.store, ledger, None), guard
+    return follow_data(session, session.folder, guard.store, shared["sources"]), guard
 
 
 _NAMES = ("data.train", "data.eval", "data.chat_template", "model.path", "model.tokenizer", "train.deepspeed")

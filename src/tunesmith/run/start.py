@@ -11,15 +11,13 @@ from typing import NoReturn
 from tunesmith.adapters.adapter import changes_base
 from tunesmith.adapters.initial import keep_initial
 from tunesmith.config.schema import RunConfig
-from tunesmith.data.dataset import DataSources, find_data, open_dataset, refuse_shared_files
-from tunesmith.data.ledger import Ledger
+from tunesmith.data.dataset import DataSources, find_data, refuse_shared_files
 from tunesmith.distributed.launch import find_launch
 from tunesmith.distributed.processes import joined_world
 from tunesmith.distributed.world import World
 from tunesmith.model.reopen import require_one_reading
 from tunesmith.model.source import find_model
-from tunesmith.preparation.write import write_dataset
-from tunesmith.run.assemble import ReadyRun, assemble
+from tunesmith.run.assemble import ReadyRun, assemble, follow_data, write_data
 from tunesmith.run.console import ConsoleReporter, Reporter, Silent
 from tunesmith.run.failures import explained_failures
 from tunesmith.run.finish import finish_run, raise_late_stop
@@ -33,6 +31,7 @@ from tunesmith.run.summary import cpu_lines, summary_lines
 from tunesmith.run.training import build_trainer, train_to_end, write_run_files
 from tunesmith.runfolder import RunFolder
 from tunesmith.staging import locked, staged_folder
+from tunesmith.streaming.data import refuse_rows
 from tunesmith.training.interrupt import StopRequest
 from tunesmith.training.progress import Progress
 from tunesmith.training.randomness import unchanged_process
@@ -79,6 +78,8 @@ def continue_if_begun(config: RunConfig, reporter: Reporter, rows: Rows) -> Path
 def _train(config: RunConfig, reporter: Reporter, rows: Rows, world: World) -> Path:
     folder = RunFolder(Path(world.share(lambda: str(resolve_output(config.train.output_dir)))))
     require_packages(config)
+    if config.data.stream:
+        refuse_rows(rows)
     config = name_rows(config, folder, rows)
     sources = _find_data(config, rows) if world.is_main else None
     date = datetime.datetime.fromisoformat(world.share(_now))
@@ -125,10 +126,9 @@ def _prepare(session: Session, rows: Rows) -> tuple[ReadyRun, RunRecord, Lines]:
         if rows:
             session = keep_rows(session, rows, staging)
             sources = session.sources or sources
-        max_seq_len, seed = session.lengths.max_seq_len, config.train.seed
         session.reporter.stage("reading the data")
         with named_as_given(folder, rows):
-            dataset = write_dataset(config.data, sources, session.encoder, max_seq_len, seed, staging, session.reporter)
+            dataset = write_data(session, sources, staging)
         world.share(lambda: {"folder": str(path), "sha256": dataset.sha256, "sources": dataset.ledger.sources})
         world.agree(False)  # waits until the others have opened the data under this name
         session.reporter.stage("loading the model")
@@ -137,7 +137,7 @@ def _prepare(session: Session, rows: Rows) -> tuple[ReadyRun, RunRecord, Lines]:
         room = require_room(path, ready)
         lines = summary_lines(ready)
         session.reporter.summary([*lines, ("room", room), *cpu_lines(ready)])
-        guard = take_fingerprint(session, describe_files(sources), dataset.sha256)
+        guard = take_fingerprint(session, describe_files(sources, config.data.stream), dataset.sha256)
         record = RunRecord(
             id=run_id(folder.path, session.date), date=session.date, cwd=os.getcwd(), guard=guard, adapter_init=initial
         )
@@ -148,11 +148,10 @@ def _prepare(session: Session, rows: Rows) -> tuple[ReadyRun, RunRecord, Lines]:
 
 def _follow(session: Session) -> tuple[ReadyRun, RunRecord, Lines]:
     """Open the data that the first process has prepared, and load the model."""
-    world, config = session.world, session.config
+    world = session.world
     prepared = world.share(_of_main)
     staging = RunFolder(Path(prepared["folder"]))
-    ledger = Ledger(sources=prepared["sources"])  # the rest of it is for the first process alone
-    dataset = open_dataset(config.data, config.train.seed, staging, prepared["sha256"], ledger, None)
+    dataset = follow_data(session, staging, prepared["sha256"], prepared["sources"])
     world.agree(False)
     ready = assemble(session, dataset)
     record = RunRecord.from_json(world.share(_of_main), session.folder.record)

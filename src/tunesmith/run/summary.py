@@ -10,12 +10,14 @@ from tunesmith import __version__
 from tunesmith.adapters.adapter import describe_adapter, find_zero_gates
 from tunesmith.config.data_keys import DataSection
 from tunesmith.config.deepspeed_file import read_deepspeed
+from tunesmith.data.dataset import Dataset
 from tunesmith.data.ledger import Ledger, Problem
 from tunesmith.display import format_bytes, format_count, to_markdown
 from tunesmith.model.card import describe_base, front_matter, load_adapter_lines, load_model_lines
 from tunesmith.model.load import count_parameters
 from tunesmith.model.loss import SupervisedLM
 from tunesmith.run.assemble import ReadyRun
+from tunesmith.streaming.data import stream_lines
 from tunesmith.training.cost import Cost, count_step_flops, explain_cost, measure_flops_per_s, total_memory
 from tunesmith.training.progress import Progress
 
@@ -25,6 +27,7 @@ _SHOWN_SOURCES = 12
 
 def summary_lines(ready: ReadyRun) -> list[tuple[str, str]]:
     config, held_out = ready.session.config, ready.feed.held_out
+    sources = ready.session.sources.train if ready.session.sources else None
     parameters, trainable = count_parameters(ready.lm.model)
     gates = {} if ready.lm.adapter else find_zero_gates(ready.lm.model)
     trained = f"{trainable:,} trained ({trainable / parameters:.2%})"
@@ -38,7 +41,8 @@ def summary_lines(ready: ReadyRun) -> list[tuple[str, str]]:
         *_adapter_lines(ready),
         ("device", f"{ready.session.device.type}, {ready.session.precision.name}, {_threads()}"),
         *_process_lines(ready),
-        *_ledger_lines("data", ready.dataset.ledger, config.data),
+        *(stream_lines(sources) if config.data.stream and sources else []),
+        *_ledger_lines("so far" if config.data.stream else "data", ready.dataset.ledger, config.data),
         *(("", line) for line in ready.dataset.ledger.describe_draws(config.data)),
         *_source_lines(ready),
     ]
@@ -46,7 +50,7 @@ def summary_lines(ready: ReadyRun) -> list[tuple[str, str]]:
         lines += _ledger_lines("eval data", ready.dataset.eval_ledger, config.data)
         if config.data.eval_split:
             lines.append(("", "held out of the rows above; nothing is added to them or removed from them"))
-    elif held_out is not None:
+    elif held_out is not None and isinstance(ready.dataset, Dataset):
         samples = len(ready.dataset.train)
         lines.append(("eval data", f"{held_out.num_samples:,} of {samples:,} samples held out"))
     lines += [
@@ -54,7 +58,7 @@ def summary_lines(ready: ReadyRun) -> list[tuple[str, str]]:
         ("lengths", _length_line(ready)),
         ("attention", ready.isolation.report),
         ("head", _head_line(ready.lm)),
-        ("steps", _steps_line(ready)),
+        ("steps", ready.feed.describe_steps()),
         *([("checkpoints", ready.form.line)] if ready.form.line else []),
         ("memory", f"about {format_bytes(estimate_memory(ready))} at its peak{of_each}"),
     ]
@@ -96,7 +100,7 @@ def cpu_lines(ready: ReadyRun) -> list[tuple[str, str]]:
     if ready.session.device.type != "cpu":
         return []
     feed, model = ready.feed, ready.lm.model
-    flops = count_step_flops(model, feed.tokens_per_epoch / feed.steps_per_epoch)
+    flops = count_step_flops(model, feed.tokens_per_step)
     cost, room = Cost(flops, feed.total_steps, estimate_memory(ready)), total_memory()
     if cost.is_cheap() and cost.memory <= room:
         return []
@@ -166,10 +170,12 @@ def _ledger_lines(name: str, ledger: Ledger, data: DataSection) -> list[tuple[st
 
 def _source_lines(ready: ReadyRun) -> list[tuple[str, str]]:
     """Of a mix: the share of each source in the tokens, and how often a run takes it."""
-    sources, feed, mix = ready.dataset.describe_sources(), ready.feed, ready.dataset.mix
+    if not isinstance(ready.dataset, Dataset):
+        return []
+    sources, total_epochs, mix = ready.dataset.describe_sources(), ready.feed.total_epochs or 0.0, ready.dataset.mix
     lines = []
     for source in sources[:_SHOWN_SOURCES]:
-        passes = source.passes * feed.total_epochs
+        passes = source.passes * total_epochs
         rows = f"{source.rows:,} row{'s' if source.rows != 1 else ''}, {format_count(source.tokens)} tokens"
         lines.append(f"{source.name}: {source.asked:.1%} of the tokens; {rows}, {passes:.2f} passes over them")
     if len(sources) > _SHOWN_SOURCES:
@@ -203,13 +209,8 @@ def _template_line(ready: ReadyRun) -> str:
 
 def _length_line(ready: ReadyRun) -> str:
     remark = f" ({ready.session.lengths.remark})" if ready.session.lengths.remark else ""
-    feed = ready.feed
-    num_packs = feed.packs_per_epoch
-    fill = feed.tokens_per_epoch / (num_packs * feed.capacity)
-    packs = f"{num_packs:,} {'forwards' if ready.lm.is_packed else 'groups'} an epoch"
-    return (
-        f"max_seq_len {ready.session.lengths.max_seq_len}{remark}; {packs} of {feed.capacity} tokens, {fill:.1%} full"
-    )
+    packs = ready.feed.describe_packs("forward" if ready.lm.is_packed else "group")
+    return f"max_seq_len {ready.session.lengths.max_seq_len}{remark}; {packs}"
 
 
 def _head_line(lm: SupervisedLM) -> str:
@@ -219,14 +220,6 @@ def _head_line(lm: SupervisedLM) -> str:
     if lm.head_path == "logits_to_keep":
         return f"at supervised positions only, through the model's own forward{router}"
     return f"at all positions: this model transforms its logits in a way we cannot reproduce{router}"
-
-
-def _steps_line(ready: ReadyRun) -> str:
-    feed = ready.feed
-    per_epoch = feed.steps_per_epoch
-    tokens = feed.tokens_per_epoch / per_epoch
-    epochs = feed.total_steps / per_epoch
-    return f"{feed.total_steps:,} steps of about {format_count(tokens)} tokens, {epochs:.2f} epochs"
 
 
 def estimate_memory(ready: ReadyRun) -> float:

@@ -144,7 +144,7 @@ def train_to_end(ready: ReadyRun, trainer: Trainer) -> None:
             f"note: train.profile_steps {train.profile_steps}: nothing is recorded, the run ends at step "
             f"{ready.feed.total_steps:,}"
         )
-    epochs = train.epochs if train.max_steps is None else ready.feed.total_epochs
+    epochs = ready.feed.total_epochs if train.max_steps else train.epochs
     try:
         reporter.begin(ready.feed.total_steps, trainer.progress.step, epochs)
         _defer_signals(ready, trainer)

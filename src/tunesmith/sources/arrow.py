@@ -26,7 +26,12 @@ NumberedRow = tuple[int, Any]
 _Clean = Callable[[Any], Any]
 
 
-def read_parquet(file: DataFile) -> Iterator[NumberedRow]:
+def read_parquet(file: DataFile, first: int = 0) -> Iterator[NumberedRow]:
+    """Rows of a Parquet file.
+
+    Args:
+        first: rows to leave out at the beginning; whole row groups of them are not read.
+    """
     import pyarrow.parquet as pq  # slow to import, rarely needed
 
     if file.is_gzip:
@@ -37,9 +42,28 @@ def read_parquet(file: DataFile) -> Iterator[NumberedRow]:
 
     def read() -> Iterator[pa.RecordBatch]:
         with pq.ParquetFile(file.path) as table:
-            yield from table.iter_batches(batch_size=_BATCH_ROWS)
+            groups, left = _groups_from(table.metadata, first)
+            for batch in table.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups):
+                yield batch.slice(left)
+                left = max(0, left - batch.num_rows)
 
-    return read_batches(str(file.path), read(), file.max_row_mb)
+    return read_batches(str(file.path), read(), file.max_row_mb, first)
+
+
+def count_parquet(file: DataFile) -> int:
+    """Rows of a Parquet file, from its metadata."""
+    import pyarrow.parquet as pq
+
+    return int(pq.read_metadata(file.path).num_rows)
+
+
+def _groups_from(metadata: Any, first: int) -> tuple[list[int], int]:
+    """Row groups from the one that holds row `first` on, and how many rows of that one precede it."""
+    groups = list(range(metadata.num_row_groups))
+    while groups and first >= (size := metadata.row_group(groups[0]).num_rows):
+        first -= size
+        del groups[0]
+    return groups, first
 
 
 def read_arrow(file: DataFile) -> Iterator[NumberedRow]:
@@ -64,19 +88,26 @@ def read_arrow(file: DataFile) -> Iterator[NumberedRow]:
     return read_batches(str(file.path), read(), file.max_row_mb)
 
 
-def read_batches(name: str, batches: Iterable[pa.RecordBatch | pa.Table], max_row_mb: float) -> Iterator[NumberedRow]:
-    """Rows of batches with one schema.
+def read_batches(
+    name: str, batches: Iterable[pa.RecordBatch | pa.Table], max_row_mb: float, before: int = 0
+) -> Iterator[NumberedRow]:
+    """Rows of batches.
+
+    Args:
+        before: number of rows before these.
 
     Raises:
         DataError: the bytes are damaged, two columns have one name, or a value has no counterpart in Python.
     """
     import pyarrow as pa
 
-    number = 0
-    clean: _Clean | None = None
+    number = before
+    schema: pa.Schema | None = None
+    clean: _Clean = _keep
     try:
         for batch in batches:
-            clean = clean or _clean_row(name, batch.schema)
+            if batch.schema != schema:  # files of a hub data set without declared features may differ
+                schema, clean = batch.schema, _clean_row(name, batch.schema)
             is_small = batch.nbytes <= max_row_mb * BYTES_PER_MB
             for start in range(0, batch.num_rows, _BATCH_ROWS):
                 for row in batch.slice(start, _BATCH_ROWS).to_pylist():
@@ -100,6 +131,10 @@ def read_batches(name: str, batches: Iterable[pa.RecordBatch | pa.Table], max_ro
         raise DataError(
             f"{name}: unreadable{place}: {first[:300]}. Write or download the file again.", code="file-damaged"
         ) from None
+
+
+def _keep(value: Any) -> Any:
+    return value
 
 
 def _clean_row(name: str, schema: pa.Schema) -> _Clean:

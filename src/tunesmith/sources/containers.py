@@ -38,6 +38,23 @@ def read_file(
         DataError: the file is unreadable, empty, broken or of an unknown kind.
     """
     file = DataFile(path, encoding, max_row_mb, meter)
+    require_data_file(file)
+    number = 0
+    with explain_errors(file, lambda: number):
+        is_json = file.container in _JSON
+        for number, value in read_json(file, parses) if is_json else _READERS[str(file.container)](file):
+            yield number, value
+    if number == 0:
+        raise without_rows(path)
+
+
+def require_data_file(file: DataFile) -> None:
+    """Check what can be said of a file before it is read.
+
+    Raises:
+        DataError: it is not a file, of an unknown kind, unreadable or empty.
+    """
+    path = file.path
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise DataError(
             f"{path}: is a pipe or a device; data is read more than once. Save it to a file first.", code="not-a-file"
@@ -46,15 +63,13 @@ def read_file(
         raise DataError(
             f"{path}: unknown file type. Known: {', '.join(SUFFIXES)}, plain or .gz.", code="unknown-file-type"
         )
-    number = 0
-    with explain_errors(file, lambda: number):
+    with explain_errors(file):
         if path.stat().st_size == 0:
             raise DataError(f"{path}: the file is empty.", code="file-empty")
-        is_json = file.container in _JSON
-        for number, value in read_json(file, parses) if is_json else _READERS[file.container](file):
-            yield number, value
-    if number == 0:
-        raise DataError(f"{path}: the file has no rows. Give a file with data.", code="file-without-rows")
+
+
+def without_rows(path: Path) -> DataError:
+    return DataError(f"{path}: the file has no rows. Give a file with data.", code="file-without-rows")
 
 
 _JSON = (".json", ".jsonl", ".ndjson")

@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import gzip
 import io
+import itertools
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from tunesmith.sources.rowsize import BYTES_PER_MB, RowTooLarge, count_bytes
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv", ".xlsx", ".txt", ".md")
 _PIECE = 1 << 20
 _HEAD = 4096
+_MARKED_LINES = 256
 _DAMAGED = (OSError, EOFError, zlib.error)
 _UNDECODED = "\udfff"  # a lone surrogate, which no codec produces; marks undecodable bytes
 
@@ -109,14 +111,34 @@ class DataFile:
     def read_lines(self) -> Iterator[str | RowTooLarge]:
         """Every line; a line above the limit is a RowTooLarge."""
         with self.open_text() as file:
-            bound = self.max_row_bytes
-            while line := file.readline(bound + 1):
-                if 4 * len(line) <= bound or (size := count_bytes(line)) <= bound:
-                    yield line
-                    continue
-                while not line.endswith("\n") and (line := file.readline(_PIECE)):
-                    size += count_bytes(line)
-                yield RowTooLarge(size, self.max_row_mb)
+            while line := self._read_line(file):
+                yield line
+
+    def read_lines_from(self, place: int) -> Iterator[tuple[str | RowTooLarge, int | None]]:
+        """Every line from a place in the file on; each 256th line with the place where it begins.
+
+        Args:
+            place: 0, or one that was yielded: opaque, from `TextIOBase.tell`.
+        """
+        with self.open_text() as file:
+            if place:
+                file.seek(place)
+            for count in itertools.count():
+                begins = None if count % _MARKED_LINES else file.tell()
+                line = self._read_line(file)
+                if not line:
+                    return
+                yield line, begins
+
+    def _read_line(self, file: io.TextIOWrapper) -> str | RowTooLarge:
+        """The next line; a marker where it is above the limit; "" at the end."""
+        bound = self.max_row_bytes
+        line = file.readline(bound + 1)
+        if 4 * len(line) <= bound or (size := count_bytes(line)) <= bound:
+            return line
+        while not line.endswith("\n") and (line := file.readline(_PIECE)):
+            size += count_bytes(line)
+        return RowTooLarge(size, self.max_row_mb)
 
 
 def _byte_order_mark(encoding: str) -> bytes:

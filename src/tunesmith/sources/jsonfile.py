@@ -47,7 +47,7 @@ def read_json(file: DataFile, parses: bool = True) -> Iterator[NumberedRow]:
     Args:
         parses: off: lines are JsonLine.
     """
-    if _is_json_lines(file):
+    if is_json_lines(file):
         path = str(file.path)
         for number, text in enumerate(file.read_lines(), 1):
             if isinstance(text, RowTooLarge):
@@ -89,7 +89,7 @@ def _read_chat(items: Iterator[Any], max_bytes: int) -> list[Any] | RowTooLarge 
     return turns if size <= max_bytes else RowTooLarge(size, max_bytes / BYTES_PER_MB)
 
 
-def _is_json_lines(file: DataFile) -> bool:
+def is_json_lines(file: DataFile) -> bool:
     """Whether the first line is a whole value; a list counts as a row only if other lines follow."""
     start = _first_character(file)
     if start not in ("[", "{"):

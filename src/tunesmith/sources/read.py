@@ -274,11 +274,11 @@ def _read_hub(hub_id: str, config: str | None, split: str, max_row_mb: float) ->
     try:
         rows = datasets.load_dataset(hub_id, config, split=split)
     except Exception as error:  # datasets raises many classes; the first line of the message says why
-        raise _explain_hub(hub_id, split, error) from None
+        raise explain_hub(hub_id, split, error) from None
     yield from read_batches(f"{hub_id}:{split}", rows.with_format("arrow").iter(batch_size=1024), max_row_mb)
 
 
-def _explain_hub(hub_id: str, split: str, error: Exception) -> DataError:
+def explain_hub(hub_id: str, split: str, error: Exception) -> DataError:
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     if "gated" in first.lower():
         return DataError(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -12,7 +13,7 @@ import torch
 
 from tunesmith.config.schema import RunConfig
 from tunesmith.config.train_keys import interval_steps
-from tunesmith.data.feed import Feed, Step
+from tunesmith.data.feed import Step, StepFeed
 from tunesmith.distributed.spread import Spread
 from tunesmith.distributed.world import World
 from tunesmith.errors import InterruptedRun, ModelError, RunError
@@ -50,7 +51,7 @@ class Trainer:
     """
 
     config: RunConfig
-    feed: Feed
+    feed: StepFeed
     lm: SupervisedLM
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -83,15 +84,25 @@ class Trainer:
                 be saved.
             InterruptedRun: a signal asked the run to end; the last finished step is saved.
         """
-        progress, total = self.progress, self.feed.total_steps
+        progress = self.progress
         self.lm.train()
         if self.feed.held_out is not None and progress.step == 0:
             self._log({"step": 0, "epoch": 0.0} | self._evaluate_first())  # what the model knows already
         self._saved_at = time.monotonic()
         self.window.restart_clock()
-        for step in self.feed.steps(progress.place, self.world.rank, self.world.size):
-            if progress.step >= total or progress.stopped_early:
-                break
+        with contextlib.closing(self.feed.steps(progress.place, self.world.rank, self.world.size)) as steps:
+            self._train_on(steps)
+        self.pace.is_at_end = True
+        self._save_last()
+
+    def _train_on(self, steps: Iterator[Step | None]) -> None:
+        progress, total = self.progress, self.feed.total_steps
+        while progress.step < total and not progress.stopped_early:
+            if (step := next(steps)) is None:  # its rows are still being labelled
+                self.on_doing("labelling rows")
+                if self.world.agree(self.stop.is_made):
+                    self._stop()
+                continue
             if self.profile is not None:
                 self.profile.before(progress.step + 1)
             record = self._whole_step(step)
@@ -112,8 +123,6 @@ class Trainer:
             if is_asked or (progress.step < total and (is_best or is_due)):
                 with self.window.pause():
                     self.save(is_asked)
-        self.pace.is_at_end = True
-        self._save_last()
 
     def _whole_step(self, step: Step) -> Record:
         """`_step`; where a signal arrives in it, the run ends between two of its forwards, as if it had not begun."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tunesmith.config.schema import OptimSection, RunConfig
-from tunesmith.data.feed import Feed
+from tunesmith.data.feed import StepFeed
 from tunesmith.model.loss import SupervisedLM
 from tunesmith.training.evaluate import evaluate
 from tunesmith.training.optim import build_optimizer, lr_at, set_lr
@@ -31,7 +31,9 @@ class Trials:
         max_packs: of the held-out data that are evaluated.
     """
 
-    def __init__(self, lm: SupervisedLM, feed: Feed, config: RunConfig, precision: Precision, max_packs: int) -> None:
+    def __init__(
+        self, lm: SupervisedLM, feed: StepFeed, config: RunConfig, precision: Precision, max_packs: int
+    ) -> None:
         assert feed.held_out is not None
         self._lm, self._feed, self._config, self._precision = lm, feed, config, precision
         self._held_out = replace(feed.held_out, packs=feed.held_out.packs[:max_packs])
@@ -53,6 +55,7 @@ class Trials:
         lm.train()
         try:
             for number, step in zip(range(num_steps), self._feed.steps(), strict=False):
+                assert step is not None  # its data are on disk
                 set_lr(optimizer, lr_at(number, num_steps, optim))
                 train_step(lm, optimizer, step.batches, optim.max_grad_norm, self._precision, scaler)
             loss = evaluate(lm, self._held_out, self._precision).loss

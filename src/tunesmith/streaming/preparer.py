@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from tunesmith.errors import DataError, RunError
 from tunesmith.streaming.job import Job
+from tunesmith.streaming.worker import Failure
 
 _CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from tunesmith.streaming.worker import main; main()"
 _STDERR_LINES = 20
@@ -28,7 +29,7 @@ class Preparer:
         self.start = job.start
         self._changed = threading.Condition()
         self._done = job.start.number - 1
-        self._failure: tuple[int, Mapping[str, Any]] | None = None
+        self._failure: Failure | None = None
         self._has_ended = False
         self._process = subprocess.Popen(
             [sys.executable, "-c", _CODE, json.dumps([path for path in sys.path if isinstance(path, str)])],
@@ -67,7 +68,7 @@ class Preparer:
             if self._done >= number:
                 return True
             if self._failure:
-                raise as_error(self._failure[1])
+                raise as_error(self._failure)
             if self._has_ended:
                 raise RunError(self._explain_end(), code="labelling-ended")
             return False
@@ -86,7 +87,7 @@ class Preparer:
     def take(self, answer: Mapping[str, Any]) -> None:
         with self._changed:
             if "error" in answer:
-                self._failure = answer["window"], answer["error"]
+                self._failure = Failure(**answer["error"])
             else:
                 self._done = answer["window"]
             self._changed.notify_all()
@@ -123,13 +124,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def as_error(said: Mapping[str, Any]) -> BaseException:
-    """The error that the labelling process described."""
-    kind, text = said["kind"], said["text"]
-    if kind == "ours":
-        return DataError(text, code=said["code"])
-    if kind == "memory":
-        return MemoryError(text)
-    if kind == "system":
-        return OSError(said["errno"], text, said["file"])
-    return RuntimeError(f"the labelling process failed:\n{text}")
+def as_error(failure: Failure) -> BaseException:
+    """The error that ended the labelling."""
+    if failure.kind == "ours":
+        return DataError(failure.text, code=failure.code)
+    if failure.kind == "memory":
+        return MemoryError(failure.text)
+    if failure.kind == "system":
+        return OSError(failure.errno, failure.text, failure.file)
+    return RuntimeError(f"the labelling process failed:\n{failure.text}")

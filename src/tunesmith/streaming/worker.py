@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import traceback
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -74,7 +75,7 @@ def main() -> None:
     except BrokenPipeError:
         return
     except BaseException as error:
-        answer({"window": number, "error": describe_error(error)})
+        answer({"window": number, "error": asdict(Failure.of(error))})
 
 
 def _give_way() -> None:
@@ -82,13 +83,29 @@ def _give_way() -> None:
         os.nice(_NICE)
 
 
-def describe_error(error: BaseException) -> dict[str, Any]:
-    """An error as JSON, from which `preparer.as_error` makes it again."""
-    if isinstance(error, TunesmithError):
-        return {"kind": "ours", "text": str(error), "code": error.code}
-    if is_out_of_memory(error):
-        return {"kind": "memory", "text": str(error)}
-    if (found := system_error(error)) is not None:
-        name = os.fspath(found.filename) if isinstance(found.filename, (str, os.PathLike)) else None
-        return {"kind": "system", "text": found.strerror or str(found), "errno": found.errno, "file": name}
-    return {"kind": "bug", "text": "".join(traceback.format_exception(error))}
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error that can be sent as JSON, and made again on the other side (`preparer.as_error`).
+
+    Attributes:
+        kind: ours, memory, system or bug.
+        code: of one of ours.
+        errno, file: of a system call.
+    """
+
+    kind: str
+    text: str
+    code: str = ""
+    errno: int | None = None
+    file: str | None = None
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        if isinstance(error, TunesmithError):
+            return cls("ours", str(error), code=error.code)
+        if is_out_of_memory(error):
+            return cls("memory", str(error))
+        if (found := system_error(error)) is not None:
+            name = os.fspath(found.filename) if isinstance(found.filename, (str, os.PathLike)) else None
+            return cls("system", found.strerror or str(found), errno=found.errno, file=name)
+        return cls("bug", "".join(traceback.format_exception(error)))

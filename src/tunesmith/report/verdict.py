@@ -179,7 +179,8 @@ def summarise(figures: Figures) -> str:
     else:
         parts.append(f"no loss was logged in {over}" if over else "no loss was logged")
     if not figures.evals:
-        parts.append("no held-out rows (data.eval_split 0.05 holds some out)")
+        way = "give data.eval" if figures.config.data.stream else "data.eval_split 0.05 holds some out"
+        parts.append(f"no held-out rows ({way})")
     return "; ".join(parts) + "."
 
 
@@ -362,11 +363,13 @@ def _judge_without_eval(figures: Figures) -> Iterator[Finding]:
     what = f"{format_value(figures.epochs, 3)} epochs without held-out rows: overfitting cannot be seen."
     if change.last < _LEARNT_BY_HEART:
         what += f" The loss of {format_value(change.last)} says that the rows are learnt by heart."
+    is_stream = figures.config.data.stream  # which cannot hold rows out
+    flag = "Give held-out rows with --eval-data and" if is_stream else "Try --data.eval_split 0.1 with"
     yield Finding(
         "no-eval",
         what,
-        "Try --data.eval_split 0.1 with train.eval_steps: the weights with the lowest eval_loss are then saved.",
-        {"data.eval_split": 0.1},
+        f"{flag} train.eval_steps: the weights with the lowest eval_loss are then saved.",
+        {} if is_stream else {"data.eval_split": 0.1},
     )
 
 

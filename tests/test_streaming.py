@@ -310,6 +310,18 @@ def test_resumed_anywhere_the_weights_are_the_same(run: Run, model_folder: Path,
         assert not list((part / "tokens").glob("window-*"))
 
 
+def test_a_run_that_met_bad_rows_continues_with_a_higher_limit(
+    fails: Any, run: Run, model_folder: Path, tmp_path: Path
+) -> None:
+    path, out = bad_after(tmp_path / "a.jsonl", 300), tmp_path / "run"
+    words = ("--model", model_folder, "--data", path, "--output", out, *FLAGS, "--train.max_steps", 40)
+    assert fails("train", *words).code == "too-many-refused"
+    assert (out / "checkpoints" / "step-000014").is_dir()
+    assert fails("resume", out).code == "too-many-refused"
+    code, _, err = run("resume", out, "--data.max_refused", 0.5)
+    assert code == 0, err
+
+
 def test_what_a_stream_cannot_do_is_refused(
     fails: Any, run: Run, model_folder: Path, chats: Path, tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ FREE_KEYS = (
     "train.keep_checkpoints", "train.early_stop_patience", "train.on_nonfinite", "train.trackers",
     "train.gradient_checkpointing", "train.eval_generate", "train.parallel", "train.deepspeed",
     "train.sharded_checkpoints", "train.resume", "train.profile_steps", "data.max_cut_replies", "data.workers",
+    "data.max_refused",
     "data.cache",
 )  # fmt: skip
 """Keys that resume takes without --allow: none of them alters a step. More steps may need --allow schedule."""

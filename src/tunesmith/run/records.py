@@ -13,8 +13,8 @@ from tunesmith.errors import TunesmithError
 from tunesmith.files import read_sealed, sealed, write_text_atomic
 
 WITHOUT_IT = (
-    "The run cannot be resumed without it. Its checkpoints are model folders: tunesmith train --model CHECKPOINT "
-    "starts a new run from one."
+    "The run cannot be resumed without it. Its checkpoints are model folders (unless they are in shards): tunesmith "
+    "train --model CHECKPOINT starts a new run from one."
 )
 
 

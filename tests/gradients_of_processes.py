@@ -21,9 +21,9 @@ from tunesmith.config.schema import LoraSection, OptimSection
 from tunesmith.config.train_keys import TrainSection
 from tunesmith.data.feed import Batches
 from tunesmith.data.store import open_store
-from tunesmith.distributed.choose import build_spread
+from tunesmith.distributed.fsdp import Sharded
 from tunesmith.distributed.processes import joined_world
-from tunesmith.distributed.spread import Spread
+from tunesmith.distributed.spread import Replicated, Spread
 from tunesmith.distributed.world import OneProcess, World
 from tunesmith.model.head import choose_head_path
 from tunesmith.model.loss import SupervisedLM
@@ -99,12 +99,16 @@ def largest(ours: list[Any], theirs: list[Any]) -> float:
     return max(float((as_float64(one) - as_float64(other)).abs().max()) for one, other in pairs)
 
 
+def spread_of(name: str, world: World) -> Spread:
+    return Replicated(world) if name == "ddp" else Sharded(world, torch.device("cpu"), None)
+
+
 def compare_all(folder: Path, world: World) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for case in CASES:
         wanted = work(case, folder, OneProcess(), Spread())
         for name in ("ddp", "fsdp"):
-            got = work(case, folder, world, build_spread(name, world, torch.device("cpu"), None))
+            got = work(case, folder, world, spread_of(name, world))
             title = f"{name} {case[0]} {case[1]} {'packed' if case[2] else 'one document a forward'}"
             if world.is_main:  # the others have no whole tensors
                 found[title] = [largest(one, other) for one, other in zip(got, wanted, strict=True)]

@@ -343,7 +343,7 @@ def test_schema_is_current_and_accepts_a_run_file(run) -> None:
     kept = Path(__file__).parents[1] / "docs" / "run.schema.json"
     assert json.loads(kept.read_text(encoding="utf-8")) == json_schema(), "run `make docs`"
     schema = json_schema()
-    assert set(schema["properties"]) == {"model", "data", "optim", "lora", "train"}
+    assert set(schema["properties"]) == {"model", "data", "optim", "lora", "train", "stages"}
     for section, key in (("Data", "train"), ("Data", "eval"), ("Train", "trackers")):
         own = yaml.safe_load(json.dumps(schema))["$defs"][f"{section}Section"]["properties"][key]
         kinds = [option.get("type") for option in own["anyOf"]]

@@ -22,6 +22,8 @@ GIB = 2.0**30
 class Watched(Silent):
     """Keeps the summary, and ends the run at its first record."""
 
+    owns_process = False
+
     def __init__(self) -> None:
         self.lines: list[tuple[str, str]] = []
 

@@ -116,7 +116,7 @@ WANTED: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
          "lora": {"kind": "lora", "rank": 16, "alpha": 32, "dropout": 0.05, "target_modules": ["all-linear"],
                   "modules_to_save": ["lm_head"]},
          "train": {"epochs": 1, "micro_batch_tokens": 1024, "grad_accum_steps": 8, "precision": "bf16", "output_dir": "o",
-                   "seed": 42, "gradient_checkpointing": True}},
+                   "seed": 42, "gradient_checkpointing": True, "deepspeed": "zero3.json"}},
         ["neftune_noise_alpha"],
     ),
     "llama-factory": (

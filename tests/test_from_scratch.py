@@ -245,6 +245,8 @@ def test_minimind_schedule_goes_from_eleven_tenths_to_a_tenth() -> None:
 def test_recipes_resolve_and_an_unknown_one_names_the_known(run) -> None:
     folder = find_recipe(Path("recipe:minimind-sft")).parent
     for path in sorted(folder.glob("*.yaml")):
+        if "stages" in yaml.safe_load(path.read_text()):  # tests/test_recipes.py resolves them stage by stage
+            continue
         config = resolve_config(
             RunConfig, Path(f"recipe:{path.stem}"), {"model.path": "m", "data.train": ["d"], "train.output_dir": "o"}
         )

@@ -145,7 +145,7 @@ def test_ctrl_c_leaves_nothing(
 ) -> None:
     import tunesmith.training.trials as trials
 
-    def interrupted(*arguments: Any) -> Any:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(trials, "train_step", interrupted)

@@ -353,7 +353,7 @@ def become_folder(path: Path) -> None:
 
 def age(path: Path) -> None:
     content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "format": 2}))
+    path.write_text(json.dumps({**content, "format": 3}))
 
 
 DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
@@ -363,7 +363,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "missing": ("state.json", Path.unlink, "state.json is missing"),
     "foreign": ("more.bin", lambda p: p.write_bytes(b"x"), "more.bin is not part of the checkpoint"),
     "unreadable": ("random.safetensors", become_folder, "random.safetensors cannot be read: is a folder, not a file"),
-    "newer": (MANIFEST, age, "manifest.json is of format 2; this tunesmith reads up to 1"),
+    "newer": (MANIFEST, age, "manifest.json is of format 3; this tunesmith reads up to 2"),
     "no manifest": (MANIFEST, Path.unlink, "manifest.json is missing"),
     "torn manifest": (MANIFEST, lambda p: os.truncate(p, 100), "manifest.json is damaged"),
     "changed manifest": (MANIFEST, lambda p: p.write_text(p.read_text().replace('"step": 6', '"step": 7')), "its own hash"),

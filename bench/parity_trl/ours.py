@@ -8,11 +8,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from inputs import LR, MAX_SEQ_LEN, MICRO_BATCH_TOKENS, MODES, STEPS, TRAIN_SEED, write_inputs
 
 from tunesmith.cli import main
-from tunesmith.data.pack import plan_epoch
 from tunesmith.data.store import open_store
+from tunesmith.plans.plan import ShuffledPlan
 
 
 def run(folder: Path, mode: str, num_steps: int = STEPS) -> dict[str, Any]:
@@ -38,10 +39,11 @@ def run(folder: Path, mode: str, num_steps: int = STEPS) -> dict[str, Any]:
 def rows_of_steps(run_folder: Path, num_steps: int) -> list[list[int]]:
     """The rows (from 0) of each step, in the order of the packs."""
     store = open_store(run_folder / "tokens")
+    plan = ShuffledPlan(np.arange(len(store)), store.lengths, MICRO_BATCH_TOKENS, TRAIN_SEED)
     steps: list[list[int]] = []
     epoch = 0
     while len(steps) < num_steps:
-        packs = plan_epoch(store.lengths, MICRO_BATCH_TOKENS, TRAIN_SEED, epoch)
+        packs = plan.packs(epoch)
         steps += [[int(store.row_numbers[i]) - 1 for i in pack] for pack in packs]
         epoch += 1
     return steps[:num_steps]

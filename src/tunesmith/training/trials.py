@@ -57,7 +57,8 @@ class Trials:
             for number, step in zip(range(num_steps), self._feed.steps(), strict=False):
                 assert step is not None  # its data are on disk
                 set_lr(optimizer, lr_at(number, num_steps, optim))
-                train_step(lm, optimizer, step.batches, optim.max_grad_norm, self._precision, scaler)
+                train_step(lm, optimizer, step.batches, optim.max_grad_norm, self._precision, scaler,
+                           seed=(config.train.seed, number))  # fmt: skip
             loss = evaluate(lm, self._held_out, self._precision).loss
         except NotFiniteError:
             loss = math.inf

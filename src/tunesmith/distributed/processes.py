@@ -64,6 +64,7 @@ class Processes:
         self.channel = channel
         self._launch, self._group, self._store = launch, group, store
         self._shared = 0
+        self._has_waited = False
 
     @property
     def is_main(self) -> bool:
@@ -114,6 +115,7 @@ class Processes:
         Raises:
             ToldError: that failure, unless that process was only interrupted as well.
         """
+        waits, self._has_waited = waits and not self._has_waited, self._has_waited or waits
         failure = self.channel.find_lost() if waits else self.channel.failure()
         if failure and failure.rank != self.rank and failure.exit_code != InterruptedRun.exit_code:
             self._take(failure)
@@ -195,7 +197,7 @@ def joined_world(train: TrainSection, owns_process: bool = True) -> Iterator[Wor
         try:
             yield world
         except (KeyboardInterrupt, InterruptedRun):
-            world.raise_cause()
+            world.raise_cause(waits=world.is_main)  # the signal may come while the end of a collective is looked into
             raise
     except BaseException as raised:
         error = raised

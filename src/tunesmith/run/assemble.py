@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from tunesmith.adapters.adapter import add_adapter, cast_trained, quantization_config
 from tunesmith.adapters.base import record_base
@@ -148,6 +148,7 @@ def load_weights(session: Session, checkpoint: Path | None) -> PreTrainedModel:
     new_tokens = session.new_tokens if checkpoint is None else []  # a checkpoint already contains the added rows
     is_sharded = session.parallel == "fsdp" and quantization is None
     size = session.world.size if is_sharded and loads_shards(config.lora, source) else 1
+    size = 1 if has_empty_shards(model_config, size) else size
     if shards := weight_shards(checkpoint):
         model = load_from_shards(section, model_config, dtype, size, shards)
     elif size > 1:
@@ -171,6 +172,15 @@ def loads_shards(lora: LoraSection, source: ModelSource) -> bool:
     merged into, or begins with a copy of."""
     is_copied = lora.kind == "dora" or bool(lora.modules_to_save)
     return source.kind != "preset" and source.adapter is None and not is_copied
+
+
+def has_empty_shards(config: PretrainedConfig, size: int) -> bool:
+    """Whether some process would have none of the experts of a layer, which transformers cannot load: each then loads
+    the whole model before it is sharded."""
+    text: Any = config.get_text_config()
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((number for name in names if isinstance(number := getattr(text, name, None), int)), 0)
+    return experts > 0 and -(-experts // size) * (size - 1) >= experts
 
 
 def weights_dtype(session: Session) -> torch.dtype:

@@ -228,7 +228,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     )
     text = ("the" * 40 + " " + "fox" * 40 + "\n" + "dog" * 40 + " ") * 2_750  # 1 MB
     code = (
-        "import datetime, resource, sys\n"
+        "import datetime, os, resource, sys\n"
+        "os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # its threads hold 40 MB more, or not\n"
         "from pathlib import Path\n"
         "from transformers import AutoTokenizer\n"
         "from tunesmith.config.schema import DataSection\n"

@@ -168,6 +168,27 @@ def measure(args: argparse.Namespace, count: int) -> dict[str, Any]:
     return found
 
 
+def measure_start(args: argparse.Namespace, count: int) -> None:
+    """Seconds of `tunesmith train` with one step, without and with prepared data."""
+    folder: Path = args.folder
+    file = folder / f"start-{count}.jsonl"
+    write_rows(args.shared / "data" / "gsm8k" / "train.jsonl", file, count)
+    time.sleep(2.1)
+    tokenizer = str(args.tokenizer or args.shared / "tokenizers" / "minimind")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}
+    flags = [word for key, value in sizes.items() for word in (f"--model.config.{key}", str(value))]
+    for name in ("nothing prepared", "prepared"):
+        run = folder / f"run-{count}"
+        shutil.rmtree(run, ignore_errors=True)
+        began = time.perf_counter()
+        words = ["train", "--model", "new:minimind-26m", "--tokenizer", tokenizer, "--data", str(file), *flags]
+        subprocess.run(
+            [sys.executable, "-m", "tunesmith", *words, "--output", str(run), "--train.max_steps", "1"],
+            env={**os.environ, "TUNESMITH_CACHE": str(folder / "cache")}, check=True, capture_output=True,
+        )  # fmt: skip
+        print(f"{count:,} rows, {name}: {time.perf_counter() - began:.1f} s from the command to its end", flush=True)
+
+
 def picture(sizes: list[dict[str, Any]]) -> str:
     """Rows per second and memory against rows, both from zero, over a logarithmic axis of rows."""
     from math import log10
@@ -209,10 +230,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--workers", default="auto")
     parser.add_argument("--kill", action="store_true", help="also kill a preparation and continue it")
+    parser.add_argument("--start", action="store_true", help="only measure how long `train` takes to its first step")
     parser.add_argument("--docs", type=Path, help="folder for prepare.json and prepare.svg")
     args = parser.parse_args()
     args.folder.mkdir(parents=True)
     try:
+        if args.start:
+            for count in args.rows:
+                measure_start(args, count)
+            return
         sizes = [measure(args, count) for count in args.rows]
     finally:
         shutil.rmtree(args.folder, ignore_errors=True)

@@ -1,0 +1,247 @@
+"""benchmark.md and the plots of compare.py, from benchmark.json."""
+
+from __future__ import annotations
+
+from math import log10
+from pathlib import Path
+from typing import Any
+
+NAMES = {
+    "ours": "tunesmith",
+    "trl-packed": "TRL, packed",
+    "trl-padded": "TRL, padded",
+    "trainer": "transformers Trainer, padded",
+    "minimind": "MiniMind's trainer, padded",
+}
+GOALS: tuple[tuple[str, str, str, float, str], ...] = (
+    # case, engine, what, goal, words
+    ("26m full", "trl-packed", "ours_over_it", 2.0, "speed over TRL packed, all weights"),
+    ("26m lora", "trl-packed", "ours_over_it", 2.4, "speed over TRL + PEFT packed, LoRA"),
+    ("26m full", "trl-padded", "ours_over_it", 3.5, "speed over TRL padded, all weights"),
+    ("26m full", "ours", "share_of_limit", 0.75, "share of the limit, all weights"),
+    ("26m full", "trl-packed", "peak_mb", 0.7, "peak memory over TRL packed's, all weights"),
+    ("qwen2.5-0.5b-4-layers full", "trl-packed", "ours_over_it", 1.5, "speed over TRL packed, 0.5B shape, all weights"),
+    ("qwen2.5-0.5b-4-layers lora", "trl-packed", "ours_over_it", 1.5, "speed over TRL + PEFT packed, 0.5B shape, LoRA"),
+)
+
+
+def write_pages(folder: Path, found: dict[str, Any]) -> None:
+    if "machine" not in found:
+        return
+    for name, key in (("lengths", "length"), ("sizes", "parameters")):
+        if rows := found.get(name):
+            (folder / f"benchmark_{name}.svg").write_text(plot(rows, key), encoding="utf-8")
+    (folder / "benchmark.md").write_text("\n".join(page(found)) + "\n", encoding="utf-8")
+
+
+def page(found: dict[str, Any]) -> list[str]:
+    machine = found["machine"]
+    versions = ", ".join(f"{name} {one}" for name, one in machine["versions"].items())
+    lines = [
+        "# Benchmark",
+        "",
+        "Written by `bench/compare.py`; the numbers are in [benchmark.json](benchmark.json).",
+        "",
+        f"Machine: {machine['processor']}, {machine['cores']} cores ({', '.join(machine['instructions'])}), "
+        f"{machine['threads']} threads, {machine['system']}, Python {machine['python']}; {versions}; {machine['date']}.",
+        "",
+        "Each tool runs its own training loop in a process of its own, on the same rows, from the same weights, in fp32, "
+        "with fused AdamW, a constant learning rate, clipping at 1 and a log line each step. One step of each in turn; "
+        "ratios are medians over the rounds, with their quartiles in brackets. Tokens are real ones, without padding. A "
+        "packed step has one forward of up to the given number of tokens, a padded one as many rows as have about that "
+        "number. Memory is the peak of the process less what it takes after its imports. The first step is counted from "
+        "the start of the process: imports, preparation of the data, and the step; the part of importing torch and "
+        "transformers is in brackets.",
+        "",
+        "The limit is the time of the matrix products that a step must make, at the rate this machine reaches on the same "
+        "shapes, measured in turn with the steps: 6 FLOP for each weight and token (4 for frozen weights), the head on "
+        "supervised tokens alone, attention within documents.",
+        "",
+    ]
+    for case in found.get("steps", {}).values():
+        lines += _case_lines(case)
+    lines += _goal_lines(found)
+    lines += _preparation_lines(found.get("prepare", []))
+    if found.get("lengths"):
+        lines += ["## Length of the documents", "", "26M parameters, all weights, 8,192 tokens a step.", "",
+                  "![Tokens per second against the length of the documents](benchmark_lengths.svg)", ""]  # fmt: skip
+    if found.get("sizes"):
+        lines += ["## Size of the model", "", "All weights, 2,048 tokens a step (1,024 for the largest).", "",
+                  "![Tokens per second against the number of parameters](benchmark_sizes.svg)", ""]  # fmt: skip
+    lines += _difference_lines(found)
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def _ratio(value: dict[str, float]) -> str:
+    return f"{value['median']:.2f} ({value['low']:.2f}-{value['high']:.2f})"
+
+
+def _case_lines(case: dict[str, Any]) -> list[str]:
+    what = "all weights" if case["method"] == "full" else "LoRA, rank 16, all linear layers"
+    lines = [
+        f"## {case['shape']}: {what}",
+        "",
+        f"{case['parameters'] / 1e6:,.0f}M parameters, up to {case['tokens']:,} tokens a step, {case['rounds']} rounds; "
+        f"matrix products at {case['gflops_per_s']['median']:,.0f} GFLOP/s.",
+        "",
+        "| | tokens/s | tunesmith is faster by | share of the limit | peak memory | first step after | tokens a step, supervised |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, one in case["engines"].items():
+        ratio = "" if name == "ours" else f"{_ratio(one['ours_over_it'])}x"
+        lines.append(
+            f"| {NAMES[name]} | {one['tokens_per_s']['median']:,.0f} | {ratio} | "
+            f"{one['share_of_limit']['median']:.0%} | {one['peak_mb']:,.0f} MB | "
+            f"{one['first_step_s']:.1f} s ({one['imports_s']:.1f}) | "
+            f"{one['tokens_per_step']:,.0f}, {one['targets_per_step']:,.0f} |"
+        )
+    return [*lines, ""]
+
+
+def find_goals(found: dict[str, Any]) -> list[tuple[str, float, float, bool]]:
+    """Words, goal, measured value, whether it is met; goals that were not measured are left out."""
+    goals = []
+    for case, engine, what, goal, words in GOALS:
+        engines = found.get("steps", {}).get(case, {}).get("engines", {})
+        if engine not in engines:
+            continue
+        if what == "peak_mb":
+            value = engines["ours"][what] / engines[engine][what]
+            goals.append((words, goal, value, value <= goal))
+        else:
+            value = engines[engine][what]["median"]
+            goals.append((words, goal, value, value >= goal))
+    prepared = [row for row in found.get("prepare", []) if "ours_over_prepare-trl" in row]
+    if prepared:
+        value = prepared[-1]["ours_over_prepare-trl"]["median"]
+        goals.append((f"rows/s over TRL's, {prepared[-1]['workers']} processes", 4.0, value, value >= 4.0))
+    return goals
+
+
+def _goal_lines(found: dict[str, Any]) -> list[str]:
+    goals = find_goals(found)
+    if not goals:
+        return []
+    lines = ["## Goals", "", "| goal | asked | measured | |", "|---|--:|--:|---|"]
+    for words, goal, value, is_met in goals:
+        is_most = "memory" in words
+        sign = "<=" if is_most else ">="
+        missed = f"missed by {abs(value / goal - 1):.0%}"
+        lines.append(f"| {words} | {sign} {goal:g} | {value:.2f} | {'met' if is_met else missed} |")
+    return [*lines, ""]
+
+
+def _preparation_lines(rows: list[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    lines = [
+        "## Preparation of the data",
+        "",
+        f"{rows[0]['rows']:,} rows of one turn, rendered, encoded and labelled; tunesmith proves every label, reads the "
+        "file and writes the token store; TRL's rows are in memory already.",
+        "",
+        "| processes | tunesmith, rows/s | TRL, rows/s | ratio |",
+        "|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        trl = row.get("prepare-trl")
+        ratio = f"{_ratio(row['ours_over_prepare-trl'])}x" if trl else ""
+        lines.append(
+            f"| {row['workers']} | {row['prepare-ours']['median']:,.0f} | "
+            f"{format(trl['median'], ',.0f') if trl else ''} | {ratio} |"
+        )
+    return [
+        *lines,
+        "",
+        "How preparation grows with the number of rows: [large_data.md](large_data.md).",
+        "",
+    ]
+
+
+def _difference_lines(found: dict[str, Any]) -> list[str]:
+    lines = ["## What differs between the tools", ""]
+    for name, case in found.get("steps", {}).items():
+        data = {engine: one["data"] for engine, one in case["engines"].items()}
+        counts = "; ".join(
+            f"{NAMES[engine]} {rows:,} rows, {tokens:,} tokens, {targets:,} supervised"
+            for engine, (rows, tokens, targets) in data.items()
+        )
+        lines.append(f"- {name}: {counts}.")
+    lines += [
+        "- TRL trains on the newline after the stop token, tunesmith does not; each packs in its own order, so a step of "
+        "one has a few tokens more than one of the other, which tokens/s accounts for.",
+        "- Precision and threads are the same. TRL checkpoints activations by default; that is switched off here. "
+        "Its default loss computes the head on supervised tokens alone.",
+        "- TRL and transformers are faster with padding-free attention on a GPU (flash-attn); here all run on a CPU.",
+    ]
+    return lines
+
+
+def plot(rows: list[dict[str, Any]], key: str) -> str:
+    """Tokens per second, and memory below, over a logarithmic axis."""
+    width, height, left, gap = 640, 200, 70, 70
+    low, high = log10(rows[0][key]), log10(rows[-1][key])
+    engines = [name for name in ("ours", "trl-packed") if name in rows[0]]
+
+    def across(value: float) -> float:
+        return left + (log10(value) - low) / (high - low or 1) * (width - left - 40)
+
+    parts = []
+    for place, (what, title) in enumerate((("tokens_per_s", "tokens per second"), ("peak_mb", "peak memory, MB"))):
+        top = 30 + place * (height + gap)
+        values = {name: [_number(row[name][what]) for row in rows] for name in engines}
+        lowest = min(min(one) for one in values.values())
+        most = max(max(one) for one in values.values())
+        is_log = most > 20 * lowest
+        parts.append(f'<text x="{left}" y="{top - 10}" class="title">{title}</text>')
+        parts.append(f'<path d="M{left},{top} V{top + height} H{width - 20}" class="axis"/>')
+        for row in rows:
+            parts.append(
+                f'<text x="{across(row[key]):.0f}" y="{top + height + 18}" class="mid">{_short(row[key])}</text>'
+            )
+        for name in engines:
+            points = [
+                (across(row[key]), top + height * (1 - _share(value, lowest, most, is_log)), value)
+                for row, value in zip(rows, values[name], strict=True)
+            ]
+            parts.append(
+                f'<polyline points="{" ".join(f"{x:.0f},{y:.0f}" for x, y, _ in points)}" class="line {name}"/>'
+            )
+            above = name == "ours" if what == "tokens_per_s" else name != "ours"
+            for x, y, value in points:
+                parts.append(f'<circle cx="{x:.0f}" cy="{y:.0f}" r="3.5" class="{name}"/>')
+                parts.append(f'<text x="{x:.0f}" y="{y - 9 if above else y + 18:.0f}" class="mid">{value:,.0f}</text>')
+        if len(engines) > 1:
+            for number, name in enumerate(engines):
+                parts.append(
+                    f'<text x="{width - 190 + 95 * number}" y="{top - 10}" class="name {name}">{NAMES[name]}</text>'
+                )
+    style = (
+        "text{font:12px sans-serif;fill:#333}.title{font-weight:bold}.mid{text-anchor:middle}"
+        ".axis{stroke:#999;fill:none}.line{stroke-width:2;fill:none}"
+        ".line.ours{stroke:#2563a8}circle.ours,text.ours{fill:#2563a8}"
+        ".line.trl-packed{stroke:#b4541a}circle.trl-packed,text.trl-packed{fill:#b4541a}"
+    )
+    label = "the length of the documents" if key == "length" else "the number of parameters"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {2 * (height + gap) + 10}" role="img" '
+        f'aria-label="Tokens per second and peak memory against {label}"><style>{style}</style>'
+        f'<rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
+    )
+
+
+def _number(value: Any) -> float:
+    return float(value["median"] if isinstance(value, dict) else value)
+
+
+def _share(value: float, lowest: float, most: float, is_log: bool) -> float:
+    if is_log:
+        return 0.08 + 0.8 * (log10(value) - log10(lowest)) / (log10(most) - log10(lowest) or 1)
+    return value / (most * 1.15)
+
+
+def _short(value: float) -> str:
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if value >= 10 * size or (value >= size and unit == "M"):
+            return f"{value / size:,.0f}{unit}"
+    return f"{value:,.0f}"

@@ -9,6 +9,7 @@ memory and its own settings. The seconds of a step are those between `go` and th
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -319,14 +320,17 @@ ENGINES: dict[str, Callable[[Task, Callable[[], Turns]], None]] = {
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engine", choices=ENGINES)
+    parser.add_argument("task", help="a file written by compare.py")
+    args = parser.parse_args()
     output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the engine prints goes to the log
-    name, path = sys.argv[1:]
     import torch  # noqa: F401
     import transformers  # noqa: F401
 
     imports_s = time.time() - BEGAN
-    ENGINES[name](Task.read(path), lambda: Turns(imports_s, output))
+    ENGINES[args.engine](Task.read(args.task), lambda: Turns(imports_s, output))
 
 
 if __name__ == "__main__":

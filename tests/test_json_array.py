@@ -67,7 +67,7 @@ def test_texts_with_one_damaged_character(tmp_path: Path, piece: int) -> None:
     rows = [{"messages": [{"role": "user", "content": f'a\n{n} \\ " 中'}], "n": [1.50, None, n]} for n in range(4)]
     text = json.dumps(rows, indent=1, ensure_ascii=False)
     for _ in range(150):
-        at = rng.randrange(len(text))
+        at = rng.randrange(1, len(text))
         damaged = text[:at] + rng.choice(["", "]", "}", '"', ",", "x", "\\", "\n", "["]) + text[at + 1 :]
         assert stream(tmp_path / "a.json", damaged) == outcome(lambda damaged=damaged: load_json(damaged)), damaged
 

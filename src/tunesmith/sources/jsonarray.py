@@ -7,12 +7,14 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any, NoReturn
 
-from tunesmith.sources.jsontext import load_json_at
+from tunesmith.sources.jsontext import LongNumber, load_json_at
 from tunesmith.sources.rowsize import BYTES_PER_MB, RowTooLarge, bound_row
 
 _PIECE = 1 << 20  # characters that are read at once
 _SPELLED = 8  # characters of a text that may stand for one byte of its value: \u0041, indentation
 _MARGIN = 64  # characters at the end of what has been read, in which an error may come from too little text
+_LONGEST_CUT = 2  # characters after a number that may belong to it, but only with the next one: 1e+5
+_OF_NUMBERS = "0123456789+-.eE"
 _SPACE = re.compile(r"[ \t\n\r]*")
 _STRING = re.compile(r'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)  # up to its end or to where the text stops
 _MARK = re.compile(r'["\[{\]}]')
@@ -50,9 +52,9 @@ class ArrayReader:
             if mark == "]":
                 break
             if mark != ",":
-                self._fail("[0", self._at)
+                self._fail('[""', self._at)
             self._at += 1
-            lead = "[0,"
+            lead = '["",'
         self._at += 1
         if self._next_mark():
             raise self._placed(json.JSONDecodeError("Extra data", self._buffer, self._at))
@@ -67,7 +69,7 @@ class ArrayReader:
             if not self._read_more():
                 return ""
 
-    def _read_more(self, size: int = _PIECE) -> bool:
+    def _read_more(self, size: int = 0) -> bool:
         """Forget what has been passed, and read on; False at the end of the text."""
         passed = self._buffer[: self._at]
         if lines := passed.count("\n"):
@@ -85,17 +87,23 @@ class ArrayReader:
         while True:
             try:
                 value, end = load_json_at(self._buffer, self._at)
-                if end < len(self._buffer) or self._has_ended:  # a number might go on
+                if end + _LONGEST_CUT < len(self._buffer) or self._has_ended:
                     self._at = end
                     return bound_row(value, self._max_row_mb)
             except json.JSONDecodeError as error:
-                is_cut = error.pos >= len(self._buffer) - _MARGIN or error.msg.startswith("Unterminated string")
-                if self._has_ended or not is_cut:
+                if self._has_ended or not self._may_be_cut(error):
                     self._fail(lead, self._at)
             held = len(self._buffer) - self._at
             if held > self._most:
                 return self._pass_over()
             self._read_more(held)
+
+    def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
+        """Whether more text could make the item valid."""
+        if error.pos >= len(self._buffer) - _MARGIN or error.msg.startswith("Unterminated string"):
+            return True
+        # an integer may not have so many digits, but with a fraction or an exponent after them it is a float
+        return isinstance(error, LongNumber) and self._buffer[-1] in _OF_NUMBERS
 
     def _fail(self, lead: str, start: int) -> NoReturn:
         """Raise the decoder's error for the text from `start` on, behind the text `lead`."""
@@ -103,7 +111,7 @@ class ArrayReader:
             load_json_at(lead + self._buffer[start:], 0)
         except json.JSONDecodeError as error:
             place = max(0, start + error.pos - len(lead))
-            if error.pos < len(lead) and lead == "[0,":  # at the comma before
+            if error.pos < len(lead) and lead == '["",':  # at the comma before
                 place = max(0, self._buffer.rfind(",", 0, start))
             raise self._placed(type(error)(error.msg, self._buffer, place)) from None
         raise self._placed(json.JSONDecodeError("Expecting value", self._buffer, start))

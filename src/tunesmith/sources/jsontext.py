@@ -34,6 +34,10 @@ class DuplicateKey(json.JSONDecodeError):
     """A key appears twice in one object; Python would keep the last value."""
 
 
+class LongNumber(json.JSONDecodeError):
+    """An integer has more digits than Python reads."""
+
+
 class _Duplicate(ValueError):
     """Raised inside the decoder, whose hooks do not know the position."""
 
@@ -96,9 +100,8 @@ def _explained(decode: Callable[[], Any], text: str, start: int) -> Any:
         raise json.JSONDecodeError("nested too deeply", text, _deepest(text, start)) from None
     except ValueError:  # from int(), which takes only so many digits
         limit = sys.get_int_max_str_digits()
-        number = re.compile(rf"\d{{{limit + 1},}}").search(text, start)
-        reason = f"a number of more than {limit} digits"
-        raise json.JSONDecodeError(reason, text, number.start() if number else start) from None
+        place = _find_long_number(text, start, limit)
+        raise LongNumber(f"a number of more than {limit} digits", text, place) from None
 
 
 def _find_duplicate(text: str, start: int = 0) -> int:
@@ -115,6 +118,15 @@ def _find_duplicate(text: str, start: int = 0) -> int:
             if key in keys_above[-1]:
                 return found.start()
             keys_above[-1].add(key)
+    return start
+
+
+def _find_long_number(text: str, start: int, limit: int) -> int:
+    """Position of the first integer of more than `limit` digits outside of strings; `start` if none is found."""
+    pattern = rf'"[^"\\]*(?:\\.[^"\\]*)*"|(?<![\d.eE+])\d{{{limit + 1},}}(?![\d.eE])'
+    for found in re.compile(pattern, re.DOTALL).finditer(text, start):
+        if not found.group().startswith('"'):
+            return found.start()
     return start
 
 

@@ -25,6 +25,7 @@ from tunesmith.errors import DataError, RunError
 from tunesmith.files import spell_sealed
 from tunesmith.preparation import chunks, labelled
 from tunesmith.preparation.chunks import chunk_rows
+from tunesmith.preparation.helper import start_helper
 from tunesmith.preparation.labelled import LabelRules, label_chunks
 from tunesmith.preparation.pool import Pool
 from tunesmith.preparation.write import write_dataset
@@ -181,3 +182,17 @@ def test_workers_end_with_their_parent_in_the_middle_of_an_item(tmp_path: Path, 
     while any(map(is_alive, children)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(is_alive, children))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_signals_for_the_command_do_not_end_its_helpers(number: signal.Signals) -> None:
+    """A scheduler sends them to all processes, at any moment: also to one that has just started."""
+    helper = start_helper("import sys; print('up', flush=True); print(sys.stdin.read())",
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    helper.send_signal(number)
+    assert helper.stdout is not None
+    assert helper.stdout.readline() == b"up\n"
+    helper.send_signal(number)
+    assert helper.communicate(b"done")[0] == b"done\n"
+    assert helper.returncode == 0
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])

@@ -2,8 +2,8 @@
 
 The processes are new interpreters, not copies of this one: torch, CUDA and the tokenizer's threads may be running here,
 and a caller's script need not be written for multiprocessing (no `if __name__ == "__main__"`). They end with this
-process however it ends, since each waits for the end of its connection in a thread of its own. They get no signals from
-the terminal; this process decides.
+process however it ends, since each waits for the end of its connection in a thread of its own. Signals do not end them
+(see helper.py).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 from tunesmith.errors import RunError
+from tunesmith.preparation.helper import start_helper
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -42,13 +43,12 @@ class _Worker:
         self.connection, theirs = Pipe()
         code = _CODE.format(path=sys.path, fd=theirs.fileno())
         try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", code],
+            self.process = start_helper(
+                code,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, **dict.fromkeys(_THREADS, "1"), "TOKENIZERS_PARALLELISM": "false"},
-                start_new_session=True,  # Ctrl-C in the terminal is for this process
             )
         finally:
             theirs.close()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tunesmith.errors import DataError, RunError
+from tunesmith.preparation.helper import start_helper
 from tunesmith.streaming.job import Job
 from tunesmith.streaming.worker import Failure
 
@@ -31,8 +32,8 @@ class Preparer:
         self._done = job.start.number - 1
         self._failure: Failure | None = None
         self._has_ended = False
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _CODE, json.dumps([path for path in sys.path if isinstance(path, str)])],
+        self._process = start_helper(
+            _CODE, json.dumps([path for path in sys.path if isinstance(path, str)]),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         self._finalizer = weakref.finalize(self, _end, self._process)

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import pickle
-import signal
 import sys
 import threading
 import traceback
@@ -52,9 +51,6 @@ class _Orders:
 
 def main() -> None:
     """Label a job into windows until the run's process ends, or a window cannot be made."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # they may reach all processes of a group; the run's decides
-        if number := getattr(signal, name, None):
-            signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints is no answer
     job = pickle.load(sys.stdin.buffer)  # from our own parent process

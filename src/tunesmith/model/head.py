@@ -6,10 +6,11 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunesmith.data.pack import Documents
+from tunesmith.model.head_loss import LogitRule
 from tunesmith.model.probe import in_fp32
 
 
@@ -27,6 +28,23 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
     return logits
+
+
+def logit_rule(model: PreTrainedModel) -> LogitRule:
+    """The same, for `head_loss`."""
+    config = model.config.get_text_config()
+    factor, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+    if divisor is not None:
+        factor = (1.0 if factor is None else factor) / divisor
+    return LogitRule(factor, getattr(config, "final_logit_softcapping", None))
+
+
+def plain_head(model: PreTrainedModel) -> nn.Linear | None:
+    """The head, if calling it is nothing but a product with its weights: not quantized, no adapter, no hooks (DeepSpeed
+    gathers weights in such)."""
+    head = model.get_output_embeddings()
+    is_plain = type(head) is nn.Linear and not head._forward_pre_hooks and not head._forward_hooks
+    return head if is_plain else None
 
 
 def choose_head_path(model: PreTrainedModel, is_packed: bool) -> str:

@@ -21,7 +21,8 @@ from tunesmith.config.schema import ROUTER_COEFFICIENT, RunConfig
 from tunesmith.config.train_keys import RouterLoss
 from tunesmith.data.pack import Batch, Documents
 from tunesmith.errors import ModelError
-from tunesmith.model.head import head_logits
+from tunesmith.model.head import head_logits, logit_rule, plain_head
+from tunesmith.model.head_loss import head_loss
 
 _CHUNK_BYTES = 256 * 2**20  # of fp32 logits in memory at once
 
@@ -33,7 +34,7 @@ class LossSums(NamedTuple):
         loss: scalar, cross-entropy summed over targets; differentiable.
         router_loss: scalar, the load balancing loss of a mixture of experts: of the forward, or summed over its
             documents (see `Router`); differentiable. None for other models.
-        num_correct: targets that were the most likely token; counted only without gradient.
+        num_correct: targets that were the most likely token; None with gradient.
         expert_counts: [experts], how often each was chosen over all tokens and layers; None for other models.
         source_losses: [sources], the loss of the targets of each source of a mix; None for other batches.
     """
@@ -50,11 +51,12 @@ class TargetSums(NamedTuple):
 
     Attributes:
         loss: differentiable.
+        num_correct: None with gradient.
         by_source: [sources], the loss of each source; None where the sources are not given.
     """
 
     loss: Tensor
-    num_correct: Tensor
+    num_correct: Tensor | None
     by_source: Tensor | None
 
 
@@ -117,8 +119,7 @@ class SupervisedLM(nn.Module):
         if self.router and output.router_logits:  # none where every layer picks experts by token id (DeepSeek V4)
             router_loss = self.router.loss(output.router_logits, layout.lens)
             expert_counts = self.router.count_choices(output.router_logits)
-        num_correct = None if torch.is_grad_enabled() else sums.num_correct
-        return LossSums(sums.loss, router_loss, num_correct, expert_counts, sums.by_source)
+        return LossSums(sums.loss, router_loss, sums.num_correct, expert_counts, sums.by_source)
 
     def _model_logits(self, inputs: dict[str, Any], at: Tensor) -> tuple[Any, Tensor]:
         """The model's output, and its [targets, vocab] logits."""
@@ -129,7 +130,11 @@ class SupervisedLM(nn.Module):
         return output, output.logits[0, at]
 
     def _chunked_loss(self, hidden: Tensor, targets: Tensor, sources: Tensor | None, num_sources: int) -> TargetSums:
-        """Sums over the targets without holding all logits; chunks are recomputed in the backward."""
+        """Sums over the targets without holding all logits."""
+        if torch.is_grad_enabled() and (head := plain_head(self.model)) is not None and len(targets):
+            loss, losses = head_loss(hidden, head, targets, logit_rule(self.model))
+            by_source = None if sources is None else sum_by_source(losses, sources, num_sources)
+            return TargetSums(loss, None, by_source)
 
         def chunk_sums(hidden_chunk: Tensor, target_chunk: Tensor, source_chunk: Tensor | None) -> TargetSums:
             return sum_targets(head_logits(self.model, hidden_chunk), target_chunk, source_chunk, num_sources)
@@ -140,31 +145,37 @@ class SupervisedLM(nn.Module):
             return chunk_sums(hidden, targets, sources)
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         loss = hidden.new_zeros((), dtype=dtype)
-        num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        num_correct = None if torch.is_grad_enabled() else torch.zeros((), dtype=torch.int64, device=hidden.device)
         by_source = None if sources is None else hidden.new_zeros(num_sources, dtype=dtype)
         source_chunks: Any = sources.split(rows) if sources is not None else itertools.repeat(None)
         for chunk in zip(hidden.split(rows), targets.split(rows), source_chunks, strict=False):
-            found = checkpoint(chunk_sums, *chunk, use_reentrant=False)
-            loss, num_correct = loss + found.loss, num_correct + found.num_correct
+            found = checkpoint(chunk_sums, *chunk, use_reentrant=False)  # recomputed in the backward
+            loss = loss + found.loss
+            num_correct = None if num_correct is None else num_correct + found.num_correct
             by_source = None if by_source is None else by_source + found.by_source
         return TargetSums(loss, num_correct, by_source)
 
 
 def sum_targets(logits: Tensor, targets: Tensor, sources: Tensor | None = None, num_sources: int = 0) -> TargetSums:
-    """Summed cross-entropy of [n, vocab] logits and [n] targets, and the number of correct argmaxes.
+    """Summed cross-entropy of [n, vocab] logits and [n] targets; without gradient, also the number of correct argmaxes.
 
     The losses by source are computed from the same logits beside the sum, so that they cannot change its rounding.
     """
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     by_source = None
-    with torch.no_grad():
-        num_correct = (logits.argmax(-1) == targets).sum()
-        if sources is not None:
+    if sources is not None:
+        with torch.no_grad():
             losses = F.cross_entropy(logits, targets, reduction="none")
-            is_of = sources == torch.arange(num_sources, device=sources.device)[:, None]
-            by_source = torch.where(is_of, losses, 0).sum(-1)  # index_add_ is not deterministic on a GPU
+        by_source = sum_by_source(losses, sources, num_sources)
+    num_correct = None if torch.is_grad_enabled() else (logits.argmax(-1) == targets).sum()
     return TargetSums(F.cross_entropy(logits, targets, reduction="sum"), num_correct, by_source)
+
+
+def sum_by_source(losses: Tensor, sources: Tensor, num_sources: int) -> Tensor:
+    """[sources] sums of [targets] losses; index_add_ is not deterministic on a GPU."""
+    is_of = sources == torch.arange(num_sources, device=sources.device)[:, None]
+    return torch.where(is_of, losses, 0).sum(-1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -106,9 +107,30 @@ def dated(date: datetime.datetime) -> Helper:
 
     def write(format: str) -> str:  # `format` is the argument's name in transformers
         require_date_format(format)
-        return date.strftime(format)
+        return date.strftime(_IN_ENGLISH.sub(spell, format))
+
+    def spell(found: re.Match[str]) -> str:
+        return _SPELLED[found[1]](date) if found[1] in _SPELLED else found[0]
 
     return Helper("strftime_now", write)
+
+
+_IN_ENGLISH = re.compile(r"%(.)", re.DOTALL)
+_DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+_MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+           "December")  # fmt: skip
+_SPELLED: Mapping[str, Callable[[datetime.datetime], str]] = {
+    "a": lambda date: _DAYS[date.weekday()][:3],
+    "A": lambda date: _DAYS[date.weekday()],
+    "b": lambda date: _MONTHS[date.month - 1][:3],
+    "h": lambda date: _MONTHS[date.month - 1][:3],
+    "B": lambda date: _MONTHS[date.month - 1],
+    "p": lambda date: "AM" if date.hour < 12 else "PM",
+    "c": lambda date: date.ctime(),
+    "x": lambda date: f"{date.month:02}/{date.day:02}/{date.year % 100:02}",
+    "X": lambda date: date.time().isoformat("seconds"),
+}
+"""What strftime would write in the language of the caller's locale, which a worker process does not share."""
 
 
 def _bound_filter(name: str, found: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import re
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def fingerprint(sources: Sources, rules: LabelRules, more: Any = None) -> str | 
         "date": _date_of(rules.encoder),
         "more": more,
         "code": _hash_code(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {"python": sys.version_info[:2], **{name: _version(name) for name in _PACKAGES}},
     }  # fmt: skip
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()[:40]
 

@@ -117,7 +117,7 @@ def test_resumed_bit_equal_and_by_other_means(place: Path, stage: int) -> None:
     assert "[INFO]" not in shown  # of its log
     assert "[WARNING]" not in shown
     assert "Warning" not in shown
-    assert not [path for path in (place / name).rglob("*") if path.suffix in (".pt", ".pth", ".bin")]
+    assert not [path for path in (place / name).rglob("*") if path.suffix in (".pt", ".pth")]
     whole = weights(place, name)
     launch(2, "resume", cut_back(place, name, f"{name}-same", 4))
     assert_near(whole, weights(place, f"{name}-same"), 0.0)

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from conftest import build_model, run_apart, tiny_config
-from tunesmith.model import head_loss as module
-from tunesmith.model.head import head_logits, logit_rule, plain_head
-from tunesmith.model.head_loss import LogitRule, head_loss
+from tunesmith.model import head as module
+from tunesmith.model.head import LogitRule, head_logits, head_loss, logit_rule, plain_head
 
 RULES = [LogitRule(), LogitRule(factor=0.25), LogitRule(cap=3.0), LogitRule(factor=4.0, cap=5.0)]
 VOCAB, HIDDEN, NUM_TARGETS = 37, 8, 23
@@ -101,7 +100,7 @@ def test_memory_does_not_grow_with_the_targets() -> None:
     code = (
         "import sys, resource, torch\n"
         "from torch import nn\n"
-        "from tunesmith.model.head_loss import LogitRule, head_loss\n"
+        "from tunesmith.model.head import LogitRule, head_loss\n"
         "torch.set_num_threads(1)\n"
         "head = nn.Linear(16, 30_000, bias=False)\n"
         "peaks = []\n"

@@ -1,17 +1,40 @@
-"""The head of a language model: hidden states to logits, at supervised positions only."""
+"""The head of a language model, at supervised positions only: hidden states to logits, and to the loss.
+
+Autograd would keep the logits of all targets for the backward, or, checkpointed, compute them twice. The gradient of a
+summed cross-entropy is known as soon as the logits are: softmax minus one-hot. So the forward, chunk by chunk, turns
+the logits into that gradient and multiplies it at once; the backward only scales what is there. The idea is that of
+Liger Kernel's fused linear cross-entropy (Hsu et al. 2024).
+"""
 
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from tunesmith.data.pack import Documents
-from tunesmith.model.head_loss import LogitRule
 from tunesmith.model.probe import in_fp32
+
+_CHUNK_BYTES = 128 * 2**20  # of fp32 logits; about twice as much is in memory at once
+
+
+@dataclass(frozen=True, slots=True)
+class LogitRule:
+    """What a model does to the product of hidden states and head: times a factor, then capped.
+
+    Attributes:
+        factor: logit_scale (Cohere), or one over logits_scaling (Granite).
+        cap: final_logit_softcapping (Gemma 2): cap * tanh(logits / cap).
+    """
+
+    factor: float | None = None
+    cap: float | None = None
 
 
 def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -72,3 +95,90 @@ def choose_head_path(model: PreTrainedModel, is_packed: bool) -> str:
         except (AttributeError, TypeError):  # no decoder with the usual interface
             pass
     return "logits_to_keep" if "logits_to_keep" in inspect.signature(type(model).forward).parameters else "logits"
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Summed cross-entropy, the loss of each target, and the gradients of the sum."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        rule: LogitRule,
+    ) -> tuple[Tensor, Tensor]:
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        rows = max(1, _CHUNK_BYTES // (4 * weight.shape[0]))
+        losses: list[Tensor] = []
+        hidden_grads: list[Tensor] = []
+        weight_grad: Tensor | None = None
+        bias_grad: Tensor | None = None
+        for part, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
+            found, grad, dtype = _chunk(part, weight, bias, wanted, rule)
+            losses.append(found)
+            if needs_bias:
+                of_bias = grad.sum(0)
+                bias_grad = of_bias if bias_grad is None else bias_grad.add_(of_bias)
+            grad = grad.to(dtype)  # that of the product in the forward, also without autocast
+            if needs_hidden:
+                hidden_grads.append(torch.mm(grad, weight).to(hidden.dtype))
+            if needs_weight:
+                product = torch.mm(grad.t(), part)
+                weight_grad = product.to(_sum_dtype(product)) if weight_grad is None else weight_grad.add_(product)
+        each = torch.cat(losses)
+        ctx.gradients = (
+            torch.cat(hidden_grads) if needs_hidden else None,
+            None if weight_grad is None else weight_grad.to(weight.dtype),
+            None if bias is None or bias_grad is None else bias_grad.to(bias.dtype),
+        )
+        ctx.mark_non_differentiable(each)
+        return each.sum(), each
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        assert ctx.gradients is not None, "the loss of the head can be differentiated once"
+        gradients, ctx.gradients = ctx.gradients, None
+        return (*(found.mul_(grad) if found is not None else None for found in gradients), None, None)
+
+
+def _chunk(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rule: LogitRule
+) -> tuple[Tensor, Tensor, torch.dtype]:
+    """[n] losses, the [n, vocab] gradient of their sum with respect to the product with the head, its dtype."""
+    logits = F.linear(hidden, weight, bias)
+    dtype = logits.dtype
+    logits = logits.to(_sum_dtype(logits))
+    if rule.factor is not None:
+        logits *= rule.factor
+    if rule.cap is not None:
+        logits.div_(rule.cap).tanh_()
+        slope = 1 - logits * logits
+        logits *= rule.cap
+    log_probabilities = F.log_softmax(logits, -1)
+    del logits
+    losses = F.nll_loss(log_probabilities, targets, reduction="none")
+    grad = log_probabilities.exp_()
+    grad.scatter_add_(1, targets[:, None], grad.new_full((len(targets), 1), -1.0))
+    if rule.cap is not None:
+        grad *= slope
+    if rule.factor is not None:
+        grad *= rule.factor
+    return losses, grad, dtype
+
+
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def head_loss(hidden: Tensor, head: nn.Linear, targets: Tensor, rule: LogitRule) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy (differentiable, once) and the [targets] losses (not differentiable).
+
+    Args:
+        hidden: [targets, hidden], the outputs that predict the targets.
+        targets: int64 [targets].
+    """
+    sum_and_each: tuple[Tensor, Tensor] = _HeadLoss.apply(hidden, head.weight, head.bias, targets, rule)  # type: ignore[no-untyped-call]
+    return sum_and_each

@@ -21,8 +21,7 @@ from tunesmith.config.schema import ROUTER_COEFFICIENT, RunConfig
 from tunesmith.config.train_keys import RouterLoss
 from tunesmith.data.pack import Batch, Documents
 from tunesmith.errors import ModelError
-from tunesmith.model.head import head_logits, logit_rule, plain_head
-from tunesmith.model.head_loss import head_loss
+from tunesmith.model.head import head_logits, head_loss, logit_rule, plain_head
 
 _CHUNK_BYTES = 256 * 2**20  # of fp32 logits in memory at once
 

@@ -22,7 +22,9 @@ from tunesmith.config.schema import LrFindConfig, PreviewConfig, TokenizerConfig
 from tunesmith.config.stages import StagedConfig, resolve_stages, resolve_training
 from tunesmith.errors import ConfigError, InterruptedRun, UsageError
 from tunesmith.files import sealed
+from tunesmith.run.console import ConsoleReporter
 from tunesmith.runfolder import latest_stage, started_stages
+from tunesmith.stages.train import resume_stages
 
 ROOT = Path(__file__).parents[1]
 Run = Callable[..., tuple[int, str, str]]
@@ -571,3 +573,19 @@ def test_killed_at_any_moment_the_weights_are_the_same(inputs: Path) -> None:
         assert weights(inputs / "RUN") == wanted
     assert kills
     print(f"{kills} kills")
+
+
+@pytest.mark.parametrize(
+    ("at", "said"), [("stage 3 of 3", "Continue with: tunesmith resume"), ("all 3", "are trained")]
+)
+def test_an_interrupt_between_stages_says_what_there_is(work: Path, at: str, said: str) -> None:
+    class Interrupted(ConsoleReporter):
+        def note(self, text: str) -> None:
+            super().note(text)
+            if text.startswith(at):
+                raise KeyboardInterrupt
+
+    cut(work, 2)
+    with raises(InterruptedRun, "run-interrupted", said) as caught:
+        resume_stages("RUN", {}, (), Interrupted())
+    assert ("are trained" in str(caught.value)) == at.startswith("all")

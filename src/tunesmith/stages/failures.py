@@ -9,7 +9,7 @@ from typing import Any
 
 from tunesmith.errors import InterruptedRun, TunesmithError
 from tunesmith.runfolder import started_stages
-from tunesmith.stages.record import StagedRun
+from tunesmith.stages.record import StagedRun, find_next
 
 _AFTER_THE_END = ("interrupted-finished", "interrupted-report")  # the stage's model is complete
 
@@ -60,6 +60,22 @@ def explained_stage(run: StagedRun, place: int, added: Mapping[str, Any]) -> Ite
                 text = f"{text}\nThe stages before it are complete. {how_to_continue(run)}"
             error.args = (text,)
             raise
+
+
+@contextmanager
+def explained_run(run: StagedRun) -> Iterator[None]:
+    """Raises:
+    InterruptedRun: an interrupt between two stages or after the last one, which says what there is.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not started_stages(run.path):
+            raise
+        is_finished = find_next(run) == len(run)
+        where = "after the last stage" if is_finished else "between two stages"
+        rest = f"All {len(run)} stages are trained: {run.named}" if is_finished else how_to_continue(run)
+        raise InterruptedRun(f"interrupted {where}. {rest}", code="run-interrupted") from None
 
 
 def how_to_continue(run: StagedRun) -> str:

@@ -20,7 +20,7 @@ from tunesmith.run.position import keep_threads
 from tunesmith.run.resume import run_resume
 from tunesmith.run.start import run_training
 from tunesmith.runfolder import STAGES_FILE, started_stages, whole_run
-from tunesmith.stages.failures import explained_stage
+from tunesmith.stages.failures import explained_run, explained_stage
 from tunesmith.stages.look import look_at_stages
 from tunesmith.stages.record import (
     StagedRun,
@@ -47,8 +47,9 @@ def train_stages(config: StagedConfig, reporter: Reporter) -> None:
     with joined_world(config.stages[0].config.train, reporter.owns_process) as world:
         path = Path(world.share(lambda: str(_create(config, reporter))))
     try:
-        with _alone(path):
-            _train_from(read_stages(path, config.output_dir), 0, reporter)
+        stages = read_stages(path, config.output_dir)
+        with explained_run(stages), _alone(path):
+            _train_from(stages, 0, reporter)
     except BaseException:
         if is_first() and not started_stages(path):  # as for a run that fails before it has anything to keep
             with suppress(OSError):
@@ -94,7 +95,7 @@ def _go_on(run: StagedRun, place: int, reporter: Reporter, flags: Mapping[str, A
         )
         return
     keep_threads(run.record.threads, reporter)
-    with _alone(run.path):
+    with explained_run(run), _alone(run.path):
         _train_from(run, min(place, len(run) - 1), reporter, flags, allowed)
 
 

@@ -125,8 +125,11 @@ class _HeadLoss(torch.autograd.Function):
             if needs_hidden:
                 hidden_grads.append(torch.mm(grad, weight).to(hidden.dtype))
             if needs_weight:
-                product = torch.mm(grad.t(), part)
-                weight_grad = product.to(_sum_dtype(product)) if weight_grad is None else weight_grad.add_(product)
+                if weight_grad is not None and weight_grad.dtype == grad.dtype == part.dtype:
+                    weight_grad.addmm_(grad.t(), part)  # without a second tensor of the weight's size
+                else:
+                    product = torch.mm(grad.t(), part)
+                    weight_grad = product.to(_sum_dtype(product)) if weight_grad is None else weight_grad.add_(product)
         each = torch.cat(losses)
         ctx.gradients = (
             torch.cat(hidden_grads) if needs_hidden else None,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import itertools
 import locale
 import os
 import shutil
@@ -181,10 +182,17 @@ def test_all_code_that_labels_is_part_of_the_key() -> None:
 
 def test_dates_are_in_english_in_any_locale(tmp_path: Path) -> None:
     """Workers are new processes without the caller's locale; the key has the date as it is, not as it is spelled."""
-    names = "%a %A %b %h %B %p %c %x %X %d %-d %Y %% %%B %"
     dates = [DATE, DATE.replace(month=5, day=31, hour=23), datetime.datetime(2026, 10, 4)]
-    want = [date.strftime(names) for date in dates]  # pytest runs in the C locale
-    assert [dated(date)(names) for date in dates] == want
+    flags = ["", "-", "_", "0", "^", "#", "^0", "0^", "^#", "-_", "_0"]
+    letters = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ%"
+    formats = ["", "%", "%%B", "% %B %-d%"]
+    formats += [
+        "<%" + "".join(parts) + ">" for parts in itertools.product(flags, ("", "3", "12"), ("", "E", "O"), letters)
+    ]
+    for date in dates:
+        write = dated(date)
+        for text in formats:
+            assert write(text) == date.strftime(text), text  # pytest runs in the C locale
     if shutil.which("localedef") is None:
         pytest.skip("no localedef to make a locale with")
     made = subprocess.run(["localedef", "-i", "de_DE", "-f", "UTF-8", tmp_path / "de_DE"], capture_output=True)
@@ -193,11 +201,11 @@ def test_dates_are_in_english_in_any_locale(tmp_path: Path) -> None:
     code = (
         "import datetime, locale, sys; from tunesmith.chat_template.program import dated\n"
         "locale.setlocale(locale.LC_ALL, 'de_DE'); date = datetime.datetime(2026, 5, 31, 23)\n"
-        "print(date.strftime('%B'), dated(date)('%A %B'))"
+        "print(date.strftime('%B'), dated(date)('%A %B %^b %OB %Ex %r'))"
     )
     environment = {**os.environ, "LOCPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.stdout == "Mai Sunday May\n", done.stderr
+    assert done.stdout == "Mai Sunday May MAY May 05/31/26 11:00:00 PM\n", done.stderr
     assert locale.setlocale(locale.LC_TIME) == "C"
 
 

@@ -11,15 +11,16 @@ from torch import nn
 
 from conftest import build_model, run_apart, tiny_config
 from tunesmith.model import head as module
-from tunesmith.model.head import LogitRule, head_logits, head_loss, logit_rule, plain_head
+from tunesmith.model.head import LogitRule, head_logits, head_loss, plain_head
 
-RULES = [LogitRule(), LogitRule(factor=0.25), LogitRule(cap=3.0), LogitRule(factor=4.0, cap=5.0)]
+RULES = [LogitRule(), LogitRule(scale=0.25), LogitRule(cap=3.0), LogitRule(scale=4.0, divisor=1.5, cap=5.0)]
 VOCAB, HIDDEN, NUM_TARGETS = 37, 8, 23
 
 
 def plain_loss(hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, rule: LogitRule) -> torch.Tensor:
     logits = head(hidden).float() if hidden.dtype != torch.float64 else head(hidden)
-    logits = logits if rule.factor is None else logits * rule.factor
+    logits = logits if rule.scale is None else logits * rule.scale
+    logits = logits if rule.divisor is None else logits / rule.divisor
     logits = logits if rule.cap is None else rule.cap * torch.tanh(logits / rule.cap)
     return F.cross_entropy(logits, targets, reduction="none")
 
@@ -31,7 +32,7 @@ def plain_loss(hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, rul
 def test_loss_and_gradients_equal_the_plain_ones(
     rule: LogitRule, has_bias: bool, frozen: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * VOCAB * rows)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * VOCAB * rows)
     torch.manual_seed(1)
     head = nn.Linear(HIDDEN, VOCAB, bias=has_bias, dtype=torch.float64)
     head.requires_grad_(frozen != "weight")
@@ -80,7 +81,7 @@ def test_rule_of_a_model_is_that_of_its_logits(name: str) -> None:
     hidden = torch.randn(5, head.in_features, dtype=torch.float64)
     targets = torch.arange(5)
     wanted = F.cross_entropy(head_logits(model, hidden), targets, reduction="none")
-    assert torch.allclose(head_loss(hidden, head, targets, logit_rule(model))[1], wanted, rtol=0, atol=1e-12)
+    assert torch.allclose(head_loss(hidden, head, targets, LogitRule.of(model))[1], wanted, rtol=0, atol=1e-12)
 
 
 def test_a_head_with_hooks_or_an_adapter_is_called_as_it_is() -> None:

@@ -15,7 +15,7 @@ from test_pack import make_store
 from tunesmith.config.schema import OptimSection
 from tunesmith.data.feed import Batches
 from tunesmith.data.pack import Batch, build_batch
-from tunesmith.model import loss as loss_module
+from tunesmith.model import head as head_module
 from tunesmith.model.head import choose_head_path
 from tunesmith.model.loss import SupervisedLM, supervised_loss
 from tunesmith.training.optim import build_optimizer
@@ -101,7 +101,7 @@ def test_a_mean_of_means_would_be_seen(tmp_path: Path) -> None:
 def test_chunks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = make_store(tmp_path, LENGTHS)
     loss, grads = gradients("gemma2", store, BATCHINGS["one forward"])
-    monkeypatch.setattr(loss_module, "_CHUNK_BYTES", 4 * 400 * 7)  # seven rows of logits at once
+    monkeypatch.setattr(head_module, "CHUNK_BYTES", 4 * 400 * 7)  # seven rows of logits at once
     chunked_loss, chunked = gradients("gemma2", store, BATCHINGS["one forward"])
     assert abs(loss - chunked_loss) < 1e-10
     assert all((grads[n] - chunked[n]).abs().max() < 1e-10 * max(1.0, grads[n].abs().max()) for n in grads)

@@ -121,7 +121,7 @@ def test_source_losses_do_not_change_the_loss_or_a_gradient(tmp_path: Path) -> N
         found = []
         for batches in (Batches(store, packs), Batches(store, packs, mix=mix)):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("tunesmith.model.loss._CHUNK_BYTES", chunk_bytes)
+                patch.setattr("tunesmith.model.head.CHUNK_BYTES", chunk_bytes)
                 sums = [supervised_loss(lm, batch) for batch in batches]
             model.zero_grad()
             torch.stack([one.loss for one in sums]).sum().backward()

@@ -107,15 +107,12 @@ def dated(date: datetime.datetime) -> Helper:
 
     def write(format: str) -> str:  # `format` is the argument's name in transformers
         require_date_format(format)
-        return date.strftime(_IN_ENGLISH.sub(spell, format))
-
-    def spell(found: re.Match[str]) -> str:
-        return _SPELLED[found[1]](date) if found[1] in _SPELLED else found[0]
+        return date.strftime(_DIRECTIVE.sub(lambda found: _spell_in_english(date, found), format))
 
     return Helper("strftime_now", write)
 
 
-_IN_ENGLISH = re.compile(r"%(.)", re.DOTALL)
+_DIRECTIVE = re.compile(r"%([-_0^#]*)(\d*)(E(?=[cCxXyY])|O(?=[bBdeghHIkljmMprRSTuUVwWyzZ])|)(.)", re.DOTALL)
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 _MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
            "December")  # fmt: skip
@@ -126,11 +123,27 @@ _SPELLED: Mapping[str, Callable[[datetime.datetime], str]] = {
     "h": lambda date: _MONTHS[date.month - 1][:3],
     "B": lambda date: _MONTHS[date.month - 1],
     "p": lambda date: "AM" if date.hour < 12 else "PM",
+    "P": lambda date: "am" if date.hour < 12 else "pm",
     "c": lambda date: date.ctime(),
-    "x": lambda date: f"{date.month:02}/{date.day:02}/{date.year % 100:02}",
-    "X": lambda date: date.time().isoformat("seconds"),
+    "r": lambda date: f"{(date.hour - 1) % 12 + 1:02}:{date:%M:%S} {'AM' if date.hour < 12 else 'PM'}",
+    "x": lambda date: f"{date:%m/%d/%y}",
+    "X": lambda date: f"{date:%H:%M:%S}",
 }
 """What strftime would write in the language of the caller's locale, which a worker process does not share."""
+
+
+def _spell_in_english(date: datetime.datetime, found: re.Match[str]) -> str:
+    """A directive of strftime with what depends on the locale written out; flags and width as in the C library."""
+    flags, width, _, letter = found.groups()  # E and O ask for a calendar and for digits of the locale
+    if letter not in _SPELLED:
+        return f"%{flags}{width}{letter}"
+    text = _SPELLED[letter](date)
+    if "#" in flags and letter == "p":
+        text = text.lower()
+    elif letter != "P" and ("^" in flags or ("#" in flags and letter != "c")):
+        text = text.upper()
+    fill = "0" if re.sub(r"[^-_0]", "", flags)[-1:] == "0" else " "
+    return text.rjust(min(int(width or 0), 500), fill)
 
 
 def _bound_filter(name: str, found: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,45 +21,56 @@ from transformers import PreTrainedModel
 from tunesmith.data.pack import Documents
 from tunesmith.model.probe import in_fp32
 
-_CHUNK_BYTES = 128 * 2**20  # of fp32 logits; about twice as much is in memory at once
+CHUNK_BYTES = 128 * 2**20  # of fp32 logits; about twice as much is in memory at once
 
 
 @dataclass(frozen=True, slots=True)
 class LogitRule:
-    """What a model does to the product of hidden states and head: times a factor, then capped.
+    """What a model does to the product of hidden states and head: scaled, then capped.
 
     Attributes:
-        factor: logit_scale (Cohere), or one over logits_scaling (Granite).
+        scale: logit_scale (Cohere).
+        divisor: logits_scaling (Granite).
         cap: final_logit_softcapping (Gemma 2): cap * tanh(logits / cap).
     """
 
-    factor: float | None = None
+    scale: float | None = None
+    divisor: float | None = None
     cap: float | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> LogitRule:
+        config = model.config.get_text_config()
+        names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+        return cls(*(getattr(config, name, None) for name in names))
+
+    def apply(self, logits: Tensor) -> Tensor:
+        if self.scale is not None:
+            logits = logits * self.scale
+        if self.divisor is not None:
+            logits = logits / self.divisor
+        if self.cap is not None:
+            logits = self.cap * torch.tanh(logits / self.cap)
+        return logits
+
+    def multiply_slope(self, grad: Tensor, logits: Tensor) -> None:
+        """Multiply a gradient, in place, by the slope of `apply` where it gave these logits."""
+        if self.cap is not None:
+            grad *= 1 - (logits / self.cap) ** 2
+        if self.divisor is not None:
+            grad /= self.divisor
+        if self.scale is not None:
+            grad *= self.scale
 
 
 def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """[targets, hidden] -> [targets, vocab], including what the model's forward does to its logits."""
-    config = model.config.get_text_config()
-    logits: Tensor = model.get_output_embeddings()(hidden)
-    scale = getattr(config, "logit_scale", None)  # Cohere
-    if scale is not None:
-        logits = logits * scale
-    divisor = getattr(config, "logits_scaling", None)  # Granite
-    if divisor is not None:
-        logits = logits / divisor
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    if cap is not None:
-        logits = cap * torch.tanh(logits / cap)
-    return logits
+    return LogitRule.of(model).apply(model.get_output_embeddings()(hidden))
 
 
-def logit_rule(model: PreTrainedModel) -> LogitRule:
-    """The same, for `head_loss`."""
-    config = model.config.get_text_config()
-    factor, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
-    if divisor is not None:
-        factor = (1.0 if factor is None else factor) / divisor
-    return LogitRule(factor, getattr(config, "final_logit_softcapping", None))
+def chunk_rows(vocab: int) -> int:
+    """Targets whose logits may be in memory at once."""
+    return max(1, CHUNK_BYTES // (4 * vocab))
 
 
 def plain_head(model: PreTrainedModel) -> nn.Linear | None:
@@ -110,7 +121,7 @@ class _HeadLoss(torch.autograd.Function):
         rule: LogitRule,
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        rows = max(1, _CHUNK_BYTES // (4 * weight.shape[0]))
+        rows = chunk_rows(weight.shape[0])
         losses: list[Tensor] = []
         hidden_grads: list[Tensor] = []
         weight_grad: Tensor | None = None
@@ -153,22 +164,14 @@ def _chunk(
     """[n] losses, the [n, vocab] gradient of their sum with respect to the product with the head, its dtype."""
     logits = F.linear(hidden, weight, bias)
     dtype = logits.dtype
-    logits = logits.to(_sum_dtype(logits))
-    if rule.factor is not None:
-        logits *= rule.factor
-    if rule.cap is not None:
-        logits.div_(rule.cap).tanh_()
-        slope = 1 - logits * logits
-        logits *= rule.cap
+    logits = rule.apply(logits.to(_sum_dtype(logits)))
     log_probabilities = F.log_softmax(logits, -1)
-    del logits
+    if rule.cap is None:
+        del logits  # only a cap's slope needs them
     losses = F.nll_loss(log_probabilities, targets, reduction="none")
     grad = log_probabilities.exp_()
     grad.scatter_add_(1, targets[:, None], grad.new_full((len(targets), 1), -1.0))
-    if rule.cap is not None:
-        grad *= slope
-    if rule.factor is not None:
-        grad *= rule.factor
+    rule.multiply_slope(grad, grad if rule.cap is None else logits)
     return losses, grad, dtype
 
 

@@ -21,9 +21,7 @@ from tunesmith.config.schema import ROUTER_COEFFICIENT, RunConfig
 from tunesmith.config.train_keys import RouterLoss
 from tunesmith.data.pack import Batch, Documents
 from tunesmith.errors import ModelError
-from tunesmith.model.head import head_logits, head_loss, logit_rule, plain_head
-
-_CHUNK_BYTES = 256 * 2**20  # of fp32 logits in memory at once
+from tunesmith.model.head import LogitRule, chunk_rows, head_logits, head_loss, plain_head
 
 
 class LossSums(NamedTuple):
@@ -131,15 +129,14 @@ class SupervisedLM(nn.Module):
     def _chunked_loss(self, hidden: Tensor, targets: Tensor, sources: Tensor | None, num_sources: int) -> TargetSums:
         """Sums over the targets without holding all logits."""
         if torch.is_grad_enabled() and (head := plain_head(self.model)) is not None and len(targets):
-            loss, losses = head_loss(hidden, head, targets, logit_rule(self.model))
+            loss, losses = head_loss(hidden, head, targets, LogitRule.of(self.model))
             by_source = None if sources is None else sum_by_source(losses, sources, num_sources)
             return TargetSums(loss, None, by_source)
 
         def chunk_sums(hidden_chunk: Tensor, target_chunk: Tensor, source_chunk: Tensor | None) -> TargetSums:
             return sum_targets(head_logits(self.model, hidden_chunk), target_chunk, source_chunk, num_sources)
 
-        vocab = self.model.config.get_text_config().vocab_size
-        rows = max(1, _CHUNK_BYTES // (4 * vocab))
+        rows = chunk_rows(self.model.config.get_text_config().vocab_size)
         if len(targets) <= rows:
             return chunk_sums(hidden, targets, sources)
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32

@@ -16,7 +16,11 @@ from typing import Any
 import pytest
 
 from conftest import chat_row, save_folder, tiny_config, write_jsonl
+from tunesmith.config.data_keys import FieldsSection
 from tunesmith.model.presets import PRESETS, build_preset_config
+from tunesmith.rows.conversation import RowRefused
+from tunesmith.rows.formats import parse_row
+from tunesmith.sources.read import find_sources, read_rows
 
 
 class Case:
@@ -360,3 +364,15 @@ def test_a_pickle_among_the_weights_is_never_run(fails, model_folder: Path, chat
     error = fails("train", "--model", model_folder, "--data", chats, "--output", tmp_path / "run")
     assert (error.code, error.exit_code) == ("model-not-loadable", 1)
     assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("value", [1, 1e5, True, None, "text", [1], [], -0.0, 10**30])
+def test_a_row_that_is_no_object_is_called_what_json_calls_it(tmp_path: Path, value: object) -> None:
+    """No class of Python or of ours (a float keeps its spelling in a class of its own) is named."""
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"instruction": "a", "output": "b"}, value]), encoding="utf-8")
+    row = list(read_rows(find_sources([str(path)])))[1].value
+    with pytest.raises(RowRefused) as caught:
+        parse_row(row, "alpaca", FieldsSection())
+    words = str(caught.value).partition("found ")[2].partition(".")[0]
+    assert words in ("a number", "true or false", "null", "text", "a list")

@@ -133,6 +133,7 @@ def test_a_finished_run_is_left_alone_or_made_longer(
     assert code == 0
     assert "is finished (4 steps); nothing to do" in out
     assert weights(short) == before
+    assert str(fails("resume", short, "--train.parallel", "ddpp")).startswith(f"resume {short}:")  # not its config.yaml
     assert fails("resume", short, "--train.max_steps", 3).code == "steps-already-done"
     code, out, err = run("resume", short, "--train.max_steps", 9)
     assert code == 0, err

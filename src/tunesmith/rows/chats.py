@@ -12,7 +12,7 @@ from tunesmith.rows.hints import not_json_hint
 from tunesmith.rows.keys import Keys, Reading
 from tunesmith.rows.tools import parse_tools
 from tunesmith.rows.turns import parse_turns, read_flag, read_reasoning
-from tunesmith.rows.values import as_text
+from tunesmith.rows.values import as_text, json_type
 from tunesmith.sources.jsontext import parse_json_list
 
 TURNS_NAMES = ("messages", "conversations", "conversation", "contents")
@@ -50,7 +50,7 @@ def parse_xtuner(keys: Keys, fields: FieldsSection) -> Draft:
     for number, value in enumerate(pairs):
         if not isinstance(value, Mapping):
             raise RowRefused(
-                f"turn {number} of {name} is {type(value).__name__}, not an object with input and output",
+                f"turn {number} of {name} is {json_type(value)}, not an object with input and output",
                 code="turn-not-object",
             )
         pair = Keys(value, PAIR, keys.reading)
@@ -91,7 +91,7 @@ def parse_segments(keys: Keys, fields: FieldsSection) -> Segments:
     for number, value in enumerate(segments):
         if not isinstance(value, Mapping):
             raise RowRefused(
-                f"segment {number} is {type(value).__name__}, not an object with text and label",
+                f"segment {number} is {json_type(value)}, not an object with text and label",
                 code="segment-not-object",
             )
         segment = Keys(value, "a segment", keys.reading)

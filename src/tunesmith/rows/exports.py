@@ -11,7 +11,7 @@ from tunesmith.rows.columns import Draft
 from tunesmith.rows.conversation import Message, RowRefused
 from tunesmith.rows.keys import Keys, Reading
 from tunesmith.rows.tools import parse_tool_calls
-from tunesmith.rows.values import as_text, show
+from tunesmith.rows.values import as_text, json_type, show
 
 ABOUT_THE_CHAT = (
     "title", "current_node", "plugin_ids", "conversation_template_id", "gizmo_id", "gizmo_type", "is_archived",
@@ -55,7 +55,7 @@ def _branch(mapping: Mapping[str, Any], current: Any, reading: Reading) -> list[
         seen.add(current)
         node = mapping[current]
         if not isinstance(node, Mapping):
-            raise RowRefused(f"node {current} is {type(node).__name__}, not an object", code="export-broken")
+            raise RowRefused(f"node {current} is {json_type(node)}, not an object", code="export-broken")
         place = Keys(node, "a node", reading)
         place.drop("id", "children")
         message, current = place.get("message"), place.get("parent")

@@ -57,7 +57,7 @@ from tunesmith.rows.textmarks import (
     is_transcript,
 )
 from tunesmith.rows.turns import ROLE_KEYS
-from tunesmith.rows.values import is_missing, show
+from tunesmith.rows.values import is_missing, json_type, show
 from tunesmith.sources.jsontext import parse_json_list
 from tunesmith.sources.textfile import LongText, find_long_text
 
@@ -156,7 +156,7 @@ def parse_row(row: Any, format_name: str, fields: FieldsSection, ignore_columns:
         row = {"messages": row}  # JSON Lines of message lists
     if not isinstance(row, Mapping):
         raise UnknownFormat(
-            f"a row must be an object with keys, found {type(row).__name__}. {FORMATS_KNOWN}", code="row-not-object"
+            f"a row must be an object with keys, found {json_type(row)}. {FORMATS_KNOWN}", code="row-not-object"
         )
     if ignore_columns:
         row = {key: value for key, value in row.items() if key not in ignore_columns}

@@ -14,7 +14,7 @@ from typing import Any
 from tunesmith.rows.conversation import RowRefused
 from tunesmith.rows.keys import Keys, Reading
 from tunesmith.rows.tools import parse_tool_calls
-from tunesmith.rows.values import as_text, show
+from tunesmith.rows.values import as_text, json_type, show
 
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING_PARTS = ("reasoning", "thinking", "reasoning_text", "summary_text")
@@ -63,7 +63,7 @@ def read_content(value: Any, reading: Reading) -> Content:
             _read_part(Keys(part, PART, reading), content, reading)
         else:
             raise RowRefused(
-                f"has a part that is {type(part).__name__}, not text or an object with a type", code="part-not-object"
+                f"has a part that is {json_type(part)}, not text or an object with a type", code="part-not-object"
             )
     return content
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from tunesmith.rows.conversation import RowRefused
 from tunesmith.rows.keys import Keys, Reading
-from tunesmith.rows.values import as_text, is_missing, parse_json, plain_numbers
+from tunesmith.rows.values import as_text, is_missing, json_type, parse_json, plain_numbers
 
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")  # OpenAI, Llama 3, Gemini, Anthropic
 CALL_ID_KEYS = ("id", "call_id", "tool_call_id")
@@ -33,7 +33,7 @@ def parse_tool_calls(value: Any, reading: Reading | None = None) -> tuple[dict[s
 def _parse_call(call: Any, reading: Reading) -> dict[str, Any]:
     call = parse_json(call, CALL)  # in a column of type list[str]
     if not isinstance(call, Mapping):
-        raise RowRefused(f"{CALL} is {type(call).__name__}, not an object with a name", code="call-not-object")
+        raise RowRefused(f"{CALL} is {json_type(call)}, not an object with a name", code="call-not-object")
     outer = Keys(call, CALL, reading)
     outer.drop("type", "index")
     _, call_id = outer.first(CALL_ID_KEYS)

@@ -11,7 +11,7 @@ from tunesmith.rows.conversation import Message, RowRefused, UnknownFormat
 from tunesmith.rows.keys import Keys, Reading
 from tunesmith.rows.parts import Content, as_json, is_object, read_content
 from tunesmith.rows.tools import parse_tool_calls, parse_tools
-from tunesmith.rows.values import as_text, is_missing, show
+from tunesmith.rows.values import as_text, is_missing, json_type, show
 
 ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value", "parts")
@@ -118,7 +118,7 @@ def _append(messages: list[Message], turn: Turn, is_open: bool) -> None:
 
 def parse_turn(turn: Any, reading: Reading, role_key: str | None = None, content_key: str | None = None) -> Turn:
     if not isinstance(turn, Mapping):
-        raise RowRefused(f"is {type(turn).__name__}, not an object with role and content", code="turn-not-object")
+        raise RowRefused(f"is {json_type(turn)}, not an object with role and content", code="turn-not-object")
     keys = Keys(turn, TURN, reading)
     said_role, role = _read_role(keys, role_key)
     content_keys = (content_key,) if content_key else CONTENT_KEYS

@@ -18,6 +18,15 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def json_type(value: Any) -> str:
+    """What a value is, in words for a message: an object, a list, text, a number ..."""
+    names: tuple[tuple[Any, str], ...] = (
+        (dict, "an object"), (list, "a list"), (str, "text"), (bool, "true or false"), ((int, float), "a number"),
+        (type(None), "null"),
+    )  # fmt: skip
+    return next((name for kind, name in names if isinstance(value, kind)), type(value).__name__)
+
+
 def as_text(value: Any, what: str) -> str:
     """Text unchanged, a number as spelled in the file, "" for a missing value."""
     if isinstance(value, str):
@@ -29,7 +38,7 @@ def as_text(value: Any, what: str) -> str:
             return str(value)
         except ValueError:  # Python limits the digits of an integer
             raise RowRefused(f"{what} is a number with too many digits", code="number-too-long") from None
-    raise RowRefused(f"{what} is {type(value).__name__}, not text", code="value-not-text")
+    raise RowRefused(f"{what} is {json_type(value)}, not text", code="value-not-text")
 
 
 def show(value: Any) -> str:
@@ -37,7 +46,7 @@ def show(value: Any) -> str:
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer with too many digits
-        return type(value).__name__
+        return json_type(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

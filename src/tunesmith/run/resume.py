@@ -174,7 +174,10 @@ def read_config(name: str, folder: RunFolder, flags: Mapping[str, Any]) -> RunCo
     before = resolve_config(RunConfig, folder.config, {})
     if "data.train" in flags:
         flags["data.train"] = move_sources(before.data.train, flags["data.train"])
-    config = resolve_config(RunConfig, folder.config, flags)
+    try:
+        config = resolve_config(RunConfig, folder.config, flags)
+    except ConfigError as error:  # the file alone was right
+        raise ConfigError(f"resume {name}", error.problems, error.exit_code, code=error.code) from None
     refuse_fixed(name, flags, flatten(before.model_dump()), config)
     return config.model_copy(update={"train": config.train.model_copy(update={"output_dir": name})})
 

@@ -6,6 +6,8 @@ Rows are those of GSM8K with up to 290 characters, each many times with other di
 of them are a file of about 1.7 GB. Each size is prepared from nothing. Where it takes long enough it is killed (SIGKILL)
 in the middle and started again; then it is started once more, and finds what is there.
 
+With --start instead: how long `tunesmith train` takes for one step of a tiny model, at a first and at a second start.
+
 Memory is the largest sum, over all processes of the preparation, of the proportional set size (PSS in
 /proc/PID/smaps_rollup, which counts a page that several share once), looked at five times a second. Pages of the files
 that are written are not part of it; pages of memory maps are. Writes docs/prepare.json and docs/prepare.svg with --docs.

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from tunesmith.adapters.adapter import add_adapter, cast_trained, quantization_config
 from tunesmith.adapters.base import record_base
+from tunesmith.adapters.fused import fuse_lora
 from tunesmith.config.schema import LoraSection, ModelSection
 from tunesmith.data.dataset import Dataset, DataSources, StoreHashes, build_feed, open_dataset
 from tunesmith.data.feed import StepFeed
@@ -221,6 +222,8 @@ def wrap(session: Session, model: PreTrainedModel, adapter: Any) -> tuple[Isolat
     head_path = choose_head_path(probe, isolation.is_isolated)
     lm = SupervisedLM(model, isolation.is_isolated, head_path, adapter, config.train.router_loss, own_attention)
     require_router(config, lm.router)
+    if adapter is not None:
+        fuse_lora(model)
     if config.train.gradient_checkpointing:
         try:
             model.activation_checkpointing_enable({"use_reentrant": False})

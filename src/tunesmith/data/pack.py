@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,7 @@ class Batch:
         is_empty: it is computed for the sake of other processes, and counts nothing.
         sources: int64 [targets], the source of each target, where the training data is a mix.
         num_sources: of the mix.
+        inputs: the arguments of the forward, where they are on the device already (training/transfer.py).
     """
 
     input_ids: npt.NDArray[np.int64]
@@ -51,6 +53,7 @@ class Batch:
     is_empty: bool = False
     sources: npt.NDArray[np.int64] | None = None
     num_sources: int = 0
+    inputs: Any = None
 
     @property
     def num_tokens(self) -> int:

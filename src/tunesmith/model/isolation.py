@@ -6,6 +6,7 @@ borders, and rope that depends on the longest position of a pack (longrope, dyna
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tunesmith.attention.choose import Recorder
+from tunesmith.attention.layout import PackedLayout
 from tunesmith.data.pack import Documents
 from tunesmith.errors import ModelError
 from tunesmith.model.attention import PACKED_ATTENTION, register_packed_attention
@@ -68,6 +71,29 @@ def probe_isolation(model: PreTrainedModel, max_seq_len: int, micro_batch_tokens
     if difference <= _TOLERANCE:
         return Isolation(True, f"packed: {seen}")
     return Isolation(False, f"one document per forward: {seen}, so this model mixes packed documents")
+
+
+def choose_kernels(
+    model: PreTrainedModel, context: AbstractContextManager[object], max_seq_len: int, micro_batch_tokens: int
+) -> Recorder:
+    """Compare the kernels of a GPU with the loop over documents, in the precision of the run.
+
+    Args:
+        model: from probe_model, with packed attention.
+        context: of a forward in training (autocast).
+    """
+    doc_lens = choose_doc_lens(model.config.get_text_config(), max_seq_len, micro_batch_tokens)
+    docs, recorder, was_training = _random_docs(model, doc_lens), Recorder(), model.training
+    layout = PackedLayout(Documents(doc_lens))
+    layout.recorder = recorder
+    positions = torch.cat([torch.arange(n, device=docs[0].device) for n in doc_lens])[None]
+    model.eval()
+    try:
+        with torch.no_grad(), context:
+            hidden_states(model, input_ids=torch.cat(docs, 1), position_ids=positions, documents=layout)
+    finally:
+        model.train(was_training)
+    return recorder
 
 
 def _first_line(error: Exception) -> str:

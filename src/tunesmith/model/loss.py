@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
+from tunesmith.attention.layout import LOOP_ONLY, AttentionPlan, PackedLayout, make_layout, to_device
 from tunesmith.config.schema import ROUTER_COEFFICIENT, RunConfig
 from tunesmith.config.train_keys import RouterLoss
 from tunesmith.data.pack import Batch, Documents
@@ -67,6 +69,7 @@ class SupervisedLM(nn.Module):
         adapter: peft's PeftModel around the model, if only an adapter is trained.
         router_loss: train.router_loss.
         own_attention: what the model's config named before our attention replaced it, which generation needs.
+        plan: the kernels of its attention, chosen for the device (attention/choose.py).
     """
 
     def __init__(
@@ -77,8 +80,10 @@ class SupervisedLM(nn.Module):
         adapter: Any = None,
         router_loss: RouterLoss = "transformers",
         own_attention: str | None = None,
+        plan: AttentionPlan = LOOP_ONLY,
     ) -> None:
         super().__init__()
+        self.plan = plan
         self.model = model
         self.own_attention = own_attention
         self._adapter = (adapter,)  # in a tuple: as a submodule, it would register every weight twice
@@ -96,11 +101,13 @@ class SupervisedLM(nn.Module):
         position_ids: Tensor,
         targets: Tensor,
         target_at: Tensor,
-        layout: Documents,
+        layout: Documents | PackedLayout,
         sources: Tensor | None = None,
         num_sources: int = 0,
     ) -> LossSums:
         """Loss sums of a batch, given as tensors (see `to_tensors`)."""
+        if not isinstance(layout, PackedLayout) and self.is_packed:
+            layout = make_layout(layout, input_ids.device, self.plan)
         # a single document gets the model's own positions (RoBERTa's start at 2)
         extra = {"position_ids": position_ids, "documents": layout} if self.is_packed else {}
         inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False, **extra}
@@ -212,7 +219,8 @@ class Router:
         elif self.kind == "layers":
             value = sum_tensors([self.function((layer,), self.num_experts, self.top_k) for layer in router_logits])
         else:
-            value = sum_tensors([balance_documents(layer, lens, self.top_k).sum() for layer in router_logits])
+            num_tokens = to_device(np.array(lens), router_logits[0].device)
+            value = sum_tensors([balance_documents(layer, num_tokens, self.top_k).sum() for layer in router_logits])
         return self.coefficient * value
 
     @torch.no_grad()
@@ -227,18 +235,17 @@ def sum_tensors(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(tensors)).sum()
 
 
-def balance_documents(logits: Tensor, lens: Sequence[int], top_k: int) -> Tensor:
+def balance_documents(logits: Tensor, num_tokens: Tensor, top_k: int) -> Tensor:
     """[documents] balance loss of one layer (expert-level balance loss of DeepSeek-V2, DeepSeek-AI 2024):
     experts / (top_k * tokens) * sum over experts of choices * mean score.
 
     Args:
         logits: [tokens, experts], of consecutive documents.
-        lens: tokens of each document.
+        num_tokens: [documents], of each document.
     """
-    num_documents, num_experts = len(lens), logits.shape[-1]
+    num_documents, num_experts = len(num_tokens), logits.shape[-1]
     scores = logits.reshape(-1, num_experts)
     scores = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    num_tokens = torch.tensor(lens, device=scores.device)
     document = torch.repeat_interleave(
         torch.arange(num_documents, device=scores.device), num_tokens, output_size=len(scores)
     )
@@ -295,12 +302,13 @@ def supervised_loss(lm: nn.Module, batch: Batch) -> LossSums:
     Args:
         lm: a SupervisedLM, or a data-parallel wrapper around one.
     """
-    sums: LossSums = lm(**to_tensors(batch, next(lm.parameters()).device))
+    inputs = batch.inputs or to_tensors(batch, next(lm.parameters()).device)
+    sums: LossSums = lm(**inputs)
     return sums
 
 
 def to_tensors(batch: Batch, device: torch.device) -> dict[str, Any]:
     """The keyword arguments of SupervisedLM.forward."""
     names = ["input_ids", "position_ids", "targets", "target_at", *(["sources"] if batch.num_sources else [])]
-    tensors = {name: torch.from_numpy(getattr(batch, name)).to(device, non_blocking=True) for name in names}
+    tensors = {name: to_device(getattr(batch, name), device) for name in names}
     return {**tensors, "layout": batch.layout, **({"num_sources": batch.num_sources} if batch.num_sources else {})}

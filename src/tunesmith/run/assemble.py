@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from tunesmith.adapters.adapter import add_adapter, cast_trained, quantization_config
 from tunesmith.adapters.base import record_base
 from tunesmith.adapters.fused import fuse_lora
+from tunesmith.attention.layout import LOOP_ONLY
 from tunesmith.config.schema import LoraSection, ModelSection
 from tunesmith.data.dataset import Dataset, DataSources, StoreHashes, build_feed, open_dataset
 from tunesmith.data.feed import StepFeed
@@ -22,7 +23,7 @@ from tunesmith.distributed.held import part_of
 from tunesmith.distributed.load import load_from_shards, load_held, release_memory
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.model.head import choose_head_path
-from tunesmith.model.isolation import Isolation, probe_isolation, use_packed_attention
+from tunesmith.model.isolation import Isolation, choose_kernels, probe_isolation, use_packed_attention
 from tunesmith.model.load import check_vocabulary, extend_vocabulary, freeze_zero_gates, load_config, load_model
 from tunesmith.model.loss import SupervisedLM, require_router
 from tunesmith.model.probe import probe_model
@@ -214,13 +215,19 @@ def wrap(session: Session, model: PreTrainedModel, adapter: Any) -> tuple[Isolat
     if session.config.lora.quantize == "none":
         nn.Module.to(probe, session.device)
     isolation = probe_isolation(probe, lengths.max_seq_len, lengths.capacity)
-    own_attention = None
+    own_attention, plan = None, LOOP_ONLY
     if isolation.is_isolated:
         own_attention = model.config._attn_implementation
         use_packed_attention(probe)
         use_packed_attention(model)
+        if session.device.type == "cuda":
+            context = session.precision.context(session.device)
+            found = choose_kernels(probe, context, lengths.max_seq_len, lengths.capacity)
+            plan = found.plan()
+            for line in found.refused:
+                session.reporter.note(f"note: attention: {line}")
     head_path = choose_head_path(probe, isolation.is_isolated)
-    lm = SupervisedLM(model, isolation.is_isolated, head_path, adapter, config.train.router_loss, own_attention)
+    lm = SupervisedLM(model, isolation.is_isolated, head_path, adapter, config.train.router_loss, own_attention, plan)
     require_router(config, lm.router)
     if adapter is not None:
         fuse_lora(model)

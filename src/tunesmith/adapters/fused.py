@@ -90,8 +90,9 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             rows, dropped_rows = (None if tensor is None else tensor.flatten(0, -2) for tensor in (x, dropped))
             tensors = (rows, dropped_rows, base.weight, base.bias, a.weight, b.weight)
             cast = (None if tensor is None else tensor.to(dtype) for tensor in tensors)
-            fused: Tensor = _LoraLinear.apply(*cast, layer.scaling[name])  # type: ignore[no-untyped-call]
-            return fused.unflatten(0, x.shape[:-1])
+            rows = _LoraLinear.apply(*cast, layer.scaling[name])  # type: ignore[no-untyped-call]
+            fused: Tensor = rows.unflatten(0, x.shape[:-1])
+            return fused
     output: Tensor = type(layer).forward(layer, x, *args, **kwargs)
     return output
 

@@ -15,6 +15,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # train.precision auto is fp32 on every CPU
 
 import pytest
 import torch

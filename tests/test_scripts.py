@@ -245,6 +245,12 @@ def test_lr_find_is_compared_with_the_grid(script: Script, choosing: list[object
     assert len([line for line in printed.splitlines() if line.startswith("| demo, ")]) == 4
 
 
+def test_precision_curve_compares_losses(script: Script) -> None:
+    printed = script("bench/precision_curve.py", "--shape", "smallest", "--steps", 12, "--tokens", 128)
+    assert "| 11-12 |" in printed
+    assert "largest difference 0." in printed
+
+
 def test_real_data_26m_takes_flags_of_train(shared: Path, tmp_path: Path) -> None:
     small = ["--model.config.hidden_size", 32, "--model.config.num_hidden_layers", 1, "--model.config.head_dim", 8,
              "--model.config.intermediate_size", 64, "--train.max_steps", 2]  # fmt: skip

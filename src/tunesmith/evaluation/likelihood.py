@@ -25,7 +25,7 @@ from tunesmith.model.head import choose_head_path, head_logits
 from tunesmith.model.isolation import probe_isolation, use_packed_attention
 from tunesmith.model.loss import to_tensors
 from tunesmith.model.probe import probe_model
-from tunesmith.training.precision import Precision, choose_precision
+from tunesmith.training.precision import Precision, choose_precision, keep_precision
 
 _CHUNK_BYTES = 256 * 2**20  # of fp32 logits at once
 
@@ -108,7 +108,8 @@ def _count_bytes(labelled: LabelledRows, number: int) -> int:
 def _precision_of(labelled: LabelledRows, weights: Tensor) -> Precision:
     """The run's own precision where its weights are opened in fp32; half-precision weights need no autocast."""
     run = labelled.candidate.run
-    name = run.config.train.precision if run else "auto"
+    name: str = run.config.train.precision if run else "auto"
+    name = keep_precision(name, run.record.guard.precision if run else None, weights.device)
     if weights.dtype != torch.float32 or name == "bf16_pure" or (name == "fp16" and weights.device.type == "cpu"):
         name = "fp32"
     return choose_precision(name, weights.device)

@@ -219,7 +219,7 @@ def _set_precision(draft: Draft, command: Command) -> None:
             draft.leave_out(f"--dtype {one_line(dtype)}", "a CPU computes in fp32, there too")
     elif dtype == "bfloat16":
         ours["train.precision"] = "auto"
-        draft.note("train.precision", "auto: bf16 on a GPU that has it, fp32 on a CPU, there too")
+        draft.note("train.precision", "auto: bf16 on a GPU or CPU that has it, else fp32; they use fp32 on every CPU")
     else:
         ours["train.precision"] = "fp16"
         other = "" if dtype == "float16" else f"{one_line(dtype)} counts as float16 there; "

@@ -53,6 +53,7 @@ def take_fingerprint(session: Session, files: FileRecords, store: StoreHashes) -
         config=session.config.model_dump(mode="json"),
         threads=torch.get_num_threads(),
         processes=session.world.size,
+        precision=session.precision.name,
         versions={name: _version(name) for name in _PACKAGES},
         store={folder: dict(hashes) for folder, hashes in store.items()},
     )

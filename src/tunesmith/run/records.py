@@ -55,6 +55,7 @@ class Fingerprint(_Record):
         config: the run's resolved config.
         threads: number of torch threads; sums are rounded differently with another number.
         processes: how many train together.
+        precision: the resolved train.precision.
         store: folder of a token store -> file -> SHA-256.
     """
 
@@ -66,6 +67,7 @@ class Fingerprint(_Record):
     config: dict[str, Any]
     threads: int
     processes: int = 1
+    precision: str | None = None  # missing in runs of earlier versions
     versions: dict[str, str | None]
     store: dict[str, dict[str, str]]
 

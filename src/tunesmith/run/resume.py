@@ -92,7 +92,7 @@ def _resume(
         keep_threads(position.fingerprint.threads, reporter)
         model = require_model(name, config)
         sources = find_data_or_none(config) if world.is_main else None
-        session = open_session(config, folder, reporter, record.date, sources, model, world)
+        session = open_session(config, folder, reporter, record.date, sources, model, world, begun=position.fingerprint)
         require_same_start(session)
         with explained_failures(folder, config, session.lengths.capacity, position.progress), world.explained():
             dataset, guard = _open_data(session, position.fingerprint, allow, position.progress.place)

@@ -23,10 +23,17 @@ from tunesmith.model.loss import find_router, require_router
 from tunesmith.model.source import ModelSource
 from tunesmith.model.tokenizer import TokenizerSource, build_encoder, extend_tokenizer, find_tokenizer
 from tunesmith.run.console import Reporter
+from tunesmith.run.records import Fingerprint
 from tunesmith.runfolder import RunFolder
 from tunesmith.training.metrics import require_trackers
 from tunesmith.training.optim import require_optimizer
-from tunesmith.training.precision import Precision, choose_precision, make_deterministic
+from tunesmith.training.precision import (
+    Precision,
+    choose_precision,
+    keep_precision,
+    make_deterministic,
+    resolve_precision,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +113,19 @@ def open_session(
     sources: DataSources | None,
     model: ModelSource,
     world: World,
+    begun: Fingerprint | None = None,
 ) -> Session:
     """Resolve device, precision, tokenizer, template and lengths.
+
+    Args:
+        begun: of the run that is resumed.
 
     Raises:
         ModelError: the model or its tokenizer cannot be found or read.
     """
     device = pick_device(world.local_rank if world.size > 1 else None)
     parallel = choose_parallel(config, world)
-    precision = choose_precision(config.train.precision, device)
+    precision = choose_precision(world.share(lambda: _name_precision(config, device, begun)), device)
     if config.train.deterministic:
         make_deterministic()
     torch.manual_seed(config.train.seed)
@@ -131,3 +142,9 @@ def open_session(
     lengths = choose_lengths(model_config, config.data.max_seq_len, config.train.micro_batch_tokens)
     return Session(config, folder, reporter, date, sources, model, source, world, device, precision, encoder,
                    new_tokens, model_config, lengths, parallel)  # fmt: skip
+
+
+def _name_precision(config: RunConfig, device: torch.device, begun: Fingerprint | None) -> str:
+    """The resolved train.precision; that of the first process, since hosts may differ."""
+    name = config.train.precision
+    return keep_precision(name, begun.precision, device) if begun else resolve_precision(name, device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -33,9 +34,47 @@ class Precision:
         return torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
 
 
+def resolve_precision(name: str, device: torch.device) -> str:
+    """train.precision, with bf16 or fp32 in place of auto: bf16 where the device multiplies it faster."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if device.type == "cpu" and has_fast_bf16() else "fp32"
+
+
+def keep_precision(name: str, recorded: str | None, device: torch.device) -> str:
+    """train.precision of a run that has begun, perhaps on another machine.
+
+    Args:
+        recorded: what auto meant at its start; None in runs of earlier versions, for which a CPU had fp32.
+    """
+    if name == "auto" and recorded is None and device.type == "cpu":
+        return "fp32"
+    return resolve_precision((recorded or name) if name == "auto" else name, device)
+
+
+def has_fast_bf16() -> bool:
+    """Whether this CPU has instructions for products of bf16 (AMX or AVX512_BF16), and oneDNN may use them."""
+    limit = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL").upper()
+    has_amx = limit in ("ALL", "DEFAULT") or "AMX" in limit or "AVX10" in limit
+    found = _cpu_capabilities()
+    if has_amx and found["amx_bf16"]:
+        return True
+    return (has_amx or "BF16" in limit or "FP16" in limit) and found["avx512_bf16"]
+
+
+def _cpu_capabilities() -> dict[str, bool]:
+    names = ("amx_bf16", "avx512_bf16")
+    if hasattr(torch.cpu, "get_capabilities"):
+        found: Any = torch.cpu.get_capabilities()
+        return {name: bool(found.get(name)) for name in names}
+    amx, avx512 = (getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("amx_tile", "avx512_bf16"))
+    return dict(zip(names, (amx(), avx512()), strict=True))
+
+
 def choose_precision(name: str, device: torch.device) -> Precision:
-    if name == "auto":
-        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    name = resolve_precision(name, device)
     if name == "fp16" and device.type == "cpu":
         raise ConfigError(
             "train.precision", ["fp16 needs a GPU; use fp32 or bf16 on a CPU"], code="precision-needs-gpu"

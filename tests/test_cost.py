@@ -14,7 +14,8 @@ from tunesmith.config.schema import RunConfig
 from tunesmith.errors import InterruptedRun
 from tunesmith.run.console import Silent
 from tunesmith.run.start import run_training
-from tunesmith.training.cost import Cost, count_step_flops, explain_cost, measure_flops_per_s, total_memory
+from tunesmith.monitor.room import total_memory
+from tunesmith.training.cost import Cost, count_step_flops, explain_cost, measure_flops_per_s
 
 GIB = 2.0**30
 

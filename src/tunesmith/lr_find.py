@@ -20,7 +20,7 @@ from tunesmith.run.console import Silent, print_summary
 from tunesmith.run.failures import explained_failures
 from tunesmith.run.given import Rows, keep_rows, name_rows, named_as_given
 from tunesmith.run.session import open_session, require_packages
-from tunesmith.run.summary import summary_lines
+from tunesmith.run.summary import plan_memory, summary_lines
 from tunesmith.runfolder import RunFolder
 from tunesmith.training.progress import Progress
 from tunesmith.training.randomness import unchanged_process
@@ -74,7 +74,7 @@ class Shown:
 class _Printed(Shown):
     def begin(self, ready: ReadyRun, num_steps: int, first_loss: float) -> None:
         lines, name = [], ""
-        for line in summary_lines(ready):
+        for line in summary_lines(ready, plan_memory(ready)):
             name = line[0] or name  # an empty name continues the line before
             lines += [line] if name in _SHOWN else []
         plan = f"short runs of {num_steps} steps each from the same start, usually 5 to 8 of them"

@@ -92,10 +92,10 @@ def write_names(folder: Path, model: nn.Module) -> None:
 
 
 def _class_of(section: ModelSection, config: PretrainedConfig) -> type[PreTrainedModel]:
-    return type(_empty_model(section, config, None))
+    return type(empty_model(section, config, None))
 
 
-def _empty_model(section: ModelSection, config: PretrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:
+def empty_model(section: ModelSection, config: PretrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:
     """A model without memory."""
     given = {"dtype": dtype} if dtype else {}
     with torch.device("meta"):
@@ -108,7 +108,7 @@ def _empty_model(section: ModelSection, config: PretrainedConfig, dtype: torch.d
 
 def _plan(section: ModelSection, config: PretrainedConfig, size: int) -> DistributedConfig:
     """How transformers shards the model while it loads; any division into modules gives the same shards."""
-    model = _empty_model(section, config, None)
+    model = empty_model(section, config, None)
     blocks: Any = getattr(model, "_no_split_modules", None) or ()
     names = [name for name, module in model.named_modules() if type(module).__name__ in set(blocks)]
     if not names:
@@ -124,7 +124,7 @@ def _without_sharding(
     """The same model with held parameters instead of sharded ones."""
     config = copy.deepcopy(sharded.config)
     del config.distributed_config
-    plain = _empty_model(section, config, dtype)
+    plain = empty_model(section, config, dtype)
     wanted = set(_names_of_rows(plain)) if whole_rows else set()
     wanted |= {name for name, module in _odd_linears(plain) for name in [f"{name}.weight"]}
     made: dict[int, nn.Parameter] = {}

@@ -28,13 +28,14 @@ from tunesmith.model.load import check_vocabulary, extend_vocabulary, freeze_zer
 from tunesmith.model.loss import SupervisedLM, require_router
 from tunesmith.model.probe import probe_model
 from tunesmith.model.source import ModelSource, find_model
+from tunesmith.monitor.room import free_memory
 from tunesmith.preparation.write import write_dataset
 from tunesmith.run.session import Session
 from tunesmith.runfolder import RunFolder, latest_stage
 from tunesmith.streaming.data import StreamedDataset, StreamSettings, build_stream_feed, open_stream, write_stream
 from tunesmith.tensors import find_not_finite
 from tunesmith.training.checkpoint import weight_shards
-from tunesmith.training.sharded import WHOLE, Form, choose_form, free_memory
+from tunesmith.training.sharded import WHOLE, Form, choose_form
 
 AnyDataset = Dataset | StreamedDataset
 

@@ -26,7 +26,7 @@ from tunesmith.model.source import ModelSource, find_model
 from tunesmith.preparation.replace import finish_replacing
 from tunesmith.run.assemble import AnyDataset, assemble, follow_data
 from tunesmith.run.console import ConsoleReporter, Reporter, Silent
-from tunesmith.run.failures import explained_failures
+from tunesmith.run.failures import explained_failures, require_memory
 from tunesmith.run.finish import finish_run, raise_late_stop
 from tunesmith.run.given import own_files, own_names
 from tunesmith.run.identity import flatten
@@ -34,7 +34,7 @@ from tunesmith.run.position import check_steps, choose_checkpoint, describe_posi
 from tunesmith.run.records import Fingerprint, RunRecord, read_record
 from tunesmith.run.reopen import Allowed, reopen_adapter, reopen_data
 from tunesmith.run.session import Session, open_session, require_packages, require_same_start
-from tunesmith.run.summary import summary_lines
+from tunesmith.run.summary import plan_memory, summary_lines
 from tunesmith.run.training import build_trainer, train_to_end, write_run_files
 from tunesmith.runfolder import RUN_FILE, RunFolder
 from tunesmith.staging import locked
@@ -101,8 +101,10 @@ def _resume(
             if session.is_adapter:
                 reopen_adapter(ready, position.checkpoint, record, allow)
             check_steps(name, ready, position, allow)
-            lines = summary_lines(ready) if world.is_main else []
-            reporter.summary([("resume", describe_position(name, position, ready)), *lines])
+            memory = plan_memory(ready) if world.is_main else ""
+            lines = summary_lines(ready, memory) if world.is_main else []
+            tight = require_memory(ready, memory, is_strict=False)
+            reporter.summary([("resume", describe_position(name, position, ready)), *lines, *tight])
             record = position.update(record).updated(guard=guard)
             if world.is_main:
                 write_run_files(folder, ready, record)

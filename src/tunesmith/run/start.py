@@ -19,7 +19,7 @@ from tunesmith.model.reopen import require_one_reading
 from tunesmith.model.source import find_model
 from tunesmith.run.assemble import ReadyRun, assemble, follow_data, write_data
 from tunesmith.run.console import ConsoleReporter, Reporter, Silent
-from tunesmith.run.failures import explained_failures
+from tunesmith.run.failures import explained_failures, require_memory, require_weights_memory
 from tunesmith.run.finish import finish_run, raise_late_stop
 from tunesmith.run.folder import require_room, resolve_output
 from tunesmith.run.given import Rows, keep_rows, name_rows, named_as_given
@@ -27,7 +27,7 @@ from tunesmith.run.identity import describe_files, find_changes, run_id, take_fi
 from tunesmith.run.records import RunRecord
 from tunesmith.run.resume import run_resume
 from tunesmith.run.session import Session, open_session, require_packages, require_same_start
-from tunesmith.run.summary import cpu_lines, summary_lines
+from tunesmith.run.summary import cpu_lines, plan_memory, summary_lines
 from tunesmith.run.training import build_trainer, train_to_end, write_run_files
 from tunesmith.runfolder import RunFolder
 from tunesmith.staging import locked, staged_folder
@@ -121,6 +121,7 @@ def _prepare(session: Session, rows: Rows) -> tuple[ReadyRun, RunRecord, Lines]:
     """Write RUN with data and records, and load the model; the work of the first process."""
     config, folder, world, sources = session.config, session.folder, session.world, session.sources
     assert sources is not None
+    require_weights_memory(session)
     with staged_folder(folder.path) as path:
         staging = RunFolder(path)
         if rows:
@@ -135,8 +136,10 @@ def _prepare(session: Session, rows: Rows) -> tuple[ReadyRun, RunRecord, Lines]:
         ready = assemble(session, dataset)
         initial = keep_initial(ready.lm.adapter, staging) if changes_base(config.lora) else None
         room = require_room(path, ready)
-        lines = summary_lines(ready)
-        session.reporter.summary([*lines, ("room", room), *cpu_lines(ready)])
+        memory = plan_memory(ready)
+        tight = require_memory(ready, memory)
+        lines = summary_lines(ready, memory)
+        session.reporter.summary([*lines, *tight, ("room", room), *cpu_lines(ready, memory)])
         guard = take_fingerprint(session, describe_files(sources, config.data.stream), dataset.sha256)
         record = RunRecord(
             id=run_id(folder.path, session.date), date=session.date, cwd=os.getcwd(), guard=guard, adapter_init=initial

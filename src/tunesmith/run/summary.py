@@ -16,16 +16,21 @@ from tunesmith.display import format_bytes, format_count, to_markdown
 from tunesmith.model.card import describe_base, front_matter, load_adapter_lines, load_model_lines
 from tunesmith.model.load import count_parameters
 from tunesmith.model.loss import SupervisedLM
+from tunesmith.monitor.memory import MemoryPlan, head_shape, heap_share, measure_kept, process_memory
+from tunesmith.monitor.room import total_memory
 from tunesmith.run.assemble import ReadyRun
+from tunesmith.run.folder import count_average_bytes
 from tunesmith.streaming.data import stream_lines
-from tunesmith.training.cost import Cost, count_step_flops, explain_cost, measure_flops_per_s, total_memory
+from tunesmith.training.cost import Cost, count_step_flops, explain_cost, measure_flops_per_s
 from tunesmith.training.progress import Progress
+from tunesmith.training.randomness import restore_random_states, take_random_states
 
 _SHOWN_REASONS = 8  # causes of refusals
 _SHOWN_SOURCES = 12
+_BUCKET_BYTES = 4 * 2**25  # of gradients that processes sum at once (distributed/spread.py)
 
 
-def summary_lines(ready: ReadyRun) -> list[tuple[str, str]]:
+def summary_lines(ready: ReadyRun, plan: MemoryPlan | str) -> list[tuple[str, str]]:
     config, held_out = ready.session.config, ready.feed.held_out
     sources = ready.session.sources.train if ready.session.sources else None
     parameters, trainable = count_parameters(ready.lm.model)
@@ -60,7 +65,7 @@ def summary_lines(ready: ReadyRun) -> list[tuple[str, str]]:
         ("head", _head_line(ready.lm)),
         ("steps", ready.feed.describe_steps()),
         *([("checkpoints", ready.form.line)] if ready.form.line else []),
-        ("memory", f"about {format_bytes(estimate_memory(ready))} at its peak{of_each}"),
+        ("memory", _memory_line(plan, of_each)),
     ]
     return lines
 
@@ -95,13 +100,20 @@ def _threads() -> str:
     return f"{number} thread{'s' if number != 1 else ''}"
 
 
-def cpu_lines(ready: ReadyRun) -> list[tuple[str, str]]:
+def _memory_line(plan: MemoryPlan | str, of_each: str) -> str:
+    if isinstance(plan, str):
+        return plan
+    need = plan.need()
+    return f"about {format_bytes(need.total)} at its peak{of_each}: {need.describe()}"
+
+
+def cpu_lines(ready: ReadyRun, plan: MemoryPlan | str) -> list[tuple[str, str]]:
     """A warning where the plan is too large for a CPU, and what to train there instead."""
     if ready.session.device.type != "cpu":
         return []
     feed, model = ready.feed, ready.lm.model
     flops = count_step_flops(model, feed.tokens_per_step)
-    cost, room = Cost(flops, feed.total_steps, estimate_memory(ready)), total_memory()
+    cost, room = Cost(flops, feed.total_steps, 0.0 if isinstance(plan, str) else plan.need().total), total_memory()
     if cost.is_cheap() and cost.memory <= room:
         return []
     reason = explain_cost(cost, measure_flops_per_s(model.config.get_text_config().hidden_size), room)
@@ -222,35 +234,58 @@ def _head_line(lm: SupervisedLM) -> str:
     return f"at all positions: this model transforms its logits in a way we cannot reproduce{router}"
 
 
-def estimate_memory(ready: ReadyRun) -> float:
-    """Bytes of one process at the peak of a step: weights, gradients, AdamW's two averages, activations, logits.
+def plan_memory(ready: ReadyRun) -> MemoryPlan | str:
+    """What the memory of one process follows from, or why that is not known."""
+    session, lm = ready.session, ready.lm
+    train, precision = session.config.train, session.precision
+    device = session.device
+    if (session.parallel in ("fsdp", "deepspeed") and session.world.size > 1) or session.parallel == "deepspeed":
+        return f"not estimated: shared out over the processes ({session.parallel})"
+    if device.type not in ("cpu", "cuda"):
+        return f"not estimated on {device.type}"
+    random = take_random_states()
+    kept = measure_kept(lm, precision.context(device), session.lengths.max_seq_len)
+    restore_random_states(*random)
+    if kept is None:
+        return "not estimated: this model cannot be measured before its first step"
+    parameters = list(lm.model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    weights, gradients = (float(sum(p.numel() * p.element_size() for p in some)) for some in (parameters, trained))
+    averages = float(sum(count_average_bytes(parameter, session.config.optim.name) for parameter in trained))
+    is_cpu = device.type == "cpu"
+    largest = max((parameter.numel() * parameter.element_size() for parameter in trained), default=0)
+    is_half = precision.autocast is not None or precision.weights.itemsize == 2
+    tokens, longest, share = plan_forward(ready)
+    config = lm.model.config.get_text_config()
+    return MemoryPlan(
+        taken=max(process_memory(), weights) if is_cpu else weights,
+        weights=weights,
+        gradients=gradients,
+        averages=averages,
+        snapshot=gradients + averages if is_cpu and session.world.is_main and not ready.form.in_shards else 0.0,
+        kept=kept,
+        head=head_shape(lm, 2 if is_half else 4),
+        layers=int(config.num_hidden_layers),
+        hidden=int(config.hidden_size),
+        tokens=tokens,
+        longest=longest,
+        share=share,
+        accumulates=train.grad_accum_steps > session.world.size or not lm.is_packed,
+        is_checkpointed=train.gradient_checkpointing,
+        exchange=2 * min(gradients, max(largest, _BUCKET_BYTES)) if session.world.size > 1 else 0.0,
+        heap=heap_share(session.is_adapter, train.gradient_checkpointing) if is_cpu else 1.0,
+    )
 
-    The count of activations per token and layer is that of a pre-norm block with a gated MLP and fused attention
-    (after Korthikanti et al. 2022): an estimate, for what fits by far and what does not.
-    """
-    model = ready.lm.model
-    _, trainable = count_parameters(model)
-    width = torch.finfo(ready.session.precision.weights).bits // 8
-    weights, gradients = sum(p.numel() * p.element_size() for p in model.parameters()), trainable * width
-    size, stage = ready.session.world.size, 0
-    if ready.session.parallel == "deepspeed":
-        stage = read_deepspeed(ready.session.config, ready.session.precision.name).stage
-    elif ready.session.parallel == "fsdp":
-        stage = 3
-    states = weights // (size if stage == 3 else 1) + gradients // (size if stage >= 2 else 1)
-    states += 2 * gradients // (size if stage else 1)
-    config = model.config.get_text_config()
-    layers, hidden = config.num_hidden_layers, config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    inner = max(inner) if isinstance(inner, list) else inner  # one size a layer in Gemma 3n
-    act_width = 2 if ready.session.precision.autocast or width == 2 else 4
-    tokens = ready.session.lengths.capacity if ready.lm.is_packed else ready.session.lengths.max_seq_len
-    per_layer = tokens * (12 * hidden + 4 * inner) * act_width
-    activations = layers * per_layer
-    if ready.session.config.train.gradient_checkpointing:
-        activations = per_layer + layers * tokens * hidden * act_width
-    logits = min(tokens * config.vocab_size * 4 * 3, 3 * 256 * 2**20)
-    return float(states + activations + logits)
+
+def plan_forward(ready: ReadyRun) -> tuple[int, int, float]:
+    """Tokens of the largest forward and of its longest document, and the supervised share of its tokens."""
+    session, lm, dataset = ready.session, ready.lm, ready.dataset
+    capacity = session.lengths.capacity if lm.is_packed else session.lengths.max_seq_len
+    if not isinstance(dataset, Dataset) or not len(dataset.train):
+        return capacity, session.lengths.max_seq_len, 1.0
+    lengths = dataset.train.lengths[:]
+    longest, tokens = int(lengths.max()), int(lengths.sum())
+    return min(capacity, tokens if lm.is_packed else longest), longest, int(dataset.train.num_targets[:].sum()) / tokens
 
 
 def model_card(ready: ReadyRun, progress: Progress, lines: list[tuple[str, str]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 
@@ -62,14 +61,6 @@ def measure_flops_per_s(hidden: int) -> float:
         torch.mm(left, right)
         products += 1
     return products * 2.0 * 512 * hidden * 4 * hidden / seconds
-
-
-def total_memory() -> float:
-    """Bytes of this machine's memory; infinite where the system does not say."""
-    try:
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, ValueError, OSError):  # Windows
-        return float("inf")
 
 
 def explain_cost(cost: Cost, flops_per_s: float, memory_limit: float) -> str | None:

@@ -6,7 +6,6 @@ writes the manifest and renames the folder. Nothing here waits in a collective, 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import threading
@@ -43,7 +42,6 @@ from tunesmith.training.checkpoint import (
     read_checkpoint,
     write_manifest,
 )
-from tunesmith.training.cost import total_memory
 
 GROUP_BYTES = 4 * 2**30  # of a model's weights that are whole in memory at once
 _MARGIN = 1.25
@@ -80,21 +78,6 @@ def choose_form(setting: bool | str, trained: Sequence[Tensor], taken_first: flo
     if in_shards:
         return Form(True, f"in shards, each process writes its own; whole, they would take {sizes}")
     return Form(False, f"whole: gathered, they take {sizes}")
-
-
-def free_memory() -> float:
-    """Bytes that this process may still take, of the machine and of its control group."""
-    found = [total_memory()]
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found.append(1024.0 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
-    with contextlib.suppress(OSError, StopIteration, ValueError):  # "max": no limit
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text(encoding="ascii"))
-        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
-        cached = int(next(line for line in lines if line.startswith("inactive_file ")).split()[1])
-        found.append(float(limit - int((group / "memory.current").read_text(encoding="ascii")) + cached))
-    return max(0.0, min(found))
 
 
 @dataclass(frozen=True, slots=True)

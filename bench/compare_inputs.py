@@ -26,6 +26,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     },
+    # new:minimind-3-moe with the width and depth of 26m
+    "moe": {
+        **_QWEN3, "model_type": "qwen3_moe", "vocab_size": 6400, "moe_intermediate_size": 1408, "num_experts": 4,
+        "num_experts_per_tok": 2, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "router_aux_loss_coef": 5e-4,
+    },
+    # GPT-2's small shape
+    "gpt2": {
+        "model_type": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+    },
     "smallest": {
         **_QWEN3, "vocab_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
         "head_dim": 16, "hidden_size": 32, "intermediate_size": 64,
@@ -50,6 +61,7 @@ class Task:
         tokens: of one packed forward, which is one step.
         padded_rows: of one padded step: as many as have about `tokens` real tokens.
         workers: processes that prepare the rows.
+        checkout: a copy of MiniMind, with the model's weights in out/.
     """
 
     name: str
@@ -63,6 +75,7 @@ class Task:
     padded_rows: int
     steps: int
     workers: int | None = None
+    checkout: str = ""
     lora_rank: int = 16
     lr: float = 1e-4
     seed: int = 0
@@ -130,6 +143,25 @@ def write_model(folder: Path, shape: str, tokenizer: Path | None, seed: int = 0)
     model.save_pretrained(folder)
     found.save_pretrained(folder)
     return sum(weight.numel() for weight in model.parameters())
+
+
+def write_minimind(
+    checkout: Path, folder: Path, work: Path, hidden: int, layers: int, seed: int = 0
+) -> tuple[Path, int]:
+    """Copy a checkout of MiniMind with random weights of its class, and save the same model in transformers' form;
+    returns the copy and the number of parameters."""
+    import torch
+    from minimind_checkout import build, copy_checkout
+
+    from tunesmith.use.export import Export, run_export
+
+    copy = copy_checkout(checkout, work)
+    torch.manual_seed(seed)
+    model = build(copy, hidden, layers, False)
+    weights = copy.out / f"pretrain_{hidden}.pth"
+    torch.save(model.state_dict(), weights)
+    run_export(Export(str(weights), str(folder), "hf", None, tokenizer=str(copy.tokenizer)))
+    return copy.folder, sum(weight.numel() for weight in model.parameters())
 
 
 def _small_tokenizer() -> Any:

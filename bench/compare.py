@@ -1,6 +1,7 @@
 """Compare with other tools: the same rows, weights and hyper-parameters, steps in turn.
 
-    python bench/compare.py --data alpaca.json --tokenizer TOKENIZER --peers-python PEERS/bin/python --docs docs
+    python bench/compare.py --data alpaca.json --tokenizer TOKENIZER --large-tokenizer QWEN \\
+        --peers-python PEERS/bin/python --docs docs
 
 Each engine runs its own training loop in a process of its own (compare_engines.py). The steps alternate: one step of
 each, in turn, so that whatever else the machine does meets all of them. Given are the median of the ratios of the
@@ -37,12 +38,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from compare_inputs import Task, mean_tokens, read_pairs, write_model, write_rows
+from compare_inputs import Task, mean_tokens, read_pairs, write_minimind, write_model, write_rows
 from compare_pages import write_pages
 
 HERE = Path(__file__).resolve().parent
 STAGES = ("steps", "prepare", "lengths", "sizes")
-PEERS = {"trl-packed", "trl-padded", "trainer", "prepare-trl"}
+PEERS = {"trl-packed", "trl-padded", "prepare-trl"}
 WARM_UP = 2  # rounds that are not counted
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "tokenizers")
 
@@ -61,6 +62,7 @@ class Case:
 CASES = (
     Case("26m", "full", ("ours", "trl-packed", "trl-padded", "trainer"), 10),
     Case("26m", "lora", ("ours", "trl-packed"), 12),
+    Case("minimind", "full", ("ours", "minimind"), 5),
     Case("qwen2.5-0.5b-4-layers", "full", ("ours", "trl-packed"), 4),
     Case("qwen2.5-0.5b-4-layers", "lora", ("ours", "trl-packed"), 5),
 )
@@ -114,17 +116,21 @@ class Bench:
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args, self.folder = args, folder
         self._models: dict[str, int] = {}
+        self._checkout = ""
 
     def task(self, name: str, shape: str, method: str, tokens: int, pairs: list[tuple[str, str]], **more: Any) -> Task:
         """The inputs of engines, written to the folder."""
         model = self.folder / f"model-{shape}"
-        if shape not in self._models:
+        if shape == "minimind" and shape not in self._models:
+            copy, self._models[shape] = write_minimind(self.args.minimind, model, self.folder, 512, 8)
+            self._checkout = str(copy)
+        elif shape not in self._models:
             self._models[shape] = write_model(model, shape, self.tokenizer_of(shape))
         rows = write_rows(self.folder / f"rows-{name}.jsonl", pairs)
         padded = max(1, round(tokens / mean_tokens(model, pairs)))
         task = Task(
             name, str(model), str(rows), str(self.folder), shape, method, tokens, more.pop("max_seq_len", tokens), padded,
-            **{"steps": 1000, **more},
+            **{"steps": 1000, "checkout": self._checkout, **more},
         )  # fmt: skip
         task.write()
         return task
@@ -138,7 +144,8 @@ class Bench:
         return self._models[shape]
 
     def has(self, engine: str) -> bool:
-        return engine not in PEERS or self.args.peers_python is not None
+        is_wanted = engine == "ours" or not self.args.engines or engine in self.args.engines
+        return is_wanted and (engine not in PEERS or self.args.peers_python is not None)
 
     @contextlib.contextmanager
     def engine(self, name: str, task: Task) -> Iterator[Engine]:
@@ -177,7 +184,8 @@ def compare_steps(bench: Bench, case: Case) -> dict[str, Any]:
     names = [*(name for name in case.engines if bench.has(name)), "limit"]
     with contextlib.ExitStack() as stack:
         engines = {name: stack.enter_context(bench.engine(name, task)) for name in names}
-        for number in range(WARM_UP + case.rounds):
+        rounds = bench.args.rounds or case.rounds
+        for number in range(WARM_UP + rounds):
             order = names[number % len(names) :] + names[: number % len(names)]
             for name in order:
                 engines[name].go()
@@ -186,7 +194,7 @@ def compare_steps(bench: Bench, case: Case) -> dict[str, Any]:
     square = engines["ours"].answers[0]["square"]
     found: dict[str, Any] = {
         "shape": case.shape, "method": case.method, "parameters": bench.parameters(case.shape), "tokens": case.tokens,
-        "padded_rows": task.padded_rows, "rounds": case.rounds, "gflops_per_s": spread([rate / 1e9 for rate in rates]),
+        "padded_rows": task.padded_rows, "rounds": rounds, "gflops_per_s": spread([rate / 1e9 for rate in rates]),
         "engines": {},
     }  # fmt: skip
     ours = None
@@ -363,12 +371,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="a file of Alpaca's form; default: generated rows")
     parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer; default: one made of a few words")
-    parser.add_argument("--large-tokenizer", type=Path, help="for the shapes of Qwen; default: the same")
+    parser.add_argument("--large-tokenizer", type=Path, help="for the shapes of Qwen, which need a tokenizer of Qwen")
     parser.add_argument("--peers-python", type=Path, help="interpreter of an environment with TRL")
+    parser.add_argument("--minimind", type=Path, metavar="CHECKOUT", help="a clone of MiniMind")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="cases of `steps` with TEXT in their name, as `26m lora`"
     )
+    parser.add_argument(
+        "--engines", nargs="+", metavar="NAME", help="of `steps`: trl-packed, trl-padded, trainer; default: all"
+    )
+    parser.add_argument("--rounds", type=int, help="rounds of `steps`; default: 4 to 12, more where steps are short")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: all cores")
     parser.add_argument("--prepare-rows", type=int, default=5000, help="rows of the stage prepare; default 5000")
     parser.add_argument("--smallest", action="store_true", help="a tiny model and few rounds, to try the script")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import runpy
 import sys
 import time
 from collections.abc import Callable
@@ -223,6 +224,51 @@ def _run(trainer: Any, line: Turns) -> None:
     trainer.train()
 
 
+MINIMIND_LENGTH = 768  # to which its trainer pads each row: the default of its flag --max_seq_len
+
+
+def train_minimind(task: Task, turns: Callable[[], Turns]) -> None:
+    """MiniMind's train_full_sft.py as it is, observed through torch's hooks for optimizers and modules."""
+    import torch
+    from torch.nn.modules.module import register_module_forward_pre_hook
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+    from transformers import AutoConfig, AutoTokenizer
+
+    pad = AutoTokenizer.from_pretrained(task.model).pad_token_id
+    config = AutoConfig.from_pretrained(task.model)
+    rows = Path(task.folder) / f"conversations-{task.name}.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"conversations": row["prompt"] + row["completion"]}) + "\n" for row in _read(task)),
+        encoding="utf-8",
+    )
+    line = turns()
+    counted = [0, 0]
+
+    def count(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        labels = kwargs.get("labels")
+        counted[:] = [int((args[0] != pad).sum()), int((labels[..., 1:] != -100).sum()) if labels is not None else 0]
+
+    def find_model(module: torch.nn.Module, _: Any) -> None:
+        if type(module).__name__.startswith("MiniMind"):
+            handle.remove()
+            module.register_forward_pre_hook(count, with_kwargs=True)
+
+    handle = register_module_forward_pre_hook(
+        find_model
+    )  # the first module that is called; its first step counts nothing
+    register_optimizer_step_post_hook(lambda *_: line.end_step(*counted, data=None))
+    script = Path(task.checkout) / "trainer" / "train_full_sft.py"
+    flags = {
+        "--epochs": 1000, "--batch_size": task.padded_rows, "--learning_rate": task.lr, "--device": "cpu",
+        "--num_workers": 0, "--log_interval": 1, "--save_interval": 10**9, "--hidden_size": config.hidden_size,
+        "--num_hidden_layers": config.num_hidden_layers, "--max_seq_len": min(task.max_seq_len, MINIMIND_LENGTH),
+        "--data_path": rows, "--from_weight": "pretrain",
+    }  # fmt: skip
+    sys.argv = [str(script), *(str(word) for pair in flags.items() for word in pair)]
+    os.chdir(script.parent)
+    runpy.run_path(str(script), run_name="__main__")
+
+
 def measure_limit(task: Task, turns: Callable[[], Turns]) -> None:
     """The rate of this machine on the matrix products of the task, one answer for each `go`."""
     from compare_limit import Limit
@@ -313,6 +359,7 @@ ENGINES: dict[str, Callable[[Task, Callable[[], Turns]], None]] = {
     "trl-packed": lambda task, turns: train_trl(task, turns, packing=True),
     "trl-padded": lambda task, turns: train_trl(task, turns, packing=False),
     "trainer": train_plain,
+    "minimind": train_minimind,
     "limit": measure_limit,
     "prepare-ours": prepare_ours,
     "prepare-trl": prepare_trl,

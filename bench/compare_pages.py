@@ -161,7 +161,7 @@ def _preparation_lines(rows: list[dict[str, Any]]) -> list[str]:
 def _difference_lines(found: dict[str, Any]) -> list[str]:
     lines = ["## What differs between the tools", ""]
     for name, case in found.get("steps", {}).items():
-        data = {engine: one["data"] for engine, one in case["engines"].items()}
+        data = {engine: one["data"] for engine, one in case["engines"].items() if one["data"]}
         counts = "; ".join(
             f"{NAMES[engine]} {rows:,} rows, {tokens:,} tokens, {targets:,} supervised"
             for engine, (rows, tokens, targets) in data.items()
@@ -172,6 +172,8 @@ def _difference_lines(found: dict[str, Any]) -> list[str]:
         "one has a few tokens more than one of the other, which tokens/s accounts for.",
         "- Precision and threads are the same. TRL checkpoints activations by default; that is switched off here. "
         "Its default loss computes the head on supervised tokens alone.",
+        "- MiniMind's trainer pads every row to 768 tokens (its default), adds a system prompt to a fifth of the rows, and "
+        "has its own learning rate schedule; the model is of its class, saved for tunesmith in transformers' form.",
         "- TRL and transformers are faster with padding-free attention on a GPU (flash-attn); here all run on a CPU.",
     ]
     return lines

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_compare_writes_table_and_numbers(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "compare.py"), "--smallest", "--stages", "steps", "--only", "full",
+        [sys.executable, str(ROOT / "bench" / "compare.py"), "--smallest", "--stages", "steps", "--only", "full", "--engines", "ours",
          "--threads", "1", "--docs", str(tmp_path)],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
     )  # fmt: skip

@@ -12,9 +12,9 @@ from conftest import build_model, tiny_config
 from tunesmith.config.runfile import resolve_config
 from tunesmith.config.schema import RunConfig
 from tunesmith.errors import InterruptedRun
+from tunesmith.monitor.room import total_memory
 from tunesmith.run.console import Silent
 from tunesmith.run.start import run_training
-from tunesmith.monitor.room import total_memory
 from tunesmith.training.cost import Cost, count_step_flops, explain_cost, measure_flops_per_s
 
 GIB = 2.0**30

@@ -85,8 +85,12 @@ def as_adapter(plan: MemoryPlan) -> MemoryPlan:
     kept = Kept(plan.kept.constant, _ADAPTER_KEPT * plan.kept.per_token, plan.kept.per_pair)
     return replace(
         plan, taken=plan.taken + trained, gradients=trained, averages=2 * trained, snapshot=3 * trained, kept=kept,
-        head=replace(plan.head, gradient=0.0), heap=heap_share(True, True) if plan.heap > 1 else 1.0,
+        head=replace(plan.head, gradient=0.0), heap=_heap(plan),
     )  # fmt: skip
+
+
+def _heap(plan: MemoryPlan) -> float:
+    return heap_share(True, plan.is_checkpointed) if plan.heap > 1 else 1.0
 
 
 def as_half(plan: MemoryPlan) -> MemoryPlan:
@@ -95,5 +99,5 @@ def as_half(plan: MemoryPlan) -> MemoryPlan:
     return replace(
         plan, taken=plan.taken - plan.weights / 2, weights=plan.weights / 2, gradients=plan.gradients / 2,
         averages=plan.averages / 2, snapshot=plan.snapshot / 2, kept=kept,
-        head=replace(plan.head, gradient=plan.head.gradient / 2, width=2, is_summed=True),
+        head=replace(plan.head, gradient=plan.head.gradient / 2, width=2, is_summed=True), heap=_heap(plan),
     )  # fmt: skip

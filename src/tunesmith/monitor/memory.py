@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,9 +29,10 @@ ERROR = 0.15  # of a total, at most, on the runs of bench/memory.py
 _SIZES = (16, 32, 64)  # tokens of the forwards that are measured
 _CHUNKS = 2.0  # of fp32 logits that the head's loss holds at once (model/head.py)
 _LOGITS = 2.5  # the same where all logits are made: logits, softmax, and half of another while they are made
-# What glibc's heap holds beside live tensors, as a share of what a step takes. Before 2.38, freed aligned memory is
-# not found again for tensors of the same size.
-_HEAP, _HEAP_OF_SMALL = 1.15, 1.7
+_LAYER = 1.6  # of what a layer keeps, its backward takes where the layer is made again for it
+# Bytes of glibc's heap for each byte of tensors in a step: plain, where small tensors lie between large ones, and where
+# layers are made again. Before 2.38, freed aligned memory is not found again for a tensor of the same size.
+_HEAP, _HEAP_OF_SMALL, _HEAP_OF_CHECKPOINTED = 1.25, 1.6, 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ class MemoryPlan:
         kept = self.kept.of(self.tokens, self.tokens * self.longest)
         layer = kept / self.layers
         if self.is_checkpointed:  # a layer is made again, and then worked with
-            kept, layer = self.layers * self.tokens * self.hidden * self.head.width, 2 * layer
+            kept, layer = self.layers * self.tokens * self.hidden * self.head.width, _LAYER * layer
         head = self.head.work(self.tokens, self.share * self.tokens)
         early = self.gradients if self.accumulates else self.head.gradient
         return MemoryNeed(
@@ -120,7 +122,8 @@ class MemoryPlan:
         )  # fmt: skip
 
     def fewer_tokens(self, tokens: int) -> MemoryPlan:
-        return replace(self, tokens=tokens, longest=min(self.longest, tokens), accumulates=True)
+        heap = max(self.heap, heap_share(True, self.is_checkpointed)) if self.heap > 1 else 1.0
+        return replace(self, tokens=tokens, longest=min(self.longest, tokens), accumulates=True, heap=heap)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +238,8 @@ def _fit(sizes: list[int], found: list[int]) -> Kept:
 
 @contextlib.contextmanager
 def _without_checkpointing(model: nn.Module) -> Iterator[None]:
-    marked = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    modules: list[Any] = list(model.modules())
+    marked = [module for module in modules if getattr(module, "gradient_checkpointing", False) is True]
     for module in marked:
         module.gradient_checkpointing = False
     try:
@@ -248,7 +252,8 @@ def _without_checkpointing(model: nn.Module) -> Iterator[None]:
 def _without_compiling() -> contextlib.AbstractContextManager[object]:
     if "torch._dynamo" not in sys.modules:  # which takes a second to import
         return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")  # type: ignore[no-untyped-call]
+    stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def head_shape(lm: SupervisedLM, width: int) -> HeadShape:
@@ -266,8 +271,12 @@ def head_shape(lm: SupervisedLM, width: int) -> HeadShape:
     return HeadShape(vocab, width, holds_all, lm.head_path == "decoder", width == 2, gradient)
 
 
-def heap_share(is_adapter: bool, is_checkpointed: bool) -> float:
-    """Bytes of the process for each byte of tensors in a step; small ones between large ones split the heap."""
+def heap_share(is_split: bool, is_checkpointed: bool) -> float:
+    """Bytes of the process for each byte of tensors in a step.
+
+    Args:
+        is_split: tensors of many sizes come and go: of an adapter, of half precision, beside kept gradients.
+    """
     name = ""
     with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows; another C library
         name = os.confstr("CS_GNU_LIBC_VERSION") or ""
@@ -275,7 +284,9 @@ def heap_share(is_adapter: bool, is_checkpointed: bool) -> float:
     if found is None:
         return 1.0
     is_old = (int(found[1]), int(found[2])) < (2, 38)
-    return _HEAP_OF_SMALL if is_old and (is_adapter or is_checkpointed) else _HEAP
+    if not is_old or not (is_split or is_checkpointed):
+        return _HEAP
+    return _HEAP_OF_CHECKPOINTED if is_checkpointed else _HEAP_OF_SMALL
 
 
 def process_memory() -> float:

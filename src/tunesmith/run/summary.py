@@ -255,6 +255,7 @@ def plan_memory(ready: ReadyRun) -> MemoryPlan | str:
     is_cpu = device.type == "cpu"
     largest = max((parameter.numel() * parameter.element_size() for parameter in trained), default=0)
     is_half = precision.autocast is not None or precision.weights.itemsize == 2
+    accumulates = train.grad_accum_steps > session.world.size or not lm.is_packed
     tokens, longest, share = plan_forward(ready)
     config = lm.model.config.get_text_config()
     return MemoryPlan(
@@ -270,10 +271,10 @@ def plan_memory(ready: ReadyRun) -> MemoryPlan | str:
         tokens=tokens,
         longest=longest,
         share=share,
-        accumulates=train.grad_accum_steps > session.world.size or not lm.is_packed,
+        accumulates=accumulates,
         is_checkpointed=train.gradient_checkpointing,
         exchange=2 * min(gradients, max(largest, _BUCKET_BYTES)) if session.world.size > 1 else 0.0,
-        heap=heap_share(session.is_adapter, train.gradient_checkpointing) if is_cpu else 1.0,
+        heap=heap_share(session.is_adapter or is_half or accumulates, train.gradient_checkpointing) if is_cpu else 1.0,
     )
 
 

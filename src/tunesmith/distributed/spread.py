@@ -112,9 +112,9 @@ class Replicated(Spread):
         return super().whole(tensor) if self._world.is_main else torch.empty(0)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        device = parameters[0].device
-        used = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32, device=device)
-        used = self._world.sum(used).bool().cpu()
+        # on the CPU: the processes exchange it without waiting for their GPUs
+        used = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
+        used = self._world.sum(used).bool()
         for group in self._buckets([p for p, is_used in zip(parameters, used.tolist(), strict=True) if is_used]):
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
             total = self._world.sum(torch.cat([grad.reshape(-1) for grad in grads]))

@@ -31,6 +31,8 @@ def take_random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    elif torch.backends.mps.is_available():
+        tensors["mps"] = torch.mps.get_rng_state()
     version, words, gauss = random.getstate()
     name, keys, place, has_gauss, cached = np.random.get_state(legacy=True)
     return tensors, {
@@ -44,6 +46,8 @@ def restore_random_states(tensors: Mapping[str, Tensor], others: Mapping[str, An
     cuda = [tensors[name] for name in sorted(tensors) if name.startswith("cuda:")]
     if cuda and torch.cuda.device_count() == len(cuda):
         torch.cuda.set_rng_state_all(cuda)
+    if "mps" in tensors and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(tensors["mps"])
     version, words, gauss = others["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, place, has_gauss, cached = others["numpy"]

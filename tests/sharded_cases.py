@@ -1,7 +1,7 @@
 """Cases that several processes run together: torchrun ... sharded_cases.py CASES.json
 
-Each case is a command of tunesmith, or a model folder whose shards are compared with the whole model. Process 0 prints
-a JSON object: case -> exit code, or the names of the weights that differ.
+Each case is a command of tunesmith (with "late", its numbers are read as on a GPU), or a model folder whose shards are
+compared with the whole model. Process 0 prints a JSON object: case -> exit code, or the names of the weights that differ.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import tunesmith.run.training
 from tunesmith.cli import main
 from tunesmith.config.schema import ModelSection
 from tunesmith.config.train_keys import TrainSection
@@ -58,7 +59,8 @@ def compare_shards(folder: str) -> list[str]:
         return sorted({name for names in found for name in names})
 
 
-def run(words: list[str]) -> int | str:
+def run(words: list[str], late: bool = False) -> int | str:
+    tunesmith.run.training.can_read_late = lambda *_: late
     shown = io.StringIO()
     try:
         with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
@@ -70,6 +72,6 @@ def run(words: list[str]) -> int | str:
 
 if __name__ == "__main__":
     cases = json.loads(Path(sys.argv[1]).read_text())
-    results = {name: compare_shards(c["folder"]) if "folder" in c else run(c["words"]) for name, c in cases.items()}
+    results = {name: compare_shards(c["folder"]) if "folder" in c else run(**c) for name, c in cases.items()}
     if os.environ["RANK"] == "0":
         print("\n" + json.dumps(results), flush=True)

@@ -20,11 +20,11 @@ from tunesmith.data.feed import Batches
 from tunesmith.distributed.world import OneProcess
 from tunesmith.model.head import choose_head_path
 from tunesmith.model.loss import SupervisedLM
-from tunesmith.training import step as step_module
 from tunesmith.training.evaluate import evaluate
 from tunesmith.training.optim import build_optimizer
 from tunesmith.training.precision import Precision
 from tunesmith.training.step import NotFiniteError, StepResult, train_step
+from tunesmith.training.transfer import OnTheWay
 
 FP64, FP32 = Precision("fp32", torch.float64, None), Precision("fp32", torch.float32, None)
 LENGTHS = [9, 3, 21, 14, 2, 17, 6, 30]
@@ -141,8 +141,8 @@ def test_a_step_reads_the_device_once(tmp_path: Path, monkeypatch: pytest.Monkey
     lm = SupervisedLM(model, True, choose_head_path(model, True)).train()
     optimizer = build_optimizer(model, OptimSection())
     batches = Batches(make_store(tmp_path, LENGTHS), PACKS)
-    read, transfers = step_module.read_numbers, []
-    monkeypatch.setattr(step_module, "read_numbers", lambda tensors: transfers.append(1) or read(tensors))
+    wait, transfers = OnTheWay.wait, []
+    monkeypatch.setattr(OnTheWay, "wait", lambda numbers: transfers.append(1) or wait(numbers))
     with Reads() as reads:
         train_step(lm, optimizer, batches, 1.0, FP32, torch.amp.GradScaler("cpu", enabled=False))
         evaluate(lm, batches, FP32)

@@ -28,7 +28,7 @@ class Stopwatch:
         self._seconds += time.perf_counter() - self._began
 
     def take(self) -> float:
-        """The sum, which begins anew. The device must have done what was timed."""
+        """The sum of what is done, which begins anew."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
@@ -52,8 +52,9 @@ class DeviceStopwatch(Stopwatch):
         self._marks[-1][1].record()
 
     def take(self) -> float:
-        marks, self._marks = self._marks, []
-        return super().take() + _sum(marks)
+        done = [mark for mark in self._marks if mark[1].query()]  # others belong to a step that is still computed
+        self._marks = self._marks[len(done) :]
+        return super().take() + _sum(done)
 
 
 def _sum(marks: Sequence[tuple[torch.cuda.Event, torch.cuda.Event]]) -> float:

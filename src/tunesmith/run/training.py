@@ -33,6 +33,7 @@ from tunesmith.training.precision import Precision
 from tunesmith.training.progress import Progress, TrainState, Window
 from tunesmith.training.randomness import restore_random_states, seed_all
 from tunesmith.training.saver import Saver
+from tunesmith.training.step import can_read_late
 
 _LAUNCHER_S = 30  # after a signal, torchrun kills its processes
 _KILLED = (
@@ -104,6 +105,7 @@ def build_trainer(
         saved_step=state.step if state else None,
         pace=Pace(DeviceStopwatch() if session.world.size > 1 and session.device.type == "cuda" else None),
         profile=Profile(parse_steps(steps), folder.profile, session.world.rank) if steps else None,
+        reads_late=can_read_late(session.device, optimizer, scaler),
     )
 
 

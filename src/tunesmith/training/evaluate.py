@@ -15,6 +15,7 @@ from tunesmith.model.loss import Objective, SupervisedLM, supervised_loss
 from tunesmith.training.metrics import mean_by_source
 from tunesmith.training.precision import Precision
 from tunesmith.training.step import StepAborted
+from tunesmith.training.transfer import copied_ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ def evaluate(
     # loss, correct tokens, and the loss of each source; exact as float64, which MPS lacks
     sums = torch.zeros(2 + batches.num_sources, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     lm.eval()
-    for batch in batches:
+    for batch in copied_ahead(batches, lm):
         if gives_up is not None and gives_up():
             raise StepAborted
         with precision.context(device):

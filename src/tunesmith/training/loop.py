@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 
@@ -30,10 +30,28 @@ from tunesmith.training.precision import Precision
 from tunesmith.training.progress import Progress, TrainState, Window, add_lists
 from tunesmith.training.randomness import restore_random_states, take_random_states
 from tunesmith.training.saver import Saver
-from tunesmith.training.step import NotFiniteError, StepAborted, train_step
+from tunesmith.training.step import (
+    MadeGradient,
+    NotFiniteError,
+    StepAborted,
+    StepResult,
+    make_gradient,
+    train_step,
+    update_unread,
+)
 
+T = TypeVar("T")
 DEFAULT_SAVE_STEPS = 500
 MAX_SKIPPED = 10  # steps in a row that train.on_nonfinite skip leaves out
+
+
+@dataclass(frozen=True, slots=True)
+class UnreadStep:
+    """A step, its update included, that the device may still be computing."""
+
+    step: Step
+    lr: float
+    made: MadeGradient
 
 
 @dataclass
@@ -48,6 +66,9 @@ class Trainer:
         saved_step: of the newest checkpoint.
         pace: what the loop is doing, and how long that took before.
         profile: of the steps of train.profile_steps, if any.
+        reads_late: read the numbers of a step when the forwards and backwards of the next one are queued, so that a GPU
+            does not wait for the host. The next update comes after that, so a run stops with the same weights.
+        unread: such a step.
     """
 
     config: RunConfig
@@ -71,6 +92,13 @@ class Trainer:
     pace: Pace = field(default_factory=Pace)
     profile: Profile | None = None
     answer_failure: str = ""
+    reads_late: bool = False
+    unread: UnreadStep | None = None
+
+    @property
+    def made_step(self) -> int:
+        """Number of the last step, read or not."""
+        return self.progress.step + (self.unread is not None)
 
     @property
     def all_trackers(self) -> list[Tracker]:
@@ -97,18 +125,20 @@ class Trainer:
 
     def _train_on(self, steps: Iterator[Step | None]) -> None:
         progress, total = self.progress, self.feed.total_steps
-        while progress.step < total and not progress.stopped_early:
+        while self.made_step < total and not progress.stopped_early:
             if (step := next(steps)) is None:  # its rows are still being labelled
                 self.on_doing("labelling rows")
                 if self.world.agree(self.stop.is_made):
                     self._stop()
                 continue
             if self.profile is not None:
-                self.profile.before(progress.step + 1)
+                self.profile.before(self.made_step + 1)
             record = self._whole_step(step)
             if self.profile is not None:
                 with self.window.pause():
-                    self.profile.after(progress.step)
+                    self.profile.after(self.made_step)
+            if self.made_step == total or self._evaluates_now():
+                record = self._read_unread() or record
             if self._evaluates_now():
                 with self.window.pause():
                     record = (record or self._head()) | self._evaluate()
@@ -120,6 +150,8 @@ class Trainer:
             stops, is_asked, is_due = self._wishes()
             if stops:
                 self._stop()
+            if is_asked or is_due:
+                self._log_unread()
             if is_asked or (progress.step < total and (is_best or is_due)):
                 with self.window.pause():
                     self.save(is_asked)
@@ -128,7 +160,7 @@ class Trainer:
         """`_step`; where a signal arrives in it, the run ends between two of its forwards, as if it had not begun."""
         random = take_random_states()
         try:
-            with self.pace.of_step(self.progress.step + 1, step):
+            with self.pace.of_step(self.made_step + 1, step):
                 return self._step(step)
         except StepAborted:
             self.optimizer.zero_grad(set_to_none=True)
@@ -143,6 +175,7 @@ class Trainer:
         return gives_up
 
     def _stop(self) -> NoReturn:
+        self._log_unread()
         step = self.progress.step
         if step:  # a checkpoint of step 0 would hold what the run begins with anyway
             self._save_last()
@@ -151,18 +184,48 @@ class Trainer:
 
     def _step(self, step: Step) -> Record:
         """One update, or none where the loss is not finite; the record to log, if one is due."""
-        train, progress = self.config.train, self.progress
-        lr = lr_at(progress.step, self.feed.total_steps, self.config.optim)
+        lr = lr_at(self.made_step, self.feed.total_steps, self.config.optim)
         set_lr(self.optimizer, lr)
-        max_grad_norm = self.config.optim.max_grad_norm
+        if self.reads_late:
+            made: MadeGradient = self._make(make_gradient, step)
+            self._log_unread()  # here the run stops where the step before was not finite
+            update_unread(self.optimizer, made, self.world)
+            self.unread = UnreadStep(step, lr, made)
+            return {}
         try:
-            result = train_step(
-                self.lm, self.optimizer, step.batches, max_grad_norm, self.precision, self.scaler, self.world,
-                self.spread, gives_up=self._gives_up, seed=(train.seed, progress.step),
-                end_forwards=self.pace.end_forwards,
-            )  # fmt: skip
+            result: StepResult = self._make(train_step, step)
         except NotFiniteError as error:
-            return self._leave_out(step, error)
+            record = self._leave_out(step, error)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.update()
+            return record
+        return self._count(step, result, lr)
+
+    def _make(self, function: Callable[..., T], step: Step) -> T:
+        """make_gradient or train_step with the arguments of a step."""
+        return function(
+            self.lm, self.optimizer, step.batches, self.config.optim.max_grad_norm, self.precision, self.scaler,
+            self.world, self.spread, gives_up=self._gives_up, seed=(self.config.train.seed, self.made_step),
+            end_forwards=self.pace.end_forwards,
+        )  # fmt: skip
+
+    def _log_unread(self) -> None:
+        if record := self._read_unread():
+            self._log(record)
+
+    def _read_unread(self) -> Record:
+        """Wait for the step that is not read yet, if there is one; the record to log, if one is due."""
+        unread, self.unread = self.unread, None
+        if unread is None:
+            return {}
+        result = unread.made.read()
+        if self.world.agree(not (math.isfinite(result.loss) and math.isfinite(result.grad_norm))):
+            return self._leave_out(unread.step, NotFiniteError(result))
+        return self._count(unread.step, result, unread.lr)
+
+    def _count(self, step: Step, result: StepResult, lr: float) -> Record:
+        """A step was made; the record to log, if one is due."""
+        progress = self.progress
         progress.step += 1
         progress.epoch, progress.place = step.epoch, step.place
         progress.tokens += result.num_tokens
@@ -172,18 +235,21 @@ class Trainer:
         progress.source_tokens = add_lists(progress.source_tokens, sources.tokens)
         self.window.add(result, sources.targets)
         jump = progress.jump(result.grad_norm, result.loss) if math.isfinite(result.grad_norm) else None
-        if not jump and progress.step % train.log_steps and progress.step != self.feed.total_steps:
+        if not jump and progress.step % self.config.train.log_steps and progress.step != self.feed.total_steps:
             return {}
         record = self._record(self.window, lr, result.grad_norm)
         self.window = Window()
         return record | ({"grad_norm_jump": round(jump, 1), "rows": step.rows()} if jump else {})
 
     def _leave_out(self, step: Step, error: NotFiniteError) -> Record:
+        """A step was not finite, and made no update.
+
+        Raises:
+            RunError: the run ends.
+        """
         progress = self.progress
         if self.config.train.on_nonfinite == "stop" or progress.skipped_in_a_row >= MAX_SKIPPED:
             raise RunError(self._explain_not_finite(error, step.rows()), code="loss-not-finite") from None
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.update()
         progress.step += 1
         progress.epoch, progress.place = step.epoch, step.place
         progress.skipped += 1
@@ -227,7 +293,7 @@ class Trainer:
         return usage_record(self.world, memory, tokens / seconds if seconds else 0.0)
 
     def _evaluates_now(self) -> bool:
-        every, step, total = self.config.train.eval_steps, self.progress.step, self.feed.total_steps
+        every, step, total = self.config.train.eval_steps, self.made_step, self.feed.total_steps
         is_due = step == total or (every is not None and step % interval_steps(every, total) == 0)
         return self.feed.held_out is not None and is_due
 
@@ -294,7 +360,7 @@ class Trainer:
         own = torch.tensor([self.stop.is_made, is_asked, is_late], dtype=torch.int32)
         stops, is_asked, is_late = (count > 0 for count in self.world.sum(own).tolist())
         every = interval_steps(train.save_steps or DEFAULT_SAVE_STEPS, self.feed.total_steps)
-        return stops, is_asked, is_late or self.progress.step % every == 0
+        return stops, is_asked, is_late or self.made_step % every == 0
 
     def save(self, is_told: bool = False) -> None:
         """Take a snapshot and let it be written beside the next steps.
@@ -329,7 +395,7 @@ class Trainer:
     def explain_stop(self) -> str:
         """What a first signal leaves to be done; another thread asks."""
         self.pace.save_s = self.saver.seconds
-        return self.pace.explain(self.progress.step, self.saved_step)
+        return self.pace.explain(self.made_step, self.saved_step)
 
     def _explain_not_finite(self, error: NotFiniteError, rows: list[str]) -> str:
         shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from tunesmith.distributed.world import OneProcess, World
 from tunesmith.model.loss import LossSums, Objective, SupervisedLM, supervised_loss
 from tunesmith.training.precision import Precision
 from tunesmith.training.randomness import seed_forward
+from tunesmith.training.transfer import OnTheWay, copied_ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,7 @@ class StepResult:
     """Means over the step's supervised tokens, of all processes.
 
     Attributes:
-        expert_counts: how often each expert was chosen, on the device.
+        expert_counts: how often each expert was chosen; on the CPU.
         source_losses: the loss of each source of a mix, summed over its targets; else empty.
     """
 
@@ -48,6 +50,33 @@ class NotFiniteError(Exception):
         super().__init__(f"loss {result.loss}, gradient norm {result.grad_norm}")
 
 
+@dataclass(frozen=True, slots=True)
+class MadeGradient:
+    """A step before its update: its gradient, and its numbers, which may still be on their way from the device.
+
+    Attributes:
+        numbers: loss, router loss, losses of the sources, and norm.
+        loss, grad_norm: on the device.
+    """
+
+    numbers: OnTheWay
+    loss: Tensor
+    grad_norm: Tensor
+    expert_counts: OnTheWay | None
+    has_router_loss: bool
+    num_tokens: int
+    num_targets: int
+
+    def read(self) -> StepResult:
+        """Waits until the device has made the gradient."""
+        loss, router, *by_source, norm = self.numbers.wait().tolist()
+        counts = self.expert_counts.wait() if self.expert_counts is not None else None
+        router_loss = router if self.has_router_loss else None
+        return StepResult(
+            loss, router_loss, norm, self.num_tokens, self.num_targets, counts, source_losses=by_source
+        )  # fmt: skip
+
+
 def train_step(
     lm: SupervisedLM,
     optimizer: torch.optim.Optimizer,
@@ -62,10 +91,63 @@ def train_step(
     seed: Sequence[int] = (),
     end_forwards: Callable[[], None] | None = None,
 ) -> StepResult:
-    """One update. The loss is the sum over all supervised tokens of the step divided by their count.
+    """One update; the host waits for the device once, to see that the numbers are finite. Arguments: `make_gradient`.
 
-    The split into forwards and processes does not change the gradient, except that of a router loss (see `Router`).
-    The host waits for the device once, to see that the numbers are finite.
+    Raises:
+        NotFiniteError: they are not; there is no update.
+        StepAborted: `gives_up` said so; there is no update.
+    """
+    made = make_gradient(
+        lm, optimizer, batches, max_grad_norm, precision, scaler, world, spread, objective, gives_up, seed, end_forwards
+    )
+    result = made.read()
+    # fp16 overflows now and then by design: its scaler skips that update and lowers the scale
+    is_finite = math.isfinite(result.loss) and (math.isfinite(result.grad_norm) or scaler.is_enabled())
+    if (world or OneProcess()).agree(not is_finite):
+        raise NotFiniteError(result)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return result
+
+
+def can_read_late(device: torch.device, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bool:
+    """Whether a step's numbers are read a step later: on a GPU, which else would wait for the host, and with torch's
+    fused optimizer, which skips an update by a number on the device."""
+    is_fused = isinstance(optimizer, torch.optim.AdamW) and bool(optimizer.defaults["fused"])
+    return device.type == "cuda" and is_fused and not scaler.is_enabled()
+
+
+def update_unread(optimizer: torch.optim.Optimizer, made: MadeGradient, world: World) -> None:
+    """Update the weights unless the loss or the norm is not finite in some process; the host does not wait to know."""
+    is_finite = torch.isfinite(made.loss) & torch.isfinite(made.grad_norm)
+    owner: Any = optimizer
+    owner.found_inf = world.sum((~is_finite).float()).clamp(max=1.0)
+    try:
+        optimizer.step()
+    finally:
+        del owner.found_inf
+    optimizer.zero_grad(set_to_none=True)
+
+
+def make_gradient(
+    lm: SupervisedLM,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    max_grad_norm: float,
+    precision: Precision,
+    scaler: torch.amp.GradScaler,
+    world: World | None = None,
+    spread: Spread | None = None,
+    objective: Objective = supervised_loss,
+    gives_up: Callable[[], bool] | None = None,
+    seed: Sequence[int] = (),
+    end_forwards: Callable[[], None] | None = None,
+) -> MadeGradient:
+    """The forwards and backwards of a step, and its clipped gradient. The host does not wait for a GPU.
+
+    The loss is the sum over all supervised tokens of the step divided by their count. The split into forwards and
+    processes does not change the gradient, except that of a router loss (see `Router`).
 
     Args:
         batches: the share of this process.
@@ -75,15 +157,14 @@ def train_step(
         end_forwards: called after the last backward, before the processes sum their gradients.
 
     Raises:
-        NotFiniteError: they are not; there is no update.
-        StepAborted: `gives_up` said so; there is no update.
+        StepAborted: `gives_up` said so.
     """
     world, spread = world or OneProcess(), spread or Spread()
     num_parts = batches.num_samples if lm.router and lm.router.is_per_document else len(batches)
     counts = torch.tensor([batches.num_tokens, batches.num_targets, num_parts])  # of this process
     num_tokens, num_targets, num_parts = world.sum(counts).tolist()
     sums = _Sums(lm, batches.num_sources, num_targets, num_parts)
-    for batch, is_last in _until_given_up(batches, gives_up, end_forwards):
+    for batch, is_last in _until_given_up(copied_ahead(batches, lm), gives_up, end_forwards):
         if batch.is_empty and not spread.needs_equal_forwards:
             continue
         if seed:
@@ -96,18 +177,12 @@ def train_step(
     spread.sum_gradients(parameters)
     scaler.unscale_(optimizer)
     grad_norm = spread.clip(parameters, max_grad_norm)
-    loss_sum, router, *by_source, norm = read_numbers([*sums.of_all(world), grad_norm])
+    scalars = [*sums.of_all(world), grad_norm]
     chosen = world.sum(sums.expert_counts) if sums.expert_counts is not None else None
-    router_loss = router if lm.router else None
-    result = StepResult(loss_sum, router_loss, norm, num_tokens, num_targets, chosen, source_losses=by_source)
-    # fp16 overflows now and then by design: its scaler skips that update and lowers the scale
-    is_finite = math.isfinite(result.loss) and (math.isfinite(result.grad_norm) or scaler.is_enabled())
-    if world.agree(not is_finite):
-        raise NotFiniteError(result)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return result
+    return MadeGradient(
+        OnTheWay(stack_numbers(scalars)), scalars[0], grad_norm, OnTheWay(chosen) if chosen is not None else None,
+        bool(lm.router), num_tokens, num_targets,
+    )  # fmt: skip
 
 
 class _Sums:
@@ -155,13 +230,12 @@ def _nothing_of(sums: LossSums) -> Tensor:
 
 
 def _until_given_up(
-    batches: Batches, gives_up: Callable[[], bool] | None, end_forwards: Callable[[], None] | None
+    batches: Iterator[Batch], gives_up: Callable[[], bool] | None, end_forwards: Callable[[], None] | None
 ) -> Iterator[tuple[Batch, bool]]:
     """The batches, each with whether it is the last one."""
-    coming = iter(batches)
-    batch = next(coming, None)
+    batch = next(batches, None)
     while batch is not None:
-        following = next(coming, None)
+        following = next(batches, None)
         yield batch, following is None
         if following is not None and gives_up is not None and gives_up():
             raise StepAborted
@@ -170,8 +244,7 @@ def _until_given_up(
         end_forwards()
 
 
-def read_numbers(tensors: Sequence[Tensor]) -> list[float]:
-    """Scalars of one device, in one transfer."""
-    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-    numbers: list[float] = torch.stack([tensor.to(dtype) for tensor in tensors]).tolist()
-    return numbers
+def stack_numbers(scalars: Sequence[Tensor]) -> Tensor:
+    """Scalars of one device as one tensor."""
+    dtype = functools.reduce(torch.promote_types, (scalar.dtype for scalar in scalars))
+    return torch.stack([scalar.to(dtype) for scalar in scalars])

@@ -6,6 +6,7 @@ import datetime
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -235,6 +236,12 @@ def build_environment(kind: type[Made], *extensions: type[jinja2.ext.Extension])
     return made
 
 
+@lru_cache(maxsize=64)
+def _globals_of(program: jinja2.Template) -> dict[str, Any]:
+    """Functions of the environment, which jinja2 keeps in a chain of mappings that it copies for each rendering."""
+    return dict(program.globals)
+
+
 def run_template(
     program: jinja2.Template,
     variables: Mapping[str, Any],
@@ -245,8 +252,9 @@ def run_template(
     Args:
         watch: called with an event of the program, its value, and the number of pieces written before it.
     """
-    context = program.new_context(dict(variables))
-    assert isinstance(context, BoundedContext)
+    context = BoundedContext(
+        program.environment, {**_globals_of(program), **variables}, program.name, program.blocks, _globals_of(program)
+    )
     if watch is None:
         return context.concat(program.root_render_func(context)), []
     pieces = [""]

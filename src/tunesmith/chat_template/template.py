@@ -20,7 +20,7 @@ from tunesmith.chat_template.beginnings import Beginnings, Tails, find_tails
 from tunesmith.chat_template.budget import OverLimit
 from tunesmith.chat_template.habits import CallForm, Habits, find_habits, refusal_of
 from tunesmith.chat_template.program import MAX_SOURCE, build_environment, compile_program, dated, run_template
-from tunesmith.chat_template.sandbox import Sandbox
+from tunesmith.chat_template.sandbox import Helper, Sandbox
 from tunesmith.chat_template.watched import GenerationTag, Watched, compile_watched, render_watched
 from tunesmith.errors import ModelError
 from tunesmith.reading import open_file
@@ -29,6 +29,7 @@ from tunesmith.rows.conversation import Message
 BUILT_IN = ("chatml", "alpaca")
 NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
 _MAX_HABITS = 64  # settings whose habits are cached; a server sees many
+_NO_CALLS = CallForm()
 
 
 @lru_cache(maxsize=1)
@@ -150,16 +151,20 @@ class Renderer:
         return {
             "tools": list(tools) or None,
             "documents": None,
-            "strftime_now": dated(self.settings.date),
+            "strftime_now": self._strftime_now,
             **self.template.special_tokens,
             **self.settings.variables,
             **variables,
             "add_generation_prompt": add_generation_prompt,
         }
 
+    @cached_property
+    def _strftime_now(self) -> Helper:
+        return dated(self.settings.date)
+
     def to_turns(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """Messages in the form that this template reads (arguments of tool calls as objects or as JSON text)."""
-        calls = self.habits.call_form if any(message.tool_calls for message in messages) else CallForm()
+        calls = self.habits.call_form if any(message.tool_calls for message in messages) else _NO_CALLS
         return [calls.apply(message.to_template()) for message in messages]
 
     @cached_property

@@ -38,8 +38,11 @@ def prepare_messages(
     """
     conversation = chat if isinstance(chat, Conversation) else Conversation(tuple(chat), tuple(tools))
     if habits is not None:
-        messages = tuple(map(habits.call_form.with_arguments, read_blocks(conversation.messages, habits)))
-        conversation = replace(conversation, messages=messages)
+        messages = read_blocks(conversation.messages, habits)
+        if any(message.tool_calls for message in messages):
+            messages = tuple(map(habits.call_form.with_arguments, messages))
+        if messages is not conversation.messages:
+            conversation = replace(conversation, messages=messages)
         if habits.needs_ids and lacks_call_ids(conversation):
             conversation = add_call_ids(conversation)
     try:

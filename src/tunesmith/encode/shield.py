@@ -49,10 +49,12 @@ class Shield:
 
     def holds(self, text: str) -> bool:
         """Whether a text contains the exact spelling of an added token."""
-        # some tokenizers have a thousand added tokens, which share a few first characters
-        if self._spelling is None or not any(start in text for start in self._starts):
+        if self._spelling is None:
             return False
-        return self._spelling.search(text) is not None
+        for start in self._starts:  # some tokenizers have a thousand added tokens, which share a few first characters
+            if start in text:
+                return self._spelling.search(text) is not None
+        return False
 
     def mark(self, value: Any) -> Any:
         """A text, or JSON of texts, with a mark inside every spelling of an added token.
@@ -84,7 +86,7 @@ class Shield:
     def mark_message(self, message: Message) -> Message:
         """The message with its texts marked; the same object if no mark was needed."""
         said = (message.content, message.reasoning_content, message.tool_calls, message.name, message.tool_call_id)
-        marked = tuple(map(self.mark, said))
+        marked = tuple([self.mark(value) if value else value for value in said])
         if marked == said:
             return message
         content, reasoning, calls, name, call_id = marked
@@ -95,11 +97,15 @@ class Shield:
 
     def mark_conversation(self, conversation: Conversation) -> tuple[Conversation, bool]:
         """The conversation with its texts marked, and whether any mark was needed."""
-        messages = tuple(self.mark_message(message) for message in conversation.messages)
-        tools, documents = self.mark(conversation.tools), self.mark(conversation.documents)
-        variables = self.mark(conversation.template_kwargs)
-        marked = replace(conversation, messages=messages, tools=tools, documents=documents, template_kwargs=variables)
-        return (marked, True) if marked != conversation else (conversation, False)
+        messages = tuple([self.mark_message(message) for message in conversation.messages])
+        said = (conversation.tools, conversation.documents, conversation.template_kwargs)
+        marked = tuple([self.mark(value) if value else value for value in said])
+        if messages == conversation.messages and marked == said:
+            return conversation, False
+        tools, documents, variables = marked
+        return replace(
+            conversation, messages=messages, tools=tools, documents=documents, template_kwargs=variables
+        ), True
 
 
 def _is_guarded(token: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from tunesmith.config.data_keys import FieldsSection
@@ -224,23 +225,28 @@ def _parse(row: Row, name: str, fields: FieldsSection, ignore_columns: Sequence[
     return RawText(draft.text, tuple(reading.notes))
 
 
+@lru_cache(maxsize=64)
+def _mapped(fields: FieldsSection) -> tuple[tuple[str, str], ...]:
+    """Mapped columns of a row, each with its part of the chat."""
+    return tuple((part, column) for part, column in fields if column and part not in ("role", "content"))
+
+
 def _refuse_doubled_columns(fields: FieldsSection) -> None:
     """Refuse a column mapped to two parts: the model would learn to repeat its question."""
     parts: dict[str, str] = {}
-    for part, column in fields:
-        if column and part not in ("role", "content"):
-            if column in parts:
-                raise UnknownFormat(
-                    f"data.fields.{parts[column]} and data.fields.{part} both name {column}. Map each column once",
-                    code="column-mapped-twice",
-                )
-            parts[column] = part
+    for part, column in _mapped(fields):
+        if column in parts:
+            raise UnknownFormat(
+                f"data.fields.{parts[column]} and data.fields.{part} both name {column}. Map each column once",
+                code="column-mapped-twice",
+            )
+        parts[column] = part
 
 
 def _refuse_absent_columns(row: Row, fields: FieldsSection, ignored: Sequence[str]) -> None:
     """Refuse a mapped column that the row does not have: most likely a typo."""
-    for part, column in fields:
-        if column and part not in ("role", "content") and not find_column(row, column)[0]:
+    for part, column in _mapped(fields):
+        if not find_column(row, column)[0]:
             if column in ignored:
                 raise UnknownFormat(
                     f"{column} is both data.fields.{part} and in data.ignore_columns; keep one of them",
@@ -254,8 +260,8 @@ def _refuse_absent_columns(row: Row, fields: FieldsSection, ignored: Sequence[st
 
 def _refuse_idle_fields(keys: Keys, name: str, fields: FieldsSection) -> None:
     """Refuse a mapped column that the format does not read: its contents would be lost."""
-    for part, column in fields:
-        if column and part not in ("role", "content") and not keys.was_read(column):
+    for part, column in _mapped(fields):
+        if not keys.was_read(column):
             raise UnknownFormat(
                 f"data.fields.{part} {column} is not read by the format {name}. Remove the flag or choose another "
                 "--data.format",
@@ -297,7 +303,7 @@ def _finish_chat(draft: Draft, reading: Reading) -> Conversation:
         )
     for index, message in trained:
         _refuse_bad_reply(index, message)
-    reading.settle([text for m in messages for text in (m.content, m.reasoning_content) if text])
+    reading.settle(text for m in messages for text in (m.content, m.reasoning_content) if text)
     refuse_lone_surrogates(_text_of(kept, draft))
     _note_oddities(draft, kept, reading)
     return Conversation(tuple(kept), draft.tools, tuple(reading.notes), draft.template_kwargs, draft.documents)

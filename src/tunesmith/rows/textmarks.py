@@ -55,7 +55,10 @@ def find_rendered_template(text: str) -> str | None:
 
 def is_transcript(text: str) -> bool:
     """Whether several speakers take turns inside one text ("<user>: ... <bot>: ...", "Human: ... Assistant: ...")."""
-    if not any(mark in text for mark in _ANSWERERS):
+    for mark in _ANSWERERS:
+        if mark in text:
+            break
+    else:
         return False
     asked = _ASKED.search(text)
     return asked is not None and _ANSWERED.search(text, asked.end()) is not None

@@ -7,7 +7,7 @@ import glob
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ class RawRow:
         Raises:
             DataError: its JSON is broken.
         """
-        return replace(self, value=self.value.parse()) if isinstance(self.value, JsonLine) else self
+        return RawRow(self.file, self.number, self.value.parse()) if isinstance(self.value, JsonLine) else self
 
 
 @dataclass(frozen=True, slots=True)

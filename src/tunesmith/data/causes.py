@@ -16,6 +16,7 @@ GAP = "…"
 _TOKEN = re.compile(r"\w+|\s+|[^\w\s]")
 _WORD = re.compile(r"\w")
 _NUMBER = re.compile(r"[\d,.]*\d")
+_TURN_NUMBER = re.compile(r"^turn \d+(?P<role> \(\w+\))?(?P<colon>:)? ")
 _MAX_ALIGNED = 2_000  # texts that are aligned word by word; later ones are only matched
 _MAX_TOKENS = 400  # of a text that is aligned
 _SHOWN_VALUES, _VALUE_LENGTH = 5, 60
@@ -136,3 +137,8 @@ def _align(parts: list[str], text: str) -> list[str] | None:
 
 def _count_words(tokens: list[str]) -> int:
     return sum(bool(_WORD.match(token)) for token in tokens)
+
+
+def without_number(text: str) -> str:
+    """A reason for any turn: "turn 3: ..." begins behind the colon, and "turn 3 is empty" becomes "a turn is empty"."""
+    return _TURN_NUMBER.sub(lambda found: "" if found["colon"] else f"a turn{found['role'] or ''} ", text, count=1)

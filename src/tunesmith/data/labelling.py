@@ -190,7 +190,7 @@ class Labeller:
             parsed, long_text = parse_document(row.value, data.format, data.fields, data.ignore_columns)
             if long_text:
                 return _Draft(row, notes=parsed.notes, source=parsed, long_text=long_text)
-            return replace(self._draft_parsed(row, parsed), source=parsed)
+            return self._draft_parsed(row, parsed)
         except UnknownFormat as refusal:
             if is_first:  # then the whole file has a format that cannot be trained on
                 raise DataError(f"{row.where}: {refusal.reason}", code="format-unknown") from None
@@ -202,13 +202,13 @@ class Labeller:
         if isinstance(parsed, RawText):
             text, notes = prepare_text(parsed.text, self.encoder.shield, self.encoder.control_text)
             notes = (NOTE_RENDERED, *notes) if find_rendered_template(parsed.text) else notes
-            return _Draft(row, (text,), notes=(*parsed.notes, *notes))
+            return _Draft(row, (text,), notes=(*parsed.notes, *notes), source=parsed)
         if isinstance(parsed, Segments):
-            return _Draft(row, tuple(_segment_texts(parsed, self.encoder)), notes=parsed.notes)
+            return _Draft(row, tuple(_segment_texts(parsed, self.encoder)), notes=parsed.notes, source=parsed)
         return self._draft_chat(row, parsed)
 
-    def _draft_chat(self, row: RawRow, read: Conversation) -> _Draft:
-        draw = self.draws.draw(row.number, read) if self.draws else UNCHANGED
+    def _draft_chat(self, row: RawRow, source: Conversation) -> _Draft:
+        read, draw = source, self.draws.draw(row.number, source) if self.draws else UNCHANGED
         if draw.system_prompt is not None:
             self._require_taken(draw.system_prompt)
             read = add_system_prompt(read, draw.system_prompt)
@@ -216,16 +216,20 @@ class Labeller:
         notes = conversation.notes
         if self.renderer is None:
             prompt, completion = join_completion(conversation)
-            return _Draft(row, (prompt, prompt + completion), notes=notes)
+            return _Draft(row, (prompt, prompt + completion), notes=notes, source=source)
         loses = not draw.keeps_empty_think and self.empty_think is not None
         chat = _Chat(conversation, find_unreasoned(read.messages, conversation.messages) if loses else frozenset())
-        draft = _Draft(row, notes=notes, system_prompt=draw.system_prompt)
         planner = self._planner_of(chat)
         if planner and (planned := planner.plan(conversation)):
-            return replace(draft, planned=planned, chat=chat, loses_think=planner.has_block(conversation))
+            return _Draft(
+                row, planned=planned, chat=chat, notes=notes, system_prompt=draw.system_prompt,
+                loses_think=planner.has_block(conversation), source=source,
+            )  # fmt: skip
         rendered, loses_think = self._render(chat)
-        texts = tuple(part.text for part in rendered.parts)
-        return replace(draft, texts=texts, rendered=rendered, notes=(*notes, *rendered.notes), loses_think=loses_think)
+        return _Draft(
+            row, tuple([part.text for part in rendered.parts]), rendered, notes=(*notes, *rendered.notes),
+            system_prompt=draw.system_prompt, loses_think=loses_think, source=source,
+        )  # fmt: skip
 
     def _prepare(self, conversation: Conversation) -> Conversation:
         habits = self.renderer.habits if self.renderer else None

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tunesmith.config.data_keys import DataSection
-from tunesmith.data.causes import Cause, group_causes
+from tunesmith.data.causes import Cause, group_causes, without_number
 from tunesmith.data.fit import NOTE_CUT_REPLY
 from tunesmith.data.labels import NOTE_UNKNOWN, Sample
 from tunesmith.data.numbers import CutRows, RowNumbers
@@ -19,7 +18,6 @@ from tunesmith.rows.conversation import Conversation, Parsed, RawText, Segments
 from tunesmith.sources.names import name_row
 from tunesmith.sources.rowsize import RowTooLarge
 
-_TURN_NUMBER = re.compile(r"^turn \d+(?P<role> \(\w+\))?(?P<colon>:)? ")
 _NAMED = 5  # bad rows that an error names one by one; the ledger has them all
 _KEPT = 20  # rows that a problem names
 _START = 200  # characters
@@ -98,11 +96,6 @@ def _say(source: Parsed | None, raw: Any, length: int) -> str:
         if len(found) >= length:
             break
     return found
-
-
-def _without_number(text: str) -> str:
-    """A reason for any turn: "turn 3: ..." begins behind the colon, and "turn 3 is empty" becomes "a turn is empty"."""
-    return _TURN_NUMBER.sub(lambda found: "" if found["colon"] else f"a turn{found['role'] or ''} ", text, count=1)
 
 
 def _spell(raw: Any) -> Iterator[str]:
@@ -208,6 +201,14 @@ class Ledger:
     sources: dict[str, list[str]] = field(default_factory=dict)  # of a mix: name -> files
 
     def add(self, row: LabelledRow) -> None:
+        self.add_outcome(row)
+        for sample in row.samples:
+            self.tokens += len(sample.input_ids)
+            self.target_tokens += sample.num_targets
+            self.num_replies += sample.num_replies if row.how != "text" else 0
+
+    def add_outcome(self, row: LabelledRow) -> None:
+        """Count a row, but not its tokens and replies."""
         entry = self.files.setdefault(row.file, FileLedger())
         entry.rows += 1
         for note in row.notes:
@@ -230,12 +231,7 @@ class Ledger:
         elif row.reason == "split":
             entry.split.append(row.number)
         self.num_samples += len(row.samples)
-        for sample in row.samples:
-            self.tokens += len(sample.input_ids)
-            self.target_tokens += sample.num_targets
-        if row.how != "text":
-            self.num_replies += sum(sample.num_replies for sample in row.samples)
-            self.num_cut += row.num_cut
+        self.num_cut += row.num_cut
 
     @property
     def rows(self) -> int:
@@ -294,13 +290,13 @@ class Ledger:
         counts: Counter[tuple[str, str]] = Counter()
         for entry in self.files.values():
             for text, numbers in texts_of(entry).items():
-                counts[code_of(text), _without_number(text)] += len(numbers)
+                counts[code_of(text), without_number(text)] += len(numbers)
         causes = group_causes(counts)
         cause_of = {text: cause for cause in causes for text in cause.counts}
         for name, entry in self.files.items():
             rows: dict[int, list[int]] = {}
             for text, numbers in texts_of(entry).items():
-                rows.setdefault(id(cause_of[_without_number(text)]), []).extend(numbers[:_KEPT])
+                rows.setdefault(id(cause_of[without_number(text)]), []).extend(numbers[:_KEPT])
             for cause in causes:
                 named = sorted(rows.get(id(cause), ()))[: _KEPT - len(cause.rows)]
                 cause.rows += [(name, number) for number in named]

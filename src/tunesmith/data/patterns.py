@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,7 @@ _SAMPLES = (
 
 Text = str | int  # part of a stretch: text of the template, or the number of a message (its content)
 Item = int | tuple[Text, ...]  # a control token, or a stretch of text between two
+Ids = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +91,25 @@ class Plan:
     parts: tuple[Part, ...]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Planned:
     """A row with its plan.
 
     Attributes:
-        stretches: texts to encode.
+        items: for each part of the plan its items: control tokens, and the texts of its stretches.
     """
 
     plan: Plan
-    contents: Sequence[str]
-    stretches: list[str] = field(default_factory=list)
+    items: tuple[list[int | str], ...]
+
+    @classmethod
+    def of(cls, plan: Plan, contents: Sequence[str]) -> Planned:
+        return cls(plan, tuple([_fill(item, contents) for item in part.items] for part in plan.parts))
+
+    @property
+    def stretches(self) -> Iterator[str]:
+        """Texts to encode."""
+        return (item for items in self.items for item in items if isinstance(item, str))
 
 
 class Planner:
@@ -121,6 +130,7 @@ class Planner:
         self._small: dict[bool, int] = {}
         self._watcher = Watcher(renderer)
         self._holds: dict[bool, bool] = {}
+        self._controls: dict[int, Ids] = {}
         self._may_plan = not _has_greedy_tokens(encoder.tokenizer)
 
     def plan(self, conversation: Conversation) -> Planned | None:
@@ -141,9 +151,7 @@ class Planner:
         terms = self._terms[has_system, min(len(messages) // 2, self._small[has_system])]
         if not all(terms.fit(message.content) for message in messages):
             return None
-        planned = Planned(plan, [message.content for message in messages])
-        for part in plan.parts:
-            planned.stretches += [_fill(item, planned.contents) for item in part.items if not isinstance(item, int)]
+        planned = Planned.of(plan, [message.content for message in messages])
         if self._written is not self:
             return planned if self._written._plan(conversation) else None
         return planned if self._is_as_rendered(planned, conversation) else None
@@ -189,16 +197,21 @@ class Planner:
     def _is_plain(self, conversation: Conversation) -> bool:
         if conversation.tools or conversation.documents or conversation.template_kwargs:
             return False
-        roles = itertools.cycle(("user", "assistant"))
         messages = conversation.messages
-        for message in messages[1:] if messages[0].role == "system" else messages:
-            if message.role != next(roles) or not message.is_trained or message.context_spans:
+        has_system = messages[0].role == "system"
+        for turn, message in enumerate(messages, -1 if has_system else 0):
+            if turn >= 0 and (message.role != ("assistant" if turn % 2 else "user") or message.context_spans):
                 return False
-            if message.role == "assistant" and not self.train_reasoning and has_thoughts(message.content):
+            if turn % 2 and turn > 0 and not self._is_plain_reply(message):
                 return False
-        return not any(
-            m.reasoning_content or m.tool_calls or m.name or m.tool_call_id or MARK in m.content for m in messages
-        )
+            if message.reasoning_content or message.tool_calls or message.name or message.tool_call_id:
+                return False
+            if MARK in message.content:
+                return False
+        return True
+
+    def _is_plain_reply(self, message: Message) -> bool:
+        return message.is_trained and (self.train_reasoning or not has_thoughts(message.content))
 
     def _find(self, has_system: bool, pairs: int) -> Plan | None:
         key, small = (has_system, pairs), self._find_small(has_system)
@@ -283,57 +296,60 @@ class Planner:
             text = self.renderer.render(conversation.messages)
         except TemplateRefused:
             return False
-        return text == "".join(self._texts(planned))
+        added = self.encoder.added_text
+        return text == "".join([added(item) if isinstance(item, int) else item for item in planned.items[-1]])
 
-    def _texts(self, planned: Planned) -> Iterator[str]:
-        for item in planned.plan.parts[-1].items:
-            yield self.encoder.added_text(item) if isinstance(item, int) else _fill(item, planned.contents)
-
-    def encode(self, stretches: Iterable[str]) -> dict[str, npt.NDArray[np.uint32]]:
+    def encode(self, stretches: Iterable[str]) -> dict[str, Ids]:
         """Ids of each stretch, except stretches in which the tokenizer finds control tokens."""
         texts = list(dict.fromkeys(stretches))
-        ids = {t: np.array(i, dtype=np.uint32) for t, i in zip(texts, self.encoder.encode_ids(texts), strict=True)}
-        return {text: found for text, found in ids.items() if not self.encoder.is_control[found].any()}
+        found = self.encoder.encode_ids(texts)
+        ends = list(itertools.accumulate(map(len, found)))
+        joined = np.fromiter(itertools.chain.from_iterable(found), np.uint32, ends[-1] if ends else 0)
+        ids = {text: joined[end - len(own) : end] for text, own, end in zip(texts, found, ends, strict=True)}
+        if self.encoder.is_control[joined].any():
+            return {text: own for text, own in ids.items() if not self.encoder.is_control[own].any()}
+        return ids
 
-    def label(self, planned: Planned, ids: Mapping[str, npt.NDArray[np.uint32]]) -> list[Sample] | None:
+    def label(self, planned: Planned, ids: Mapping[str, Ids]) -> list[Sample] | None:
         """The samples of a row; None if it must be labelled without the plan.
 
         Args:
             ids: of the stretches, from `encode`.
         """
-        if not all(stretch in ids for stretch in planned.stretches):
+        try:
+            pieces = [
+                [self._control(item) if isinstance(item, int) else ids[item] for item in items]
+                for items in planned.items
+            ]
+        except KeyError:
             return None  # the tokenizer finds a control token in a text
-        last = planned.plan.parts[-1]
-        pieces = [self._ids_of(item, planned, ids) for item in last.items]
-        whole = np.concatenate(pieces)
-        ends = np.cumsum([len(piece) for piece in pieces])
+        whole = np.concatenate(pieces[-1])
+        ends = [0, *itertools.accumulate(map(len, pieces[-1]))]
         samples = []
-        for part in planned.plan.parts:
-            own = pieces if part is last else [self._ids_of(item, planned, ids) for item in part.items]
-            shared = int(ends[part.shared - 1]) if part.shared else 0
-            joined = whole if part is last else np.concatenate([whole[:shared], *own])
+        for part, own in zip(planned.plan.parts, pieces, strict=True):
+            shared = ends[part.shared]
+            joined = whole if own is pieces[-1] else np.concatenate([whole[:shared], *own])
+            starts = list(itertools.accumulate(map(len, own), initial=shared))
             mask = np.zeros(len(joined), dtype=np.uint8)
-            starts = [shared, *(shared + np.cumsum([len(piece) for piece in own]))]
             for reply in part.replies:
-                border = self._border(part.items[reply.item - part.shared], reply.lead, planned, ids)
+                border = self._border(own[reply.item - part.shared], reply.lead)
                 if border is None:
                     return None
                 mask[starts[reply.item - part.shared] + border : starts[reply.stop - part.shared] + 1] = 1
             samples.append(Sample(joined, mask))
         return samples
 
-    def _ids_of(
-        self, item: Item, planned: Planned, ids: Mapping[str, npt.NDArray[np.uint32]]
-    ) -> npt.NDArray[np.uint32]:
-        return np.array([item], dtype=np.uint32) if isinstance(item, int) else ids[_fill(item, planned.contents)]
+    def _control(self, token: int) -> Ids:
+        if token not in self._controls:
+            self._controls[token] = np.array([token], dtype=np.uint32)
+        return self._controls[token]
 
-    def _border(self, item: Item, lead: str, planned: Planned, ids: Mapping[str, npt.NDArray[np.uint32]]) -> int | None:
+    def _border(self, ids: Ids, lead: str) -> int | None:
         """Number of tokens of an item that belong to the prompt; None if they differ from the prompt encoded alone."""
         if not lead:
             return 0
         alone = self.encoder.encode_tail(lead)
-        assert not isinstance(item, int)
-        return len(alone) if ids[_fill(item, planned.contents)][: len(alone)].tolist() == alone else None
+        return len(alone) if ids[: len(alone)].tolist() == alone else None
 
 
 def _stand_in(has_system: bool, pairs: int) -> Conversation:
@@ -360,7 +376,10 @@ def _begins(item: Item, lead: str) -> bool:
     return not isinstance(item, int) and isinstance(item[0], str) and item[0].startswith(lead)
 
 
-def _fill(item: tuple[Text, ...], contents: Sequence[str]) -> str:
+def _fill(item: Item, contents: Sequence[str]) -> int | str:
+    """An item with the contents of the messages in place of their numbers."""
+    if isinstance(item, int):
+        return item
     return "".join([contents[text] if isinstance(text, int) else text for text in item])
 
 

@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from tunesmith.config.data_keys import DataSection
 from tunesmith.data.labelling import Labeller, begins_file
+from tunesmith.data.labels import Sample
 from tunesmith.data.ledger import LabelledRow, Ledger
-from tunesmith.data.store import Samples
+from tunesmith.data.store import Numbers, Samples
 from tunesmith.encode.draws import RowDraws
 from tunesmith.encode.encoder import Encoder
 from tunesmith.encode.portable import PortableEncoder
@@ -127,24 +128,42 @@ class ChunkLabeller:
         """As `rows`, with all samples joined."""
         ledger = Ledger()
         files: dict[str, int] = {}
-        found = []
+        samples: list[Sample] = []
+        places: list[tuple[int, int, bool]] = []  # file, row, and whether it is a chat, of each sample
         for row in self.rows(chunk):
-            ledger.add(row)
+            ledger.add_outcome(row)
             number = files.setdefault(row.file, len(files))
-            found += [(number, row.number, sample) for sample in row.samples]
-        samples = [sample for *_, sample in found]
+            samples += row.samples
+            places += [(number, row.number, row.how != "text")] * len(row.samples)
+        tokens = _join([sample.input_ids for sample in samples], np.uint32)
+        loss_mask = _join([sample.loss_mask for sample in samples], np.uint8)
+        lengths = np.array([len(sample.input_ids) for sample in samples], np.int64)
+        num_targets, num_replies = _count(loss_mask, lengths)
+        file_numbers, row_numbers, are_chats = np.array(places, np.int64).reshape(-1, 3).T
+        ledger.tokens += len(tokens)
+        ledger.target_tokens += int(num_targets.sum())
+        ledger.num_replies += int(num_replies[are_chats > 0].sum())
         return LabelledChunk(
             Samples(
-                _join([sample.input_ids for sample in samples], np.uint32),
-                _join([sample.loss_mask for sample in samples], np.uint8),
-                np.array([len(sample.input_ids) for sample in samples], np.int64),
-                np.array([sample.num_targets for sample in samples], np.int32),
-                np.array([number for number, *_ in found], np.int32),
-                np.array([row for _, row, _ in found], np.int64),
-                list(files),
+                tokens, loss_mask, lengths, num_targets.astype(np.int32), file_numbers.astype(np.int32),
+                np.ascontiguousarray(row_numbers), list(files),
             ),
             ledger,
-        )
+        )  # fmt: skip
+
+
+def _count(loss_mask: npt.NDArray[np.uint8], lengths: Numbers) -> tuple[Numbers, Numbers]:
+    """`Sample.num_targets` and `Sample.num_replies` of samples joined."""
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    is_first = np.zeros(len(loss_mask) + 1, bool)  # an empty sample at the end begins after the last token
+    is_first[starts] = True
+    before = np.concatenate([np.zeros(1, np.uint8), loss_mask[:-1]])
+    trained = np.where(is_first[:-1], 0, loss_mask)
+    begins = loss_mask * (is_first[:-1] | (before == 0))
+    counts = [np.concatenate([np.zeros(1, np.int64), np.cumsum(one, dtype=np.int64)]) for one in (trained, begins)]
+    num_targets, num_replies = (count[ends] - count[starts] for count in counts)
+    return num_targets, num_replies
 
 
 def _join(arrays: Sequence[npt.NDArray[Any]], dtype: type) -> npt.NDArray[Any]:

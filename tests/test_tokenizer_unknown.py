@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from tunesmith.encode.unknown import drops_text, unknown_id
+from tunesmith.tokens.unknown import drops_text, unknown_id
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "tokenizers"
 LETTERS = dict.fromkeys("abcdefgh ")

@@ -24,7 +24,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from tunesmith.chat_template.habits import EmptyThink, TemplateRefused
 from tunesmith.chat_template.template import Renderer
@@ -36,6 +35,7 @@ from tunesmith.encode.render import Rendered, RenderedChat, render_chat
 from tunesmith.encode.shield import MARK
 from tunesmith.encode.thoughts import has_thoughts
 from tunesmith.rows.conversation import Conversation, Message, RowRefused
+from tunesmith.tokens.words import Ids
 
 _SMALL = 6  # up to this many pairs, plans are proven one by one; larger plans repeat their middle
 _BEYOND = 3
@@ -53,7 +53,6 @@ _SAMPLES = (
 
 Text = str | int  # part of a stretch: text of the template, or the number of a message (its content)
 Item = int | tuple[Text, ...]  # a control token, or a stretch of text between two
-Ids = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,13 +301,10 @@ class Planner:
     def encode(self, stretches: Iterable[str]) -> dict[str, Ids]:
         """Ids of each stretch, except stretches in which the tokenizer finds control tokens."""
         texts = list(dict.fromkeys(stretches))
-        found = self.encoder.encode_ids(texts)
-        ends = list(itertools.accumulate(map(len, found)))
-        joined = np.fromiter(itertools.chain.from_iterable(found), np.uint32, ends[-1] if ends else 0)
-        ids = {text: joined[end - len(own) : end] for text, own, end in zip(texts, found, ends, strict=True)}
-        if self.encoder.is_control[joined].any():
-            return {text: own for text, own in ids.items() if not self.encoder.is_control[own].any()}
-        return ids
+        found = self.encoder.encode_arrays(texts)
+        if found and self.encoder.is_control[np.concatenate(found)].any():
+            return {t: own for t, own in zip(texts, found, strict=True) if not self.encoder.is_control[own].any()}
+        return dict(zip(texts, found, strict=True))
 
     def label(self, planned: Planned, ids: Mapping[str, Ids]) -> list[Sample] | None:
         """The samples of a row; None if it must be labelled without the plan.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import datetime
+import itertools
 from collections.abc import Iterator, Mapping, MutableSequence, Sequence
 from functools import cached_property
 from typing import Any
@@ -16,9 +17,10 @@ from tunesmith.encode.longtext import PIECE, encode_long
 from tunesmith.encode.messages import prepare_messages
 from tunesmith.encode.shield import MARK, Shield, unmark_offsets, without_added_tokens
 from tunesmith.encode.stops import Stops, find_stops
-from tunesmith.encode.unknown import drops_text
 from tunesmith.errors import ModelError
 from tunesmith.rows.conversation import Message, RowRefused, find_lone_surrogate
+from tunesmith.tokens.unknown import drops_text
+from tunesmith.tokens.words import Ids, WordEncoder
 
 _SHORT_TAIL = 64  # characters; longer ones are not generation prompts and seldom repeat
 _STAND_INS = ("Hello, world.", "你好 🙂 שלום", "  x = 1\n\n", "12 e\u0301", "\n- a\tb ", "A")
@@ -118,6 +120,20 @@ class Encoder:
             self._encode_marked(text, e) if MARK in text else Encoding(e.ids, source=e)
             for text, e in zip(texts, encodings, strict=True)
         ]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[Ids]:
+        """`encode_ids` in arrays; words that came before are not encoded again where the tokenizer allows it."""
+        words = self._words
+        if words is None:
+            return [np.array(ids, np.uint32) for ids in self.encode_ids(texts)]
+        taken = [words.takes(text) and len(text) <= 2 * PIECE for text in texts]
+        found = iter(words.encode(list(itertools.compress(texts, taken))))
+        others = iter(self.encode_ids([text for text, is_taken in zip(texts, taken, strict=True) if not is_taken]))
+        return [next(found) if is_taken else np.array(next(others), np.uint32) for is_taken in taken]
+
+    @cached_property
+    def _words(self) -> WordEncoder | None:
+        return WordEncoder.of(self._backend)
 
     def encode_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts without shield marks; faster, since no character spans are computed."""

@@ -15,8 +15,8 @@ from dataclasses import replace
 from typing import Any
 
 from tunesmith.encode.disguise import Disguises, find_at_risk
-from tunesmith.encode.unknown import unknown_id
 from tunesmith.rows.conversation import Conversation, Message, RowRefused
+from tunesmith.tokens.unknown import unknown_id
 
 MARK = "\ufdd0"  # a noncharacter, reserved by Unicode for internal use
 
@@ -86,7 +86,7 @@ class Shield:
     def mark_message(self, message: Message) -> Message:
         """The message with its texts marked; the same object if no mark was needed."""
         said = (message.content, message.reasoning_content, message.tool_calls, message.name, message.tool_call_id)
-        marked = tuple([self.mark(value) if value else value for value in said])
+        marked: tuple[Any, ...] = tuple([self.mark(value) if value else value for value in said])
         if marked == said:
             return message
         content, reasoning, calls, name, call_id = marked
@@ -99,7 +99,7 @@ class Shield:
         """The conversation with its texts marked, and whether any mark was needed."""
         messages = tuple([self.mark_message(message) for message in conversation.messages])
         said = (conversation.tools, conversation.documents, conversation.template_kwargs)
-        marked = tuple([self.mark(value) if value else value for value in said])
+        marked: tuple[Any, ...] = tuple([self.mark(value) if value else value for value in said])
         if messages == conversation.messages and marked == said:
             return conversation, False
         tools, documents, variables = marked

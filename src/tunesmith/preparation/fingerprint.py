@@ -23,7 +23,7 @@ _UNUSED = ("train", "eval", "eval_split", "max_refused", "max_cut_replies", "wor
            "template_kwargs", "system_prompts", "system_prompt_share", "empty_think_share")  # fmt: skip
 """Keys of `data` that decide no label, or that are compared by what they stand for."""
 _PACKAGES = ("tokenizers", "jinja2", "pyarrow", "openpyxl", "numpy")
-_LABELLING = ("config", "sources", "rows", "chat_template", "encode", "data", "preparation")  # of our packages
+_LABELLING = ("config", "sources", "rows", "chat_template", "tokens", "encode", "data", "preparation")
 _DATED = re.compile(r"strftime_now\(\s*(['\"])([^'\"]*)\1\s*\)|strftime_now\s+is\s+(?:not\s+)?defined")
 _DAILY = re.compile(r"(?:[^%]|%-?[aAbBdjmuUwWyY%])*")
 

@@ -24,6 +24,7 @@ from tunesmith.run.assemble import ReadyRun
 from tunesmith.run.failures import how_to_continue, tell_interrupted
 from tunesmith.run.records import RunRecord
 from tunesmith.runfolder import RunFolder
+from tunesmith.training.allocator import freed_memory_kept
 from tunesmith.training.checkpoint import Checkpoint, restore_optimizer
 from tunesmith.training.interrupt import StopRequest
 from tunesmith.training.loop import Trainer
@@ -150,7 +151,11 @@ def train_to_end(ready: ReadyRun, trainer: Trainer) -> None:
     try:
         reporter.begin(ready.feed.total_steps, trainer.progress.step, epochs)
         _defer_signals(ready, trainer)
-        with _watching(ready, trainer) if world.is_main else contextlib.nullcontext():
+        is_on_cpu = ready.session.device.type == "cpu"
+        with (
+            _watching(ready, trainer) if world.is_main else contextlib.nullcontext(),
+            freed_memory_kept() if is_on_cpu else contextlib.nullcontext(),
+        ):
             trainer.train()
     except BaseException:
         if not trainer.stop.is_urgent:

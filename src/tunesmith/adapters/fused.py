@@ -12,9 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from tunesmith.layers.products import linear
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -35,24 +36,24 @@ class _LoraLinear(torch.autograd.Function):
         scaling: float,
     ) -> Tensor:
         adapted = x if dropped is None else dropped
-        low = adapted.mm(a.t())
+        low = linear(adapted, a)
         ctx.save_for_backward(adapted, weight, a, b, low)
         ctx.scaling, ctx.has_dropout = scaling, dropped is not None
-        return F.linear(x, weight, bias).addmm_(low, b.t(), alpha=scaling)
+        return linear(x, weight, bias).addmm_(low, b.t(), alpha=scaling)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         adapted, weight, a, b, low = ctx.saved_tensors
         needs_x, needs_dropped, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
-        low_grad = grad.mm(b).mul_(ctx.scaling)
+        low_grad = linear(grad, b.t()).mul_(ctx.scaling)
         x_grad = dropped_grad = a_grad = b_grad = None
         if needs_x:
-            x_grad = grad.mm(weight)
+            x_grad = linear(grad, weight.t())
             if not ctx.has_dropout:
                 x_grad.addmm_(low_grad, a)
         if needs_dropped:
-            dropped_grad = low_grad.mm(a)
+            dropped_grad = linear(low_grad, a.t())
         if needs_a:
             a_grad = low_grad.t().mm(adapted)
         if needs_b:

@@ -22,6 +22,7 @@ from tunesmith.data.ledger import Ledger
 from tunesmith.distributed.held import part_of
 from tunesmith.distributed.load import load_from_shards, load_held, release_memory
 from tunesmith.errors import ModelError, TunesmithError
+from tunesmith.layers.speedup import speed_up
 from tunesmith.model.head import choose_head_path
 from tunesmith.model.isolation import Isolation, choose_kernels, probe_isolation, use_packed_attention
 from tunesmith.model.load import check_vocabulary, extend_vocabulary, freeze_zero_gates, load_config, load_model
@@ -232,6 +233,8 @@ def wrap(session: Session, model: PreTrainedModel, adapter: Any) -> tuple[Isolat
     require_router(config, lm.router)
     if adapter is not None:
         fuse_lora(model)
+    if not config.train.compile:
+        speed_up(model, model.get_output_embeddings(), config.train.gradient_checkpointing)
     if config.train.gradient_checkpointing:
         try:
             model.activation_checkpointing_enable({"use_reentrant": False})

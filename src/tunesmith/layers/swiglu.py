@@ -1,0 +1,98 @@
+"""SwiGLU (Shazeer 2020) with two tensors of its width kept for the backward, not four.
+
+autograd keeps gate, up, silu(gate) and the product of the two, which the down projection needs for the gradient of its
+weights. The latter two follow from the former at the cost of one pass over memory.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from tunesmith.layers.norm import bare_copy
+
+
+class SwiGLUFunction(torch.autograd.Function):
+    """silu(gate) * up, of one shape; rounds as autograd does in forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return multiply(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        slope = grad * up
+        torch.ops.aten.silu_backward.grad_input(slope, gate, grad_input=slope)
+        return slope, F.silu(gate).mul_(grad)
+
+
+def multiply(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
+
+
+class _Again:
+    """In the place of a saved tensor: how to compute it."""
+
+    def __init__(self, gate: Tensor, up: Tensor, shape: torch.Size) -> None:
+        self._gate, self._up, self._shape = gate, up, shape
+
+    def compute(self) -> Tensor:
+        return multiply(self._gate, self._up).view(self._shape)
+
+
+def speed_up_mlp(mlp: nn.Module) -> bool:
+    """Let a module keep less, if it computes down(silu(gate(x)) * up(x)); returns whether it does."""
+    if not _is_swiglu(mlp):
+        return False
+    mlp.forward = types.MethodType(_forward, mlp)
+    return True
+
+
+def _forward(mlp: Any, x: Tensor) -> Tensor:
+    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+    if gate.dtype != up.dtype:
+        plain: Tensor = mlp.down_proj(mlp.act_fn(gate) * up)
+        return plain
+    product = SwiGLUFunction.apply(gate, up)  # type: ignore[no-untyped-call]
+    kept_gate, kept_up = gate.detach(), up.detach()
+    place, size = product.untyped_storage().data_ptr(), product.numel()  # autograd keeps `keep`, which must not keep product
+
+    def keep(tensor: Tensor) -> Tensor | _Again:
+        is_product = tensor.untyped_storage().data_ptr() == place and tensor.numel() == size
+        return _Again(kept_gate, kept_up, tensor.shape) if is_product and tensor.is_contiguous() else tensor
+
+    def get(kept: Tensor | _Again) -> Tensor:
+        return kept.compute() if isinstance(kept, _Again) else kept
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, get):
+        output: Tensor = mlp.down_proj(product)
+    return output
+
+
+def _is_swiglu(mlp: Any) -> bool:
+    """Compare a copy of the module, with layers of its own, with what it should compute."""
+    names = {"gate_proj", "up_proj", "down_proj"}
+    if not names <= set(mlp._modules) or not set(mlp._modules) <= names | {"act_fn"} or mlp._parameters:
+        return False
+    generator = torch.Generator().manual_seed(1)
+    gate, up = (nn.Linear(4, 6, bias=False) for _ in range(2))
+    layers = {"gate_proj": gate, "up_proj": up, "down_proj": nn.Linear(6, 4, bias=False)}
+    clone = bare_copy(mlp)
+    clone._modules = {**mlp._modules, **layers}
+    try:
+        with torch.no_grad():
+            for layer in layers.values():
+                layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator))
+            x = torch.randn(3, 4, generator=generator)
+            wanted = layers["down_proj"](multiply(gate(x), up(x)))
+            return torch.allclose(clone(x), wanted, rtol=1e-6, atol=1e-6)
+    except (RuntimeError, TypeError, ValueError, AttributeError):  # takes something else
+        return False

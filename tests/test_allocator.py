@@ -11,7 +11,7 @@ from conftest import run_apart
 
 CODE = """
 import resource, torch
-from tunesmith.training.allocator import freed_memory_kept
+from tunesmith.monitor.allocator import freed_memory_kept
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

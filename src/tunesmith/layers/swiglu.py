@@ -63,9 +63,9 @@ def _forward(mlp: Any, x: Tensor) -> Tensor:
         return plain
     product = SwiGLUFunction.apply(gate, up)  # type: ignore[no-untyped-call]
     kept_gate, kept_up = gate.detach(), up.detach()
-    place, size = product.untyped_storage().data_ptr(), product.numel()  # autograd keeps `keep`, which must not keep product
+    place, size = product.untyped_storage().data_ptr(), product.numel()
 
-    def keep(tensor: Tensor) -> Tensor | _Again:
+    def keep(tensor: Tensor) -> Tensor | _Again:  # autograd keeps this function, which must not refer to product
         is_product = tensor.untyped_storage().data_ptr() == place and tensor.numel() == size
         return _Again(kept_gate, kept_up, tensor.shape) if is_product and tensor.is_contiguous() else tensor
 

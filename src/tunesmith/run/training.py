@@ -16,6 +16,7 @@ from tunesmith.distributed.processes import Processes
 from tunesmith.distributed.spread import Spread
 from tunesmith.files import spell_sealed, write_text_atomic
 from tunesmith.generation.held_out import HeldOutQuestions
+from tunesmith.monitor.allocator import freed_memory_kept
 from tunesmith.monitor.pace import Pace
 from tunesmith.monitor.profile import Profile
 from tunesmith.monitor.usage import DeviceStopwatch
@@ -24,7 +25,6 @@ from tunesmith.run.assemble import ReadyRun
 from tunesmith.run.failures import how_to_continue, tell_interrupted
 from tunesmith.run.records import RunRecord
 from tunesmith.runfolder import RunFolder
-from tunesmith.training.allocator import freed_memory_kept
 from tunesmith.training.checkpoint import Checkpoint, restore_optimizer
 from tunesmith.training.interrupt import StopRequest
 from tunesmith.training.loop import Trainer

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import re
 import shlex
 import subprocess
@@ -47,6 +49,40 @@ def test_config_errors_come_before_torch() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "1 False"
+
+
+_TRAIN_UNTIL_TORCH = """
+import sys
+from tunesmith.cli import main
+
+class EndAtTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "transformers"):
+            sys.stderr.write("<end>")
+            sys.stderr.flush()
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, EndAtTorch())
+main(["train", "--model", "new:minimind-26m", "--data", "x.jsonl", "--output", "run"])
+"""
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_train_says_something_before_torch(is_terminal: bool, tmp_path: Path) -> None:
+    """Importing torch takes seconds."""
+    ours, theirs = pty.openpty() if is_terminal else os.pipe()
+    child = subprocess.Popen([sys.executable, "-c", _TRAIN_UNTIL_TORCH], stdout=theirs, stderr=theirs, cwd=tmp_path)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while b"<end>" not in shown and (piece := os.read(ours, 1000)):
+            shown += piece
+    child.kill()
+    child.wait()
+    os.close(ours)
+    before, found, _ = shown.decode().partition("<end>")
+    assert found
+    assert before.strip().startswith("loading")
 
 
 def test_version(run) -> None:

@@ -194,7 +194,14 @@ def _check(options: argparse.Namespace, stages: Any) -> None:
     check_stages(stages, options.strict, options.json, options.html)
 
 
+def _announce_imports() -> None:
+    """Say what comes first where standard output is no terminal, on which `show_status` has said it."""
+    if "torch" not in sys.modules and not sys.stdout.isatty() and VOICE.is_heard():
+        print("loading    PyTorch and transformers", flush=True)
+
+
 def _train(config: Any) -> None:
+    _announce_imports()
     from tunesmith.run.console import ConsoleReporter
     from tunesmith.stages.command import train_config
 
@@ -208,6 +215,7 @@ def _lr_find(config: Any) -> None:
 
 
 def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> None:
+    _announce_imports()
     from tunesmith.run.console import ConsoleReporter
     from tunesmith.stages.command import resume_run
 

@@ -82,7 +82,7 @@ def test_train_says_something_before_torch(is_terminal: bool, tmp_path: Path) ->
     os.close(ours)
     before, found, _ = shown.decode().partition("<end>")
     assert found
-    assert before.strip().startswith("loading")
+    assert before.strip().startswith("loading" if is_terminal else "start")
 
 
 def test_version(run) -> None:

@@ -197,7 +197,7 @@ def _check(options: argparse.Namespace, stages: Any) -> None:
 def _announce_imports() -> None:
     """Say what comes first where standard output is no terminal, on which `show_status` has said it."""
     if "torch" not in sys.modules and not sys.stdout.isatty() and VOICE.is_heard():
-        print("loading    PyTorch and transformers", flush=True)
+        print("start      importing PyTorch and transformers", flush=True)
 
 
 def _train(config: Any) -> None:

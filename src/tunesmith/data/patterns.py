@@ -157,6 +157,8 @@ class Planner:
 
     def has_block(self, conversation: Conversation) -> bool:
         """Whether the plan of a chat lacks a think block that the template writes."""
+        if self._written is self:
+            return False
         has_system, pairs = conversation.messages[0].role == "system", len(conversation.messages) // 2
         return self._find(has_system, pairs) != self._written._find(has_system, pairs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import queue
@@ -28,7 +29,9 @@ def serve(number: int) -> None:
     while True:
         item = items.get()
         try:
-            function = function or setup.open()
+            if function is None:
+                function = setup.open()
+                gc.freeze()  # no search for garbage in what the libraries hold
             outcome = function(item)
         except BaseException as error:  # the parent raises it
             if not isinstance(error, TunesmithError):

@@ -33,6 +33,7 @@ from tunesmith.attention.opaque import attend_by_hand_opaque, attend_documents_o
 from tunesmith.data.pack import Documents
 from tunesmith.model.attention import packed_attention
 from tunesmith.model.isolation import choose_kernels
+from tunesmith.plans.tree import Tree
 
 # raised inside torch's compiler, and by FlexAttention where it is not compiled
 pytestmark = pytest.mark.filterwarnings("default::UserWarning")
@@ -40,11 +41,13 @@ CPU = torch.device("cpu")
 LENS = [7, 1, 12, 40, 9]
 
 
-class Forest:
-    """Nodes of prefix trees in preorder."""
-
-    def __init__(self, lens: list[int], parents: list[int]) -> None:
-        self.lens, self.parents = lens, parents
+def forest(lens: list[int], parents: list[int]) -> Tree:
+    """Prefix trees of nodes; -1 is the parent of a root."""
+    ends, depths = np.cumsum(lens).tolist(), []
+    for length, parent in zip(lens, parents, strict=True):
+        depths.append(length + (depths[parent] if parent >= 0 else 0))
+    anchors = [ends[parent] - 1 if parent >= 0 else -1 for parent in parents]
+    return Tree(lens, anchors, np.arange(ends[-1]), depths)
 
 
 def make_inputs(tokens: int, dtype: torch.dtype, kv_heads: int = 2, head_dim: int = 16) -> list[Tensor]:
@@ -158,8 +161,9 @@ def test_attention_compiles_without_breaks_and_once_for_all_batches(flash: Dense
 
 def visible(source: Any, window: int | None) -> np.ndarray:
     """[tokens, tokens]: which keys a query sees, by going through paths."""
-    parents = getattr(source, "parents", [-1] * len(source.lens))
     bounds = np.cumsum([0, *source.lens])
+    anchors = getattr(source, "anchors", [-1] * len(source.lens))
+    parents = (np.searchsorted(bounds, anchors, side="right") - 1).tolist()
     seen = np.zeros((bounds[-1], bounds[-1]), bool)
     for node, parent in enumerate(parents):
         path = list(range(bounds[node], bounds[node + 1]))
@@ -177,8 +181,8 @@ SOURCES = [
     Documents([300, 1, 90, 128, 37]),
     Documents([3] * 120),
     Documents([600]),
-    Forest([100, 130, 40, 3, 200, 60, 20], [-1, 0, 1, 1, 0, -1, 5]),
-    Forest([1, 1, 1, 300], [-1, 0, 1, 2]),
+    forest([100, 130, 40, 3, 200, 60, 20], [-1, 0, 1, 1, 0, -1, 5]),
+    forest([1, 1, 1, 300], [-1, 0, 1, 2]),
 ]
 
 
@@ -221,7 +225,7 @@ def test_flex_attention_equals_the_loop(
 
 def test_nodes_out_of_preorder_are_an_error() -> None:
     with pytest.raises(AssertionError, match="preorder"):
-        spans_of(Forest([3, 2, 2, 4], [-1, -1, 0, 1]))
+        spans_of(forest([3, 2, 2, 4], [-1, -1, 0, 1]))
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, options: LayerOptions) -> Tensor:

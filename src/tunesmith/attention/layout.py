@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from tunesmith.plans.tree import Tree
+
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 BLOCK = 128  # queries and keys of one block of FlexAttention's mask
@@ -20,7 +22,7 @@ LayerKind = tuple[int | None, bool, bool, int, torch.dtype]
 
 
 class Consecutive(Protocol):
-    """Documents of a pack, or nodes of prefix trees; the latter also have `parents`."""
+    """Documents of a pack, or strands of prefix trees (`Tree`)."""
 
     @property
     def lens(self) -> list[int]: ...
@@ -89,7 +91,7 @@ class PackedLayout:
 
     @property
     def is_tree(self) -> bool:
-        return hasattr(self.source, "parents")
+        return isinstance(self.source, Tree)
 
 
 def make_layout(source: Consecutive, device: torch.device, plan: AttentionPlan) -> PackedLayout:
@@ -130,25 +132,14 @@ def _power_of_two(number: int, least: int) -> int:
 def spans_of(source: Consecutive) -> tuple[Ints, Ints]:
     """For each token, the end of what may see it, and its depth in its document or tree.
 
-    A token k is seen by q where k <= q < end[k]: by the rest of its document, or of its subtree, since the nodes of a
-    tree lie in preorder.
+    A token k is seen by q where k <= q < end[k]: by the rest of its document, or by what descends from it, since the
+    tokens of a tree lie in preorder.
     """
+    if isinstance(source, Tree):
+        return source.spans()
     lens = source.lens
     bounds = np.cumsum([0, *lens])
-    ends = bounds[1:].copy()
-    first_depths = np.zeros(len(lens), np.int64)
-    parents: list[int] | None = getattr(source, "parents", None)
-    if parents is not None:
-        sizes = np.array(lens)  # of subtrees
-        for node in reversed(range(len(lens))):
-            if (parent := parents[node]) >= 0:
-                ends[parent] = max(ends[parent], ends[node])
-                sizes[parent] += sizes[node]
-        assert (ends - bounds[:-1] == sizes).all(), "the nodes of a tree lie in preorder"
-        for node, parent in enumerate(parents):
-            first_depths[node] = first_depths[parent] + lens[parent] if parent >= 0 else 0
-    depths = np.arange(bounds[-1]) - np.repeat(bounds[:-1] - first_depths, lens)
-    return np.repeat(ends, lens), depths
+    return np.repeat(bounds[1:], lens), np.arange(bounds[-1]) - np.repeat(bounds[:-1], lens)
 
 
 def _block_mask(

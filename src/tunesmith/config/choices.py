@@ -42,6 +42,7 @@ _PART_OF_KEY = {
     "train.compile": "precision",
     "train.deterministic": "precision",
     "train.router_loss": "optimizer",
+    "data.share_prefix": "batch",
     "optim.schedule": "schedule",
     "optim.warmup_ratio": "schedule",
     "optim.warmup_steps": "schedule",

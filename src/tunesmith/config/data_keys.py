@@ -101,6 +101,8 @@ class DataSection(Section):
     """Share of bad rows above which the command fails."""
     max_cut_replies: float = Field(default=0.25, ge=0.0, le=1.0)
     """Share of the trained replies cut before their stop token (overlong truncate) above which a run does not start."""
+    share_prefix: Literal["auto"] | bool = "auto"
+    """Compute tokens with which several samples begin once for all of them; auto: where that saves a tenth or more."""
     stream: bool = False
     """For data larger than the disk: read and label rows just ahead of training. Needs train.max_steps; shuffles within
     windows of rows."""

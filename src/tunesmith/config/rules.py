@@ -56,6 +56,8 @@ def check_stream(data: DataSection, train: TrainSection) -> list[str]:
             "train.max_steps: data.stream needs it, since the number of rows is not known before training; at the end "
             "of the data the next epoch begins"
         )
+    if data.stream and data.share_prefix is True:
+        problems.append("data.share_prefix: data.stream packs rows as they come; leave one of the two out")
     if data.stream and data.eval_split:
         problems.append("data.eval_split: data.stream cannot hold rows out; give files of their own with data.eval")
     if data.stream and any(isinstance(source, SourceSection) and source.amount != NO_AMOUNT for source in data.train):

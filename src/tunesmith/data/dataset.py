@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -23,6 +23,8 @@ from tunesmith.errors import TunesmithError
 from tunesmith.files import sha256_file, sha256_text
 from tunesmith.plans.mix import Mix, MixedPlan
 from tunesmith.plans.plan import Plan, ShuffledPlan, count_steps
+from tunesmith.plans.prefixes import find_prefixes
+from tunesmith.plans.sharing import LEAST_RATIO, Sharing
 from tunesmith.plans.sources import SourceShare, build_mix, describe_sources, match_sources
 from tunesmith.runfolder import RunFolder
 from tunesmith.sources.read import Sources, find_sources
@@ -204,27 +206,57 @@ def find_store_damage(folder: RunFolder, hashes: StoreHashes) -> str:
     return ""
 
 
-def build_feed(dataset: Dataset, train: TrainSection, capacity: int, is_packed: bool) -> Feed:
+NOT_SHARED = Sharing()
+
+
+def find_sharing(dataset: Dataset, data: DataSection, capacity: int, seed: int, is_wanted: bool) -> Sharing:
+    """What computing shared prefixes once saves. It is off where the samples do not share enough.
+
+    Args:
+        capacity: tokens per pack.
+        is_wanted: also where they do not.
+    """
+    store, samples = dataset.train, dataset.train_samples
+    prefixes = find_prefixes(store, samples, store.row_ids)
+    tokens = int(store.lengths[samples].sum())
+    found = Sharing(True, tokens, tokens - int(prefixes.shared.sum()), train=prefixes)
+    if found.ratio >= LEAST_RATIO or is_wanted:  # in the packs, it may be less
+        plan = plan_training(dataset, capacity, seed, found)
+        naive = plan_training(dataset, capacity, seed)
+        found = replace(found, tokens=naive.tokens_per_epoch, computed=plan.tokens_per_epoch)
+    if found.ratio < LEAST_RATIO and not is_wanted:
+        return found.off(f"samples begin alike too seldom ({found.ratio:.2f} tokens for each computed)")
+    held_out = None
+    if dataset.eval is not None:
+        held_out = find_prefixes(dataset.eval, dataset.eval_samples, dataset.eval.row_ids)
+    return replace(found, eval=held_out, trains_once=data.train_on == "all")
+
+
+def build_feed(
+    dataset: Dataset, train: TrainSection, capacity: int, is_packed: bool, sharing: Sharing = NOT_SHARED
+) -> Feed:
     """The feed of a run over a data set.
 
     Args:
         capacity: tokens per pack.
         is_packed: whether one forward computes a whole pack.
     """
-    plan = plan_training(dataset, capacity, train.seed)
+    plan = plan_training(dataset, capacity, train.seed, sharing)
     total = train.max_steps or count_steps(plan, train.grad_accum_steps, train.epochs)
     mix = dataset.mix if dataset.mix is not None and dataset.mix.size > 1 else None
     held_out = None
     if dataset.eval is not None:
-        packs = plan_samples(dataset.eval, dataset.eval_samples, capacity, 0, 0)
+        packs = plan_samples(dataset.eval, dataset.eval_samples, capacity, 0, 0, sharing.eval)
         eval_mix = match_sources(dataset.ledger.sources, dataset.eval.files, dataset.eval.file_numbers) if mix else None
-        held_out = Batches(dataset.eval, packs, is_packed, mix=eval_mix)
-    return Feed(dataset.train, plan, train.grad_accum_steps, total, held_out, is_packed, mix)
+        held_out = Batches(dataset.eval, packs, is_packed, mix=eval_mix, prefixes=sharing.eval)
+    return Feed(
+        dataset.train, plan, train.grad_accum_steps, total, held_out, is_packed, mix, sharing.train, sharing.trains_once
+    )
 
 
-def plan_training(dataset: Dataset, capacity: int, seed: int) -> Plan:
+def plan_training(dataset: Dataset, capacity: int, seed: int, sharing: Sharing = NOT_SHARED) -> Plan:
     """The packs of every epoch of a run."""
     samples, lengths = dataset.train_samples, dataset.train.lengths
     if dataset.mix is not None and dataset.mix.quotas:
-        return MixedPlan(samples, lengths, dataset.mix, capacity, seed)
-    return ShuffledPlan(samples, lengths, capacity, seed)
+        return MixedPlan(samples, lengths, dataset.mix, capacity, seed, sharing.train)
+    return ShuffledPlan(samples, lengths, capacity, seed, sharing.train)

@@ -9,11 +9,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from tunesmith.data.pack import EMPTY_BATCH, Batch, build_batch
+from tunesmith.data.pack import EMPTY_BATCH, Batch, build_batch, build_tree_batch
 from tunesmith.data.store import TokenStore
 from tunesmith.display import format_count
 from tunesmith.plans.mix import Mix
 from tunesmith.plans.plan import Plan, ShuffledPlan
+from tunesmith.plans.prefixes import Prefixes
 
 Pack = npt.NDArray[np.int64]
 Place = Any  # JSON value: where the next step begins; opaque outside the feed
@@ -38,6 +39,8 @@ class Batches:
         rank, size: this is the share of one of `size` processes: every size-th pack of a step, from `rank` on.
         num_empty: batches of nothing at the end, where other processes have more forwards to make.
         mix: of training data with several sources; their losses are computed separately.
+        prefixes: of the samples, where each pack is computed as prefix trees.
+        trains_once: in prefix trees, the samples of a row train a token that they share once.
     """
 
     store: TokenStore
@@ -47,15 +50,23 @@ class Batches:
     size: int = 1
     num_empty: int = 0
     mix: Mix | None = None
+    prefixes: Prefixes | None = None
+    trains_once: bool = False
 
     def __iter__(self) -> Iterator[Batch]:
         for place, pack in enumerate(self.packs):
             number = self.rank + place * self.size  # of the pack in its step
             groups: Sequence[Sequence[int] | Pack] = [pack] if self.is_packed else [[int(index)] for index in pack]
             for at, samples in enumerate(groups):
-                yield build_batch(self.store, samples, (number, at), self.mix)
+                yield self._build(samples, (number, at))
         for _ in range(self.num_empty):
             yield EMPTY_BATCH
+
+    def _build(self, samples: Sequence[int] | Pack, number: tuple[int, int] = (0, 0)) -> Batch:
+        if self.prefixes is None:
+            return build_batch(self.store, samples, number, self.mix)
+        row_ids = self.prefixes.row_ids if self.trains_once else None
+        return build_tree_batch(self.store, samples, number, self.mix, row_ids)
 
     def __len__(self) -> int:
         return len(self.packs) if self.is_packed else self.num_samples
@@ -66,10 +77,17 @@ class Batches:
 
     @property
     def num_tokens(self) -> int:
-        return sum(int(self.store.lengths_of(pack).sum()) for pack in self.packs)
+        """Computed ones: in prefix trees, a shared token counts once."""
+        return sum(int(self._fresh(pack).sum()) for pack in self.packs)
+
+    def _fresh(self, pack: Pack) -> Pack:
+        """Tokens computed for each sample of a pack."""
+        return self.store.lengths_of(pack) if self.prefixes is None else self.prefixes.fresh(pack)
 
     @property
     def num_targets(self) -> int:
+        if self.trains_once:
+            return sum(self._build(pack).num_targets for pack in self.packs)
         return sum(int(self.store.num_targets[pack].sum()) for pack in self.packs)
 
     @property
@@ -78,7 +96,7 @@ class Batches:
         return self.mix.size if self.mix is not None else 0
 
     def count_sources(self) -> SourceCounts:
-        """Tokens and targets of each source of a mix."""
+        """Tokens, shared or not, and targets of each source of a mix."""
         if self.mix is None:
             return SourceCounts()
         samples = np.concatenate([np.zeros(0, np.int64), *self.packs])
@@ -87,18 +105,21 @@ class Batches:
             np.bincount(sources, weights, size).astype(np.int64).tolist()
             for weights in (self.store.lengths_of(samples), self.store.num_targets[samples])
         ]
+        if self.trains_once:
+            found = np.concatenate([np.zeros(0, np.int64), *(self._build(pack).sources for pack in self.packs)])
+            counts[1] = np.bincount(found, minlength=size).tolist()
         return SourceCounts(*map(tuple, counts))
 
     @property
     def num_squares(self) -> int:
-        """Sum of the squares of the documents' lengths: what attention costs."""
-        return sum(int(np.square(self.store.lengths_of(pack).astype(np.int64)).sum()) for pack in self.packs)
+        """Sum over the documents of computed tokens x length: what attention costs."""
+        return sum(int((self._fresh(pack).astype(np.int64) * self.store.lengths_of(pack)).sum()) for pack in self.packs)
 
     def num_tokens_of(self, forward: int) -> int:
         """Args:
         forward: number of a batch, from 0.
         """
-        return int(self.store.lengths_of(np.array(self._samples_of(forward), np.int64)).sum())
+        return int(self._fresh(np.array(self._samples_of(forward), np.int64)).sum())
 
     def rows_of(self, forward: int) -> list[str]:
         """FILE:ROW of every sample of one batch."""
@@ -190,6 +211,7 @@ class Feed:
         total_steps: optimizer steps of the run.
         held_out: evaluation data, if any.
         mix: the sources of the training data, if it is a mix.
+        prefixes, trains_once: see `Batches`.
     """
 
     store: TokenStore
@@ -199,6 +221,8 @@ class Feed:
     held_out: Batches | None = None
     is_packed: bool = True
     mix: Mix | None = None
+    prefixes: Prefixes | None = None
+    trains_once: bool = False
 
     def steps(self, place: Place = FIRST_PLACE, rank: int = 0, size: int = 1) -> Generator[Step, None, None]:
         """Endless steps starting at a place, each with the packs of one of `size` processes."""
@@ -209,7 +233,10 @@ class Feed:
                 group = packs[start : start + self.packs_per_step]
                 behind = start + len(group)
                 after = (epoch, behind) if behind < len(packs) else (epoch + 1, 0)
-                whole = Batches(self.store, group, self.is_packed, mix=self.mix)
+                whole = Batches(
+                    self.store, group, self.is_packed, mix=self.mix, prefixes=self.prefixes,
+                    trains_once=self.trains_once,
+                )  # fmt: skip
                 yield Step(whole.share(rank, size), whole, epoch + behind / len(packs), after)
             epoch, first = epoch + 1, 0
 
@@ -249,6 +276,8 @@ class Feed:
         return f"{self.total_steps:,} steps of about {size} tokens, {self.total_epochs:.2f} epochs"
 
 
-def plan_samples(store: TokenStore, samples: Pack, capacity: int, seed: int, epoch: int) -> Sequence[Pack]:
+def plan_samples(
+    store: TokenStore, samples: Pack, capacity: int, seed: int, epoch: int, prefixes: Prefixes | None = None
+) -> Sequence[Pack]:
     """The packs of an epoch, as sample numbers of the store."""
-    return ShuffledPlan(samples, store.lengths, capacity, seed).packs(epoch)
+    return ShuffledPlan(samples, store.lengths, capacity, seed, prefixes).packs(epoch)

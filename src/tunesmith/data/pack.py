@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from tunesmith.data.store import TokenStore
 from tunesmith.plans.mix import Mix
+from tunesmith.plans.tree import Tree, build_tree
 
 
 class Documents:
@@ -34,8 +35,10 @@ class Batch:
 
     Attributes:
         input_ids, position_ids: int64 [1, tokens]; positions start at 0 in each document.
-        targets: int64 [targets], the tokens to predict. Never the first token of a document, which has no context.
-        target_at: int64 [targets], the positions whose outputs predict them, ascending.
+        targets: int64 [targets], the tokens to predict. Never the first token of a document, which has no context. In
+            prefix trees a token that several samples train is there once for each.
+        target_at: int64 [targets], the positions whose outputs predict them, ascending; in prefix trees several targets
+            may have the same one.
         layout: which tokens attend to which.
         number: of the pack in its step and of the batch in the pack, counted over all processes.
         is_empty: it is computed for the sake of other processes, and counts nothing.
@@ -48,7 +51,7 @@ class Batch:
     position_ids: npt.NDArray[np.int64]
     targets: npt.NDArray[np.int64]
     target_at: npt.NDArray[np.int64]
-    layout: Documents
+    layout: Documents | Tree
     number: tuple[int, int] = (0, 0)
     is_empty: bool = False
     sources: npt.NDArray[np.int64] | None = None
@@ -86,4 +89,39 @@ def build_batch(
     if mix is None:
         return batch
     sources = np.repeat(mix.source_of[np.asarray(samples)].astype(np.int64), lens)[trained]
+    return replace(batch, sources=sources, num_sources=mix.size)
+
+
+def build_tree_batch(
+    store: TokenStore,
+    samples: Sequence[int] | npt.NDArray[np.int64],
+    number: tuple[int, int] = (0, 0),
+    mix: Mix | None = None,
+    row_ids: npt.NDArray[np.int64] | None = None,
+) -> Batch:
+    """Join samples, given by their numbers, into one batch of prefix trees. Its loss is that of `build_batch`.
+
+    Args:
+        row_ids: of each sample of the store; the samples of a row then train a token that they share once.
+    """
+    documents = [store[int(index)] for index in samples]
+    joined = build_tree([document.input_ids for document in documents])
+    own, before, owners = [], [], []  # positions of the targets, positions before them on their paths, samples
+    for owner, (document, place) in enumerate(zip(documents, joined.places, strict=True)):
+        trained = np.flatnonzero(np.asarray(document.loss_mask[1:], bool))
+        own.append(place[1:][trained])
+        before.append(place[:-1][trained])
+        owners.append(np.full(len(trained), owner))
+    targets, target_at, sample = np.concatenate(own), np.concatenate(before), np.concatenate(owners)
+    if row_ids is not None:
+        rows = row_ids[np.asarray(samples)][sample]
+        kept = np.unique(np.stack([rows, targets]), axis=1, return_index=True)[1]
+        targets, target_at, sample = targets[kept], target_at[kept], sample[kept]
+    order = np.lexsort((sample, targets, target_at))
+    targets, target_at, sample = targets[order], target_at[order], sample[order]
+    ids = joined.input_ids
+    batch = Batch(ids[None], joined.position_ids[None], ids[targets], target_at, joined.layout, number)
+    if mix is None:
+        return batch
+    sources = mix.source_of[np.asarray(samples)].astype(np.int64)[sample]
     return replace(batch, sources=sources, num_sources=mix.size)

@@ -17,7 +17,9 @@ from tunesmith.attention.kernels import KERNELS
 from tunesmith.attention.layout import PackedLayout
 from tunesmith.attention.loop import LayerOptions, attend_documents
 from tunesmith.attention.opaque import attend_by_hand_opaque, attend_documents_opaque
+from tunesmith.attention.trees import attend_trees
 from tunesmith.data.pack import Documents
+from tunesmith.plans.tree import Tree
 
 PACKED_ATTENTION = "tunesmith_packed"
 
@@ -31,18 +33,18 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
-    documents: Documents | PackedLayout,
+    documents: Documents | Tree | PackedLayout,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each document.
+    """Causal attention within each document, or in prefix trees to a token's ancestors and itself.
 
     Args:
         query: [1, heads, tokens, head_dim]; key, value: [1, kv_heads, tokens, head_dim].
         attention_mask: always None, since no mask function is registered.
-        documents: `Documents` alone for the loop over them; training and evaluation give a `PackedLayout`.
+        documents: `Documents` or `Tree` alone for the loop over them; training and evaluation give a `PackedLayout`.
         sliding_window: number of tokens that a token sees, itself included.
         softcap: scores are capped to softcap * tanh(scores / softcap) (Gemma 2).
         s_aux: [heads], the logit of an attention sink per head (gpt-oss).
@@ -91,6 +93,8 @@ def _as_computed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _loop(query: Tensor, key: Tensor, value: Tensor, documents: Any, options: LayerOptions) -> Tensor:
     """Traced, it would be compiled for the lengths of each batch."""
+    if isinstance(documents, Tree):
+        return attend_trees(query, key, value, documents, options)
     return attend_documents(query, key, value, documents.lens, options)
 
 

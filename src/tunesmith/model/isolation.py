@@ -20,6 +20,7 @@ from tunesmith.data.pack import Documents
 from tunesmith.errors import ModelError
 from tunesmith.model.attention import PACKED_ATTENTION, register_packed_attention
 from tunesmith.model.probe import in_fp32
+from tunesmith.plans.tree import build_tree
 
 _SHORT_DOCS = [7, 33, 5, 20]
 # Allowed difference relative to the channel's largest value. Measured in fp32 even where training uses less: rounding
@@ -32,6 +33,14 @@ class Isolation:
     """Whether packs are safe, and a description of the measurement."""
 
     is_isolated: bool
+    report: str
+
+
+@dataclass(frozen=True, slots=True)
+class TreeCheck:
+    """Whether prefix trees give what their samples give one by one, and a description of the measurement."""
+
+    is_exact: bool
     report: str
 
 
@@ -74,16 +83,21 @@ def probe_isolation(model: PreTrainedModel, max_seq_len: int, micro_batch_tokens
 
 
 def choose_kernels(
-    model: PreTrainedModel, context: AbstractContextManager[object], max_seq_len: int, micro_batch_tokens: int
+    model: PreTrainedModel,
+    context: AbstractContextManager[object],
+    max_seq_len: int,
+    micro_batch_tokens: int,
+    has_trees: bool = False,
 ) -> Recorder:
     """Compare the kernels of a GPU with the loop over documents, in the precision of the run.
 
     Args:
         model: from probe_model, with packed attention.
         context: of a forward in training (autocast).
+        has_trees: some batches are prefix trees.
     """
     doc_lens = choose_doc_lens(model.config.get_text_config(), max_seq_len, micro_batch_tokens)
-    docs, recorder, was_training = _random_docs(model, doc_lens), Recorder(), model.training
+    docs, recorder, was_training = _random_docs(model, doc_lens), Recorder(needs_all=has_trees), model.training
     layout = PackedLayout(Documents(doc_lens))
     layout.recorder = recorder
     positions = torch.cat([torch.arange(n, device=docs[0].device) for n in doc_lens])[None]
@@ -94,6 +108,41 @@ def choose_kernels(
     finally:
         model.train(was_training)
     return recorder
+
+
+def probe_trees(model: PreTrainedModel, own: str, max_seq_len: int, micro_batch_tokens: int) -> TreeCheck:
+    """Compare prefix trees with the model's own attention on single samples; the model is left unchanged.
+
+    Args:
+        model: from probe_model, with packed attention.
+        own: the name of its own attention.
+    """
+    doc_lens = choose_doc_lens(model.config.get_text_config(), max_seq_len, micro_batch_tokens)
+    samples = [document[0] for document in _random_docs(model, doc_lens)]
+    longest, other = max(samples, key=len), samples[0]
+    for share in (0.9, 0.5, 0.5):  # branches of one another: early, late, and deep in a branch
+        shared = int(share * len(longest))
+        samples.append(torch.cat([longest[:shared], other[: max(1, len(longest) - shared)]]))
+        other = samples[-1].flip(0)
+    joined = build_tree([sample.cpu().numpy() for sample in samples], min_shared=1)
+    device = samples[0].device
+    inputs = {"input_ids": joined.input_ids, "position_ids": joined.position_ids}
+    try:
+        with in_fp32(model):
+            model.set_attn_implementation(own)
+            solo = [hidden_states(model, input_ids=sample[None])[0] for sample in samples]
+            model.set_attn_implementation(PACKED_ATTENTION)
+            tensors = {name: torch.from_numpy(ids)[None].to(device) for name, ids in inputs.items()}
+            found = hidden_states(model, **tensors, documents=joined.layout)[0]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # as above
+        return TreeCheck(False, f"prefix trees fail on this model ({_first_line(error)})")
+    finally:
+        model.set_attn_implementation(PACKED_ATTENTION)
+    difference = _relative_difference(torch.cat(solo), found[torch.from_numpy(joined.layout.copies).to(device)])
+    seen = f"prefix trees and single samples differ by {difference:.1e}"
+    return TreeCheck(difference <= _TOLERANCE, seen)
 
 
 def _first_line(error: Exception) -> str:

@@ -24,6 +24,7 @@ from tunesmith.config.train_keys import RouterLoss
 from tunesmith.data.pack import Batch, Documents
 from tunesmith.errors import ModelError
 from tunesmith.model.head import LogitRule, chunk_rows, head_logits, head_loss, plain_head
+from tunesmith.plans.tree import Tree
 
 
 class LossSums(NamedTuple):
@@ -101,13 +102,14 @@ class SupervisedLM(nn.Module):
         position_ids: Tensor,
         targets: Tensor,
         target_at: Tensor,
-        layout: Documents | PackedLayout,
+        layout: Documents | Tree | PackedLayout,
         sources: Tensor | None = None,
         num_sources: int = 0,
     ) -> LossSums:
         """Loss sums of a batch, given as tensors (see `to_tensors`)."""
         if not isinstance(layout, PackedLayout) and self.is_packed:
             layout = make_layout(layout, input_ids.device, self.plan)
+        tree = layout.source if isinstance(layout, PackedLayout) and isinstance(layout.source, Tree) else None
         # a single document gets the model's own positions (RoBERTa's start at 2)
         extra = {"position_ids": position_ids, "documents": layout} if self.is_packed else {}
         inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False, **extra}
@@ -115,23 +117,29 @@ class SupervisedLM(nn.Module):
             inputs["output_router_logits"] = True
         if self.head_path == "decoder":
             output = self.model.get_decoder()(**inputs)
-            sums = self._chunked_loss(output.last_hidden_state[0, target_at], targets, sources, num_sources)
+            hidden = take_rows(output.last_hidden_state[0], target_at, tree)
+            sums = self._chunked_loss(hidden, targets, sources, num_sources)
         else:
-            output, logits = self._model_logits(inputs, target_at)
+            output, logits = self._model_logits(inputs, target_at, tree)
             sums = sum_targets(logits, targets, sources, num_sources)
         router_loss = expert_counts = None
         if self.router and output.router_logits:  # none where every layer picks experts by token id (DeepSeek V4)
-            router_loss = self.router.loss(output.router_logits, layout.lens)
-            expert_counts = self.router.count_choices(output.router_logits)
+            router_logits, lens = output.router_logits, layout.lens
+            if tree is not None:  # a mean over tokens, of which naive packing has copies
+                copies = to_device(tree.copies, input_ids.device)
+                router_logits = tuple(take_rows(of_layer, copies, tree) for of_layer in router_logits)
+                lens = tree.sample_lens
+            router_loss = self.router.loss(router_logits, lens)
+            expert_counts = self.router.count_choices(router_logits)
         return LossSums(sums.loss, router_loss, sums.num_correct, expert_counts, sums.by_source)
 
-    def _model_logits(self, inputs: dict[str, Any], at: Tensor) -> tuple[Any, Tensor]:
+    def _model_logits(self, inputs: dict[str, Any], at: Tensor, tree: Tree | None) -> tuple[Any, Tensor]:
         """The model's output, and its [targets, vocab] logits."""
-        if self.head_path == "logits_to_keep":
+        if self.head_path == "logits_to_keep" and tree is None:
             output = self.model(**inputs, logits_to_keep=at)
             return output, output.logits[0]
         output = self.model(**inputs)
-        return output, output.logits[0, at]
+        return output, take_rows(output.logits[0], at, tree)
 
     def _chunked_loss(self, hidden: Tensor, targets: Tensor, sources: Tensor | None, num_sources: int) -> TargetSums:
         """Sums over the targets without holding all logits."""
@@ -157,6 +165,11 @@ class SupervisedLM(nn.Module):
             num_correct = None if num_correct is None else num_correct + found.num_correct
             by_source = None if by_source is None else by_source + found.by_source
         return TargetSums(loss, num_correct, by_source)
+
+
+def take_rows(rows: Tensor, at: Tensor, tree: Tree | None) -> Tensor:
+    """rows[at]. In prefix trees a row may occur several times; a CPU then sums its gradients in a fixed order."""
+    return rows.index_select(0, at) if tree is not None and rows.device.type == "cpu" else rows[at]
 
 
 def sum_targets(logits: Tensor, targets: Tensor, sources: Tensor | None = None, num_sources: int = 0) -> TargetSums:

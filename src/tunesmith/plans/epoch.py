@@ -8,7 +8,8 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-from tunesmith.plans.packing import WINDOW, count_packs, pack_lengths
+from tunesmith.plans.packers import Packer
+from tunesmith.plans.packing import WINDOW
 
 Numbers = npt.NDArray[np.int64]
 Arrange = Callable[[int, list[Numbers]], list[Numbers]]  # number of a window, its packs -> these in another order
@@ -20,40 +21,36 @@ def shuffle(num_samples: int, seed: int, epoch: int) -> tuple[Numbers, np.random
     return rng.permutation(num_samples), rng
 
 
-def count_windows(lengths: Numbers, order: Numbers, capacity: int) -> Numbers:
-    """Packs of each window of the samples in this order.
+def count_windows(packer: Packer, order: Numbers) -> Numbers:
+    """Packs of each window of the samples in this order."""
+    return np.array([packer.count(window) for window in windows_of(order)], dtype=np.int64)
 
-    Args:
-        lengths: tokens of each sample of the store, by its number.
-        order: numbers of samples.
-    """
-    starts = range(0, len(order), WINDOW)
-    counts = [count_packs(lengths[order[start : start + WINDOW]], capacity) for start in starts]
-    return np.array(counts, dtype=np.int64)
+
+def windows_of(order: Numbers) -> list[Numbers]:
+    """Samples that are packed together."""
+    return [order[start : start + WINDOW] for start in range(0, len(order), WINDOW)]
 
 
 class PackedEpoch(Sequence[Numbers]):
     """The packs of an epoch, each an array of sample numbers. Nothing is packed before it is asked for.
 
     Args:
-        lengths: tokens of each sample of the store, by its number.
         order: numbers of the epoch's samples, in order; a window that is packed is sorted here by its packs, so
             that packing takes no more memory than this array.
         counts: packs of each window, from `count_windows`.
         pack_order: number of a pack in the order of the windows, for each place; None: windows one after another.
-        arrange: puts the packs of a window in order; default: longest samples first.
+        arrange: puts the packs of a window in order; default: as the packer makes them.
     """
 
     def __init__(
         self,
-        lengths: Numbers,
+        packer: Packer,
         order: Numbers,
-        capacity: int,
         counts: Numbers,
         pack_order: Numbers | None = None,
         arrange: Arrange | None = None,
     ) -> None:
-        self._lengths, self._order, self._capacity, self._arrange = lengths, order, capacity, arrange
+        self._packer, self._order, self._arrange = packer, order, arrange
         self._first = np.concatenate([[0], np.cumsum(counts)])  # pack of each window
         self._pack_order = pack_order
         self._ends: dict[int, npt.NDArray[np.int32]] = {}  # window -> where each of its packs ends
@@ -91,7 +88,7 @@ class PackedEpoch(Sequence[Numbers]):
 
     def _pack_window(self, window: int) -> None:
         samples = self._order[window * WINDOW : (window + 1) * WINDOW]
-        packs = [samples[pack] for pack in pack_lengths(self._lengths[samples].tolist(), self._capacity)]
+        packs = self._packer.pack(samples)
         assert len(packs) == self._first[window + 1] - self._first[window]
         packs = self._arrange(window, packs) if self._arrange else packs
         self._ends[window] = np.cumsum([len(pack) for pack in packs], dtype=np.int32)

@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
-from tunesmith.plans.epoch import Numbers, PackedEpoch, count_windows
+from tunesmith.plans.epoch import Numbers, PackedEpoch, count_windows, windows_of
+from tunesmith.plans.packers import LengthPacker, TreePacker
+from tunesmith.plans.prefixes import Prefixes, expand_units
 
 _ORDER, _ARRANGE = 0x50C, 0xA11  # generators of a source's orders, and of the order of a window's packs
 _CANDIDATES = 64  # packs among which the next one is chosen
@@ -71,10 +74,14 @@ class SourceLine:
         lengths: tokens of each sample of the store, by its number.
         quota: tokens of a pass.
         seed: of the source's orders.
+        units: where samples begin that stay together in these orders; None: each alone.
     """
 
-    def __init__(self, samples: Numbers, lengths: Numbers, quota: Fraction, seed: Sequence[int]) -> None:
+    def __init__(
+        self, samples: Numbers, lengths: Numbers, quota: Fraction, seed: Sequence[int], units: Numbers | None = None
+    ) -> None:
         self._samples, self._lengths, self._quota, self._seed = samples, lengths, quota, seed
+        self._units = np.arange(len(samples)) if units is None else units
         self.tokens = int(lengths[samples].sum())
         self._cycle = -1
 
@@ -102,7 +109,8 @@ class SourceLine:
             self._cycle = -1
         while self._cycle < cycle:
             self._cycle += 1
-            order = self._samples[np.random.default_rng([*self._seed, self._cycle]).permutation(len(self._samples))]
+            units = np.random.default_rng([*self._seed, self._cycle]).permutation(len(self._units))
+            order = self._samples[expand_units(self._units, units, len(self._samples))]
             if self._cycle and self._quota <= self.tokens:
                 order = self._put_last(order)
             ends = np.cumsum(self._lengths[order], dtype=np.int64)
@@ -128,37 +136,47 @@ class MixedPlan:
         samples: numbers of the samples to train on.
         lengths: tokens of each sample of the store, by its number.
         mix: with quotas.
+        prefixes: of the samples, to pack them as prefix trees; samples of a row that share one then stay together. The
+            shares of the sources count the tokens of all samples, shared or not.
     """
 
-    def __init__(self, samples: Numbers, lengths: Numbers, mix: Mix, capacity: int, seed: int) -> None:
+    def __init__(
+        self, samples: Numbers, lengths: Numbers, mix: Mix, capacity: int, seed: int, prefixes: Prefixes | None = None
+    ) -> None:
         assert mix.quotas is not None
         self.lengths, self.mix, self.capacity, self.seed = lengths, mix, capacity, seed
-        self._quotas = mix.quotas
+        self._quotas, self._is_shared = mix.quotas, prefixes is not None
+        self._packer = TreePacker(prefixes, capacity) if prefixes else LengthPacker(lengths, capacity)
         sources = mix.source_of[samples]
-        self._lines = [
-            SourceLine(samples[sources == number], lengths, quota, (seed, _ORDER, number))
-            for number, quota in enumerate(mix.quotas)
-        ]
+        self._lines = []
+        for number, quota in enumerate(mix.quotas):
+            own = samples[sources == number]
+            units = prefixes.units(own) if prefixes else None
+            self._lines.append(SourceLine(own, lengths, quota, (seed, _ORDER, number), units))
         self._counts: dict[int, Numbers] = {}
 
-    @property
+    @cached_property
     def tokens_per_epoch(self) -> int:
-        return round(sum(self._quotas))
+        if not self._is_shared:
+            return round(sum(self._quotas))
+        return sum(map(self._packer.count_tokens, windows_of(self.order(0))))
 
     def count(self, epoch: int) -> int:
-        if epoch not in self._counts:
-            self._counts[epoch] = count_windows(self.lengths, self.order(epoch), self.capacity)
-        return int(self._counts[epoch].sum())
+        return int(self._count(epoch).sum())
 
     def packs(self, epoch: int) -> Sequence[Numbers]:
         order = self.order(epoch)
-        if epoch not in self._counts:
-            self._counts[epoch] = count_windows(self.lengths, order, self.capacity)
+        counts = self._count(epoch, order)
 
         def arrange(window: int, packs: list[Numbers]) -> list[Numbers]:
             return self._arrange(packs, (self.seed, _ARRANGE, epoch, window))
 
-        return PackedEpoch(self.lengths, order, self.capacity, self._counts[epoch], arrange=arrange)
+        return PackedEpoch(self._packer, order, counts, arrange=arrange)
+
+    def _count(self, epoch: int, order: Numbers | None = None) -> Numbers:
+        if epoch not in self._counts:
+            self._counts[epoch] = count_windows(self._packer, self.order(epoch) if order is None else order)
+        return self._counts[epoch]
 
     def order(self, epoch: int) -> Numbers:
         """The samples of a pass, interleaved."""

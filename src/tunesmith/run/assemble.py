@@ -15,8 +15,8 @@ from tunesmith.adapters.adapter import add_adapter, cast_trained, quantization_c
 from tunesmith.adapters.base import record_base
 from tunesmith.adapters.fused import fuse_lora
 from tunesmith.attention.layout import LOOP_ONLY
-from tunesmith.config.schema import LoraSection, ModelSection
-from tunesmith.data.dataset import Dataset, DataSources, StoreHashes, build_feed, open_dataset
+from tunesmith.config.schema import LoraSection, ModelSection, is_dropout
+from tunesmith.data.dataset import NOT_SHARED, Dataset, DataSources, StoreHashes, build_feed, find_sharing, open_dataset
 from tunesmith.data.feed import StepFeed
 from tunesmith.data.ledger import Ledger
 from tunesmith.distributed.held import part_of
@@ -24,12 +24,20 @@ from tunesmith.distributed.load import load_from_shards, load_held, release_memo
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.layers.speedup import speed_up
 from tunesmith.model.head import choose_head_path
-from tunesmith.model.isolation import Isolation, choose_kernels, probe_isolation, use_packed_attention
+from tunesmith.model.isolation import (
+    Isolation,
+    TreeCheck,
+    choose_kernels,
+    probe_isolation,
+    probe_trees,
+    use_packed_attention,
+)
 from tunesmith.model.load import check_vocabulary, extend_vocabulary, freeze_zero_gates, load_config, load_model
 from tunesmith.model.loss import SupervisedLM, require_router
 from tunesmith.model.probe import probe_model
 from tunesmith.model.source import ModelSource, find_model
 from tunesmith.monitor.room import free_memory
+from tunesmith.plans.sharing import Sharing
 from tunesmith.preparation.write import write_dataset
 from tunesmith.run.session import Session
 from tunesmith.runfolder import RunFolder, latest_stage
@@ -51,28 +59,89 @@ class ReadyRun:
     isolation: Isolation
     feed: StepFeed
     form: Form = WHOLE
+    sharing: Sharing = NOT_SHARED
 
 
-def assemble(session: Session, dataset: AnyDataset, checkpoint: Path | None = None) -> ReadyRun:
+def assemble(
+    session: Session, dataset: AnyDataset, checkpoint: Path | None = None, shares_prefixes: bool | None = None
+) -> ReadyRun:
     """Load the model and plan the steps.
 
     Args:
         checkpoint: with the weights of a resumed run, if all weights are trained.
+        shares_prefixes: whether a resumed run computes shared prefixes once; None: as data.share_prefix says.
     """
     config = session.config
     if session.is_adapter:
         require_real_base(config.model.path, session.model)
     model = load_weights(session, checkpoint)
     adapter = add_new_adapter(session, model) if session.is_adapter else None
-    isolation, lm = wrap(session, model, adapter)
+    sharing = NOT_SHARED
+    if isinstance(dataset, Dataset):
+        sharing = look_for_prefixes(session, dataset, model, shares_prefixes)
+    isolation, trees, lm = wrap(session, model, adapter, sharing.is_on)
+    sharing = require_trees(session, sharing, isolation, trees, shares_prefixes)
     if session.parallel == "fsdp":
         release_memory()  # of the model that was probed
     feed: StepFeed
     if isinstance(dataset, StreamedDataset):
         feed = build_stream_feed(dataset, stream_settings(session), lm.is_packed, session.folder, session.world.share)
     else:
-        feed = build_feed(dataset, config.train, session.lengths.capacity, lm.is_packed)
-    return ReadyRun(session, dataset, lm, isolation, feed, choose_checkpoints(session, lm))
+        feed = build_feed(dataset, config.train, session.lengths.capacity, lm.is_packed, sharing)
+    return ReadyRun(session, dataset, lm, isolation, feed, choose_checkpoints(session, lm), sharing)
+
+
+def look_for_prefixes(session: Session, dataset: Dataset, model: nn.Module, is_on: bool | None) -> Sharing:
+    """What shared prefixes are worth in these data; off where the setting or a dropout says so.
+
+    Args:
+        is_on: of a resumed run.
+    """
+    setting = session.config.data.share_prefix if is_on is None else is_on
+    if setting is False:
+        return NOT_SHARED
+    if name := find_dropout(session, model):
+        return NOT_SHARED.off(f"{name} is on, which draws several masks for the copies of a token")
+    capacity, seed = session.lengths.capacity, session.config.train.seed
+    return find_sharing(dataset, session.config.data, capacity, seed, is_wanted=setting is True)
+
+
+def find_dropout(session: Session, model: nn.Module) -> str:
+    """The name of a dropout that is on; "" if none is."""
+    if session.is_adapter and session.config.lora.dropout:
+        return "lora.dropout"
+    values = session.model_config.get_text_config().to_dict().items()
+    of_other_heads = ("summary", "classifier")
+    named = [
+        name
+        for name, value in values
+        if is_dropout(name) and isinstance(value, float) and value and not name.startswith(of_other_heads)
+    ]
+    others = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p]
+    return next(iter([*named, *others]), "")
+
+
+def require_trees(
+    session: Session, sharing: Sharing, isolation: Isolation, trees: TreeCheck | None, is_on: bool | None
+) -> Sharing:
+    """The sharing, if prefix trees are exact on this model; the first process decides.
+
+    Raises:
+        ModelError: they are not, and a resumed run has steps of them.
+    """
+    problem = ""
+    if sharing.is_on and not isolation.is_isolated:
+        problem = "the model takes one document per forward"
+    elif sharing.is_on and trees is not None and not trees.is_exact:
+        problem = trees.report
+    problem = session.world.share(lambda: {"problem": problem})["problem"]
+    if problem and is_on:
+        raise ModelError(
+            f"data.share_prefix: the run computes shared prefixes once, which this model no longer can: {problem}. "
+            "Restore the versions it began with, or add --data.share_prefix off --allow batch.",
+            code="prefixes-not-shared",
+        )
+    return sharing.off(problem) if problem else sharing
 
 
 def choose_checkpoints(session: Session, lm: SupervisedLM) -> Form:
@@ -210,24 +279,28 @@ def add_new_adapter(session: Session, model: PreTrainedModel) -> Any:
     return adapter
 
 
-def wrap(session: Session, model: PreTrainedModel, adapter: Any) -> tuple[Isolation, SupervisedLM]:
+def wrap(
+    session: Session, model: PreTrainedModel, adapter: Any, has_trees: bool = False
+) -> tuple[Isolation, TreeCheck | None, SupervisedLM]:
     """Probe the model, then configure it by the results."""
     config, lengths = session.config, session.lengths
     probe = probe_model(model)
     if session.config.lora.quantize == "none":
         nn.Module.to(probe, session.device)
     isolation = probe_isolation(probe, lengths.max_seq_len, lengths.capacity)
-    own_attention, plan = None, LOOP_ONLY
+    own_attention, plan, trees = None, LOOP_ONLY, None
     if isolation.is_isolated:
         own_attention = model.config._attn_implementation
         use_packed_attention(probe)
         use_packed_attention(model)
         if session.device.type == "cuda":
             context = session.precision.context(session.device)
-            found = choose_kernels(probe, context, lengths.max_seq_len, lengths.capacity)
+            found = choose_kernels(probe, context, lengths.max_seq_len, lengths.capacity, has_trees)
             plan = found.plan()
             for line in found.refused:
                 session.reporter.note(f"note: attention: {line}")
+        if has_trees:
+            trees = probe_trees(probe, own_attention, lengths.max_seq_len, lengths.capacity)
     head_path = choose_head_path(probe, isolation.is_isolated)
     lm = SupervisedLM(model, isolation.is_isolated, head_path, adapter, config.train.router_loss, own_attention, plan)
     require_router(config, lm.router)
@@ -245,7 +318,7 @@ def wrap(session: Session, model: PreTrainedModel, adapter: Any) -> tuple[Isolat
             ) from None
     if config.train.compile:
         model.get_decoder().compile(dynamic=True)
-    return isolation, lm
+    return isolation, trees, lm
 
 
 def own_memory(model: PreTrainedModel) -> None:

@@ -150,6 +150,8 @@ def compare_runs(before: Fingerprint, now: Fingerprint) -> tuple[list[str], list
     for key in sorted(set(old) | set(new)):
         if old.get(key) == new.get(key) or any(f"{key}.".startswith(f"{name}.") for name in _BY_HASH):
             continue
+        if key == "data.share_prefix" and new[key] == before.shares_prefixes:  # auto had decided the same
+            continue
         change = f"{key} {_show(old.get(key))} -> {_show(new.get(key))}"
         if key in _FREE:
             if key not in ("train.output_dir", "train.epochs", "train.max_steps"):

@@ -57,6 +57,7 @@ class Fingerprint(_Record):
         processes: how many train together.
         precision: the resolved train.precision.
         store: folder of a token store -> file -> SHA-256.
+        shares_prefixes: whether shared prefixes are computed once: what data.share_prefix auto decided.
     """
 
     data: dict[str, list[dict[str, Any]]]
@@ -70,6 +71,7 @@ class Fingerprint(_Record):
     precision: str | None = None  # missing in runs of earlier versions
     versions: dict[str, str | None]
     store: dict[str, dict[str, str]]
+    shares_prefixes: bool = False  # missing in runs of earlier versions
 
 
 class RunRecord(_Record):

@@ -97,7 +97,9 @@ def _resume(
         with explained_failures(folder, config, session.lengths.capacity, position.progress), world.explained():
             dataset, guard = _open_data(session, position.fingerprint, allow, position.progress.place)
             reporter.stage("loading the model")
-            ready = assemble(session, dataset, None if session.is_adapter else position.weights)
+            weights = None if session.is_adapter else position.weights
+            ready = assemble(session, dataset, weights, keeps_sharing(config, position.fingerprint))
+            guard = guard.model_copy(update={"shares_prefixes": ready.sharing.is_on})
             if session.is_adapter:
                 reopen_adapter(ready, position.checkpoint, record, allow)
             check_steps(name, ready, position, allow)
@@ -115,6 +117,12 @@ def _resume(
     if is_late:
         raise_late_stop(ready, saved)
     return saved
+
+
+def keeps_sharing(config: RunConfig, before: Fingerprint) -> bool | None:
+    """Whether the run computes shared prefixes once, as it began; None where data.share_prefix has changed."""
+    was = before.config.get("data", {}).get("share_prefix", "auto")
+    return before.shares_prefixes if was == config.data.share_prefix else None
 
 
 def _choose_checkpoint(folder: RunFolder, name: str, reporter: Reporter, verified: str) -> str:

@@ -141,6 +141,7 @@ def _prepare(session: Session, rows: Rows) -> tuple[ReadyRun, RunRecord, Lines]:
         lines = summary_lines(ready, memory)
         session.reporter.summary([*lines, *tight, ("room", room), *cpu_lines(ready, memory)])
         guard = take_fingerprint(session, describe_files(sources, config.data.stream), dataset.sha256)
+        guard = guard.model_copy(update={"shares_prefixes": ready.sharing.is_on})
         record = RunRecord(
             id=run_id(folder.path, session.date), date=session.date, cwd=os.getcwd(), guard=guard, adapter_init=initial
         )

@@ -63,6 +63,7 @@ def summary_lines(ready: ReadyRun, plan: MemoryPlan | str) -> list[tuple[str, st
         ("lengths", _length_line(ready)),
         ("attention", ready.isolation.report),
         ("head", _head_line(ready.lm)),
+        *([("prefixes", ready.sharing.line)] if ready.sharing.line else []),
         ("steps", ready.feed.describe_steps()),
         *([("checkpoints", ready.form.line)] if ready.form.line else []),
         ("memory", _memory_line(plan, of_each)),

@@ -46,7 +46,8 @@ _KILLED = (
 def write_run_files(folder: RunFolder, ready: ReadyRun, record: RunRecord) -> None:
     """Write data_ledger.json, config.yaml, and run.json, which makes the folder a resumable run."""
     session = ready.session
-    write_text_atomic(folder.ledger, spell_sealed(ready.dataset.ledger_json(session.encoder, session.date)))
+    ledger = ready.dataset.ledger_json(session.encoder, session.date) | {"share_prefix": ready.sharing.to_json()}
+    write_text_atomic(folder.ledger, spell_sealed(ledger))
     write_text_atomic(folder.config, dump_yaml(session.config))
     record.write(folder.record)
 

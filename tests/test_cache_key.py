@@ -42,7 +42,7 @@ CHANGES: dict[str, Any] = {
 ALONE = {"system_prompts": ["Be kind."]}  # with which the keys below decide something
 CHANGES_OF_DRAWS: dict[str, Any] = {"system_prompt_share": 0.5, "empty_think_share": 0.5}
 CHANGES_NOTHING: dict[str, Any] = {"eval": ["b.jsonl"], "eval_split": 0.5, "max_refused": 0.5, "max_cut_replies": 0.5,
-                                   "workers": 3, "cache": True}  # fmt: skip
+                                   "workers": 3, "cache": True, "share_prefix": True}  # fmt: skip
 BY_FILES = {"train"}
 
 

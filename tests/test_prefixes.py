@@ -100,7 +100,7 @@ def test_samples_of_a_row_and_rows_with_one_prompt_come_together(tmp_path: Path)
     assert np.mean([len({(row - 1) % 8 for row in own}) for own in rows]) < 1.5
     computed = sum(prefixes.count(pack) for pack in packs)
     assert computed == plan.tokens_per_epoch < int(store.lengths.sum()) / 2.5
-    assert computed / (len(packs) * 1024) > 0.9
+    assert computed / (len(packs) * 1024) > 0.8  # four rows of about 190 tokens and their prompt
 
 
 def test_one_prompt_for_all_does_not_sort_the_rows(tmp_path: Path) -> None:

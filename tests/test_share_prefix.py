@@ -52,6 +52,7 @@ def test_auto_shares_where_rows_are_unrolled(run: Run, model_folder: Path, long_
     assert found["is_on"]
     assert found["ratio"] > 1.5
     assert "shared prefixes are computed once" in out
+    assert f"{found['ratio']:.2f} tokens for each computed" in (tmp_path / "auto" / "report.html").read_text()
     train(run, model_folder, long_chats, tmp_path / "off", *FLAGS, "--train.epochs", 1, "--data.share_prefix", "off",
           "--train.log_steps", 1)  # fmt: skip
     assert not shares(tmp_path / "off")["is_on"]
@@ -153,6 +154,19 @@ def test_a_model_whose_trees_are_not_exact_does_without(
     out = train(run, model_folder, long_chats, tmp_path / "run", *FLAGS, "--train.max_steps", 1)
     assert "not shared: prefix trees and single samples differ by" in out
     assert not shares(tmp_path / "run")["is_on"]
+
+
+def test_a_resumed_run_does_not_go_on_with_trees_that_are_not_exact(
+    run: Run, fails: Callable[..., TunesmithError], model_folder: Path, long_chats: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from test_tree import leaking
+
+    flags = (*FLAGS, "--train.max_steps", 2, "--optim.schedule", "constant")
+    train(run, model_folder, long_chats, tmp_path / "run", *flags)
+    monkeypatch.setattr("tunesmith.model.attention.attend_trees", leaking)
+    error = fails("resume", tmp_path / "run", "--train.max_steps", 4)
+    assert error.code == "prefixes-not-shared"
 
 
 def test_a_stream_cannot_share(fails: Callable[..., TunesmithError], model_folder: Path, long_chats: Path) -> None:

@@ -19,8 +19,10 @@ from tunesmith.preparation.cache import hash_data_file
 from tunesmith.preparation.labelled import LabelRules
 from tunesmith.sources.read import Sources
 
-_UNUSED = ("train", "eval", "eval_split", "max_refused", "max_cut_replies", "workers", "cache", "chat_template",
-           "template_kwargs", "system_prompts", "system_prompt_share", "empty_think_share")  # fmt: skip
+_UNUSED = (
+    "train", "eval", "eval_split", "max_refused", "max_cut_replies", "workers", "cache", "share_prefix",
+    "chat_template", "template_kwargs", "system_prompts", "system_prompt_share", "empty_think_share",
+)  # fmt: skip
 """Keys of `data` that decide no label, or that are compared by what they stand for."""
 _PACKAGES = ("tokenizers", "jinja2", "pyarrow", "openpyxl", "numpy")
 _LABELLING = ("config", "sources", "rows", "chat_template", "tokens", "encode", "data", "preparation")

@@ -67,6 +67,8 @@ def list_facts(run: RunRecords) -> Iterator[tuple[str, str]]:
         yield "steps", f"{last['step']:,} (epoch {format_value(last.get('epoch') or 0.0, 3)})"
         if last.get("tokens") is not None:
             yield "tokens", f"{last['tokens']:,.0f}, {last.get('supervised_tokens') or 0:,.0f} of them supervised"
+        if shared := describe_sharing(run.ledger.get("share_prefix")):
+            yield "shared prefixes", shared
         if last.get("router_loss") is not None:
             kind = run.config.train.router_loss
             yield "router loss", f"{format_value(last['router_loss'])} ({kind}: {ROUTER_LOSSES[kind]})"
@@ -81,6 +83,17 @@ def list_facts(run: RunRecords) -> Iterator[tuple[str, str]]:
     _, memory = run.series("memory_gb")
     if memory:
         yield "memory", f"{format_value(max(memory))} GB at the peak of a process"
+
+
+def describe_sharing(found: object) -> str:
+    """What data_ledger.json has of data.share_prefix; empty in runs of earlier versions."""
+    if not isinstance(found, dict):
+        return ""
+    if not found.get("is_on"):
+        reason = found.get("reason")
+        return f"not shared: {reason}" if isinstance(reason, str) and reason else ""
+    ratio = found.get("ratio")
+    return f"computed once: {ratio:.2f} tokens for each computed" if isinstance(ratio, int | float) else "computed once"
 
 
 def draw_charts(run: RunRecords) -> list[Markup]:

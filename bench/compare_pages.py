@@ -8,10 +8,14 @@ from typing import Any
 
 NAMES = {
     "ours": "tunesmith",
+    "ours-compiled": "tunesmith, train.compile",
     "trl-packed": "TRL, packed",
     "trl-padded": "TRL, padded",
     "trainer": "transformers Trainer, padded",
     "minimind": "MiniMind's trainer, padded",
+    "limit": "the rate of matrix products",
+    "prepare-ours": "preparation by tunesmith",
+    "prepare-trl": "preparation by TRL",
 }
 GOALS: tuple[tuple[str, str, str, float, str], ...] = (
     # case, engine, what, goal, words
@@ -29,7 +33,7 @@ def write_pages(folder: Path, found: dict[str, Any]) -> None:
     if "machine" not in found:
         return
     for name, key in (("lengths", "length"), ("sizes", "parameters")):
-        if rows := found.get(name):
+        if len(rows := found.get(name) or []) > 1:
             (folder / f"benchmark_{name}.svg").write_text(plot(rows, key), encoding="utf-8")
     (folder / "benchmark.md").write_text("\n".join(page(found)) + "\n", encoding="utf-8")
 
@@ -62,14 +66,42 @@ def page(found: dict[str, Any]) -> list[str]:
         lines += _case_lines(case)
     lines += _goal_lines(found)
     lines += _preparation_lines(found.get("prepare", []))
-    if found.get("lengths"):
+    if len(found.get("lengths", [])) > 1:
         lines += ["## Length of the documents", "", "26M parameters, all weights, 8,192 tokens a step.", "",
                   "![Tokens per second against the length of the documents](benchmark_lengths.svg)", ""]  # fmt: skip
-    if found.get("sizes"):
+    if len(found.get("sizes", [])) > 1:
         lines += ["## Size of the model", "", "All weights, 2,048 tokens a step (1,024 for the largest).", "",
                   "![Tokens per second against the number of parameters](benchmark_sizes.svg)", ""]  # fmt: skip
     lines += _difference_lines(found)
-    return lines[:-1] if lines[-1] == "" else lines
+    if failed := found.get("failed"):
+        lines += ["", "## Not measured", "", *(f"- {name}: {_escape(why)}" for name, why in failed.items())]
+    return lines
+
+
+def _escape(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def summary_of(found: dict[str, Any]) -> list[str]:
+    """One line a comparison, for the README."""
+    lines = []
+    for name, case in found.get("steps", {}).items():
+        engines = case["engines"]
+        words = [
+            f"{_ratio(one['ours_over_it'])}x {NAMES[engine]}" for engine, one in engines.items() if engine != "ours"
+        ]
+        if "share_of_limit" in engines.get("ours", {}):
+            words.append(f"{engines['ours']['share_of_limit']['median']:.0%} of the limit")
+        if "trl-packed" in engines:
+            share = engines["ours"]["peak_mb"] / engines["trl-packed"]["peak_mb"]
+            words.append(f"{share:.2f} of the memory of {NAMES['trl-packed']}")
+        lines.append(f"{name}: {', '.join(words)}")
+    for row in found.get("prepare", []):
+        if "ours_over_prepare-trl" in row:
+            lines.append(f"preparation, {row['workers']} processes: {_ratio(row['ours_over_prepare-trl'])}x TRL")
+    for words, goal, value, is_met in find_goals(found):
+        lines.append(f"goal: {words}: {value:.2f}, asked {goal:g}, {'met' if is_met else 'missed'}")
+    return lines
 
 
 def _ratio(value: dict[str, float]) -> str:
@@ -78,23 +110,28 @@ def _ratio(value: dict[str, float]) -> str:
 
 def _case_lines(case: dict[str, Any]) -> list[str]:
     what = "all weights" if case["method"] == "full" else "LoRA, rank 16, all linear layers"
+    rate = f"; matrix products at {case['gflops_per_s']['median']:,.0f} GFLOP/s" if "gflops_per_s" in case else ""
+    rounds = f"{case['rounds']} round{'s' if case['rounds'] != 1 else ''}"
     lines = [
         f"## {case['shape']}: {what}",
         "",
-        f"{case['parameters'] / 1e6:,.0f}M parameters, up to {case['tokens']:,} tokens a step, {case['rounds']} rounds; "
-        f"matrix products at {case['gflops_per_s']['median']:,.0f} GFLOP/s.",
+        f"{case['parameters'] / 1e6:,.0f}M parameters, up to {case['tokens']:,} tokens a step, {rounds}{rate}.",
         "",
-        "| | tokens/s | tunesmith is faster by | share of the limit | peak memory | first step after | tokens a step, supervised |",
+        "| | tokens/s | tunesmith is faster by | share of the limit | peak memory | first step after | tokens a step, "
+        "supervised |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for name, one in case["engines"].items():
         ratio = "" if name == "ours" else f"{_ratio(one['ours_over_it'])}x"
+        share = f"{one['share_of_limit']['median']:.0%}" if "share_of_limit" in one else ""
         lines.append(
             f"| {NAMES[name]} | {one['tokens_per_s']['median']:,.0f} | {ratio} | "
-            f"{one['share_of_limit']['median']:.0%} | {one['peak_mb']:,.0f} MB | "
+            f"{share} | {one['peak_mb']:,.0f} MB | "
             f"{one['first_step_s']:.1f} s ({one['imports_s']:.1f}) | "
             f"{one['tokens_per_step']:,.0f}, {one['targets_per_step']:,.0f} |"
         )
+    for name, why in case.get("failed", {}).items():
+        lines.append(f"| {NAMES[name]} | failed: {_escape(why)} | | | | | |")
     return [*lines, ""]
 
 
@@ -103,7 +140,7 @@ def find_goals(found: dict[str, Any]) -> list[tuple[str, float, float, bool]]:
     goals = []
     for case, engine, what, goal, words in GOALS:
         engines = found.get("steps", {}).get(case, {}).get("engines", {})
-        if engine not in engines:
+        if engine not in engines or what not in engines[engine]:
             continue
         if what == "peak_mb":
             value = engines["ours"][what] / engines[engine][what]
@@ -132,8 +169,9 @@ def _goal_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _preparation_lines(rows: list[dict[str, Any]]) -> list[str]:
-    if not rows:
+    if not any("prepare-ours" in row for row in rows):
         return []
+    rows = [row for row in rows if "prepare-ours" in row]
     lines = [
         "## Preparation of the data",
         "",
@@ -162,6 +200,8 @@ def _difference_lines(found: dict[str, Any]) -> list[str]:
     lines = ["## What differs between the tools", ""]
     for name, case in found.get("steps", {}).items():
         data = {engine: one["data"] for engine, one in case["engines"].items() if one["data"]}
+        if not data:
+            continue
         counts = "; ".join(
             f"{NAMES[engine]} {rows:,} rows, {tokens:,} tokens, {targets:,} supervised"
             for engine, (rows, tokens, targets) in data.items()
@@ -183,7 +223,7 @@ def plot(rows: list[dict[str, Any]], key: str) -> str:
     """Tokens per second, and memory below, over a logarithmic axis."""
     width, height, left, gap = 640, 200, 70, 70
     low, high = log10(rows[0][key]), log10(rows[-1][key])
-    engines = [name for name in ("ours", "trl-packed") if name in rows[0]]
+    engines = [name for name in ("ours", "trl-packed") if any(name in row for row in rows)]
 
     def across(value: float) -> float:
         return left + (log10(value) - low) / (high - low or 1) * (width - left - 40)
@@ -191,9 +231,8 @@ def plot(rows: list[dict[str, Any]], key: str) -> str:
     parts = []
     for place, (what, title) in enumerate((("tokens_per_s", "tokens per second"), ("peak_mb", "peak memory, MB"))):
         top = 30 + place * (height + gap)
-        values = {name: [_number(row[name][what]) for row in rows] for name in engines}
-        lowest = min(min(one) for one in values.values())
-        most = max(max(one) for one in values.values())
+        values = {name: [(row[key], _number(row[name][what])) for row in rows if name in row] for name in engines}
+        lowest, most = (choose(value for one in values.values() for _, value in one) for choose in (min, max))
         is_log = most > 20 * lowest
         parts.append(f'<text x="{left}" y="{top - 10}" class="title">{title}</text>')
         parts.append(f'<path d="M{left},{top} V{top + height} H{width - 20}" class="axis"/>')
@@ -203,8 +242,8 @@ def plot(rows: list[dict[str, Any]], key: str) -> str:
             )
         for name in engines:
             points = [
-                (across(row[key]), top + height * (1 - _share(value, lowest, most, is_log)), value)
-                for row, value in zip(rows, values[name], strict=True)
+                (across(at), top + height * (1 - _share(value, lowest, most, is_log)), value)
+                for at, value in values[name]
             ]
             parts.append(
                 f'<polyline points="{" ".join(f"{x:.0f},{y:.0f}" for x, y, _ in points)}" class="line {name}"/>'

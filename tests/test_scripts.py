@@ -27,7 +27,7 @@ from conftest import chat_row, save_folder, tiny_config, write_jsonl
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("bench", "bench/parity_trl", "docs", "scripts")
 SCRIPTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).iterdir() if path.suffix in (".py", ".sh"))
-MODULES = ("bench/compare_inputs.py", "bench/compare_limit.py", "bench/compare_pages.py",
+MODULES = ("bench/compare_inputs.py", "bench/compare_limit.py", "bench/compare_pages.py", "bench/compare_processes.py",
            "bench/damage.py", "bench/kept.py", "bench/minimind_checkout.py", "bench/minimind_runs.py",
            "bench/parity_trl/inputs.py")  # fmt: skip  # imported by other scripts
 ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}

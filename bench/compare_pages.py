@@ -98,7 +98,7 @@ def summary_of(found: dict[str, Any]) -> list[str]:
         lines.append(f"{name}: {', '.join(words)}")
     for row in found.get("prepare", []):
         if "ours_over_prepare-trl" in row:
-            lines.append(f"preparation, {row['workers']} processes: {_ratio(row['ours_over_prepare-trl'])}x TRL")
+            lines.append(f"preparation, {_processes(row['workers'])}: {_ratio(row['ours_over_prepare-trl'])}x TRL")
     for words, goal, value, is_met in find_goals(found):
         lines.append(f"goal: {words}: {value:.2f}, asked {goal:g}, {'met' if is_met else 'missed'}")
     return lines
@@ -106,6 +106,10 @@ def summary_of(found: dict[str, Any]) -> list[str]:
 
 def _ratio(value: dict[str, float]) -> str:
     return f"{value['median']:.2f} ({value['low']:.2f}-{value['high']:.2f})"
+
+
+def _processes(number: int) -> str:
+    return f"{number} process{'es' if number > 1 else ''}"
 
 
 def _case_lines(case: dict[str, Any]) -> list[str]:
@@ -151,7 +155,7 @@ def find_goals(found: dict[str, Any]) -> list[tuple[str, float, float, bool]]:
     prepared = [row for row in found.get("prepare", []) if "ours_over_prepare-trl" in row]
     if prepared:
         value = prepared[-1]["ours_over_prepare-trl"]["median"]
-        goals.append((f"rows/s over TRL's, {prepared[-1]['workers']} processes", 4.0, value, value >= 4.0))
+        goals.append((f"rows/s over TRL's, {_processes(prepared[-1]['workers'])}", 4.0, value, value >= 4.0))
     return goals
 
 
@@ -234,7 +238,8 @@ def plot(rows: list[dict[str, Any]], key: str) -> str:
         values = {name: [(row[key], _number(row[name][what])) for row in rows if name in row] for name in engines}
         lowest, most = (choose(value for one in values.values() for _, value in one) for choose in (min, max))
         is_log = most > 20 * lowest
-        parts.append(f'<text x="{left}" y="{top - 10}" class="title">{title}</text>')
+        scale = ", logarithmic" if is_log else ""
+        parts.append(f'<text x="{left}" y="{top - 10}" class="title">{title}{scale}</text>')
         parts.append(f'<path d="M{left},{top} V{top + height} H{width - 20}" class="axis"/>')
         for row in rows:
             parts.append(
@@ -264,6 +269,8 @@ def plot(rows: list[dict[str, Any]], key: str) -> str:
         ".line.trl-packed{stroke:#b4541a}circle.trl-packed,text.trl-packed{fill:#b4541a}"
     )
     label = "the length of the documents" if key == "length" else "the number of parameters"
+    below = "tokens of a document" if key == "length" else "parameters"
+    parts.append(f'<text x="{width - 20}" y="{2 * (height + gap)}" text-anchor="end">{below}</text>')
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {2 * (height + gap) + 10}" role="img" '
         f'aria-label="Tokens per second and peak memory against {label}"><style>{style}</style>'

@@ -217,7 +217,7 @@ def test_the_settings_of_the_error_start_the_run(
     model_folder: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_room(monkeypatch, 10 * 2.0**20)
-    monkeypatch.setattr("tunesmith.run.summary.process_memory", lambda: 0.0)  # a toy beside all that is imported
+    monkeypatch.setattr("tunesmith.run.summary.process_memory", lambda: (0.0, 0.0))  # a toy beside all that is imported
     large: dict[str, Any] = {"data.max_seq_len": 64, "train.micro_batch_tokens": 4096}
     many = tmp_path / "many.jsonl"
     many.write_text(chats.read_text(encoding="utf-8") * 20, encoding="utf-8")

@@ -90,6 +90,7 @@ class MemoryPlan:
         hidden: numbers that a layer hands to the next, of one token.
         accumulates: whether gradients are there while a forward's activations are.
         heap: bytes of the process for each byte that a step takes.
+        peak: of the process until now, as while it loaded its weights.
     """
 
     taken: float
@@ -108,6 +109,7 @@ class MemoryPlan:
     is_checkpointed: bool
     exchange: float = 0.0
     heap: float = 1.0
+    peak: float = 0.0
 
     def need(self) -> MemoryNeed:
         kept = self.kept.of(self.tokens, self.tokens * self.longest)
@@ -289,9 +291,10 @@ def heap_share(is_split: bool, is_checkpointed: bool) -> float:
     return _HEAP_OF_CHECKPOINTED if is_checkpointed else _HEAP_OF_SMALL
 
 
-def process_memory() -> float:
-    """Bytes of this process now; 0 where the system does not say."""
-    with contextlib.suppress(OSError, StopIteration, ValueError):
+def process_memory() -> tuple[float, float]:
+    """Bytes of this process now, and at most until now; 0 where the system does not say."""
+    with contextlib.suppress(OSError, KeyError, ValueError):
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return 1024.0 * int(next(line for line in lines if line.startswith("VmRSS:")).split()[1])
-    return 0.0
+        numbers = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Vm")}
+        return 1024.0 * int(numbers["VmRSS"]), 1024.0 * int(numbers["VmHWM"])
+    return 0.0, 0.0

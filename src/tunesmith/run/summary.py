@@ -105,7 +105,7 @@ def _memory_line(plan: MemoryPlan | str, of_each: str) -> str:
     if isinstance(plan, str):
         return plan
     need = plan.need()
-    return f"about {format_bytes(need.total)} at its peak{of_each}: {need.describe()}"
+    return f"about {format_bytes(max(need.total, plan.peak))} at its peak{of_each}: {need.describe()}"
 
 
 def cpu_lines(ready: ReadyRun, plan: MemoryPlan | str) -> list[tuple[str, str]]:
@@ -256,11 +256,12 @@ def plan_memory(ready: ReadyRun) -> MemoryPlan | str:
     is_cpu = device.type == "cpu"
     largest = max((parameter.numel() * parameter.element_size() for parameter in trained), default=0)
     is_half = precision.autocast is not None or precision.weights.itemsize == 2
+    taken, peak = process_memory()
     accumulates = train.grad_accum_steps > session.world.size or not lm.is_packed
     tokens, longest, share = plan_forward(ready)
     config = lm.model.config.get_text_config()
     return MemoryPlan(
-        taken=max(process_memory(), weights) if is_cpu else weights,
+        taken=max(taken, weights) if is_cpu else weights,
         weights=weights,
         gradients=gradients,
         averages=averages,
@@ -276,6 +277,7 @@ def plan_memory(ready: ReadyRun) -> MemoryPlan | str:
         is_checkpointed=train.gradient_checkpointing,
         exchange=2 * min(gradients, max(largest, _BUCKET_BYTES)) if session.world.size > 1 else 0.0,
         heap=heap_share(session.is_adapter or is_half or accumulates, train.gradient_checkpointing) if is_cpu else 1.0,
+        peak=peak if is_cpu else 0.0,
     )
 
 

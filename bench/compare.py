@@ -65,8 +65,8 @@ class Case:
 
 
 CASES = (
-    Case("26m", "full", ("ours", "trl-packed", "trl-padded", "trainer", "ours-compiled"), 12, 4.5),
-    Case("26m", "lora", ("ours", "trl-packed"), 12, 2.0),
+    Case("26m", "full", ("ours", "trl-packed", "trl-padded", "trainer", "ours-auto", "ours-compiled"), 12, 4.5),
+    Case("26m", "lora", ("ours", "trl-packed", "ours-auto"), 12, 2.0),
     Case("qwen2.5-0.5b-4-layers", "full", ("ours", "trl-packed"), 6, 3.5),
     Case("qwen2.5-0.5b-4-layers", "lora", ("ours", "trl-packed"), 6, 3.0),
     Case("minimind", "full", ("ours", "minimind"), 6, 2.0),
@@ -324,7 +324,7 @@ def main() -> None:
         "--only", default="", metavar="TEXT", help="cases of `steps` with TEXT in their name, as `26m lora`"
     )
     parser.add_argument(
-        "--engines", nargs="+", metavar="NAME", help="trl-packed, trl-padded, trainer, minimind, ours-compiled, prepare-trl; default: all"
+        "--engines", nargs="+", metavar="NAME", help="trl-packed, trl-padded, trainer, minimind, ours-auto, ours-compiled, prepare-trl; default: all"
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, help="rounds of `steps`; default: 4 to 12, more where steps are short")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: all cores")

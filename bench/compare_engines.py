@@ -67,7 +67,7 @@ class Turns:
         os._exit(0)  # without the end of the run, which saves the model
 
 
-def train_ours(task: Task, turns: Callable[[], Turns], compiles: bool = False) -> None:
+def train_ours(task: Task, turns: Callable[[], Turns], compiles: bool = False, precision: str = "fp32") -> None:
     """`tunesmith train`, with a reporter that waits after each step."""
     from tunesmith.config.schema import RunConfig
     from tunesmith.data.store import open_store
@@ -105,7 +105,7 @@ def train_ours(task: Task, turns: Callable[[], Turns], compiles: bool = False) -
         "data": {"train": [task.rows], "max_seq_len": task.max_seq_len, "workers": task.workers or "auto"},
         "optim": {"lr": task.lr, "schedule": "constant", "warmup_ratio": 0.0},
         "train": {"output_dir": str(output), "max_steps": task.steps, "micro_batch_tokens": task.tokens,
-                  "precision": "fp32", "log_steps": 1, "seed": task.seed, "compile": compiles},
+                  "precision": precision, "log_steps": 1, "seed": task.seed, "compile": compiles},
     }  # fmt: skip
     if task.method == "lora":
         sections["lora"] = {"kind": "lora", "rank": task.lora_rank}
@@ -356,6 +356,7 @@ def _import_model(task: Task) -> None:
 
 ENGINES: dict[str, Callable[[Task, Callable[[], Turns]], None]] = {
     "ours": train_ours,
+    "ours-auto": lambda task, turns: train_ours(task, turns, precision="auto"),
     "ours-compiled": lambda task, turns: train_ours(task, turns, compiles=True),
     "trl-packed": lambda task, turns: train_trl(task, turns, packing=True),
     "trl-padded": lambda task, turns: train_trl(task, turns, packing=False),

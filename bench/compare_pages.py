@@ -8,6 +8,7 @@ from typing import Any
 
 NAMES = {
     "ours": "tunesmith",
+    "ours-auto": "tunesmith, train.precision auto",
     "ours-compiled": "tunesmith, train.compile",
     "trl-packed": "TRL, packed",
     "trl-padded": "TRL, padded",
@@ -214,7 +215,8 @@ def _difference_lines(found: dict[str, Any]) -> list[str]:
     lines += [
         "- TRL trains on the newline after the stop token, tunesmith does not; each packs in its own order, so a step of "
         "one has a few tokens more than one of the other, which tokens/s accounts for.",
-        "- Precision and threads are the same. TRL checkpoints activations by default; that is switched off here. "
+        "- Threads are the same, and so is the precision, but for the row with auto (bf16 where the CPU has instructions "
+        "for it). TRL checkpoints activations by default; that is switched off here. "
         "Its default loss computes the head on supervised tokens alone.",
         "- MiniMind's trainer pads every row to 768 tokens (its default), adds a system prompt to a fifth of the rows, and "
         "has its own learning rate schedule; the model is of its class, saved for tunesmith in transformers' form.",

@@ -152,10 +152,11 @@ def train_to_end(ready: ReadyRun, trainer: Trainer) -> None:
     try:
         reporter.begin(ready.feed.total_steps, trainer.progress.step, epochs)
         _defer_signals(ready, trainer)
-        is_on_cpu = ready.session.device.type == "cpu"
+        # checkpointing is set to save memory, and kept memory in pieces would take more than it saves
+        keeps_freed = ready.session.device.type == "cpu" and not train.gradient_checkpointing
         with (
             _watching(ready, trainer) if world.is_main else contextlib.nullcontext(),
-            freed_memory_kept() if is_on_cpu else contextlib.nullcontext(),
+            freed_memory_kept() if keeps_freed else contextlib.nullcontext(),
         ):
             trainer.train()
     except BaseException:

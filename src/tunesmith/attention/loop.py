@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 QUERY_BLOCK = 1024  # queries per block where scores are computed explicitly
+HALVES = (torch.bfloat16, torch.float16)
+SHORT = 512  # tokens; below, a CPU's kernel in half precision is slower than that in float32, up to 3 times
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +47,22 @@ def attend_documents(query: Tensor, key: Tensor, value: Tensor, lens: list[int],
         elif window:
             outputs.append(_attend_in_window(q, k, v, window, options))
         else:
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    q, k, v, is_causal=True, scale=options.scale, dropout_p=options.dropout,
-                    enable_gqa=q.shape[1] != k.shape[1],
-                )
-            )  # fmt: skip
+            outputs.append(_attend_before(q, k, v, options))
     return torch.cat(outputs, 2)
+
+
+def _attend_before(q: Tensor, k: Tensor, v: Tensor, options: LayerOptions) -> Tensor:
+    """Attention of all tokens to themselves and those before them, in the dtype of autocast if that is on."""
+    device, dtype = q.device.type, q.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    is_short = device == "cpu" and dtype in HALVES and q.shape[2] < SHORT
+    with torch.autocast(device, enabled=False) if is_short else nullcontext():
+        output = F.scaled_dot_product_attention(
+            *((q.float(), k.float(), v.float()) if is_short else (q, k, v)), is_causal=True, scale=options.scale,
+            dropout_p=options.dropout, enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+    return output.to(dtype) if is_short else output
 
 
 def band(start: int, stop: int, first_key: int, window: int | None, device: torch.device) -> Tensor:

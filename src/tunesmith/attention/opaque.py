@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tunesmith.attention.loop import QUERY_BLOCK, LayerOptions, attend_documents, band, window_blocks
+from tunesmith.attention.loop import HALVES, QUERY_BLOCK, SHORT, LayerOptions, attend_documents, band, window_blocks
 
 _aten = torch.ops.aten
 
@@ -39,6 +39,16 @@ def _pieces(sizes: Tensor, window: int) -> Iterator[tuple[slice, slice, Tensor |
         begin += length
 
 
+def _as_in_loop(mask: Tensor | None, *tensors: Tensor) -> list[Tensor]:
+    """Queries, keys and values of one call, in the dtype that the loop computes in."""
+    is_short = mask is None and tensors[0].dtype in HALVES and tensors[0].shape[2] < SHORT
+    return [tensor.float() for tensor in tensors] if is_short else list(tensors)
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
 def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
     return None if mask is None else torch.zeros_like(mask, dtype=like.dtype).masked_fill_(~mask, -math.inf)
 
@@ -47,22 +57,22 @@ def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, sizes: Tensor, scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
-    """The attention, and the logarithm of each query's sum, one kernel call after the other."""
+    """The attention, not rounded to half precision where the kernel's is not, and the logarithm of each query's sum."""
     outputs, log_sums = [], []
     for queries, keys, mask in _pieces(sizes, window):
-        q, k, v = query[:, :, queries], key[:, :, keys], value[:, :, keys]
+        q, k, v = _as_in_loop(mask, query[:, :, queries], key[:, :, keys], value[:, :, keys])
         output, log_sum = _aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, mask is None, attn_mask=_additive(mask, q), scale=scale
         )
-        outputs.append(output)
+        outputs.append(output.to(_exact(query.dtype)))
         log_sums.append(log_sum)
     return torch.cat(outputs, 2).contiguous(), torch.cat(log_sums, 2)
 
 
 @_attend.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, sizes: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
-    log_dtype = torch.promote_types(query.dtype, torch.float32)
-    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=log_dtype)
+    dtype = _exact(query.dtype)
+    return query.new_empty(query.shape, dtype=dtype), query.new_empty(query.shape[:3], dtype=dtype)
 
 
 @torch.library.custom_op("tunesmith::attend_documents_backward", mutates_args=())
@@ -72,11 +82,11 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     d_query, d_key, d_value = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
     for queries, keys, mask in _pieces(sizes, window):
-        q, k, v = query[:, :, queries], key[:, :, keys], value[:, :, keys]
+        q, k, v = _as_in_loop(mask, query[:, :, queries], key[:, :, keys], value[:, :, keys])
+        d_output, o = (tensor[:, :, queries].to(q.dtype) for tensor in (grad, output))
         d_q, d_k, d_v = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad[:, :, queries], q, k, v, output[:, :, queries], log_sums[:, :, queries], 0.0, mask is None,
-            attn_mask=_additive(mask, q), scale=scale,
-        )  # fmt: skip
+            d_output, q, k, v, o, log_sums[:, :, queries], 0.0, mask is None, attn_mask=_additive(mask, q), scale=scale
+        )
         d_query[:, :, queries] = d_q
         d_key[:, :, keys] += d_k  # of a window, keys belong to two blocks
         d_value[:, :, keys] += d_v
@@ -114,7 +124,7 @@ def attend_documents_opaque(
         sizes: int64 on the CPU, tokens of each document, then zeros.
     """
     output: Tensor = _attend(query, key, value, sizes, scale, window or 0)[0]
-    return output
+    return output.to(query.dtype)
 
 
 @torch.library.custom_op("tunesmith::attend_by_hand", mutates_args=())
@@ -124,7 +134,7 @@ def _by_hand(
 ) -> Tensor:  # fmt: skip
     """Zeros for the window and softcap: none."""
     options = LayerOptions(scale, window=window or None, softcap=softcap or None, sinks=sinks)
-    is_half = query.dtype in (torch.float16, torch.bfloat16)
+    is_half = query.dtype in HALVES
     with torch.autocast(query.device.type, query.dtype if is_half else None, enabled=is_half):  # softmax in float32
         return attend_documents(query, key, value, _lens(sizes), options).contiguous()
 

@@ -71,7 +71,7 @@ class TrainSection(Section):
     resume: bool = False
     """Continue the run in output_dir if it has begun, instead of refusing: for launchers that start a command again."""
     compile: bool = False
-    """torch.compile the model; worth it only for long GPU runs."""
+    """torch.compile each block of the model at the start, which takes about a minute; for long runs."""
     deterministic: bool = False
     """Use only deterministic kernels (slower on a GPU; the CPU path is always deterministic)."""
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from tunesmith.distributed.blocks import find_blocks
 from tunesmith.distributed.held import Held, shard_rows
 from tunesmith.distributed.shards import Shard, StoredTensor
 from tunesmith.distributed.spread import Spread
@@ -85,16 +86,6 @@ class Sharded(Spread):
             yield
         finally:
             root.reshard()
-
-
-def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a transformer, by the classes that transformers names as not to be split."""
-    names: Any = getattr(model, "_no_split_modules", None) or ()
-    found = [module for module in model.modules() if type(module).__name__ in set(names)]
-    if found:
-        return found
-    lists: list[list[nn.Module]] = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=len, default=[])
 
 
 def move_buffers(lm: nn.Module, device: torch.device) -> None:

@@ -19,6 +19,7 @@ from tunesmith.config.schema import LoraSection, ModelSection, is_dropout
 from tunesmith.data.dataset import NOT_SHARED, Dataset, DataSources, StoreHashes, build_feed, find_sharing, open_dataset
 from tunesmith.data.feed import StepFeed
 from tunesmith.data.ledger import Ledger
+from tunesmith.distributed.blocks import compile_blocks
 from tunesmith.distributed.held import part_of
 from tunesmith.distributed.load import load_from_shards, load_held, release_memory
 from tunesmith.errors import ModelError, TunesmithError
@@ -317,7 +318,7 @@ def wrap(
                 code="checkpointing-unsupported",
             ) from None
     if config.train.compile:
-        model.get_decoder().compile(dynamic=True)
+        compile_blocks(model)
     return isolation, trees, lm
 
 

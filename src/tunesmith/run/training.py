@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from tunesmith.config.runfile import dump_yaml
 from tunesmith.config.train_keys import parse_steps
+from tunesmith.distributed.blocks import compile_now
 from tunesmith.distributed.channel import LEFT, Failure, do_nothing
 from tunesmith.distributed.choose import build_spread
 from tunesmith.distributed.processes import Processes
@@ -70,6 +71,8 @@ def build_trainer(
     config, folder = session.config, session.folder
     questions = choose_questions(ready)
     spread, precision = spread_model(ready)
+    if config.train.compile:
+        compile_model(ready, spread, precision)
     optimizer = spread.attach(lm, build_optimizer(lm.model, config.optim, config.lora.lr_ratio))
     scaler = precision.scaler(session.device)
     steps = config.train.profile_steps
@@ -119,6 +122,17 @@ def spread_model(ready: ReadyRun) -> tuple[Spread, Precision]:
     )
     spread.prepare(ready.lm)
     return spread, replace(precision, autocast=None) if spread.name == "fsdp" else precision  # fsdp casts by itself
+
+
+def compile_model(ready: ReadyRun, spread: Spread, precision: Precision) -> None:
+    """Compile the model's blocks now rather than in the first step, on a batch that depends on the config alone."""
+    session, lengths = ready.session, ready.session.lengths
+    session.reporter.stage("compiling the model's blocks (torch.compile), which may take a minute")
+    longest = min(lengths.max_seq_len, lengths.capacity)
+    number = lengths.capacity // longest if ready.lm.is_packed else 1
+    lens = [longest] * (number - 1) + [longest - (number * longest + 1) % 2]
+    seconds = compile_now(ready.lm, spread, precision.context(session.device), lens)
+    session.reporter.note(f"torch.compile: the model's blocks were compiled in {seconds:.0f} s")
 
 
 def choose_questions(ready: ReadyRun) -> HeldOutQuestions | None:

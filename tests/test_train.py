@@ -225,6 +225,7 @@ def test_compile_and_gradient_checkpointing_give_the_same_losses(
 ) -> None:
     from torch._dynamo.utils import counters
 
+    torch._dynamo.reset()  # of what earlier tests compiled
     counters.clear()
     for name, flags in (
         ("plain", ()),

@@ -23,8 +23,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compare import Engine, spread
+from compare import spread
 from compare_inputs import Task, read_pairs, write_model
+from compare_processes import Engine
 
 HERE = Path(__file__).resolve().parent
 TURNS = {"alpaca": 1, "chats of three turns": 3}

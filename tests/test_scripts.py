@@ -251,6 +251,20 @@ def test_precision_curve_compares_losses(script: Script) -> None:
     assert "largest difference 0." in printed
 
 
+def test_the_step_on_a_gpu(script: Script, tmp_path: Path) -> None:
+    """What it compares, on a CPU, where no kernel is used; speed with TUNESMITH_LONG=1."""
+    stages = ("equal", "speed") if "TUNESMITH_LONG" in os.environ else ("equal",)
+    words = ("--device", "cpu", "--smallest", "--stages", *stages, "--output", tmp_path / "found.json")
+    found = json.loads(script("bench/gpu_step.py", *words))
+    assert found == json.loads((tmp_path / "found.json").read_text())
+    assert found["equal"]["is_equal"]
+    assert found["equal"]["reading"] == {"is_equal": True, "steps": 20}
+    assert {kernel["kernel"] for kernel in found["equal"]["kernels"]} == {"varlen", "flex"}
+    for case in found.get("speed", {}).values():
+        assert case["eager"]["share_of_matmul_rate"] > 0
+        assert case["eager"]["profile"]["operations"] > 0
+
+
 def test_real_data_26m_takes_flags_of_train(shared: Path, tmp_path: Path) -> None:
     small = ["--model.config.hidden_size", 32, "--model.config.num_hidden_layers", 1, "--model.config.head_dim", 8,
              "--model.config.intermediate_size", 64, "--train.max_steps", 2]  # fmt: skip

@@ -156,16 +156,17 @@ def test_a_model_whose_trees_are_not_exact_does_without(
     assert not shares(tmp_path / "run")["is_on"]
 
 
+@pytest.mark.parametrize("more", [(), ("--data.share_prefix", "on")], ids=["auto", "what auto had chosen"])
 def test_a_resumed_run_does_not_go_on_with_trees_that_are_not_exact(
     run: Run, fails: Callable[..., TunesmithError], model_folder: Path, long_chats: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...],
 ) -> None:  # fmt: skip
     from test_tree import leaking
 
     flags = (*FLAGS, "--train.max_steps", 2, "--optim.schedule", "constant")
     train(run, model_folder, long_chats, tmp_path / "run", *flags)
     monkeypatch.setattr("tunesmith.model.attention.attend_trees", leaking)
-    error = fails("resume", tmp_path / "run", "--train.max_steps", 4)
+    error = fails("resume", tmp_path / "run", "--train.max_steps", 4, *more)
     assert error.code == "prefixes-not-shared"
 
 

@@ -246,6 +246,31 @@ def test_a_row_may_train_what_its_samples_share_once(seed: int, tmp_path: Path) 
     assert sorted(batch.targets.tolist()) == sorted(path[-1] for _, path in wanted)
 
 
+def test_a_sample_that_a_mix_takes_twice_trains_twice(tmp_path: Path) -> None:
+    store = store_of(tmp_path, 0)
+    samples = np.arange(len(store))
+    once = build_tree_batch(store, samples, row_ids=store.row_ids)
+    twice = build_tree_batch(store, np.concatenate([samples, samples[::-1]]), row_ids=store.row_ids)
+    assert twice.num_tokens == once.num_tokens
+    assert sorted(twice.targets.tolist()) == sorted(2 * once.targets.tolist())
+
+
+def test_half_precision_keeps_what_many_samples_add_to_a_prefix() -> None:
+    """Gradients of keys and values of a prefix that hundreds of samples share."""
+    rng = np.random.default_rng(0)
+    prefix = rng.integers(0, 1000, 32)
+    tree = build_tree([np.concatenate([prefix, rng.integers(0, 1000, 4)]) for _ in range(400)]).layout
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, 2, sum(tree.lens), 16) for _ in range(3)]
+    found = {}
+    for dtype in (torch.float64, torch.bfloat16):
+        leaves = [tensor.bfloat16().to(dtype).requires_grad_() for tensor in tensors]
+        attend_trees(*leaves, tree, LayerOptions(0.25)).sum().backward()
+        found[dtype] = [leaf.grad[:, :, :32].double() for leaf in leaves[1:] if leaf.grad is not None]
+    for exact, half in zip(found[torch.float64], found[torch.bfloat16], strict=True):
+        assert (half - exact).norm() < 0.01 * exact.norm()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_check_at_start_knows_trees(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model(tiny_config(name)).eval()

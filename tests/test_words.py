@@ -197,3 +197,52 @@ def test_a_full_cache_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
         if encoder.takes(text):
             assert encoder.encode([text, "", text])[2].tolist() == backend.encode(text).ids
             assert len(encoder._words) < 130
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "added", "text"),
+    [
+        (normalizers.NFC(), "cafe\u0301", "a caf\u00e9 b"),
+        (normalizers.NFKC(), "\ufb01x", "a fix b"),
+        (normalizers.NFKC(), "\uff1cx\uff1e", "a <x> b"),
+    ],
+)
+def test_added_tokens_are_searched_for_as_normalized(normalizer: Any, added: str, text: str) -> None:
+    backend = make(["gpt2"], normalizer)
+    backend.add_tokens([AddedToken(added, normalized=True)])
+    assert backend.token_to_id(added) in backend.encode(text).ids
+    encoder = WordEncoder.of(backend)
+    assert encoder is not None
+    assert not encoder.takes(text)
+    assert compare(backend, [text, "a b"]) == 1
+
+
+@pytest.mark.parametrize("pattern", ["(?i:ss|the)", "(?i:cla(?:s)s)", "(?i:s{2})", "(?i:as+)"])
+def test_sharp_s_is_two_letters_to_one_engine_alone(pattern: str) -> None:
+    encoder = WordEncoder.of(make([pattern, "gpt2"]))
+    assert encoder is None or not encoder.takes("\u00df")
+    assert WordEncoder.of(make(PATTERNS["o200k"])).takes("\u00df")  # type: ignore[union-attr]
+
+
+class _OfPython:
+    """A part of a tokenizer that is written in Python."""
+
+    def pre_tokenize(self, text: Any) -> None:
+        pass
+
+    def normalize(self, text: Any) -> None:
+        text.lowercase()
+
+
+def test_tokenizers_that_cannot_be_read_or_probed() -> None:
+    backend = make(["gpt2"])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([])
+    assert WordEncoder.of(backend) is None
+    backend.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(_OfPython())
+    assert WordEncoder.of(backend) is None
+    backend = make(["gpt2"])
+    backend.normalizer = normalizers.Normalizer.custom(_OfPython())
+    assert WordEncoder.of(backend) is None
+    few = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")], unk_token="?"))  # fails at any other letter
+    few.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert WordEncoder.of(few) is None

@@ -86,8 +86,8 @@ class _TreeAttention(torch.autograd.Function):
         groups = query.shape[1] // key.shape[1]
         q, k, v = _grouped(query, groups), key.expand(groups, -1, -1, -1), value.expand(groups, -1, -1, -1)
         g, out = _grouped(grad, groups), _grouped(output, groups)
-        d_query = torch.empty_like(query)
-        d_key, d_value = torch.zeros_like(key), torch.zeros_like(value)
+        # a prefix sums what many strands add to it: in half precision the later ones would be lost
+        d_query, d_key, d_value = (torch.zeros_like(one, dtype=_sum_dtype(one)) for one in (query, key, value))
         d_q, start = _grouped(d_query, groups), 0
         for length, path in zip(ctx.tree.lens, ctx.paths, strict=True):
             own = slice(start, start + length)
@@ -97,13 +97,10 @@ class _TreeAttention(torch.autograd.Function):
                     g[:, :, own], q[:, :, own], k[:, :, seen], v[:, :, seen], out[:, :, own], log_sums[:, :, own],
                     0.0, seen is own, scale=ctx.scale,
                 )  # fmt: skip
-                if seen is own:
-                    d_q[:, :, own] = of_q
-                else:
-                    d_q[:, :, own] += of_q
-                d_key[:, :, seen] += of_k.sum(0)
-                d_value[:, :, seen] += of_v.sum(0)
-        return d_query, d_key, d_value, None, None
+                d_q[:, :, own] += of_q
+                d_key[:, :, seen] += of_k.sum(0, dtype=d_key.dtype)
+                d_value[:, :, seen] += of_v.sum(0, dtype=d_value.dtype)
+        return d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(value.dtype), None, None
 
 
 def _grouped(tensor: Tensor, groups: int) -> Tensor:

@@ -102,7 +102,8 @@ def build_tree_batch(
     """Join samples, given by their numbers, into one batch of prefix trees. Its loss is that of `build_batch`.
 
     Args:
-        row_ids: of each sample of the store; the samples of a row then train a token that they share once.
+        row_ids: of each sample of the store; the samples of a row then train a token that they share once. A sample
+            that is in the pack several times, as a mix may take it, trains its tokens as often.
     """
     documents = [store[int(index)] for index in samples]
     joined = build_tree([document.input_ids for document in documents])
@@ -114,8 +115,8 @@ def build_tree_batch(
         owners.append(np.full(len(trained), owner))
     targets, target_at, sample = np.concatenate(own), np.concatenate(before), np.concatenate(owners)
     if row_ids is not None:
-        rows = row_ids[np.asarray(samples)][sample]
-        kept = np.unique(np.stack([rows, targets]), axis=1, return_index=True)[1]
+        rows, times = row_ids[np.asarray(samples)][sample], _count_before(samples)[sample]
+        kept = np.unique(np.stack([rows, times, targets]), axis=1, return_index=True)[1]
         targets, target_at, sample = targets[kept], target_at[kept], sample[kept]
     order = np.lexsort((sample, targets, target_at))
     targets, target_at, sample = targets[order], target_at[order], sample[order]
@@ -125,3 +126,17 @@ def build_tree_batch(
         return batch
     sources = mix.source_of[np.asarray(samples)].astype(np.int64)[sample]
     return replace(batch, sources=sources, num_sources=mix.size)
+
+
+def _count_before(samples: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """How often each sample is in the list before this place.
+
+    >>> _count_before([4, 7, 4, 4]).tolist()
+    [0, 0, 1, 2]
+    """
+    numbers = np.asarray(samples)
+    order = np.argsort(numbers, kind="stable")
+    first = np.searchsorted(numbers[order], numbers[order])
+    counts = np.empty(len(numbers), np.int64)
+    counts[order] = np.arange(len(numbers)) - first
+    return counts

@@ -120,9 +120,9 @@ def _resume(
 
 
 def keeps_sharing(config: RunConfig, before: Fingerprint) -> bool | None:
-    """Whether the run computes shared prefixes once, as it began; None where data.share_prefix has changed."""
-    was = before.config.get("data", {}).get("share_prefix", "auto")
-    return before.shares_prefixes if was == config.data.share_prefix else None
+    """Whether the run computes shared prefixes once, as it began; None where data.share_prefix asks for another way."""
+    was, now = before.config.get("data", {}).get("share_prefix", "auto"), config.data.share_prefix
+    return before.shares_prefixes if now in (was, before.shares_prefixes) else None
 
 
 def _choose_checkpoint(folder: RunFolder, name: str, reporter: Reporter, verified: str) -> str:

@@ -189,3 +189,15 @@ def test_steps_continue_from_any_place_in_any_number_of_processes(tmp_path: Path
     shares = [next(feed.steps(steps[9].place, rank, size)).batches for rank in range(size)]
     found = [batch.input_ids.tolist() for share in shares for batch in share if not batch.is_empty]
     assert sorted(found) == sorted(batch.input_ids.tolist() for batch in steps[10].batches)
+
+
+def test_copies_of_a_sample_in_a_mix_do_not_come_together(tmp_path: Path) -> None:
+    """As a source with 3 epochs has them: they would be one update of three times the weight."""
+    store = store_with_prompts(tmp_path, prompts=4, rows=100, turns=3)
+    samples = np.random.default_rng(0).permutation(np.repeat(np.arange(len(store)), 3))
+    packer = TreePacker(prefixes_of(store), 1024)
+    packs = packer.pack(samples)
+    assert len(packs) == packer.count(samples)
+    assert sorted(np.concatenate(packs)) == sorted(samples)
+    together = sum(len(pack) - len(np.unique(pack)) for pack in packs)
+    assert together < 0.2 * len(samples)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from tunesmith.data.store import TokenStore
 from tunesmith.plans.mix import Mix
-from tunesmith.plans.tree import Tree, build_tree
+from tunesmith.plans.tree import Tree, build_tree, count_before
 
 
 class Documents:
@@ -115,7 +115,7 @@ def build_tree_batch(
         owners.append(np.full(len(trained), owner))
     targets, target_at, sample = np.concatenate(own), np.concatenate(before), np.concatenate(owners)
     if row_ids is not None:
-        rows, times = row_ids[np.asarray(samples)][sample], _count_before(samples)[sample]
+        rows, times = row_ids[np.asarray(samples)][sample], count_before(np.asarray(samples))[sample]
         kept = np.unique(np.stack([rows, times, targets]), axis=1, return_index=True)[1]
         targets, target_at, sample = targets[kept], target_at[kept], sample[kept]
     order = np.lexsort((sample, targets, target_at))
@@ -126,17 +126,3 @@ def build_tree_batch(
         return batch
     sources = mix.source_of[np.asarray(samples)].astype(np.int64)[sample]
     return replace(batch, sources=sources, num_sources=mix.size)
-
-
-def _count_before(samples: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """How often each sample is in the list before this place.
-
-    >>> _count_before([4, 7, 4, 4]).tolist()
-    [0, 0, 1, 2]
-    """
-    numbers = np.asarray(samples)
-    order = np.argsort(numbers, kind="stable")
-    first = np.searchsorted(numbers[order], numbers[order])
-    counts = np.empty(len(numbers), np.int64)
-    counts[order] = np.arange(len(numbers)) - first
-    return counts

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from tunesmith.plans.packing import count_packs, pack_lengths, too_long
 from tunesmith.plans.prefixes import Prefixes
+from tunesmith.plans.tree import count_before
 
 Numbers = npt.NDArray[np.int64]
 MIN_GROUPED = 32  # shorter prefixes are shared where samples meet, but do not bring them together
@@ -70,7 +71,8 @@ class TreePacker:
 
     Samples with a common prefix make a family; families are within families. From the innermost on, a family that fits
     into a pack stays whole; a larger one is packed, each pack with the common prefix once. What the families are in
-    the end is packed as samples are.
+    the end is packed as samples are. Copies of a sample, as a mix may have them in a window, are packed as if they
+    shared nothing: together they would be one update of several times the weight.
     """
 
     def __init__(self, prefixes: Prefixes, capacity: int) -> None:
@@ -96,10 +98,19 @@ class TreePacker:
         lengths = self._prefixes.lengths[samples]
         if len(samples) and int(lengths.max()) > self.capacity:
             raise too_long(int(lengths.max()), self.capacity)
-        places, shared = self._prefixes.sort(samples)
+        times = count_before(samples)
+        items = []
+        for time in range(int(times.max()) + 1 if len(times) else 0):
+            items += self._families(samples, np.flatnonzero(times == time))
+        return sorted(items)
+
+    def _families(self, samples: Numbers, own: Numbers) -> list[tuple[list[int], int]]:
+        """The items of the samples at these places, of which none is there twice."""
+        order, shared = self._prefixes.sort(samples[own])
+        places, lengths = own[order], self._prefixes.lengths[samples[own[order]]]
         root = _Family(0, 0, [])
         open_families = [root]
-        for place, length, common in zip(places.tolist(), lengths[places].tolist(), shared.tolist(), strict=True):
+        for place, length, common in zip(places.tolist(), lengths.tolist(), shared.tolist(), strict=True):
             self._close(open_families, common)
             family = open_families[-1]
             if common >= family.depth + MIN_GROUPED:  # with the sample before it, or the family it is in
@@ -107,7 +118,7 @@ class TreePacker:
                 open_families.append(family)
             family.items.append(([place], length))
         self._close(open_families, -MIN_GROUPED)
-        return sorted(root.items)
+        return root.items
 
     def _close(self, families: list[_Family], common: int) -> None:
         """Close the families that share more than `common` tokens."""

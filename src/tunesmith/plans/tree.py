@@ -177,3 +177,16 @@ def _preorder(lens: list[int], anchors: list[tuple[int, int]]) -> tuple[list[int
         starts[strand], end = end, end + lens[strand]
         waiting += sorted(children.get(strand, []), key=lambda child: anchors[child][1])
     return order, starts
+
+
+def count_before(numbers: Ids) -> Ids:
+    """How often each number is there before its place.
+
+    >>> count_before(np.array([4, 7, 4, 4]))
+    array([0, 0, 1, 2])
+    """
+    order = np.argsort(numbers, kind="stable")
+    first = np.searchsorted(numbers[order], numbers[order])
+    counts = np.empty(len(numbers), np.int64)
+    counts[order] = np.arange(len(numbers)) - first
+    return counts

@@ -13,12 +13,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._dynamo.utils import counters
+from transformers import DeepseekV3Config
 
 from conftest import build_model, killed_after, tiny_config
 from tunesmith.adapters.fused import fuse_lora
 from tunesmith.distributed import blocks
 from tunesmith.distributed.blocks import compile_blocks, compile_now, find_blocks
 from tunesmith.distributed.spread import Spread
+from tunesmith.layers import products
 from tunesmith.model.isolation import use_packed_attention
 from tunesmith.model.loss import SupervisedLM, supervised_loss
 
@@ -80,6 +82,50 @@ def test_gradients_of_compiled_blocks(name: str, is_adapted: bool, recomputes: b
             assert torch.allclose(found[key], tensor, rtol=0, atol=1e-8), key  # norms compute in fp32
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
+
+
+def test_values_narrower_than_keys(tracer: None) -> None:
+    """Multi-head latent attention."""
+    config = DeepseekV3Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, intermediate_size=48,
+        kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6, vocab_size=400,
+        first_k_dense_replace=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = build_model(config, torch.float64)
+    use_packed_attention(model)
+    plain = SupervisedLM(model, True, "decoder").train()
+    lm = copy.deepcopy(plain)
+    compile_blocks(lm.model)
+    compile_now(lm, Spread(), nullcontext(), [7, 6])
+    wanted, found = gradients(plain, [5, 9, 11]), gradients(lm, [5, 9, 11])
+    assert found.keys() == wanted.keys()
+    assert all(torch.allclose(found[key], wanted[key], rtol=0, atol=1e-6) for key in wanted)
+
+
+def test_an_adapter_in_fp32_breaks_no_graph(tracer: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the processor has oneDNN multiply the products of uncompiled layers."""
+    products.onednn_is_faster.cache_clear()
+    monkeypatch.setattr(products, "_processor", lambda: "vendor_id : AuthenticAMD")
+    model = build_model(tiny_config("llama"), torch.float32)
+    use_packed_attention(model)
+    settings = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    adapter = get_peft_model(model, settings)
+    assert fuse_lora(model)
+    compile_blocks(model)
+    compile_now(SupervisedLM(model, True, "decoder", adapter), Spread(), nullcontext(), [7, 6])
+    assert not counters["graph_break"]
+    products.onednn_is_faster.cache_clear()
+
+
+def test_a_run_does_not_use_what_another_has_compiled(tracer: None) -> None:
+    """A resumed run, in another process, could not either."""
+    for number in (1, 2):
+        lm = language_model("llama")
+        compile_blocks(lm.model)
+        compile_now(lm, Spread(), nullcontext(), [7 * number, 6])
+        if number == 1:
+            graphs = counters["stats"]["unique_graphs"]
+    assert counters["stats"]["unique_graphs"] == 2 * graphs
 
 
 def test_a_copy_computes_with_its_own_weights(tracer: None) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV4Config, SeedOssConfig
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4MLP
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.seed_oss.modeling_seed_oss import SeedOssMLP
 
 from tunesmith.layers import products
 from tunesmith.layers.norm import RMSNormFunction, speed_up_norm
@@ -204,3 +206,25 @@ def test_checkpointed_layers_keep_only_their_input(any_processor: bool) -> None:
     found = torch.autograd.grad(mlp(x).sum(), list(mlp.parameters()))
     assert all(torch.equal(one, two) for one, two in zip(wanted, found, strict=True))
     assert replaced(nn.Sequential(mlp)) == ({"Linear": 3} if any_processor else {})
+
+
+def _large(module: Any) -> Tensor:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(50)
+    return torch.randn(3, 8) * 50
+
+
+def test_an_mlp_that_clamps_is_left_alone() -> None:
+    module = DeepseekV4MLP(DeepseekV4Config(hidden_size=8, intermediate_size=16, moe_intermediate_size=16))
+    x = _large(module)
+    wanted = module(x)
+    assert not speed_up_mlp(module)
+    assert torch.equal(module(x), wanted)
+
+
+def test_an_mlp_with_dropout_of_its_own_is_left_alone() -> None:
+    module = SeedOssMLP(SeedOssConfig(hidden_size=8, intermediate_size=16, residual_dropout=0.1)).eval()
+    state = torch.get_rng_state()
+    assert not speed_up_mlp(module)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 
 from conftest import build_model, raises, tiny_config
 from tunesmith.adapters.adapter import add_adapter
@@ -19,6 +20,7 @@ from tunesmith.config.runfile import resolve_config
 from tunesmith.config.schema import LoraSection, RunConfig
 from tunesmith.data.pack import Batch, Documents
 from tunesmith.errors import TunesmithError
+from tunesmith.layers.speedup import speed_up
 from tunesmith.model.head import choose_head_path
 from tunesmith.model.isolation import use_packed_attention
 from tunesmith.model.loss import SupervisedLM, supervised_loss
@@ -268,3 +270,18 @@ def test_weights_that_cannot_fit_are_refused_before_the_data_are_read(
     with_room(monkeypatch, GIB)
     with raises(TunesmithError, "memory-too-small"):
         run_training(settings(model_folder, chats, tmp_path, **large), watched)
+
+
+def test_what_down_projections_keep_is_counted() -> None:
+    """Their own hooks, which let them keep less, hide it from the estimate's."""
+    model = build_model(tiny_config("llama", intermediate_size=256))
+    settings = LoraConfig(r=2, target_modules=["down_proj"], task_type="CAUSAL_LM", lora_dropout=0.5)
+    adapter = get_peft_model(model, settings)
+    plain = measure_kept(wrap(model, adapter), nullcontext(), 64)
+    speed_up(model, model.get_output_embeddings(), False)
+    found = measure_kept(wrap(model, adapter), nullcontext(), 64)
+    assert plain is not None
+    assert found is not None
+    dropped = 2 * 256 * 4  # bytes a token: two layers keep the dropped product; silu(gate) and the product are not kept
+    assert found.per_token >= dropped + 2 * 2 * 256 * 4
+    assert found.per_token < plain.per_token

@@ -81,7 +81,8 @@ def find_difference(inputs: Sequence[Tensor], options: LayerOptions, lens: list[
 
     exact_dtype = torch.float32 if inputs[0].device.type == "mps" else torch.float64
     generator = torch.Generator(inputs[0].device).manual_seed(0)
-    grad = torch.randn(inputs[0].shape, generator=generator, device=inputs[0].device).to(inputs[0].dtype)
+    shape = (*inputs[0].shape[:3], inputs[2].shape[3])  # values may be narrower than keys (MLA)
+    grad = torch.randn(shape, generator=generator, device=inputs[0].device).to(inputs[0].dtype)
     exact = _results(loop, inputs, options, grad, exact_dtype)
     usual = _results(loop, inputs, options, grad, inputs[0].dtype)
     found = _results(attend, inputs, options, grad, inputs[0].dtype)

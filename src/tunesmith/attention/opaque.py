@@ -118,7 +118,7 @@ _attend.register_autograd(_backward, setup_context=_keep)
 def attend_documents_opaque(
     query: Tensor, key: Tensor, value: Tensor, sizes: Tensor, scale: float, window: int | None
 ) -> Tensor:
-    """As `attend_documents` without dropout, softcap and sinks.
+    """As `attend_documents` without dropout, softcap and sinks, for values as wide as keys.
 
     Args:
         sizes: int64 on the CPU, tokens of each document, then zeros.
@@ -144,7 +144,7 @@ def _(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, sizes: Tensor, scale: float, window: int,
     softcap: float,
 ) -> Tensor:  # fmt: skip
-    return query.new_empty(query.shape)
+    return query.new_empty((*query.shape[:3], value.shape[3]))
 
 
 @torch.library.custom_op("tunesmith::attend_by_hand_backward", mutates_args=())

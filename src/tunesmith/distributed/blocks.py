@@ -54,7 +54,8 @@ def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
 def compile_now(lm: SupervisedLM, spread: Spread, context: AbstractContextManager[object], lens: list[int]) -> float:
     """Make one forward and backward, so that the blocks are compiled; returns the seconds that it took.
 
-    The compiler plans for the sizes that it sees first, so a resumed run must begin with the same ones.
+    The compiler plans for the sizes that it sees first, so a resumed run must begin with the same ones. So what earlier
+    runs of this process have compiled (a stage before this one) is forgotten, as it is in a process that resumes.
 
     Args:
         context: of the forward, for autocast.
@@ -62,6 +63,8 @@ def compile_now(lm: SupervisedLM, spread: Spread, context: AbstractContextManage
             could take a divisor for a rule.
     """
     began = time.monotonic()
+    torch.compiler.reset()
+    _compiled.cache_clear()
     lm.train()
     with context:
         loss = supervised_loss(spread.callable(lm), blank_batch(lens)).loss

@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """[..., inputs] x [outputs, inputs] -> [..., outputs], as F.linear, without gradients of its own."""
-    if uses_onednn(x, weight):
+    # torch.compile has products of its own, and what decides here breaks its graphs
+    if not torch.compiler.is_compiling() and uses_onednn(x, weight):
         found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return found
     return F.linear(x, weight, bias)

@@ -74,7 +74,8 @@ def _attend_layout(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayo
                 return attend(q, k, v, layout, options)
     if torch.compiler.is_compiling() and not options.dropout and not layout.is_tree:
         q, k, v = _as_computed(query, key, value)
-        if options.softcap is None and options.sinks is None and q.device.type == "cpu":
+        is_plain = options.softcap is None and options.sinks is None and q.shape[-1] == v.shape[-1]
+        if is_plain and q.device.type == "cpu":
             return attend_documents_opaque(q, k, v, layout.sizes, options.scale, options.window)
         return attend_by_hand_opaque(q, k, v, layout.sizes, options)
     found: Tensor = _loop(query, key, value, layout.source, options)

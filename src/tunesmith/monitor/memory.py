@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tunesmith.data.pack import Batch, Documents
 from tunesmith.display import format_bytes
+from tunesmith.layers.swiglu import watching_kept
 from tunesmith.model.head import CHUNK_BYTES, plain_head
 from tunesmith.model.loss import SupervisedLM, supervised_loss
 
@@ -223,7 +224,7 @@ def _count_kept(lm: SupervisedLM, tokens: int, own: set[int]) -> int:
     ids = np.arange(tokens, dtype=np.int64) % vocabulary
     at, target = np.array([tokens - 2], np.int64), np.array([ids[-1]], np.int64)
     batch = Batch(ids[None], np.arange(tokens, dtype=np.int64)[None], target, at, Documents([tokens]))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), watching_kept(pack):
         sums = supervised_loss(lm, batch)
         size = sum(found.values())  # while the graph holds them: memory that is freed is used again
     del sums

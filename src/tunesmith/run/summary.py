@@ -27,6 +27,7 @@ from tunesmith.training.randomness import restore_random_states, take_random_sta
 
 _SHOWN_REASONS = 8  # causes of refusals
 _SHOWN_SOURCES = 12
+_COUNTS = ("num_hidden_layers", "hidden_size")  # which a model of other people's code may not have
 _BUCKET_BYTES = 4 * 2**25  # of gradients that processes sum at once (distributed/spread.py)
 
 
@@ -247,7 +248,8 @@ def plan_memory(ready: ReadyRun) -> MemoryPlan | str:
     random = take_random_states()
     kept = measure_kept(lm, precision.context(device), session.lengths.max_seq_len)
     restore_random_states(*random)
-    if kept is None:
+    config = lm.model.config.get_text_config()
+    if kept is None or not all(isinstance(getattr(config, name, None), int) for name in _COUNTS):
         return "not estimated: this model cannot be measured before its first step"
     parameters = list(lm.model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -259,7 +261,6 @@ def plan_memory(ready: ReadyRun) -> MemoryPlan | str:
     taken, peak = process_memory()
     accumulates = train.grad_accum_steps > session.world.size or not lm.is_packed
     tokens, longest, share = plan_forward(ready)
-    config = lm.model.config.get_text_config()
     return MemoryPlan(
         taken=max(taken, weights) if is_cpu else weights,
         weights=weights,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from contextlib import nullcontext
 from dataclasses import replace
@@ -285,3 +286,16 @@ def test_what_down_projections_keep_is_counted() -> None:
     dropped = 2 * 256 * 4  # bytes a token: two layers keep the dropped product; silu(gate) and the product are not kept
     assert found.per_token >= dropped + 2 * 2 * 256 * 4
     assert found.per_token < plain.per_token
+
+
+def test_measuring_leaves_nothing_behind() -> None:
+    """A graph that its own saved tensors keep is never freed, not even by the garbage collector."""
+    lm = wrap(build_model(tiny_config("qwen3")))
+    speed_up(lm.model, lm.model.get_output_embeddings(), False)
+    measure_kept(lm, nullcontext(), 64)
+    counts = []
+    for _ in range(2):
+        gc.collect()
+        counts.append(sum(isinstance(found, torch.Tensor) for found in gc.get_objects()))
+        measure_kept(lm, nullcontext(), 64)
+    assert counts[0] == counts[1]

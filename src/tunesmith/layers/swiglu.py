@@ -87,7 +87,7 @@ def _forward(mlp: Any, x: Tensor) -> Tensor:
             return _Again(kept_gate, kept_up, tensor.shape)
         for watch in _watches:
             watch(tensor)
-        return tensor
+        return tensor if tensor.is_leaf else tensor.detach()  # which would keep the graph that keeps it
 
     def get(kept: Tensor | _Again) -> Tensor:
         return kept.compute() if isinstance(kept, _Again) else kept

@@ -218,7 +218,7 @@ def _count_kept(lm: SupervisedLM, tokens: int, own: set[int]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             found[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output with its graph, kept by that graph, would never be freed
 
     vocabulary = lm.model.config.get_text_config().vocab_size
     ids = np.arange(tokens, dtype=np.int64) % vocabulary

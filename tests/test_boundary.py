@@ -426,10 +426,10 @@ def test_a_full_disk_under_what_merge_preview_and_tokenizer_write(forks: Forks, 
 
 
 def test_memory_that_ends(forks: Forks, inputs: Path, tmp_path: Path) -> None:
-    """Limit the memory, as a container does: allocations fail."""
+    """A model that no setting makes fit is refused before anything is allocated."""
     done = forks("train", "--model", "new:tiny", "--model.config.hidden_size", 65536, "--model.config.intermediate_size", 65536,
                  "--tokenizer", inputs / "model", "--data", inputs / "chats.jsonl", "--output", tmp_path / "run")  # fmt: skip
-    plainly(done, "memory", codes=(4,))
+    plainly(done, "memory")
     assert not (tmp_path / "run").exists()
 
 

@@ -50,7 +50,7 @@ def train(folder: Path, name: str, model: Path, rows: list[Any], steps: int, **s
     data = write_jsonl(folder / f"{name} data <b>.jsonl", rows)
     tunesmith.train(
         model={"path": str(model)},
-        data={"train": [str(data)], "max_refused": 0.5},
+        data={"train": [str(data)], "max_refused": 0.5, "share_prefix": "off"},
         train={"output_dir": str(folder / name), "max_steps": steps, "log_steps": 1, "micro_batch_tokens": 512},
         **sections,
     )

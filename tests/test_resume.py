@@ -754,14 +754,14 @@ def test_room_is_known_before_step_1(run: Run, model_folder: Path, chats: Path, 
 
 @pytest.fixture
 def poisoned(tmp_path: Path, tokenizer: Any) -> Path:
-    """A model in which the embedding of one token gives non-finite gradients."""
-    config = tiny_config("qwen3", initializer_range=0.02, tie_word_embeddings=False)
+    """A model in which the embedding of one token gives a loss that is not finite."""
+    config = tiny_config("gpt2", initializer_range=0.02, tie_word_embeddings=False)
     folder = save_folder(tmp_path / "poisoned", config, tokenizer)
     from safetensors.torch import save_file
 
     tensors = load_file(folder / "model.safetensors")
     [token] = tokenizer("~")["input_ids"]
-    tensors["model.embed_tokens.weight"][token] = 3e38  # its square is infinite
+    tensors["transformer.wte.weight"][token] = 3e38  # the mean of a vector of it is infinite
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

@@ -24,6 +24,7 @@ def run(folder: Path, mode: str, num_steps: int = STEPS) -> dict[str, Any]:
         "train", "--model", str(folder / "model"), "--data", str(folder / "rows.jsonl"), "--output", str(folder / "run"),
         "--optim.lr", str(LR), "--optim.schedule", "cosine", "--optim.warmup_ratio", "0", "--train.max_steps", str(num_steps),
         "--data.max_seq_len", str(MAX_SEQ_LEN), "--train.micro_batch_tokens", str(MICRO_BATCH_TOKENS),
+        "--data.share_prefix", "off",  # with it, a step has more samples than one of TRL's
         "--train.precision", "fp32", "--train.seed", str(TRAIN_SEED), *template,
     ])  # fmt: skip
     assert code == 0

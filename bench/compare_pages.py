@@ -122,7 +122,7 @@ def _case_lines(case: dict[str, Any]) -> list[str]:
         "",
         f"{case['parameters'] / 1e6:,.0f}M parameters, up to {case['tokens']:,} tokens a step, {rounds}{rate}.",
         "",
-        "| | tokens/s | tunesmith is faster by | share of the limit | peak memory | first step after | tokens a step, "
+        "| | tokens/s | tunesmith over it | share of the limit | peak memory | first step after | tokens a step, "
         "supervised |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]

@@ -145,6 +145,16 @@ def test_dropout_turns_it_off(
     assert reason in shares(tmp_path / "run")["reason"]
 
 
+def test_compiled_blocks_are_for_separate_samples_and_experts_are_not_compiled(
+    run: Run, tokenizer: Any, long_chats: Path, tmp_path: Path
+) -> None:
+    """A resumed run would be compiled for the sizes of other batches, and rounded in another way."""
+    model = save_folder(tmp_path / "model", tiny_config("qwen3_moe"), tokenizer)
+    out = train(run, model, long_chats, tmp_path / "run", *FLAGS, "--train.max_steps", 1, "--train.compile", "true")
+    assert "train.compile is left out" in out
+    assert "train.compile" in shares(tmp_path / "run")["reason"]
+
+
 def test_a_model_whose_trees_are_not_exact_does_without(
     run: Run, model_folder: Path, long_chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

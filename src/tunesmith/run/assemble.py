@@ -103,6 +103,8 @@ def look_for_prefixes(session: Session, dataset: Dataset, model: nn.Module, is_o
         return NOT_SHARED
     if name := find_dropout(session, model):
         return NOT_SHARED.off(f"{name} is on, which draws several masks for the copies of a token")
+    if session.config.train.compile:
+        return NOT_SHARED.off("train.compile is on, which compiles the model for separate samples")
     capacity, seed = session.lengths.capacity, session.config.train.seed
     return find_sharing(dataset, session.config.data, capacity, seed, is_wanted=setting is True)
 
@@ -317,8 +319,13 @@ def wrap(
                 f"train.gradient_checkpointing: {type(model).__name__} does not support it. Set it to false.",
                 code="checkpointing-unsupported",
             ) from None
-    if config.train.compile:
+    if config.train.compile and lm.router is None:
         compile_blocks(model)
+    elif config.train.compile:
+        session.reporter.note(
+            "note: train.compile is left out: how many tokens an expert takes follows from the data, and a resumed run "
+            "would be compiled for other numbers"
+        )
     return isolation, trees, lm
 
 

@@ -290,7 +290,10 @@ def plan_forward(ready: ReadyRun) -> tuple[int, int, float]:
         return capacity, session.lengths.max_seq_len, 1.0
     lengths = dataset.train.lengths[:]
     longest, tokens = int(lengths.max()), int(lengths.sum())
-    return min(capacity, tokens if lm.is_packed else longest), longest, int(dataset.train.num_targets[:].sum()) / tokens
+    share = int(dataset.train.num_targets[:].sum()) / tokens
+    if ready.sharing.is_on and not ready.sharing.trains_once:  # a computed token has the targets of several samples
+        share *= ready.sharing.ratio
+    return min(capacity, tokens if lm.is_packed else longest), longest, share
 
 
 def model_card(ready: ReadyRun, progress: Progress, lines: list[tuple[str, str]]) -> str:

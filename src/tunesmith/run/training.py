@@ -71,7 +71,7 @@ def build_trainer(
     config, folder = session.config, session.folder
     questions = choose_questions(ready)
     spread, precision = spread_model(ready)
-    if config.train.compile:
+    if config.train.compile and lm.router is None:
         compile_model(ready, spread, precision)
     optimizer = spread.attach(lm, build_optimizer(lm.model, config.optim, config.lora.lr_ratio))
     scaler = precision.scaler(session.device)

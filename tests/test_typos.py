@@ -168,3 +168,16 @@ def test_the_beginning_of_a_flag_gets_the_flag_and_its_value_is_not_shown(run) -
     assert code == 2
     assert "did you mean --api-key-file?" in err
     assert "sk-secret" not in err
+
+
+@pytest.mark.parametrize(
+    "key", [key for key, field in leaf_fields(RunConfig).items() if "Literal" in str(field.annotation)]
+)
+def test_a_wrong_word_gives_one_error_for_its_key(key: str) -> None:
+    """Also where a key takes a word or something else, which pydantic reports as one error for each."""
+    flags = {"model.path": "m", "data.train": ["d"], "train.output_dir": "o", key: "qqqqqq"}
+    with pytest.raises(ConfigError) as caught:
+        resolve_config(RunConfig, None, flags)
+    lines = [line for line in str(caught.value).splitlines() if "qqqqqq" in line]
+    assert len(lines) == 1, lines
+    assert lines[0].strip().startswith(f"{key}:")

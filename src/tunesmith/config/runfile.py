@@ -199,13 +199,26 @@ def _without(tree: Mapping[str, Any], known: list[str], prefix: str = "") -> dic
     return kept
 
 
+_EITHER = {
+    "data.cache": "auto, true or false",
+    "data.share_prefix": "auto, true or false",
+    "data.workers": "auto or a whole number",
+    "train.sharded_checkpoints": "auto, true or false",
+}
+"""Keys that take a word or a value of another kind."""
+
+
 def explain_problems(error: ValidationError, is_python: bool = False) -> list[str]:
     """One line for each problem; a missing key is named as a flag, or as an argument of the Python API."""
     flags = {dotted: flag for flag, dotted in SHORTHANDS.items()}
+    fields = leaf_fields(RunConfig)
     problems = []
     for item in error.errors(include_url=False):
         names = [str(part) for part in item["loc"]]
         dotted = ".".join(name for name in names if not name.isdigit())
+        if dotted not in fields and (whole := dotted.rpartition(".")[0]) in _EITHER:  # one error for each alternative
+            problems.append(f"{whole}: must be {_EITHER[whole]}, not {show(item['input'])}")
+            continue
         if item["type"] in ("missing", "too_long") and dotted == "optim.betas":
             problems.append("optim.betas: needs two numbers, as in --optim.betas 0.9 0.999")
         elif item["type"] == "missing":
@@ -223,7 +236,7 @@ def explain_problems(error: ValidationError, is_python: bool = False) -> list[st
             hint = did_you_mean(suggest_words(str(item["input"])[:100], expected.replace(" or ", ", ").split(", ")))
             problems.append(f"{dotted}: {show(item['input'])} is not one of {expected}{hint}")
         else:
-            needed = explain_value(dotted, leaf_fields(RunConfig).get(dotted), item["type"], item["input"])
+            needed = explain_value(dotted, fields.get(dotted), item["type"], item["input"])
             other = f"{item['msg'][0].lower()}{item['msg'][1:]}, not {show(item['input'])}"
             problems.append(f"{dotted}: {needed or other}")
     return list(dict.fromkeys(problems))

@@ -38,6 +38,11 @@ PATTERNS = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def nothing_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words, "_agreed", {})
+
+
 def make(patterns: list[str], normalizer: Any = None, **model: Any) -> Tokenizer:
     """A small byte-level BPE that cuts by these patterns."""
     core = Tokenizer(models.BPE(**model))

@@ -20,6 +20,7 @@ import unicodedata
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,9 @@ _WIDE_RANGES = ((0x80, 0x17F), (0x386, 0x3CF), (0x400, 0x460), (0x2010, 0x2060),
 _SELF_WRITTEN = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _WRITTEN = {byte: 256 + place for place, byte in enumerate(b for b in range(256) if b not in _SELF_WRITTEN)}
 """Bytes that byte-level BPE writes as another character; other bytes are written as the character of their number."""
+
+_agreed: dict[bytes, bool] = {}
+"""Tokenizer and characters, as a hash -> whether the ids of the probes were the tokenizer's, in this process."""
 
 
 class WordEncoder:
@@ -75,7 +79,10 @@ class WordEncoder:
             if patterns is None:
                 return None
             encoder = cls(backend, patterns, characters)
-            if encoder._agrees_with(backend, _probes(characters)):
+            key = sha256(repr((backend.to_str(), [p.pattern for p in patterns], characters)).encode()).digest()
+            if key not in _agreed:  # a tokenizer that has encoded the probes leaves some MB in the library for ever
+                _agreed[key] = encoder._agrees_with(backend, _probes(characters))
+            if _agreed[key]:
                 return encoder
         return None
 

@@ -153,7 +153,8 @@ def write_minimind(
     import torch
     from minimind_checkout import build, copy_checkout
 
-    from tunesmith.use.export import Export, run_export
+    from tunesmith.exports.request import Export
+    from tunesmith.exports.run import run_export
 
     copy = copy_checkout(checkout, work)
     torch.manual_seed(seed)

@@ -27,9 +27,10 @@ from minimind_checkout import Checkout, build, copy_checkout, draw_weights, log_
 from minimind_runs import Plan, compare_training, compare_use
 
 from tunesmith.config.schema import ModelSection
+from tunesmith.exports.request import Export
+from tunesmith.exports.run import run_export
 from tunesmith.model.load import load_config, load_model
 from tunesmith.model.tokenizer import load_tokenizer
-from tunesmith.use.export import Export, run_export
 
 SIZES: dict[str, tuple[int | None, int | None]] = {"small": (128, 3), "default": (None, None)}
 LORA_RANK = 4

@@ -28,11 +28,12 @@ from torch import Tensor
 
 import tunesmith
 from tunesmith.config.data_keys import FieldsSection
+from tunesmith.exports.request import Export
+from tunesmith.exports.run import run_export
 from tunesmith.foreign.minimind import convert_command
 from tunesmith.rows.conversation import Conversation, RowRefused
 from tunesmith.rows.formats import parse_row
 from tunesmith.sources.read import find_sources, read_rows
-from tunesmith.use.export import Export, run_export
 
 HIDDEN, LAYERS, MAX_SEQ_LEN, BATCH = 128, 4, 340, 16
 HELD_OUT, REPLY_TOKENS = 100, 24

@@ -245,7 +245,8 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from tunesmith.use.export import Export, run_export
+    from tunesmith.exports.request import Export
+    from tunesmith.exports.run import run_export
 
     run_export(
         Export(

@@ -199,7 +199,8 @@ def export(
         ModelError: the model cannot be opened, or has no place in that format.
         RunError: what was written differs, or the disk is full.
     """
-    from tunesmith.use.export import Export, run_export
+    from tunesmith.exports.request import Export
+    from tunesmith.exports.run import run_export
 
     generation = None if generation is None else str(generation)  # 2025 may be given as a number
     forms = (None, *WEIGHT_GENERATIONS)

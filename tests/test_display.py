@@ -18,8 +18,8 @@ import pytest
 import yaml
 
 from conftest import chat_row, save_folder, tiny_config, write_jsonl
+from tunesmith.cards.card import load_model_lines
 from tunesmith.display import shorten, to_html, to_markdown, visible
-from tunesmith.model.card import load_model_lines
 from tunesmith.run.console import print_summary
 
 Run = Callable[..., tuple[int, str, str]]
@@ -109,9 +109,11 @@ def card(path: Path, base: str) -> None:
     assert front == {
         "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["tunesmith", "sft"],
     }  # fmt: skip
-    body = body.replace(load_model_lines(), "")
+    body = body.replace(load_model_lines(is_chat=True), "")
     assert not re.search(r"(?<!\\)[<>\[\]`]", body)
-    assert [line for line in body.splitlines() if line.startswith("#")][1:] == ["## Training"]
+    assert [line for line in body.splitlines() if line.startswith("#")][1:] == [
+        "## Training data", "## Results", "## Training", "## Licence",
+    ]  # fmt: skip
     assert base not in text  # a path of this machine
 
 

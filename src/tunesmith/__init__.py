@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from tunesmith.arguments import Source
     from tunesmith.evaluation.records import Evaluation
     from tunesmith.lr_find import FoundLr
-    from tunesmith.models import evaluate, export, load, merge
+    from tunesmith.models import evaluate, export, load, merge, push
+    from tunesmith.publish.plan import Push
     from tunesmith.use.check import CheckResult
     from tunesmith.use.model import Model
     from tunesmith.use.preview import Preview
@@ -40,6 +41,7 @@ __all__ = [
     "Model",
     "ModelError",
     "Preview",
+    "Push",
     "Run",
     "RunError",
     "Source",
@@ -53,6 +55,7 @@ __all__ = [
     "load",
     "merge",
     "preview",
+    "push",
     "resume",
     "train",
 ]
@@ -62,9 +65,10 @@ _PLACES = {
     "FoundLr": "tunesmith.lr_find",
     "Model": "tunesmith.use.model",
     "Preview": "tunesmith.use.preview",
+    "Push": "tunesmith.publish.plan",
     "Source": "tunesmith.arguments",
     **dict.fromkeys(("Run", "check", "find_lr", "preview", "resume", "train"), "tunesmith.api"),
-    **dict.fromkeys(("evaluate", "export", "load", "merge"), "tunesmith.models"),
+    **dict.fromkeys(("evaluate", "export", "load", "merge", "push"), "tunesmith.models"),
 }
 
 

@@ -94,6 +94,7 @@ _STAGES = {
     "training": "the folder of the run",
     "run": "the folder of the run",
     "use": "the model or adapter",
+    "publish": "the model or adapter",
     "report": "the folder of the run",
     "serve": "the model or adapter",
 }
@@ -279,6 +280,8 @@ def _what_stands(words: list[str]) -> str:
     output = next((word.partition("=")[2] for word in words if word.startswith("--output=")), output)
     if command in ("merge", "tokenizer") and output and os.path.isdir(output) and os.listdir(output):
         return f"{output} is complete"
+    if command == "push":
+        return "a push is one commit: the repository has all of it or nothing"
     if command in ("resume", "report"):
         return "the run is as it was"
     if command == "demo":

@@ -72,6 +72,7 @@ _DOING = {
     "tokenizer": "reading the data",
     "merge": "reading the adapter",
     "export": "reading the model",
+    "push": "reading the model",
     "evaluate": "reading the data",
 }
 
@@ -130,6 +131,8 @@ def run_command(argv: list[str]) -> None:
         _merge(options)
     elif options.command == "export":
         _export(options)
+    elif options.command == "push":
+        _push(options)
     elif options.command == "demo":
         from tunesmith.demo.run import run_demo
 
@@ -261,6 +264,14 @@ def _export(options: argparse.Namespace) -> None:
             options.trust_remote_code,
         )
     )
+
+
+def _push(options: argparse.Namespace) -> None:
+    from tunesmith.publish.plan import PushSettings
+    from tunesmith.publish.push import run_push
+
+    given = options.model, options.repository, options.public, options.license, options.base, options.include
+    run_push(PushSettings(*given, options.replace, options.yes, options.trust_remote_code), can_ask=True)
 
 
 def _evaluate(options: argparse.Namespace, template_kwargs: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The Python API for models: open one for replies, evaluate, merge adapters, export to other tools' files."""
+"""The Python API for models: open one for replies, evaluate, merge adapters, export to other tools' files, push."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from tunesmith.arguments import read_arguments
-from tunesmith.config.choices import BLEU_TOKENIZERS, EXPORT_FORMATS, REPLY_CHOICES, WEIGHT_GENERATIONS
+from tunesmith.config.choices import BLEU_TOKENIZERS, EXPORT_FORMATS, PUSH_PARTS, REPLY_CHOICES, WEIGHT_GENERATIONS
 from tunesmith.config.runfile import explain_problems
 from tunesmith.config.schema import ModelSection
 from tunesmith.errors import ConfigError, UsageError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tunesmith.arguments import Name
     from tunesmith.evaluation.records import Evaluation
     from tunesmith.evaluation.settings import EvaluateSettings
+    from tunesmith.publish.plan import Push
 
 
 def merge(
@@ -225,6 +226,50 @@ def export(
             )
         )
     return Path(output).expanduser().absolute()
+
+
+def push(
+    model: Name,
+    repository: str,
+    *,
+    yes: bool = False,
+    public: bool = False,
+    replace: bool = False,
+    license: str | None = None,
+    base: str | None = None,
+    include: Sequence[str] = (),
+    trust_remote_code: bool = False,
+) -> Push:
+    """Publish a model or adapter on the Hugging Face hub, with its card. Without `yes` nothing is uploaded.
+
+    The token is the one of `hf auth login`, or HF_TOKEN.
+
+    Args:
+        model: a RUN, a model folder or an adapter on this machine.
+        repository: owner/name; created if there is none.
+        public: for everybody; default: private.
+        replace: replace files that the repository has already.
+        license: its id on the hub; default: the base's, if known.
+        base: where the base of an adapter is on the hub, if it was a folder.
+        include: of a run, also: config, metrics, report, and replies (sample replies, which quote the data).
+
+    Returns:
+        What is pushed, or would be: files, card, visibility; `commit` is None where nothing was.
+
+    Raises:
+        UsageError: the name or an argument is wrong.
+        ModelError: the folder cannot be published, or not there.
+        RunError: the hub cannot be reached, or holds other bytes afterwards.
+    """
+    from tunesmith.publish.plan import PushSettings
+    from tunesmith.publish.push import run_push
+
+    unknown = [part for part in include if part not in PUSH_PARTS] if not isinstance(include, str) else [include]
+    if unknown:
+        raise UsageError(f"include: {unknown[0]!r}; give a list of {', '.join(PUSH_PARTS)}.", code="unknown-choice")
+    name = os.fspath(model)
+    with embedded():
+        return run_push(PushSettings(name, repository, public, license, base, include, replace, yes, trust_remote_code))
 
 
 def _section(

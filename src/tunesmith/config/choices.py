@@ -68,6 +68,7 @@ PREVIEW_KINDS = ("refused", "used", "truncated", "cut", "split", "noted", "unrol
 
 MINIMIND_GENERATIONS = ("minimind-3", "2026-01", "2025-10", "2025-04", "2025-02", "2024", "2026", "2025")
 """Generations of MiniMind's scripts, the newest first; then years, each for the newest of its generations that fits."""
+PUSH_PARTS = ("config", "metrics", "report", "replies")
 EXPORT_FORMATS = ("hf", "minimind", "minimind-lora")
 WEIGHT_GENERATIONS = ("minimind-3", "2025", "2024")
 """Forms of MiniMind's weight files."""

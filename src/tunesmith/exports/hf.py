@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM
 
 from tunesmith.adapters.base import describe_base, write_record
 from tunesmith.adapters.open_adapter import TOLERANCE, open_adapter
+from tunesmith.cards.card import load_model_lines
 from tunesmith.errors import ModelError
 from tunesmith.exports.compare import add_products, compare_models, difference_of, logits_differ, prompt_logits
 from tunesmith.exports.request import Export, Lines
 from tunesmith.exports.whole import load_export_encoder, open_whole, random_weights
 from tunesmith.minimind.lora import read_lora, require_modules
 from tunesmith.minimind.read import is_weight_file, read_tensors
-from tunesmith.model.card import load_model_lines
 from tunesmith.model.load import check_vocabulary, load_config, load_model
 from tunesmith.model.save import write_model, write_tokenizer
 from tunesmith.model.source import ModelSource, find_model, open_path

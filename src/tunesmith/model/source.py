@@ -79,7 +79,7 @@ def find_model(path: str, given: Mapping[str, Any] | None = None) -> ModelSource
             return ModelSource("local", str(in_run))
         if os.path.lexists(folder / "config.json"):
             require_plain_files(folder)
-        raise _explain_folder(folder)
+        raise explain_folder(folder)
     if is_weight_file(folder) and folder.exists():
         opened = open_weights(folder, given or {})
         return ModelSource("local", str(opened.folder), file=folder.resolve(), remark=opened.describe())
@@ -169,7 +169,7 @@ def open_path(path: str) -> Path:
     return folder
 
 
-def _explain_folder(folder: Path) -> ModelError:
+def explain_folder(folder: Path) -> ModelError:
     names = sorted(p.name for p in folder.iterdir())
     found = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
     run = RunFolder(folder)

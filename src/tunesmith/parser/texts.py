@@ -30,6 +30,10 @@ EXAMPLES = {
     "export": """  tunesmith export runs/mine --format minimind --output for-minimind
   tunesmith export full_sft_512.pth --tokenizer minimind/model --format hf --output minimind-26m
 """,
+    "push": """  tunesmith push runs/mine me/my-model
+  tunesmith push runs/mine me/my-model --license apache-2.0 --yes
+  tunesmith push runs/lora me/my-adapter --base me/my-base --include metrics report
+""",
     "tokenizer": """  tunesmith tokenizer --data books/ --vocab-size 4096 --output tokenizer
 """,
     "report": """  tunesmith report runs/mine
@@ -57,6 +61,7 @@ EXAMPLES = {
 }
 EPILOG = {
     "evaluate": "without --data, a run is evaluated on the rows that it held out\n",
+    "push": "needs a token of the hub that can write: hf auth login, or HF_TOKEN\n",
     "lr-find": "takes the flags and run file of train, makes no RUN folder, and prints the optim.lr to use\n",
     "chat": "in the chat: /reset forgets the conversation, /system TEXT sets the system prompt, /exit leaves\n",
 }

@@ -7,6 +7,7 @@ from tunesmith.config.choices import (
     EXPORT_FORMATS,
     MERGE_METHODS,
     MINIMIND_GENERATIONS,
+    PUSH_PARTS,
     REPLY_CHOICES,
     WEIGHT_GENERATIONS,
 )
@@ -77,6 +78,7 @@ def add_use_commands(commands: Commands) -> None:
     )
     merge.add_argument("--trust-remote-code", action="store_true", help="run Python code in the base's folder")
     _add_export(commands)
+    _add_push(commands)
     report = add_command(commands, "report", "write RUN/report.html again: verdict, curves, data, replies, config")
     report.add_argument("run", type=as_name, metavar="RUN", help="folder of the run (train --output), finished or not")
     add_command(commands, "recipes", "list the run files of the package, for train recipe:NAME")
@@ -195,6 +197,25 @@ def _add_export(commands: Commands) -> None:
     export.add_argument("--base", type=as_name, metavar="M", help="the base of a LoRA .pth")
     _add_free_config(export)
     export.add_argument("--trust-remote-code", action="store_true", help="run Python code in the model's folder")
+
+
+def _add_push(commands: Commands) -> None:
+    push = add_command(commands, "push", "publish a model or adapter on the Hugging Face hub; shows it first")
+    push.add_argument("model", type=as_name, metavar="RUN_OR_MODEL", help="a RUN, model folder or adapter")
+    push.add_argument("repository", type=as_name, metavar="OWNER/NAME", help="the repository, created if there is none")
+    push.add_argument("--yes", action="store_true", help="push; without it, what would be pushed is shown")
+    push.add_argument("--public", action="store_true", help="for everybody (default: private)")
+    push.add_argument("--replace", action="store_true", help="replace files that the repository has already")
+    push.add_argument(
+        "--license", type=as_name, metavar="ID", help="the licence, as the hub names it (default: the base's, if known)"
+    )
+    push.add_argument("--base", type=as_name, metavar="OWNER/NAME", help="where the base is on the hub, if it is local")
+    push.add_argument(
+        "--include", nargs="+", action="extend", default=[], type=one_of(PUSH_PARTS), metavar="PART",
+        help="of a run, also: config (config.yaml), metrics (metrics.jsonl), report (report.html), replies (sample "
+        "replies, which quote the data)",
+    )  # fmt: skip
+    push.add_argument("--trust-remote-code", action="store_true", help="run Python code in the model's folder")
 
 
 def _add_free_config(parser: CommandParser) -> None:

@@ -8,18 +8,21 @@ import torch
 
 from tunesmith import __version__
 from tunesmith.adapters.adapter import describe_adapter, find_zero_gates
+from tunesmith.cards.card import describe_base, front_matter, load_adapter_lines, load_model_lines
+from tunesmith.cards.licence import base_licence
+from tunesmith.cards.sections import data_section, hub_datasets, licence_section, results_section
 from tunesmith.config.data_keys import DataSection
 from tunesmith.config.deepspeed_file import read_deepspeed
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.ledger import Ledger, Problem
 from tunesmith.display import format_bytes, format_count, to_markdown
-from tunesmith.model.card import describe_base, front_matter, load_adapter_lines, load_model_lines
 from tunesmith.model.load import count_parameters
 from tunesmith.model.loss import SupervisedLM
 from tunesmith.monitor.memory import MemoryPlan, head_shape, heap_share, measure_kept, process_memory
 from tunesmith.monitor.room import total_memory
 from tunesmith.run.assemble import ReadyRun
 from tunesmith.run.folder import count_average_bytes
+from tunesmith.runfolder import read_metrics
 from tunesmith.streaming.data import stream_lines
 from tunesmith.training.cost import Cost, count_step_flops, explain_cost, measure_flops_per_s
 from tunesmith.training.progress import Progress
@@ -297,33 +300,53 @@ def plan_forward(ready: ReadyRun) -> tuple[int, int, float]:
 
 
 def model_card(ready: ReadyRun, progress: Progress, lines: list[tuple[str, str]]) -> str:
-    """README.md beside the weights: how they were trained, and how to load them.
+    """README.md beside the weights: how to load them, what they were trained on and how, and their licence.
 
     Args:
         lines: from `summary_lines`.
     """
-    session = ready.session
+    session, dataset = ready.session, ready.dataset
     config, source, is_adapter = session.config, session.model, session.is_adapter
     last = f"step {progress.step}, {progress.epoch:.2f} epochs, {progress.supervised_tokens:,} supervised tokens"
     if progress.best_step is not None:
         last += f"; weights of step {progress.best_step}, the best evaluated (eval_loss {progress.best_eval_loss:.4f})"
+    is_chat = session.encoder.template is not None
     if is_adapter:
         rows = ready.lm.model.config.get_text_config().vocab_size if session.new_tokens else None
-        load = load_adapter_lines(source, config.model.revision or source.revision, rows)
+        load = load_adapter_lines(source, config.model.revision or source.revision, rows, is_chat)
     else:
-        load = load_model_lines()
-    rows_of_card = (
-        f"- {name or '  '} {to_markdown(_without_path(text, config.model.path, describe_base(source)))}".rstrip()
-        for name, text in lines
-        if name not in ("memory", "checkpoints")
-    )
+        load = load_model_lines(is_chat)
+    base, licence = describe_base(source), base_licence(source)
+    front = front_matter(source, is_adapter, licence.to_front() if licence else None, hub_datasets(dataset.ledger))
+    sections = [
+        load,
+        data_section(dataset.ledger, dataset.eval_ledger),
+        results_section(read_metrics(session.folder.metrics)),
+        _training_section(ready, lines),
+        licence_section(licence, "" if source.kind == "preset" else to_markdown(base)),
+    ]
     return (
-        f"{front_matter(source, is_adapter)}"
-        f"# {to_markdown(config.train.output_dir.rstrip('/').rsplit('/', 1)[-1])}\n\n"
-        f"{'An adapter' if is_adapter else 'A model'} trained from {to_markdown(describe_base(source))} with tunesmith "
-        f"{__version__}: {last}.\n\n{load}\n## Training\n\n" + "\n".join(rows_of_card) + "\n\n"
+        f"{front}# {to_markdown(config.train.output_dir.rstrip('/').rsplit('/', 1)[-1])}\n\n"
+        f"{'An adapter' if is_adapter else 'A model'} trained from {to_markdown(base)} with tunesmith "
+        f"{__version__}: {last}.\n\n" + "\n".join(filter(None, sections))
+    )
+
+
+_OF_CARD = ("model", "adapter", "device", "processes", "template", "lengths", "attention", "head", "prefixes", "steps")
+
+
+def _training_section(ready: ReadyRun, lines: list[tuple[str, str]]) -> str:
+    """The facts of the run; its data have a section of their own, without the texts of refusals, which quote rows."""
+    config, shown, group = ready.session.config, [], ""
+    path, base = config.model.path, describe_base(ready.session.model)
+    for name, text in lines:
+        group = name or group
+        if group in _OF_CARD:
+            shown.append(f"- {name or '  '} {to_markdown(_without_path(text, path, base))}".rstrip())
+    return (
+        "## Training\n\n" + "\n".join(shown) + "\n\n"
         f"Learning rate {config.optim.lr:g} ({config.optim.schedule}), seed {config.train.seed}. "
-        f"Replies stop at {to_markdown(session.encoder.stop.text)} (generation_config.json).\n"
+        f"Replies stop at {to_markdown(ready.session.encoder.stop.text)} (generation_config.json).\n"
     )
 
 

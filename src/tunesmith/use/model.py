@@ -41,15 +41,30 @@ class Model:
 
     def stream(self, messages: Question, *, tools: Any = (), **sampling: Any) -> Iterator[str]:
         """The pieces of the reply as they come; joined they are what `reply` returns."""
-        pieces = stream_reply(self.speaker, self._prompt(messages, tools), Sampling(**sampling))
+        pieces = stream_reply(self.speaker, self.prompt_ids(messages, tools=tools), Sampling(**sampling))
         return (piece for piece in pieces if piece)
 
     def batch(self, conversations: Sequence[Question], *, tools: Any = (), **sampling: Any) -> list[str]:
         """A reply to each conversation, computed together; each is what `reply` returns for it alone."""
         if isinstance(conversations, (str, Mapping)):
             raise ModelError("batch: takes a list of conversations; reply answers one.", code="messages-unreadable")
-        prompts = [self._prompt(messages, tools) for messages in conversations]
+        prompts = [self.prompt_ids(messages, tools=tools) for messages in conversations]
         return [reply.text for reply in reply_to(self.speaker, prompts, Sampling(**sampling))]
+
+    def prompt_ids(self, messages: Question, *, tools: Any = ()) -> list[int]:
+        """Token ids of the prompt that `reply` answers, for other engines: text in a message stays text.
+
+        Raises:
+            ModelError: the messages cannot be read or encoded.
+        """
+        try:
+            if isinstance(messages, Mapping) or not all(isinstance(turn, (str, Mapping)) for turn in messages):
+                raise TypeError("they must be a text or a list of dicts with role and content")
+            given = messages if isinstance(messages, str) else [dict(turn) for turn in messages]
+            turns, schemas = read_question(given, list(tools) if isinstance(tools, tuple) else tools)
+        except (RowRefused, TypeError, ValueError) as refusal:
+            raise ModelError(f"the messages cannot be read: {refusal}", code="messages-unreadable") from None
+        return self.speaker.encoder.encode_prompt(turns, schemas)
 
     @property
     def adapters(self) -> list[str]:
@@ -62,13 +77,3 @@ class Model:
             known = ", ".join([*self.adapters, "base"]) if self.adapters else "none"
             raise ModelError(f"{adapter!r}: no such adapter is open; open are: {known}", code="unknown-adapter")
         self.speaker.switch(adapter)
-
-    def _prompt(self, messages: Question, tools: Any) -> list[int]:
-        try:
-            if isinstance(messages, Mapping) or not all(isinstance(turn, (str, Mapping)) for turn in messages):
-                raise TypeError("they must be a text or a list of dicts with role and content")
-            given = messages if isinstance(messages, str) else [dict(turn) for turn in messages]
-            turns, schemas = read_question(given, list(tools) if isinstance(tools, tuple) else tools)
-        except (RowRefused, TypeError, ValueError) as refusal:
-            raise ModelError(f"the messages cannot be read: {refusal}", code="messages-unreadable") from None
-        return self.speaker.encoder.encode_prompt(turns, schemas)

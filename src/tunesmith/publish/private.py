@@ -1,0 +1,89 @@
+"""Keep what belongs to this machine out of what is published: folders, users, rows of the data."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from tunesmith.config.plainyaml import dump
+from tunesmith.config.runfile import read_yaml
+from tunesmith.runfolder import RunFolder
+
+_OWN_NAMES = ("_name_or_path", "name_or_path")  # where older libraries kept the folder that was loaded
+_ROWS = ("rows",)  # of metrics.jsonl: names of rows, as FILE:ROW
+_PATH = re.compile(r"(?<![\w./~:-])(?:~|(?:/[\w.@+-]+){2,}|[A-Za-z]:\\[\w.@+\\-]+)[\w./@+-]*")
+_FILE = re.compile(r"\.(jsonl?|csv|tsv|txt|md|parquet|arrow|xlsx?|ya?ml|jinja|pth|gz|zst|xz|bz2|zip)(:\d+)?$")
+_SYSTEM = ("/bin", "/dev", "/etc", "/lib", "/opt", "/proc", "/sbin", "/sys", "/usr")
+_LONGEST, _MOST = 2**21, 1000  # characters of a text, paths in it
+
+
+def is_path(name: str) -> bool:
+    """Whether a name says where something is on a machine, and not only what it is called."""
+    if name.startswith("/"):
+        return name.count("/") > 1 or os.path.lexists(name)  # /no_think is none
+    return PureWindowsPath(name).is_absolute() or name.startswith(("~/", "./", "../"))
+
+
+def last_part(name: str) -> str:
+    return PureWindowsPath(name).name if "\\" in name else os.path.basename(name.rstrip("/"))
+
+
+def without_own_path(content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A config without the folder that it was loaded from; None if it names none."""
+    found = [key for key in _OWN_NAMES if isinstance(content.get(key), str) and is_path(content[key])]
+    return {key: value for key, value in content.items() if key not in found} if found else None
+
+
+def without_paths(value: Any) -> Any:
+    """Values of a config or record with files and folders by their last part."""
+    if isinstance(value, Mapping):
+        return {key: without_paths(below) for key, below in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    if isinstance(value, str) and (is_path(value) or ("/" in value and _is_here(value))):
+        return last_part(value)
+    return value
+
+
+def _is_here(name: str) -> bool:
+    """Whether a relative name is of a file or in a folder of this machine; a hub id is not."""
+    try:
+        return os.path.lexists(name) or os.path.isdir(os.path.dirname(name)) or bool(_FILE.search(name))
+    except ValueError:
+        return False
+
+
+def plain_config(run: RunFolder) -> bytes:
+    """RUN/config.yaml without folders of this machine."""
+    return dump(without_paths(read_yaml(run.config))).encode()
+
+
+def plain_metrics(run: RunFolder) -> Iterator[bytes]:
+    """The lines of RUN/metrics.jsonl, without the names of rows."""
+    for line in run.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict):
+            kept = {key: without_paths(value) for key, value in record.items() if key not in _ROWS}
+            yield json.dumps(kept).encode() + b"\n"
+
+
+def find_paths(text: str) -> list[str]:
+    """Files and folders of this machine that a text names, each once; those of the system do not count."""
+    return list(_find(text[:_LONGEST]))[:3]
+
+
+def _find(text: str) -> Iterable[str]:
+    home = str(Path.home())
+    for name in list(dict.fromkeys(match.group() for match in _PATH.finditer(text)))[:_MOST]:
+        whole = home + name[1:] if name.startswith("~") else name
+        if name.startswith("~") and not name.startswith("~/"):
+            continue
+        if not whole.startswith(_SYSTEM) and os.path.lexists(whole.rstrip(".,;:")):
+            yield name

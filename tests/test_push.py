@@ -1,0 +1,404 @@
+"""`tunesmith push` against a server that answers as the hub does, through the real huggingface_hub client."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+import tunesmith
+from conftest import save_folder, tiny_config, write_jsonl
+from hub_server import HubServer, running_hub
+from tunesmith.cli import main
+
+Run = Callable[..., tuple[int, str, str]]
+TOKEN = "hf_ThisMustNeverBeSeenAnywhere"
+SECRET = "the patient has a broken leg"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    with running_hub() as server:
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        given = {"ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": template}
+        for name, value in {**given, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        server.add_account(TOKEN, "me", ("club",))
+        yield server
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A finished run with refused rows that hold something private, in a folder whose name is nobody's business."""
+    folder = tmp_path_factory.mktemp("private-project")
+    base = save_folder(folder / "base", tiny_config("llama", vocab_size=len(tokenizer)), tokenizer)
+    rows: list[dict[str, Any]] = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"it is {n}"}]}
+        for n in range(40)
+    ]
+    rows.append({"messages": [{"role": SECRET, "content": "?"}, {"role": "assistant", "content": "!"}]})
+    (folder / "clients").mkdir()
+    data = write_jsonl(folder / "clients" / "chats.jsonl", rows)
+    words = (
+        "--data.max_refused",
+        "0.5",
+        "--train.max_steps",
+        "2",
+        "--data.max_seq_len",
+        "64",
+        "--data.eval_split",
+        "0.1",
+    )
+    assert (
+        main([str(word) for word in ("train", "--model", base, "--data", data, "--output", folder / "mine", *words)])
+        == 0
+    )
+    assert main([str(word) for word in ("train", "--model", base, "--data", data, "--output", folder / "lora", *words,
+                                        "--lora.kind", "lora")]) == 0  # fmt: skip
+    return folder
+
+
+def test_a_dry_run_shows_everything_and_does_nothing(run: Run, hub: HubServer, trained: Path) -> None:
+    code, out, err = run("push", trained / "mine", "me/mine")
+    assert (code, err) == (0, "")
+    assert "me/mine (will be created)" in out
+    assert "visibility private" in out
+    assert "licence    unknown" in out
+    for name in ("README.md", "config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"):
+        assert re.search(rf"\b{re.escape(name)}  +\d+ KiB", out), name
+    assert "## Training data" in out
+    assert "dry run: nothing was uploaded" in out
+    assert not hub.repos
+    assert all(request.startswith("GET ") for request in hub.requests)
+    assert TOKEN not in out
+
+
+def test_what_was_pushed_is_downloaded_as_the_same_model(
+    run: Run, hub: HubServer, trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    code, out, err = run("push", trained / "mine", "me/mine", "--license", "mit", "--yes")
+    assert (code, err) == (0, "")
+    repo = hub.repos["me/mine"]
+    assert repo.is_private
+    assert len(repo.commits) == 2  # the first is the hub's own
+    folder = trained / "mine" / "model"
+    assert set(repo.files) - {".gitattributes"} == {path.name for path in folder.iterdir()}
+    for path in folder.iterdir():
+        assert (repo.files[path.name] == path.read_bytes()) == (path.name != "README.md")
+    card = repo.files["README.md"].decode()
+    assert yaml.safe_load(card.split("---\n")[1])["license"] == "mit"
+    assert 'folder = "me/mine"' in card
+    assert "tunesmith chat me/mine" in card
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    got = huggingface_hub.snapshot_download("me/mine", cache_dir=tmp_path)
+    ids = torch.arange(5, 25)[None]
+    logits = [AutoModelForCausalLM.from_pretrained(where)(input_ids=ids).logits for where in (got, folder)]
+    torch.testing.assert_close(*logits, rtol=0, atol=0)
+    assert "pushed" in out
+    before = len(repo.commits)
+    code, out, _ = run("push", trained / "mine", "me/mine", "--license", "mit", "--yes")
+    assert (code, len(repo.commits)) == (0, before)
+    assert "nothing to push" in out
+
+
+def test_nothing_private_leaves(run: Run, hub: HubServer, trained: Path) -> None:
+    """No row, no text of a refusal that quotes one, no folder of this machine, and no file that was not written by us."""
+    model = trained / "mine" / "model"
+    (model / ".env").write_text(f"HF_TOKEN={TOKEN}")
+    (model / "optimizer.pt").write_bytes(b"state")
+    (model / "notes.txt").write_text(SECRET)
+    try:
+        code, out, err = run("push", trained / "mine", "me/all", "--include", "config", "metrics", "report", "--yes")
+    finally:
+        for name in (".env", "optimizer.pt", "notes.txt"):
+            (model / name).unlink()
+    assert (code, err) == (0, "")
+    assert "left out   .env, notes.txt, optimizer.pt" in out
+    files = hub.repos["me/all"].files
+    assert {"config.yaml", "metrics.jsonl", "report.html"} < set(files)
+    assert not {".env", "optimizer.pt", "notes.txt", "checkpoints", "tokens", "run.json", "data_ledger.json"} & set(
+        files
+    )
+    for name, content in files.items():
+        for secret in (SECRET, TOKEN, str(trained), "private-project", "clients", os.path.expanduser("~/")):
+            assert secret.encode() not in content, (name, secret)
+    card = files["README.md"].decode()
+    assert "chats.jsonl" in card
+    assert "1 unknown-role" in card
+    assert "| 41 | 40 | 1 |" in card
+    assert "it is " not in card
+    assert "it is " not in files["report.html"].decode()
+
+
+def test_sample_replies_are_published_with_a_flag_only(run: Run, hub: HubServer, trained: Path) -> None:
+    code, out, err = run("push", trained / "mine", "me/replies", "--include", "replies", "report")
+    assert (code, err) == (0, "")
+    assert "## Sample replies" in out
+    assert "which quote the data" in out
+
+
+def test_an_adapter_needs_a_base_that_others_can_open(run: Run, hub: HubServer, trained: Path) -> None:
+    code, _, err = run("push", trained / "lora", "me/lora", "--yes")
+    assert code == 1
+    assert "--base owner/name" in err
+    assert not hub.repos
+    code, _, err = run("push", trained / "lora", "me/lora", "--base", "me/base", "--yes")
+    assert code == 1  # there is no such repository
+    code, _, err = run("push", trained / "base", "me/base", "--license", "gemma", "--yes")
+    assert (code, err) == (0, "")
+    code, _, err = run("push", trained / "lora", "me/lora", "--base", "me/base", "--yes")
+    assert (code, err) == (0, "")
+    files = hub.repos["me/lora"].files
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "me/base"
+    assert "config.json" not in files
+    card = files["README.md"].decode()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert (front["base_model"], front["license"], front["library_name"]) == ("me/base", "gemma", "peft")
+    assert "AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True)" in card
+    assert "trained from me/base" in card
+    assert str(trained).encode() not in b"".join(files.values())
+    weights = hub.repos["me/base"].files["model.safetensors"]
+    hub.repos["me/base"].files["model.safetensors"] = weights[:-1] + bytes([weights[-1] ^ 1])
+    code, _, err = run("push", trained / "lora", "me/lora", "--base", "me/base", "--replace", "--yes")
+    assert code == 1
+    assert "is not the base" in err
+
+
+def test_the_adapter_from_the_hub_opens_with_its_base(
+    run: Run, hub: HubServer, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its card's line for further training, on what was downloaded."""
+    assert run("push", trained / "base", "me/base", "--yes")[0] == 0
+    assert run("push", trained / "lora", "me/lora", "--base", "me/base", "--yes")[0] == 0
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    got = huggingface_hub.snapshot_download("me/lora", cache_dir=tmp_path)
+    ids = torch.arange(5, 25)[None]
+    wanted = tunesmith.load(trained / "lora").speaker.model(input_ids=ids).logits
+    found = tunesmith.load(got).speaker.model(input_ids=ids).logits
+    torch.testing.assert_close(found, wanted)
+
+
+def push_code(name: Path | str, repository: str, **options: Any) -> str:
+    """The code of the error."""
+    with pytest.raises(tunesmith.TunesmithError) as caught:
+        tunesmith.push(name, repository, **options)
+    assert TOKEN not in str(caught.value)
+    assert "secret-of" not in str(caught.value)
+    assert TOKEN not in str(caught.value.__context__ or "")
+    return caught.value.code
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mine", "/mine", "me/", "me/a/b", "me/a--b", "me/.a", "me/a.", "-me/a", "me/a b", "me/ü", "me/a.git", "me/a..b",
+     "https://huggingface.co/me/a", "me/" + 97 * "a", "me/a\n"],
+)  # fmt: skip
+def test_a_malformed_name_is_refused_before_anything(hub: HubServer, name: str) -> None:
+    assert push_code("nothing", name) == "repository-name"
+    assert not hub.requests
+
+
+def test_errors_of_the_account(hub: HubServer, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = trained / "mine"
+    hub.add_account("hf_reads", "me", role="read")
+    assert push_code(mine, "others/mine", yes=True) == "hub-owner"
+    monkeypatch.setenv("HF_TOKEN", "hf_reads")
+    assert push_code(mine, "me/mine", yes=True) == "hub-token-reads-only"
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert push_code(mine, "me/mine", yes=True) == "hub-token"
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "/nonexistent")
+    assert push_code(mine, "me/mine", yes=True) == "hub-not-logged-in"
+    plan = tunesmith.push(mine, "me/mine")  # a dry run needs no login
+    assert plan.commit is None
+    assert "model.safetensors" in plan.files
+    assert not hub.repos
+
+
+@pytest.mark.parametrize(
+    ("step", "fault", "wanted"),
+    [
+        ("create", 403, "hub-no-permission"),
+        ("create", 402, "hub-no-permission"),
+        ("create", "drop", "hub-unreachable"),
+        ("preupload", 403, "hub-no-permission"),
+        ("batch", 403, "hub-no-permission"),
+        ("put", 403, "hub-no-permission"),
+        ("commit", 500, "hub-failed"),
+        ("commit", 429, "hub-busy"),
+        ("commit", 400, "hub-refused"),
+        ("commit", "drop", "hub-unreachable"),
+        ("info", 500, "hub-failed"),
+        ("whoami", 503, "hub-failed"),
+    ],
+)
+def test_a_push_that_fails_leaves_the_repository_as_it_was(
+    hub: HubServer, trained: Path, step: str, fault: int | str, wanted: str
+) -> None:
+    before = None
+    if step != "create":
+        before = dict(hub.add_repo("me/mine").files)
+    hub.faults[step] = fault
+    assert push_code(trained / "mine", "me/mine", yes=True) == wanted
+    if before is None:
+        assert "me/mine" not in hub.repos
+        return
+    assert hub.repos["me/mine"].files == before
+    assert len(hub.repos["me/mine"].commits) == 1
+    hub.faults.clear()
+    hub.requests.clear()
+    assert tunesmith.push(trained / "mine", "me/mine", yes=True).commit == hub.repos["me/mine"].head
+    if step == "commit":  # what was uploaded before is not uploaded again
+        assert not [request for request in hub.requests if request.startswith("PUT")]
+
+
+def test_a_lost_answer_to_the_commit_is_found_out(hub: HubServer, trained: Path) -> None:
+    hub.faults["answer"] = "drop"
+    done = tunesmith.push(trained / "mine", "me/mine", yes=True)
+    assert done.commit == hub.repos["me/mine"].head
+
+
+def test_a_large_file_goes_in_parts(hub: HubServer, trained: Path) -> None:
+    hub.chunk_bytes = 20_000
+    tunesmith.push(trained / "mine", "me/mine", yes=True)
+    wanted = (trained / "mine" / "model" / "model.safetensors").read_bytes()
+    assert hub.repos["me/mine"].files["model.safetensors"] == wanted
+
+
+@pytest.mark.parametrize("how", ["damaged", "ignored"])
+def test_what_the_hub_holds_is_compared(hub: HubServer, trained: Path, how: str) -> None:
+    getattr(hub, how).add("model.safetensors")
+    assert push_code(trained / "mine", "me/mine", yes=True) == "push-differs"
+
+
+def test_a_repository_with_other_content_is_replaced_only_if_asked(run: Run, hub: HubServer, trained: Path) -> None:
+    other = {"README.md": b"mine", "model-00001-of-00002.safetensors": b"x", "model.safetensors.index.json": b"{}",
+             "paper.pdf": b"kept"}  # fmt: skip
+    repo = hub.add_repo("club/model", files=other)
+    code, out, _ = run("push", trained / "mine", "club/model")
+    assert code == 0
+    assert re.search(r"README.md .* changed\n", out)
+    assert re.search(r"model-00001-of-00002.safetensors .* removed\n", out)
+    assert re.search(r"model.safetensors .* new\n", out)
+    assert "kept there .gitattributes, paper.pdf" in out
+    assert "--replace --yes" in out
+    assert push_code(trained / "mine", "club/model", yes=True) == "repository-differs"
+    assert len(repo.commits) == 1
+    tunesmith.push(trained / "mine", "club/model", yes=True, replace=True)
+    assert "paper.pdf" in repo.files
+    assert "model-00001-of-00002.safetensors" not in repo.files
+    assert "model.safetensors.index.json" not in repo.files
+
+
+def test_visibility_is_never_changed(hub: HubServer, trained: Path) -> None:
+    hub.add_repo("me/public", is_private=False)
+    hub.add_repo("me/private")
+    assert push_code(trained / "mine", "me/public", yes=True) == "repository-public"
+    assert push_code(trained / "mine", "me/private", yes=True, public=True) == "repository-private"
+    assert not tunesmith.push(trained / "mine", "me/public", yes=True, public=True).is_private
+    assert tunesmith.push(trained / "mine", "me/private", yes=True).is_private
+    hub.makes_public = True  # as an organisation's settings may
+    assert push_code(trained / "mine", "club/new", yes=True) == "repository-visibility"
+    assert set(hub.repos["club/new"].files) == {".gitattributes"}
+
+
+def test_a_repository_that_changes_meanwhile_is_left_as_it_is(
+    hub: HubServer, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = hub.add_repo("me/mine")
+    hub.faults["commit"] = 412
+    assert push_code(trained / "mine", "me/mine", yes=True) == "repository-changed"
+    assert len(repo.commits) == 1
+
+
+def test_a_licence_that_the_hub_does_not_know(hub: HubServer, trained: Path) -> None:
+    hub.add_repo("me/mine")
+    assert push_code(trained / "mine", "me/mine", yes=True, license="my-own-licence") == "hub-card"
+    assert push_code(trained / "mine", "me/mine", yes=True, license="My own!") == "licence-id"
+
+
+def test_an_unreachable_hub(hub: HubServer, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert push_code(trained / "mine", "me/mine", yes=True) == "hub-unreachable"
+    assert tunesmith.push(trained / "mine", "me/mine").commit is None
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert push_code(trained / "mine", "me/mine", yes=True) == "hub-unreachable"
+
+
+def test_damaged_folders_are_refused(hub: HubServer, trained: Path, tmp_path: Path, tokenizer: Any) -> None:
+    assert push_code(tmp_path / "none", "me/mine") == "model-not-found"
+    assert push_code(tmp_path, "me/mine") == "not-a-model-folder"
+    folder = save_folder(tmp_path / "model", tiny_config("llama", vocab_size=len(tokenizer)), tokenizer)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-100])
+    assert push_code(folder, "me/mine") == "weights-unreadable"
+    (folder / "model.safetensors").write_bytes(whole[:-4] + b"\x00\x00\xc0\x7f")  # NaN
+    assert push_code(folder, "me/mine") == "weights-not-finite"
+    (folder / "model.safetensors").write_bytes(whole)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    assert push_code(folder, "me/mine") == "weights-missing"
+    (folder / "config.json").write_text(json.dumps(config | {"_name_or_path": "/home/somebody/models/secret"}))
+    plan = tunesmith.push(folder, "me/mine", yes=True)
+    assert plan.commit
+    assert b"somebody" not in hub.repos["me/mine"].files["config.json"]
+    assert push_code(folder, "me/mine", include=["config"]) == "not-a-run"
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert push_code(folder, "me/mine") == "no-safetensors"
+
+
+def test_the_card_keeps_what_a_person_wrote(hub: HubServer, trained: Path) -> None:
+    file = trained / "mine" / "model" / "README.md"
+    before = file.read_text(encoding="utf-8")
+    try:
+        own = before.replace("## Training\n", "## About\n\nIt knows numbers.\n\n## Training\n").replace(
+            "tags:", "language: en\ntags:"
+        )
+        file.write_text(own, encoding="utf-8")
+        card = tunesmith.push(trained / "mine", "me/mine").card
+        assert "It knows numbers." in card
+        assert "language: en" in card
+        assert card.count("## Licence") == 1
+        file.unlink()
+        card = tunesmith.push(trained / "mine", "me/mine").card
+        assert "## Training data" in card
+        assert "| training loss |" in card
+    finally:
+        file.write_text(before, encoding="utf-8")
+
+
+def test_push_in_a_process_of_its_own_asks_on_a_terminal(hub: HubServer, trained: Path, tmp_path: Path) -> None:
+    """HF_ENDPOINT and HF_TOKEN as a user sets them; the answer is typed."""
+    import pty
+
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    ours, theirs = pty.openpty()
+    words = [sys.executable, "-m", "tunesmith", "push", str(trained / "mine"), "me/asked"]
+    child = subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    while b"push? [y/N]" not in shown:
+        shown += os.read(ours, 4096)
+    assert not hub.repos
+    os.write(ours, b"y\n")
+    try:
+        while piece := os.read(ours, 4096):
+            shown += piece
+    except OSError:  # the end of a terminal
+        pass
+    assert child.wait() == 0
+    os.close(ours)
+    assert "me/asked" in hub.repos
+    assert TOKEN.encode() not in shown

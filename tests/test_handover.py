@@ -11,7 +11,7 @@ import shutil
 import site
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def trl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Iterator[Path]:
+def work(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     """A folder as the page assumes it: runs/mine, runs/lora, preferences.jsonl, prompts.jsonl."""
     folder = tmp_path_factory.mktemp("work")
     base = save_folder(folder / "base", tiny_config("qwen3", vocab_size=len(tokenizer)), tokenizer)
@@ -78,7 +78,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Iterator[P
     words = ("--model", base, "--data", data, "--train.max_steps", 3, "--data.max_seq_len", 64)
     for name, more in (("mine", ()), ("lora", ("--lora.kind", "lora"))):
         assert main([str(word) for word in ("train", *words, "--output", folder / "runs" / name, *more)]) == 0
-    yield folder
+    return folder
 
 
 def run_script(python: Path, name: str, work: Path) -> str:
@@ -107,7 +107,7 @@ def test_trl_trains_a_model_on(run: Run, trl: Path, work: Path, name: str) -> No
     run_script(trl, f"{name}.py", work)
     result = work / "runs" / name / "model"
     assert has_changed(work / "runs/mine/model/model.safetensors", result / "model.safetensors")
-    code, out, err = run("chat", result, "--prompt", "5?", "--max-new-tokens", 8)
+    code, _, err = run("chat", result, "--prompt", "5?", "--max-new-tokens", 8)
     assert (code, err) == (0, "")
     ids = [tunesmith.load(folder).prompt_ids("5? <|im_end|>") for folder in (result, work / "runs" / "mine")]
     assert ids[0] == ids[1]
@@ -121,7 +121,7 @@ def test_trl_trains_an_adapter_on(run: Run, trl: Path, work: Path) -> None:
     assert has_changed(before / "adapter_model.safetensors", result / "adapter_model.safetensors")
     for file in ("base.json", "generation_config.json"):
         shutil.copy(before / file, result)
-    code, out, err = run("chat", result, "--prompt", "5?", "--max-new-tokens", 8)
+    code, _, err = run("chat", result, "--prompt", "5?", "--max-new-tokens", 8)
     assert (code, err) == (0, "")
     assert tunesmith.load(result).speaker.stop_ids == tunesmith.load(before).speaker.stop_ids
 
@@ -189,14 +189,8 @@ def run_minimind(folder: Path, name: str, *words: object) -> None:
 
 
 def test_minimind_trains_on_through_its_weight_files(run: Run, minimind: Path, tmp_path: Path) -> None:
-    sizes = (
-        "--model.config.hidden_size",
-        64,
-        "--model.config.num_hidden_layers",
-        2,
-        "--model.config.intermediate_size",
-        192,
-    )
+    sizes = [f"--model.config.{key}={value}" for key, value in
+             {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 256, "head_dim": 8}.items()]  # fmt: skip
     for name in ("mine", "teacher"):
         code, _, err = run("train", "--model", "new:minimind-64m", *sizes, "--tokenizer", minimind / "model", "--data",
                            minimind / "dataset" / "sft.jsonl", "--output", tmp_path / name, "--train.max_steps", 3,
@@ -221,5 +215,5 @@ def test_minimind_trains_on_through_its_weight_files(run: Run, minimind: Path, t
         ended = torch.load(file)
         assert set(ended) >= set(began)
         assert any(not torch.equal(began[name], ended[name]) for name in began)
-        code, out, err = run("chat", file, "--tokenizer", minimind / "model", "--prompt", "1+1?", "--max-new-tokens", 4)
+        code, _, err = run("chat", file, "--tokenizer", minimind / "model", "--prompt", "1+1?", "--max-new-tokens", 4)
         assert (code, err) == (0, ""), err

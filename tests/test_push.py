@@ -77,7 +77,7 @@ def test_a_dry_run_shows_everything_and_does_nothing(run: Run, hub: HubServer, t
     assert "visibility private" in out
     assert "licence    unknown" in out
     for name in ("README.md", "config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"):
-        assert re.search(rf"\b{re.escape(name)}  +\d+ KiB", out), name
+        assert re.search(rf"\b{re.escape(name)}  +\d+ (KiB|B)", out), name
     assert "## Training data" in out
     assert "dry run: nothing was uploaded" in out
     assert not hub.repos

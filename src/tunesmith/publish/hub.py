@@ -101,16 +101,14 @@ class Hub:
 
     Attributes:
         address: of the hub.
-        is_usual: whether that is huggingface.co.
     """
 
     def __init__(self, repository: str) -> None:
-        from huggingface_hub import HfApi, constants
+        from huggingface_hub import HfApi
 
         self.repository = repository
         self._api: Any = HfApi(library_name="tunesmith")
         self.address: str = self._api.endpoint
-        self.is_usual = self.address == constants._HF_DEFAULT_ENDPOINT
 
     def who(self) -> str:
         """The user's name, checked to be able to write to the repository's owner.

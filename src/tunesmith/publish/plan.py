@@ -7,7 +7,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tunesmith.adapters.adapter_config import ADAPTER_CONFIG
@@ -85,7 +85,7 @@ class Push:
     is_private: bool
     files: Mapping[str, int]
     status: Mapping[str, str]
-    card: str
+    card: str = field(repr=False)
     url: str
     remarks: Sequence[str] = ()
     commit: str | None = None
@@ -242,8 +242,8 @@ def _look_at_base(hub: Hub, bundle: Bundle, base: Base) -> Mapping[str, Any]:
     """
     if not base.hub:
         return {}
-    record = read_record(bundle.folder) if bundle.is_adapter else None
-    if record is not None:
+    if bundle.is_adapter:
+        record = read_record(bundle.folder) or {}
         found = hub.look(record.get("commit") or base.revision, base.hub)
         if found is None:
             raise ModelError(
@@ -251,7 +251,7 @@ def _look_at_base(hub: Hub, bundle: Bundle, base: Base) -> Mapping[str, Any]:
                 "give its name: --base owner/name.",
                 code="base-not-on-hub",
             )
-        wanted = {name: entry["sha256"] for name, entry in record["files"].items() if not name.endswith(".py")}
+        wanted = {name: entry["sha256"] for name, entry in record.get("files", {}).items() if not name.endswith(".py")}
         other = [name for name, sha in wanted.items() if name not in found.files or found.files[name].sha256 != sha]
         if other:
             raise ModelError(
@@ -312,14 +312,18 @@ def _compare(files: Sequence[PublishedFile], found: Repository | None) -> dict[s
 def _file_lines(push: Push, found: Repository | None) -> Iterator[tuple[str, str]]:
     width = max(len(name) for name in push.status)
     for index, (name, status) in enumerate(push.status.items()):
-        size = format_bytes(push.files[name]) if name in push.files else ""
+        size = _size(push.files[name]) if name in push.files else ""
         shown = status if found is not None else ""
         yield ("files" if index == 0 else "", f"{name:<{width}}  {size:>9}  {shown}".rstrip())
     total = sum(push.files.values())
-    yield "", f"{len(push.files)} files, {format_bytes(total)}"
+    yield "", f"{len(push.files)} files, {_size(total)}"
     kept = [name for name in (found.files if found else ()) if name not in push.status]
     if kept:
         yield "kept there", join_names(kept)
+
+
+def _size(number: int) -> str:
+    return f"{number} B" if number < 1024 else format_bytes(number)
 
 
 def show_plan(plan: Plan, with_card: bool) -> None:

@@ -49,8 +49,10 @@ def run_push(settings: PushSettings, can_ask: bool = False) -> Push:
         logger.info("nothing to push: the repository holds these files already")
         return replace(plan.push, commit=plan.found.commit)
     if not settings.confirmed and not (asks and _says_yes(len(plan.replaced))):
-        more = " --replace" * bool(plan.replaced and not settings.replaces)
-        logger.info(f"dry run: nothing was uploaded. To push, run it again with{more} --yes")
+        has_more = bool(plan.replaced and not settings.replaces)
+        how = "--replace " * has_more + "--yes" if can_ask else "replace=True, " * has_more + "yes=True"
+        level = logging.INFO if can_ask else logging.WARNING
+        logger.log(level, f"dry run: nothing was uploaded. To push, run it again with {how}")
         return plan.push
     _require_replace(plan, settings, asks)
     return _upload(plan, hub)

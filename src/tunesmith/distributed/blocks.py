@@ -66,9 +66,10 @@ def compile_now(lm: SupervisedLM, spread: Spread, context: AbstractContextManage
     torch.compiler.reset()
     _compiled.cache_clear()
     lm.train()
-    with context:
-        loss = supervised_loss(spread.callable(lm), blank_batch(lens)).loss
-    spread.backward(loss, is_last=True)
+    with lm.computing():
+        with context:
+            loss = supervised_loss(spread.callable(lm), blank_batch(lens)).loss
+        spread.backward(loss, is_last=True)
     lm.zero_grad(set_to_none=True)
     return time.monotonic() - began
 

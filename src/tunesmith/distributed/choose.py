@@ -76,23 +76,23 @@ def build_spread(
     name: str,
     world: World,
     device: torch.device,
-    autocast: torch.dtype | None,
+    compute: torch.dtype | None,
     config: RunConfig,
     tell: Callable[[str], None],
 ) -> Spread:
     """Args:
     name: from `choose_parallel`.
-    autocast: dtype of matrix products over fp32 weights, if they have one of their own.
+    compute: dtype of matrix products over fp32 weights, if they have one of their own.
     tell: shows a remark to the user.
     """
     if name == "fsdp":
         from tunesmith.distributed.fsdp import Sharded
 
-        return Sharded(world, device, autocast)
+        return Sharded(world, device, compute)
     if name == "deepspeed":
         from tunesmith.distributed.deepspeed import Zero
 
-        file = read_deepspeed(config, "bf16" if autocast else "fp32")
+        file = read_deepspeed(config, "bf16" if compute else "fp32")
         for note in file.notes:
             tell(note)
         return Zero(world, device, file, config.optim.max_grad_norm, tell)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from tunesmith.evaluation.intervals import Array, Counted, ratio
 from tunesmith.evaluation.rows import Key, LabelledRows
 from tunesmith.generation.decode import decode_reply
 from tunesmith.generation.speaker import Speaker
+from tunesmith.layers.copies import HalfCopies
 from tunesmith.model.head import choose_head_path, head_logits
 from tunesmith.model.isolation import probe_isolation, use_packed_attention
 from tunesmith.model.loss import to_tensors
@@ -112,7 +114,7 @@ def _precision_of(labelled: LabelledRows, weights: Tensor) -> Precision:
     name = keep_precision(name, run.record.guard.precision if run else None, weights.device)
     if weights.dtype != torch.float32 or name == "bf16_pure" or (name == "fp16" and weights.device.type == "cpu"):
         name = "fp32"
-    return choose_precision(name, weights.device)
+    return choose_precision(name, weights.device, run is not None and run.record.guard.has_copies)
 
 
 class _Scorer:
@@ -130,6 +132,8 @@ class _Scorer:
         self._head_path = choose_head_path(probe, self.is_packed)
         self._device = next(self.model.parameters()).device
         self._precision = _precision_of(labelled, next(self.model.parameters()))
+        dtype = self._precision.copies
+        self._copies: AbstractContextManager[None] = HalfCopies(self.model, dtype) if dtype else nullcontext()
 
     def close(self) -> None:
         if self.is_packed:
@@ -139,7 +143,7 @@ class _Scorer:
     def score(self, batch: Batch) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Loss and correct tokens of each document of a batch."""
         tensors = to_tensors(batch, self._device)
-        with self._precision.context(self._device):
+        with self._copies, self._precision.context(self._device):
             losses, correct = self._score_tokens(tensors)
         ends = np.cumsum(batch.layout.lens)
         document = np.searchsorted(ends, batch.target_at, side="right")

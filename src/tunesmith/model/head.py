@@ -140,7 +140,7 @@ class _HeadLoss(torch.autograd.Function):
                     weight_grad.addmm_(grad.t(), part)  # without a second tensor of the weight's size
                 else:
                     product = torch.mm(grad.t(), part)
-                    weight_grad = product.to(_sum_dtype(product)) if weight_grad is None else weight_grad.add_(product)
+                    weight_grad = product.to(sum_dtype(product)) if weight_grad is None else weight_grad.add_(product)
         each = torch.cat(losses)
         ctx.gradients = (
             torch.cat(hidden_grads) if needs_hidden else None,
@@ -164,7 +164,7 @@ def _chunk(
     """[n] losses, the [n, vocab] gradient of their sum with respect to the product with the head, its dtype."""
     logits = F.linear(hidden, weight, bias)
     dtype = logits.dtype
-    logits = rule.apply(logits.to(_sum_dtype(logits)))
+    logits = rule.apply(logits.to(sum_dtype(logits)))
     log_probabilities = F.log_softmax(logits, -1)
     if rule.cap is None:
         del logits  # only a cap's slope needs them
@@ -175,7 +175,7 @@ def _chunk(
     return losses, grad, dtype
 
 
-def _sum_dtype(tensor: Tensor) -> torch.dtype:
+def sum_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,7 +24,8 @@ from tunesmith.config.schema import ROUTER_COEFFICIENT, RunConfig
 from tunesmith.config.train_keys import RouterLoss
 from tunesmith.data.pack import Batch, Documents
 from tunesmith.errors import ModelError
-from tunesmith.model.head import LogitRule, chunk_rows, head_logits, head_loss, plain_head
+from tunesmith.layers.copies import HalfCopies
+from tunesmith.model.head import LogitRule, chunk_rows, head_logits, head_loss, plain_head, sum_dtype
 from tunesmith.plans.tree import Tree
 
 
@@ -87,6 +89,7 @@ class SupervisedLM(nn.Module):
         self.plan = plan
         self.model = model
         self.own_attention = own_attention
+        self.copies: HalfCopies | None = None
         self._adapter = (adapter,)  # in a tuple: as a submodule, it would register every weight twice
         self.is_packed = is_packed
         self.router = find_router(model.config, type(model), router_loss)
@@ -95,6 +98,10 @@ class SupervisedLM(nn.Module):
     @property
     def adapter(self) -> Any:
         return self._adapter[0]
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Within the block, the model computes with the copies of its weights, if it has some."""
+        return self.copies or nullcontext()
 
     def forward(
         self,
@@ -168,8 +175,11 @@ class SupervisedLM(nn.Module):
 
 
 def take_rows(rows: Tensor, at: Tensor, tree: Tree | None) -> Tensor:
-    """rows[at]. In prefix trees a row may occur several times; a CPU then sums its gradients in a fixed order."""
-    return rows.index_select(0, at) if tree is not None and rows.device.type == "cpu" else rows[at]
+    """rows[at]. In prefix trees a row may occur several times: its gradients are summed in fp32, on a CPU in order."""
+    if tree is None:
+        return rows[at]
+    wide = rows.to(sum_dtype(rows))
+    return (wide.index_select(0, at) if rows.device.type == "cpu" else wide[at]).to(rows.dtype)
 
 
 def sum_targets(logits: Tensor, targets: Tensor, sources: Tensor | None = None, num_sources: int = 0) -> TargetSums:

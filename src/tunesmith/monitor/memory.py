@@ -189,14 +189,15 @@ def measure_kept(lm: SupervisedLM, context: contextlib.AbstractContextManager[ob
     sizes = [max(2, min(_SIZES[-1], most) * size // _SIZES[-1]) for size in _SIZES]
     if len(set(sizes)) < len(sizes) or any(is_elsewhere(p) for p in parameters):
         return None
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*parameters, *lm.buffers()]}
+    with lm.computing():
+        own = {tensor.untyped_storage().data_ptr() for tensor in [*parameters, *lm.parameters(), *lm.buffers()]}
     was_training = lm.training
     try:
         lm.train()
         with _without_checkpointing(lm.model), _without_compiling():
             found = []
             for tokens in sizes:
-                with context:
+                with lm.computing(), context:
                     found.append(_count_kept(lm, tokens, own))
     except Exception:  # of the model's own code: the run itself will tell
         return None

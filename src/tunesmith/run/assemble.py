@@ -23,6 +23,7 @@ from tunesmith.distributed.blocks import compile_blocks
 from tunesmith.distributed.held import part_of
 from tunesmith.distributed.load import load_from_shards, load_held, release_memory
 from tunesmith.errors import ModelError, TunesmithError
+from tunesmith.layers.copies import HalfCopies
 from tunesmith.layers.speedup import speed_up
 from tunesmith.model.head import choose_head_path
 from tunesmith.model.isolation import (
@@ -264,7 +265,7 @@ def weights_dtype(session: Session) -> torch.dtype:
     if session.parallel == "deepspeed":  # takes weights of one dtype
         return precision.weights
     # frozen weights need no fp32 copy, since autocast uses half precision anyway
-    return precision.autocast if session.is_adapter and precision.autocast else precision.weights
+    return precision.compute if session.is_adapter and precision.compute else precision.weights
 
 
 def add_new_adapter(session: Session, model: PreTrainedModel) -> Any:
@@ -277,7 +278,7 @@ def add_new_adapter(session: Session, model: PreTrainedModel) -> Any:
     local = latest_stage(Path(path).expanduser().resolve())
     name = str(local) if source.kind == "local" else path  # for adapter_config.json
     adapter = add_adapter(model, config.lora, name, new_ids, config.model.revision, base)
-    if session.precision.autocast:
+    if session.precision.compute:
         cast_trained(model, session.precision.weights)
     return adapter
 
@@ -297,7 +298,8 @@ def wrap(
         use_packed_attention(probe)
         use_packed_attention(model)
         if session.device.type == "cuda":
-            context = session.precision.context(session.device)
+            copies = session.precision.copies
+            context = HalfCopies(probe, copies) if copies else session.precision.context(session.device)
             found = choose_kernels(probe, context, lengths.max_seq_len, lengths.capacity, has_trees)
             plan = found.plan()
             for line in found.refused:
@@ -309,6 +311,8 @@ def wrap(
     require_router(config, lm.router)
     if adapter is not None:
         fuse_lora(model)
+    if session.precision.copies:
+        lm.copies = HalfCopies(model, session.precision.copies)
     if not config.train.compile:
         speed_up(model, model.get_output_embeddings(), config.train.gradient_checkpointing)
     if config.train.gradient_checkpointing:

@@ -54,6 +54,7 @@ def take_fingerprint(session: Session, files: FileRecords, store: StoreHashes) -
         threads=torch.get_num_threads(),
         processes=session.world.size,
         precision=session.precision.name,
+        has_copies=session.precision.has_copies,
         versions={name: _version(name) for name in _PACKAGES},
         store={folder: dict(hashes) for folder, hashes in store.items()},
     )

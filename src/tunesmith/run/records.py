@@ -56,6 +56,7 @@ class Fingerprint(_Record):
         threads: number of torch threads; sums are rounded differently with another number.
         processes: how many train together.
         precision: the resolved train.precision.
+        has_copies: whether bf16 is had by copies of the weights.
         store: folder of a token store -> file -> SHA-256.
         shares_prefixes: whether shared prefixes are computed once: what data.share_prefix auto decided.
     """
@@ -69,6 +70,7 @@ class Fingerprint(_Record):
     threads: int
     processes: int = 1
     precision: str | None = None  # missing in runs of earlier versions
+    has_copies: bool = False  # missing in runs of earlier versions
     versions: dict[str, str | None]
     store: dict[str, dict[str, str]]
     shares_prefixes: bool = False  # missing in runs of earlier versions

@@ -125,7 +125,8 @@ def open_session(
     """
     device = pick_device(world.local_rank if world.size > 1 else None)
     parallel = choose_parallel(config, world)
-    precision = choose_precision(world.share(lambda: _name_precision(config, device, begun)), device)
+    can_copy = _can_copy(config, parallel, begun)
+    precision = choose_precision(world.share(lambda: _name_precision(config, device, begun)), device, can_copy)
     if config.train.deterministic:
         make_deterministic()
     torch.manual_seed(config.train.seed)
@@ -142,6 +143,12 @@ def open_session(
     lengths = choose_lengths(model_config, config.data.max_seq_len, config.train.micro_batch_tokens)
     return Session(config, folder, reporter, date, sources, model, source, world, device, precision, encoder,
                    new_tokens, model_config, lengths, parallel)  # fmt: skip
+
+
+def _can_copy(config: RunConfig, parallel: str, begun: Fingerprint | None) -> bool:
+    """Whether bf16 may be had by copies of the weights. An adapter's base is of half precision already; where weights
+    are sharded, what shards them makes the copies; runs of earlier versions had autocast."""
+    return config.lora.kind == "none" and parallel in ("none", "ddp") and (begun is None or begun.has_copies)
 
 
 def _name_precision(config: RunConfig, device: torch.device, begun: Fingerprint | None) -> str:

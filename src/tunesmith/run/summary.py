@@ -260,7 +260,7 @@ def plan_memory(ready: ReadyRun) -> MemoryPlan | str:
     averages = float(sum(count_average_bytes(parameter, session.config.optim.name) for parameter in trained))
     is_cpu = device.type == "cpu"
     largest = max((parameter.numel() * parameter.element_size() for parameter in trained), default=0)
-    is_half = precision.autocast is not None or precision.weights.itemsize == 2
+    is_half = precision.compute is not None or precision.weights.itemsize == 2
     taken, peak = process_memory()
     accumulates = train.grad_accum_steps > session.world.size or not lm.is_packed
     tokens, longest, share = plan_forward(ready)

@@ -118,10 +118,10 @@ def spread_model(ready: ReadyRun) -> tuple[Spread, Precision]:
     """Spread the model over the processes; returns how, and the precision of a forward from now on."""
     session, precision = ready.session, ready.session.precision
     spread = build_spread(
-        session.parallel, session.world, session.device, precision.autocast, session.config, session.reporter.note
+        session.parallel, session.world, session.device, precision.compute, session.config, session.reporter.note
     )
     spread.prepare(ready.lm)
-    return spread, replace(precision, autocast=None) if spread.name == "fsdp" else precision  # fsdp casts by itself
+    return spread, replace(precision, compute=None) if spread.name == "fsdp" else precision  # fsdp casts by itself
 
 
 def compile_model(ready: ReadyRun, spread: Spread, precision: Precision) -> None:

@@ -63,7 +63,7 @@ def evaluate(
     for batch in copied_ahead(batches, lm):
         if gives_up is not None and gives_up():
             raise StepAborted
-        with precision.context(device):
+        with lm.computing(), precision.context(device):
             found = objective(lm, batch)
         if batch.is_empty:
             continue

@@ -313,7 +313,7 @@ class Trainer:
         random, self.answer_failure = take_random_states(), ""
         try:
             device = next(self.lm.parameters()).device
-            with self.precision.context(device), self.spread.callable_parts(self.lm):
+            with self.precision.context(device), self.lm.computing(), self.spread.callable_parts(self.lm):
                 answers = self.questions.ask(self.lm)
         except (ModelError, torch.OutOfMemoryError) as error:  # training itself may go on
             self.answer_failure = f"the held-out rows could not be answered: {str(error).splitlines()[0]}"

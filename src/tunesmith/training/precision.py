@@ -1,4 +1,4 @@
-"""Resolve train.precision on a device: dtypes of weights and autocast, and whether losses are scaled."""
+"""Resolve train.precision on a device: dtypes of weights and products, and whether losses are scaled."""
 
 from __future__ import annotations
 
@@ -19,12 +19,24 @@ class Precision:
     Attributes:
         name: the resolved train.precision.
         weights: dtype of parameters, gradients and optimizer state.
-        autocast: dtype of matrix products; None without autocast.
+        compute: dtype of matrix products, where it is not the weights'.
+        has_copies: whether that is had by copies of the weights (layers/copies.py), not by autocast.
     """
 
     name: str
     weights: torch.dtype
-    autocast: torch.dtype | None
+    compute: torch.dtype | None
+    has_copies: bool = False
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """None without autocast."""
+        return None if self.has_copies else self.compute
+
+    @property
+    def copies(self) -> torch.dtype | None:
+        """None without copies of the weights."""
+        return self.compute if self.has_copies else None
 
     def context(self, device: torch.device) -> AbstractContextManager[object]:
         return torch.autocast(device.type, dtype=self.autocast) if self.autocast else nullcontext()
@@ -73,7 +85,10 @@ def _cpu_capabilities() -> dict[str, bool]:
     return dict(zip(names, (amx(), avx512()), strict=True))
 
 
-def choose_precision(name: str, device: torch.device) -> Precision:
+def choose_precision(name: str, device: torch.device, can_copy: bool = False) -> Precision:
+    """Args:
+    can_copy: whether bf16 may be had by copies of the weights.
+    """
     name = resolve_precision(name, device)
     if name == "fp16" and device.type == "cpu":
         raise ConfigError(
@@ -81,7 +96,8 @@ def choose_precision(name: str, device: torch.device) -> Precision:
         )
     if name == "bf16_pure":
         return Precision(name, torch.bfloat16, None)
-    return Precision(name, torch.float32, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name))
+    compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
+    return Precision(name, torch.float32, compute, has_copies=can_copy and name == "bf16")
 
 
 def make_deterministic() -> None:

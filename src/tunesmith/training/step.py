@@ -164,15 +164,16 @@ def make_gradient(
     counts = torch.tensor([batches.num_tokens, batches.num_targets, num_parts])  # of this process
     num_tokens, num_targets, num_parts = world.sum(counts).tolist()
     sums = _Sums(lm, batches.num_sources, num_targets, num_parts)
-    for batch, is_last in _until_given_up(copied_ahead(batches, lm), gives_up, end_forwards):
-        if batch.is_empty and not spread.needs_equal_forwards:
-            continue
-        if seed:
-            seed_forward(*seed, *batch.number)
-        with precision.context(sums.device):
-            found = objective(spread.callable(lm), batch)
-        loss = _nothing_of(found) if batch.is_empty else sums.add(found)
-        spread.backward(scaler.scale(loss), is_last)
+    with lm.computing():
+        for batch, is_last in _until_given_up(copied_ahead(batches, lm), gives_up, end_forwards):
+            if batch.is_empty and not spread.needs_equal_forwards:
+                continue
+            if seed:
+                seed_forward(*seed, *batch.number)
+            with precision.context(sums.device):
+                found = objective(spread.callable(lm), batch)
+            loss = _nothing_of(found) if batch.is_empty else sums.add(found)
+            spread.backward(scaler.scale(loss), is_last)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     spread.sum_gradients(parameters)
     scaler.unscale_(optimizer)

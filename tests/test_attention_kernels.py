@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from conftest import build_model, set_up_attention, tiny_config
-from tunesmith.attention.choose import find_difference, kind_of
+from tunesmith.attention.choose import branching, find_difference, kind_of
 from tunesmith.attention.kernels import KERNELS, attend_flex, attend_varlen
 from tunesmith.attention.layout import (
     BLOCK,
@@ -307,7 +307,9 @@ def test_varlen_is_called_as_torch_describes_it(flash: DenseFlash, window: int |
     inputs = make_inputs(sum(LENS), torch.bfloat16, kv_heads)
     options = LayerOptions(0.3, window=window)
     layout = make_layout(Documents(LENS), CPU, AttentionPlan({kind_of(inputs[0], options): ("varlen",)}))
-    difference = find_difference(inputs, options, LENS, lambda q, k, v, own: attend_varlen(q, k, v, layout, own))
+    difference = find_difference(
+        inputs, options, Documents(LENS), lambda q, k, v, own: attend_varlen(q, k, v, layout, own)
+    )
     assert difference == ""
     assert set(flash.max_lens) == {64}  # a power of two: few values for many batches
 
@@ -358,9 +360,22 @@ def test_a_mutant_that_leaks_between_documents_is_found() -> None:
     inputs = make_inputs(sum(LENS), torch.bfloat16)
     joined = [LENS[0] + LENS[1], *LENS[2:]]
     reason = find_difference(
-        inputs, LayerOptions(0.3), LENS, lambda q, k, v, own: attend_documents(q, k, v, joined, own)
+        inputs, LayerOptions(0.3), Documents(LENS), lambda q, k, v, own: attend_documents(q, k, v, joined, own)
     )
     assert "output" in reason
+
+
+@pytest.mark.parametrize("lens", [[20, 5, 9, 3, 7], [1, 1, 1], [4], [2, 30, 1, 8, 8, 8]])
+@pytest.mark.parametrize("window", [None, 6])
+def test_kernels_are_compared_on_prefix_trees_too(lens: list[int], window: int | None) -> None:
+    """A right kernel agrees, and one that takes the strands for documents does not."""
+    tree = branching(lens)
+    seen = torch.from_numpy(visible(tree, window))
+    assert all(anchor >= 0 for anchor in tree.anchors[1:])
+    inputs, options = make_inputs(sum(lens), torch.float32), LayerOptions(0.3, window=window)
+    assert find_difference(inputs, options, tree, lambda q, k, v, own: dense(q, k, v, seen, own)) == ""
+    mutant = find_difference(inputs, options, tree, lambda q, k, v, own: attend_documents(q, k, v, lens, own))
+    assert ("output" in mutant) == (len(lens) > 1)
 
 
 def test_bounds_of_documents_have_few_sizes() -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tunesmith.attention.kernels import KERNELS
 from tunesmith.attention.layout import AttentionPlan, Consecutive, LayerKind, PackedLayout, make_layout
 from tunesmith.attention.loop import LayerOptions, attend_documents
+from tunesmith.attention.trees import attend_trees
+from tunesmith.plans.tree import Tree
 
 # A kernel may err this many times as much as the loop does in the same dtype, both against float64, and a little where
 # the loop is exact. What a document sees of another one errs by its whole values.
@@ -60,10 +64,14 @@ class Recorder:
         self, name: str, kind: LayerKind, inputs: Sequence[Tensor], source: Consecutive, options: LayerOptions
     ) -> str:
         """What is wrong with the kernel for these inputs, or nothing."""
-        attend = KERNELS[name][1]
+        attend, plan = KERNELS[name][1], AttentionPlan({kind: (name,)})
+        sources = [source, branching(source.lens)] if self.needs_all and name == "flex" else [source]
         try:
-            layout = make_layout(source, inputs[0].device, AttentionPlan({kind: (name,)}))
-            return find_difference(inputs, options, source.lens, lambda q, k, v, own: attend(q, k, v, layout, own))
+            for one in sources:
+                kernel = partial(_call, attend, make_layout(one, inputs[0].device, plan))
+                if difference := find_difference(inputs, options, one, kernel):
+                    return f"{difference} on prefix trees" if one is not source else difference
+            return ""
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a kernel that this GPU or shape does not have, in torch's own words
@@ -73,11 +81,34 @@ class Recorder:
         return AttentionPlan(dict(self.kernels))
 
 
-def find_difference(inputs: Sequence[Tensor], options: LayerOptions, lens: list[int], attend: Attend) -> str:
+def _call(
+    attend: Callable[..., Tensor], layout: PackedLayout, q: Tensor, k: Tensor, v: Tensor, own: LayerOptions
+) -> Tensor:
+    return attend(q, k, v, layout, own)
+
+
+def branching(lens: list[int]) -> Tree:
+    """One prefix tree of strands of these lengths: of the second and later ones, every other one continues the first,
+    and those between continue the one before them."""
+    starts = np.cumsum([0, *lens]).tolist()
+    anchors, ends = [-1], [lens[0]]
+    for strand in range(1, len(lens)):
+        parent = 0 if strand % 2 else strand - 1
+        # what comes later continues an earlier token of the first strand: so the tokens lie in preorder
+        kept = lens[0] * (len(lens) - strand) // len(lens) if parent == 0 else (lens[parent] + 1) // 2
+        kept = max(1, kept)
+        anchors.append(starts[parent] + kept - 1)
+        ends.append(ends[parent] - lens[parent] + kept + lens[strand])
+    return Tree(list(lens), anchors, np.zeros(0, np.int64), ends)
+
+
+def find_difference(inputs: Sequence[Tensor], options: LayerOptions, source: Consecutive, attend: Attend) -> str:
     """Compare outputs and gradients with those of the loop; returns what differs, or nothing."""
 
     def loop(q: Tensor, k: Tensor, v: Tensor, own: LayerOptions) -> Tensor:
-        return attend_documents(q, k, v, lens, own)
+        if isinstance(source, Tree):
+            return attend_trees(q, k, v, source, own)
+        return attend_documents(q, k, v, source.lens, own)
 
     exact_dtype = torch.float32 if inputs[0].device.type == "mps" else torch.float64
     generator = torch.Generator(inputs[0].device).manual_seed(0)

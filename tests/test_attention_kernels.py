@@ -163,13 +163,12 @@ def visible(source: Any, window: int | None) -> np.ndarray:
     """[tokens, tokens]: which keys a query sees, by going through paths."""
     bounds = np.cumsum([0, *source.lens])
     anchors = getattr(source, "anchors", [-1] * len(source.lens))
-    parents = (np.searchsorted(bounds, anchors, side="right") - 1).tolist()
     seen = np.zeros((bounds[-1], bounds[-1]), bool)
-    for node, parent in enumerate(parents):
-        path = list(range(bounds[node], bounds[node + 1]))
-        while parent >= 0:
-            path = [*range(bounds[parent], bounds[parent + 1]), *path]
-            parent = parents[parent]
+    paths: list[list[int]] = []
+    for node, anchor in enumerate(anchors):
+        above = paths[int(np.searchsorted(bounds, anchor, side="right")) - 1] if anchor >= 0 else []
+        path = [token for token in above if token <= anchor] + list(range(bounds[node], bounds[node + 1]))
+        paths.append(path)
         depth = {token: number for number, token in enumerate(path)}
         for query in range(bounds[node], bounds[node + 1]):
             for key in path[: depth[query] + 1]:

@@ -155,8 +155,8 @@ def find_goals(found: dict[str, Any]) -> list[tuple[str, float, float, bool]]:
             goals.append((words, goal, value, value >= goal))
     prepared = [row for row in found.get("prepare", []) if "ours_over_prepare-trl" in row]
     if prepared:
-        value = prepared[-1]["ours_over_prepare-trl"]["median"]
-        goals.append((f"rows/s over TRL's, {_processes(prepared[-1]['workers'])}", 4.0, value, value >= 4.0))
+        ours, trl = (max(row[name]["median"] for row in prepared) for name in ("prepare-ours", "prepare-trl"))
+        goals.append(("rows/s over TRL's, each with its faster number of processes", 4.0, ours / trl, ours / trl >= 4))
     return goals
 
 

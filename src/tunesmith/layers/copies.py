@@ -55,7 +55,8 @@ class HalfCopies:
         self._depth += 1
         if self._depth > 1:
             return
-        torch._foreach_copy_(self._copies, self._weights)
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._weights)
         for module, name, _, copy in self._places:
             module._parameters[name] = copy
         self._hooks = [module.register_forward_hook(self._cast) for module in self._embeddings]

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV4Config, See
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4MLP
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.seed_oss.modeling_seed_oss import SeedOssMLP
 
 from tunesmith.layers import products
@@ -151,6 +152,39 @@ def test_outputs_of_norms_and_mlps_are_the_same_to_the_bit() -> None:
         if module is mlp:
             again = torch.autograd.grad(found.sum(), list(module.parameters()))
             assert all(torch.equal(one, two) for one, two in zip(gradients, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_in_half_precision(dtype: torch.dtype) -> None:
+    """Outputs are the same to the bit; gradients are at least as exact as those of the model's own."""
+    torch.manual_seed(0)
+    exact: Any = LlamaRMSNorm(64).double()
+    with torch.no_grad():
+        exact.weight.normal_().copy_(exact.weight.to(dtype))
+    x, grad = torch.randn(50, 64).to(dtype).double().requires_grad_(), torch.randn(50, 64).to(dtype)
+    best = torch.autograd.grad(exact(x), [x, exact.weight], grad.double())
+    norm: Any = copy.deepcopy(exact).to(dtype)
+    inputs = [x.detach().to(dtype).requires_grad_(), norm.weight]
+    plain = norm(inputs[0])
+    own = torch.autograd.grad(plain, inputs, grad)
+    assert speed_up_norm(norm)
+    found = norm(inputs[0])
+    assert torch.equal(plain, found)
+    assert type(found.grad_fn).__name__ == "RMSNormFunctionBackward"
+    for ours, usual, right in zip(torch.autograd.grad(found, inputs, grad), own, best, strict=True):
+        assert ours.dtype == dtype
+        assert (ours - right).norm() <= 1.05 * (usual - right).norm()
+
+
+def test_norms_that_round_elsewhere_keep_their_own_half_precision() -> None:
+    torch.manual_seed(0)
+    norm: Any = Olmo2RMSNorm(64).bfloat16()
+    with torch.no_grad():
+        norm.weight.normal_()
+    x = torch.randn(50, 64).bfloat16()
+    plain = norm(x)
+    assert speed_up_norm(norm)
+    assert torch.equal(norm(x), plain)
 
 
 def test_other_modules_are_left_alone() -> None:

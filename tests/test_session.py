@@ -74,7 +74,7 @@ def test_a_silent_run_prints_nothing(
 FINGERPRINT = {
     "data": {"train": [{"path": "/d", "size": 1, "mtime_ns": 2, "sha256": "a"}], "eval": [{"hub": ["a/b", None, "x"]}]},
     "template": "t", "tokenizer": "k", "model": "m", "weights": {"org/name": None}, "config": {"train": {"seed": 0}},
-    "threads": 2, "processes": 2, "precision": "bf16", "shares_prefixes": True, "versions": {"torch": "2.6.0", "peft": None}, "store": {"tokens": {"tokens.bin": "b"}},
+    "threads": 2, "processes": 2, "precision": "bf16", "has_copies": True, "shares_prefixes": True, "versions": {"torch": "2.6.0", "peft": None}, "store": {"tokens": {"tokens.bin": "b"}},
 }  # fmt: skip
 RECORD = {"id": "x", "date": "2026-01-02T03:04:05", "cwd": "/somewhere", "guard": FINGERPRINT}
 
@@ -89,9 +89,11 @@ def test_records_are_read_and_written_as_before(tmp_path: Path) -> None:
         record.write(folder.record)
         assert read_record(folder.record) == RECORD | extra
     assert "finished_at_step" not in record.updated(finished_at_step=None).to_json()
-    newer = ("weights", "processes", "precision", "shares_prefixes")
+    newer = ("weights", "processes", "precision", "has_copies", "shares_prefixes")
     older = Fingerprint.from_json({k: v for k, v in FINGERPRINT.items() if k not in newer}, tmp_path)
-    assert (older.weights, older.processes, older.precision, older.shares_prefixes) == ({}, 1, None, False)
+    assert (older.weights, older.processes, older.precision) == ({}, 1, None)
+    assert not older.has_copies
+    assert not older.shares_prefixes
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ class HalfCopies:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self._dtype, self._depth = dtype, 0
-        self._weights: list[nn.Parameter] = []
-        self._copies: list[nn.Parameter] = []
+        self._weights: list[Tensor] = []
+        self._copies: list[Tensor] = []
         self._places: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
         made: dict[int, nn.Parameter] = {}
         for module, name, weight in _weights_to_copy(model):

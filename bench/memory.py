@@ -37,7 +37,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "26M, 8,192 tokens a forward": ("26m", [*TOKENS, "8192"]),
     "26M, checkpointing": ("26m", ["--train.gradient_checkpointing", "true", *TOKENS, "8192"]),
     "26M, LoRA": ("26m", LORA),
-    "26M, bf16 autocast": ("26m", BF16),
+    "26M, bf16": ("26m", BF16),
     "26M, mixture of 4 experts": ("moe", []),
     "26M, documents of 4,096 tokens": ("26m-growth", [*TOKENS, "4096", "--data.max_seq_len", "4096"]),
     "GPT-2 small, all weights": ("gpt2", [*TOKENS, "1024"]),

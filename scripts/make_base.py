@@ -33,6 +33,7 @@ CONFIG = {  # 2.8M parameters in Qwen3's shape
 TRAIN = {
     "data.chat_template": "none", "data.max_seq_len": 512, "optim.lr": 2e-3, "optim.min_lr_ratio": 0.05,
     "train.micro_batch_tokens": 1024, "train.log_steps": 100, "train.save_steps": 1000, "train.seed": 1,
+    "train.precision": "fp32", "data.share_prefix": False,  # the same on every machine
 }  # fmt: skip
 STEPS = 7_000
 

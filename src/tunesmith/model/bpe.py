@@ -12,14 +12,17 @@ CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with ChatML control tokens and template; every text round-trips."""
+    """A byte-level BPE tokenizer with ChatML control tokens and template; every text round-trips.
+
+    It cuts texts into words as GPT-2 does, which llama.cpp and everything built on it can do as well. Each digit is a
+    token, so that numbers are encoded as they are spelled: merges are learnt from texts cut at digits, so that none
+    joins two.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     core = Tokenizer(models.BPE())
-    # one token per digit, so that numbers are encoded as they are spelled
-    digits = pre_tokenizers.Split(Regex(r" ?\p{N}"), "isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r" ?\p{N}"), "isolated"), gpt2])
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -28,6 +31,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     core.train_from_iterator(texts, trainer)
+    core.pre_tokenizer = gpt2
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token="<|endoftext|>",

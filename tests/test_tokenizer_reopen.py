@@ -5,20 +5,25 @@ from __future__ import annotations
 import copy
 import datetime
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, ByteLevelBPETokenizer, Regex, Tokenizer, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from conftest import build_model, raises, tiny_config
+import tokenizers_of_others
+from conftest import WORDS, build_model, raises, tiny_config
 from tunesmith.config.schema import ModelSection
 from tunesmith.errors import ModelError
+from tunesmith.gguf.fuzz import draw_texts
 from tunesmith.model.bpe import train_tokenizer
-from tunesmith.model.reopen import PLAIN_TEXTS, find_reopened_differences, require_one_reading
+from tunesmith.model.reopen import PLAIN_TEXTS, find_reopened_differences, require_one_reading, require_reads_as
+from tunesmith.model.save import save_model
 from tunesmith.model.tokenizer import build_encoder, load_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
@@ -205,3 +210,84 @@ def test_the_saved_class_is_known_to_older_versions(run: Run, model_folder: Path
     config = json.loads((tmp_path / "run" / "model" / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert type(AutoTokenizer.from_pretrained(tmp_path / "run" / "model")).__name__ == "TokenizersBackend"
+
+
+ALL = ["llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gpt2", "gemma2", "gemma3"]
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["ours", *tokenizers_of_others.NAMES, *tokenizers_of_others.LONG_NAMES])
+def test_a_saved_folder_is_opened_by_transformers_alone_as_what_was_saved(name: str, tmp_path: Path) -> None:
+    """Model and adapter folder of every architecture with every tokenizer: the same ids, or no folder."""
+    if name not in ("ours", "minimind") and not os.environ.get("TUNESMITH_LONG"):
+        pytest.skip("takes 10 to 30 s: TUNESMITH_LONG=1")
+    core = train_tokenizer([WORDS] * 20, vocab_size=400) if name == "ours" else tokenizers_of_others.build(name)
+    if core.eos_token is None:
+        core.add_special_tokens({"eos_token": "<|end of turn|>", "pad_token": "<|end of turn|>"})
+    for family in ALL:
+        encoder = build_encoder(copy.deepcopy(core), "chatml" if name == "ours" else "alpaca", {}, DATE)
+        small = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+        small = {"n_embd": 8, "n_head": 2} if family == "gpt2" else small
+        model = build_model(tiny_config(family, len(core), **small))
+        folder = tmp_path / family
+        if family == "qwen2":  # transformers gives every tokenizer beside this model_type Qwen2's parts
+            with raises(ModelError, "folder-reopens-differently", "the normalizer differs"):
+                save_model(model, encoder, "card", folder)
+            assert not list(tmp_path.glob(f"*{family}*"))
+            continue
+        save_model(model, encoder, "card", folder)
+        opened = AutoTokenizer.from_pretrained(folder)
+        assert opened.chat_template == encoder.tokenizer.chat_template
+        for text in [*PLAIN_TEXTS, *draw_texts(200), "a<|im_start|>b <|end of turn|> c<|im_end|>"]:
+            assert opened(text)["input_ids"] == core(text)["input_ids"], (family, text)
+            ids = core(text)["input_ids"]
+            assert opened.decode(ids) == core.decode(ids), (family, text)
+        assert AutoConfig.from_pretrained(folder).model_type == model.config.model_type
+        stops = GenerationConfig.from_pretrained(folder).eos_token_id
+        assert (stops if isinstance(stops, int) else stops[0]) == encoder.stop_ids[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "difference"),
+    [
+        ("tokenizer.json", lambda text: text.replace('"ByteLevel"', '"ByteLevel" '), None),
+        ("tokenizer.json", lambda text: text.replace('"add_prefix_space": false', '"add_prefix_space": true'), "pre-tok"),
+        ("tokenizer_config.json", lambda text: text.replace("<|im_end|>", "<|im_start|>"), "eos_token_id"),
+        ("chat_template.jinja", lambda text: text + " ", "the chat template differs"),
+        ("config.json", lambda text: text.replace('"hidden_act": "silu"', '"hidden_act": "gelu"'), "hidden_act"),
+        ("generation_config.json", lambda text: text.replace('"eos_token_id": 2', '"eos_token_id": 1'), "stop tokens"),
+    ],
+)  # fmt: skip
+def test_whatever_others_would_read_differently_is_found(
+    tokenizer: Any, tmp_path: Path, file: str, change: Callable[[str], str], difference: str | None
+) -> None:
+    model = build_model(tiny_config("qwen3"))
+    encoder = build_encoder(copy.deepcopy(tokenizer), None, {}, DATE)
+    save_model(model, encoder, "card", tmp_path / "model")
+    written = (tmp_path / "model" / file).read_text(encoding="utf-8")
+    assert change(written) != written
+    (tmp_path / "model" / file).write_text(change(written), encoding="utf-8")
+    if difference is None:
+        require_reads_as(tmp_path / "model", "model", encoder, model)
+    else:
+        with raises(ModelError, "folder-reopens-differently", difference):
+            require_reads_as(tmp_path / "model", "model", encoder, model)
+
+
+def test_a_merge_that_would_change_the_tokenizer_is_refused(
+    run: Run, fails: Any, tokenizer: Any, ours: Path, chats: Path, tmp_path: Path
+) -> None:
+    """An adapter with a tokenizer of its own on a base of model_type qwen2, made by other tools."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model = build_model(tiny_config("qwen2"))
+    model.save_pretrained(base)
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])).save_pretrained(
+        str(adapter)
+    )
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = str(base)
+    (adapter / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    tokenizer.save_pretrained(adapter)
+    error = fails("merge", adapter, "--output", tmp_path / "merged")
+    assert (error.code, error.exit_code) == ("tokenizer-reopens-differently", 1)
+    assert not list(tmp_path.glob("*merged*"))

@@ -18,8 +18,9 @@ from tunesmith.exports.whole import load_export_encoder, open_whole, random_weig
 from tunesmith.minimind.lora import read_lora, require_modules
 from tunesmith.minimind.read import is_weight_file, read_tensors
 from tunesmith.model.load import check_vocabulary, load_config, load_model
-from tunesmith.model.save import write_model, write_tokenizer
+from tunesmith.model.save import write_model
 from tunesmith.model.source import ModelSource, find_model, open_path
+from tunesmith.model.tokenizer import write_tokenizer
 from tunesmith.tensors import write_tensors
 from tunesmith.use.proof import PROMPTS
 

@@ -23,8 +23,8 @@ from tunesmith.minimind.opened import open_weights
 from tunesmith.minimind.read import read_tensors
 from tunesmith.minimind.write import choose_generation, find_unlike, minimind_state, what_to_set, write_pth
 from tunesmith.model.load import load_config, load_model, require_own_base
-from tunesmith.model.save import write_tokenizer
 from tunesmith.model.source import find_model, open_path
+from tunesmith.model.tokenizer import write_tokenizer
 
 
 def write_minimind(export: Export, partial: Path) -> Lines:

@@ -1,4 +1,4 @@
-"""Check before training that the saved tokenizer will be reopened as the same tokenizer.
+"""Check, before training and before a folder appears, that others open it as what was trained.
 
 AutoTokenizer does not always use all of tokenizer.json. For some classes and model types it takes only the vocabulary
 from it and rebuilds the rest: with `model_type: qwen2`, any tokenizer gets Qwen2's pre-tokenizer and NFC.
@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers.utils.hub import cached_file
 
 from tunesmith.config.schema import ModelSection
 from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import ModelError
-from tunesmith.model.save import write_tokenizer
 from tunesmith.model.source import telling_text
-from tunesmith.model.tokenizer import TokenizerSource, find_tokenizer
+from tunesmith.model.tokenizer import TokenizerSource, find_tokenizer, write_tokenizer
 
 # ordinary content: no control tokens, no white space at the ends, NFC
 PLAIN_TEXTS = (
@@ -44,6 +43,7 @@ _OTHER_TEXTS = (
 )
 _NUM_CONTROL, _NUM_TOKENS = 200, 3000
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+_NOT_COMPARED = {"architectures", "dtype", "transformers_version", "_name_or_path", "use_cache"}
 _PARTS = {
     "normalizer": "the normalizer",
     "pre_tokenizer": "the pre-tokenizer",
@@ -167,6 +167,65 @@ def find_reopened_differences(encoder: Encoder, config: PretrainedConfig | None,
         except Exception as error:
             return [f"it cannot be opened ({telling_text(error)})"]
     return list(_compare(encoder.tokenizer, reopened))
+
+
+def require_reads_as(folder: Path, name: str, encoder: Encoder, model: Any, is_adapter: bool = False) -> None:
+    """Check that transformers alone opens a finished folder, before it appears, as what was trained.
+
+    Args:
+        name: of the folder, for the message.
+        model: whose configs are in the folder; an adapter's has no config.json.
+
+    Raises:
+        ModelError: names each difference.
+    """
+    trust = _is_remote(encoder.tokenizer) or _is_remote(model.config)
+    try:
+        differences = [*_compare(encoder.tokenizer, AutoTokenizer.from_pretrained(folder, trust_remote_code=trust))]
+        if not is_adapter:
+            opened = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+            differences += _compare_configs(model.config, opened)
+        stops = GenerationConfig.from_pretrained(folder).eos_token_id
+    except Exception as error:
+        differences = [f"it cannot be opened ({telling_text(error)})"]
+    else:
+        if stops != model.generation_config.eos_token_id:
+            differences.append(f"the stop tokens {model.generation_config.eos_token_id} become {stops}")
+    if differences:
+        raise ModelError(
+            f"{name}: transformers opens the saved folder as something else: {', '.join(differences)}. The folder was "
+            "not kept; a run's checkpoints are complete.",
+            code="folder-reopens-differently",
+        )
+
+
+def require_same_tokenizer(given: Path, folder: Path, trust: bool) -> None:
+    """Check that transformers opens the tokenizer of a finished folder as in the folder from which it was copied.
+
+    Raises:
+        ModelError: names each difference; e.g. the model_type beside it now calls for another class.
+    """
+    opened, copied = (AutoTokenizer.from_pretrained(path, trust_remote_code=trust) for path in (given, folder))
+    if differences := [*_compare(opened, copied)]:
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        raise ModelError(
+            f"{given}: with the merged model, its tokenizer would be opened as a different one: "
+            f"{', '.join(differences)}. transformers' AutoTokenizer changes it for model_type {model_type}. No files "
+            "were written. Train with the tokenizer of the base.",
+            code="tokenizer-reopens-differently",
+        )
+
+
+def _is_remote(part: Any) -> bool:
+    """Whether its class comes with the model, from code that the user trusted."""
+    return type(part).__module__.partition(".")[0] == "transformers_modules"
+
+
+def _compare_configs(ours: PretrainedConfig, theirs: PretrainedConfig) -> Iterator[str]:
+    before, after = ours.to_dict(), theirs.to_dict()
+    for key in sorted(set(before) | set(after)):
+        if key not in _NOT_COMPARED and before.get(key) != after.get(key):
+            yield f"{key} {before.get(key)!r} of its config becomes {after.get(key)!r}"
 
 
 def _compare(ours: Any, theirs: Any) -> Iterator[str]:

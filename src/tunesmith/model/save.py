@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,8 @@ from transformers.utils import logging
 from tunesmith.adapters.adapter import write_adapter
 from tunesmith.encode.encoder import Encoder
 from tunesmith.files import atomic_directory
+from tunesmith.model.reopen import require_reads_as
+from tunesmith.model.tokenizer import write_tokenizer
 from tunesmith.tensors import require_tensors
 
 _WEIGHTS = "model.safetensors"
@@ -65,6 +66,7 @@ def save_adapter(
         write_adapter(adapter, partial, weights, initial)
         _write_beside_adapter(model, encoder, partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
+        require_reads_as(partial, folder.name, encoder, model, is_adapter=True)
 
 
 def save_model(
@@ -78,6 +80,7 @@ def save_model(
     with atomic_directory(folder, replaces=True) as partial:
         write_model(model, encoder, partial, weights)
         (partial / "README.md").write_text(card, encoding="utf-8")
+        require_reads_as(partial, folder.name, encoder, model)
 
 
 def write_model(model: Any, encoder: Encoder, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -122,6 +125,7 @@ def save_in_groups(
             index = {"metadata": {"total_size": total}, "weight_map": files}
             (partial / f"{_WEIGHTS}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         (partial / "README.md").write_text(card, encoding="utf-8")
+        require_reads_as(partial, folder.name, encoder, model)
 
 
 def _compare_saved(model: Any, meant: Mapping[str, Tensor], folder: Path) -> None:
@@ -136,26 +140,6 @@ def _compare_saved(model: Any, meant: Mapping[str, Tensor], folder: Path) -> Non
         turned = revert_weight_conversion(model, dict(meant))
         for file in others:
             require_tensors(file, turned)
-
-
-def write_tokenizer(encoder: Encoder, folder: Path) -> None:
-    tokenizer = encoder.tokenizer
-    # do not save a template that was not used in training
-    tokenizer.chat_template = encoder.template.text if encoder.template is not None else None
-    tokenizer.save_pretrained(folder)
-    _complete_config(tokenizer, folder / "tokenizer_config.json")
-
-
-def _complete_config(tokenizer: Any, file: Path) -> None:
-    """Complete tokenizer_config.json with what save_pretrained omits, or writes for transformers 5 only."""
-    config = json.loads(file.read_text(encoding="utf-8"))
-    # LlamaTokenizer reads `legacy`, on which its ids depend, and does not save it
-    for name in inspect.signature(type(tokenizer).__init__).parameters:
-        if isinstance(value := getattr(tokenizer, name, None), bool):
-            config.setdefault(name, value)
-    if config.get("tokenizer_class") == "TokenizersBackend":  # unknown to transformers 4; both know the older name
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def set_stop_token(model: Any, encoder: Encoder) -> None:

@@ -1,8 +1,10 @@
-"""Load tokenizers and bind them to a chat template."""
+"""Load tokenizers, bind them to a chat template, and write them."""
 
 from __future__ import annotations
 
 import datetime
+import inspect
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,3 +133,23 @@ def build_encoder(
         chat_template, tokenizer.chat_template, special, add_bos=bool(bos_ids(tokenizer))
     )
     return Encoder(tokenizer, ChatTemplate(text, source, special, is_fallback), defaults, control_text)
+
+
+def write_tokenizer(encoder: Encoder, folder: Path) -> None:
+    tokenizer = encoder.tokenizer
+    # do not save a template that was not used in training
+    tokenizer.chat_template = encoder.template.text if encoder.template is not None else None
+    tokenizer.save_pretrained(folder)
+    _complete_config(tokenizer, folder / "tokenizer_config.json")
+
+
+def _complete_config(tokenizer: Any, file: Path) -> None:
+    """Complete tokenizer_config.json with what save_pretrained omits, or writes for transformers 5 only."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    # LlamaTokenizer reads `legacy`, on which its ids depend, and does not save it
+    for name in inspect.signature(type(tokenizer).__init__).parameters:
+        if isinstance(value := getattr(tokenizer, name, None), bool):
+            config.setdefault(name, value)
+    if config.get("tokenizer_class") == "TokenizersBackend":  # unknown to transformers 4; both know the older name
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -25,6 +25,7 @@ from tunesmith.adapters.stored_base import split_weights
 from tunesmith.display import format_bytes
 from tunesmith.errors import ModelError, RunError, TunesmithError
 from tunesmith.files import atomic_directory, is_no_room
+from tunesmith.model.reopen import require_same_tokenizer
 from tunesmith.model.source import (
     ModelSource,
     explain_load_error,
@@ -83,7 +84,8 @@ def run_merge(
         with atomic_directory(folder) as partial, locked(partial), deltas_of(plan) as (deltas, combined):
             remove_abandoned(partial.parent, folder.name)
             changed = merge_files(plan, deltas, partial)
-            _copy_rest(plan, partial)
+            if tokenizer := _copy_rest(plan, partial):
+                require_same_tokenizer(tokenizer, partial, trust_remote_code)
             said = prove(plan, combined, partial)
     except TunesmithError:
         raise
@@ -394,14 +396,17 @@ def _merge_in_memory(plan: MergePlan, deltas: Sequence[Delta], output: Path) -> 
     return changed
 
 
-def _copy_rest(plan: MergePlan, output: Path) -> None:
-    """Copy tokenizer and template of the last adapter, else those of the base."""
+def _copy_rest(plan: MergePlan, output: Path) -> Path | None:
+    """Copy tokenizer and template of the last adapter, else those of the base; returns the folder they are from."""
     trained = plan.adapters[-1]
     has_own = (trained / "tokenizer_config.json").is_file()
     _copy_files(plan.base, _SETTINGS if has_own else (*_SETTINGS, *_TOKENIZER), output)
     _copy_files(trained, (*_SETTINGS, *_TOKENIZER), output)
     if plan.trust_remote_code:
         _copy_files(plan.base, [path.name for path in sorted(plan.base.glob("*.py"))], output)
+    if not (output / "tokenizer_config.json").is_file():
+        return None
+    return trained if has_own else plan.base
 
 
 def _copy_files(source: Path, names: Sequence[str], output: Path) -> None:

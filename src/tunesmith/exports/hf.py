@@ -18,6 +18,7 @@ from tunesmith.exports.whole import load_export_encoder, open_whole, random_weig
 from tunesmith.minimind.lora import read_lora, require_modules
 from tunesmith.minimind.read import is_weight_file, read_tensors
 from tunesmith.model.load import check_vocabulary, load_config, load_model
+from tunesmith.model.reopen import require_reads_as
 from tunesmith.model.save import write_model
 from tunesmith.model.source import ModelSource, find_model, open_path
 from tunesmith.model.tokenizer import write_tokenizer
@@ -45,6 +46,7 @@ def write_hf(export: Export, partial: Path) -> Lines:
     check_vocabulary(model, encoder.tokenizer)
     write_model(model, encoder, partial)
     (partial / "README.md").write_text(_card(source, load_model_lines()), encoding="utf-8")
+    require_reads_as(partial, export.output, encoder, model)
     again = AutoModelForCausalLM.from_pretrained(partial, dtype=torch.float32)
     said = compare_models(model.float(), again, encoder)
     return [("model", f"{export.name}: {source.remark}"), ("proof", said)]
@@ -79,6 +81,7 @@ def write_peft(export: Export, partial: Path) -> Lines:
     if source.kind == "local":
         write_record(describe_base(Path(source.name)), partial)
     write_tokenizer(encoder, partial)
+    require_reads_as(partial, export.output, encoder, model, is_adapter=True)
     wrapped = open_adapter(model, partial)
     found = prompt_logits(wrapped, encoder)
     difference = difference_of(prompt_logits(add_products(wrapped.unload(), pairs), encoder), found)

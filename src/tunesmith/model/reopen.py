@@ -43,7 +43,7 @@ _OTHER_TEXTS = (
 )
 _NUM_CONTROL, _NUM_TOKENS = 200, 3000
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
-_NOT_COMPARED = {"architectures", "dtype", "transformers_version", "_name_or_path", "use_cache"}
+_NOT_COMPARED = {"architectures", "dtype", "transformers_version", "use_cache", "experts_implementation"}
 _PARTS = {
     "normalizer": "the normalizer",
     "pre_tokenizer": "the pre-tokenizer",
@@ -185,12 +185,10 @@ def require_reads_as(folder: Path, name: str, encoder: Encoder, model: Any, is_a
         if not is_adapter:
             opened = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
             differences += _compare_configs(model.config, opened)
-        stops = GenerationConfig.from_pretrained(folder).eos_token_id
+        if (folder / "generation_config.json").is_file():
+            differences += _compare_stops(model.generation_config, GenerationConfig.from_pretrained(folder))
     except Exception as error:
         differences = [f"it cannot be opened ({telling_text(error)})"]
-    else:
-        if stops != model.generation_config.eos_token_id:
-            differences.append(f"the stop tokens {model.generation_config.eos_token_id} become {stops}")
     if differences:
         raise ModelError(
             f"{name}: transformers opens the saved folder as something else: {', '.join(differences)}. The folder was "
@@ -221,10 +219,15 @@ def _is_remote(part: Any) -> bool:
     return type(part).__module__.partition(".")[0] == "transformers_modules"
 
 
+def _compare_stops(ours: Any, theirs: Any) -> Iterator[str]:
+    if ours.eos_token_id != theirs.eos_token_id:
+        yield f"the stop tokens {ours.eos_token_id} become {theirs.eos_token_id}"
+
+
 def _compare_configs(ours: PretrainedConfig, theirs: PretrainedConfig) -> Iterator[str]:
-    before, after = ours.to_dict(), theirs.to_dict()
+    before, after = (json.loads(config.to_json_string(use_diff=False)) for config in (ours, theirs))
     for key in sorted(set(before) | set(after)):
-        if key not in _NOT_COMPARED and before.get(key) != after.get(key):
+        if key not in _NOT_COMPARED and not key.startswith("_") and before.get(key) != after.get(key):
             yield f"{key} {before.get(key)!r} of its config becomes {after.get(key)!r}"
 
 

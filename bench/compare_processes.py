@@ -74,6 +74,29 @@ class Engine:
             self.process.wait()
 
 
+@contextlib.contextmanager
+def started(name: str, python: Path | str, engine: str, task: Task, env: dict[str, str]) -> Iterator[Engine]:
+    """A process of compare_engines.py that is ready.
+
+    Raises:
+        EngineFailed: it did not get ready.
+    """
+    own = task.write()
+    log = own.with_suffix(".log")
+    offline = {"COMPARE_BEGAN": repr(time.time()), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [str(python), str(HERE / "compare_engines.py"), engine, str(own)], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=file, text=True, env={**os.environ, **offline, **env},
+        )  # fmt: skip
+    found = Engine(name, process, log)
+    try:
+        found.read()
+        yield found
+    finally:
+        found.end()
+
+
 class Bench:
     """The folder of a measurement, the interpreters, and the time that is left.
 
@@ -148,24 +171,11 @@ class Bench:
     @contextlib.contextmanager
     def _engine(self, name: str, task: Task) -> Iterator[Engine]:
         python = self.args.peers_python if name in PEERS else sys.executable
-        log = self.folder / f"{task.name}-{name}.log"
-        own = replace(task, name=f"{task.name}-{name}").write()
-        env = {
-            **os.environ, "COMPARE_BEGAN": repr(time.time()), "OMP_NUM_THREADS": str(self.args.threads),
-            "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-            "TUNESMITH_CACHE": str(self.folder / "cache" / own.stem),
-        }  # fmt: skip
-        with log.open("w") as file:
-            process = subprocess.Popen(
-                [str(python), str(HERE / "compare_engines.py"), name, str(own)], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=file, text=True, env=env,
-            )  # fmt: skip
-        engine = Engine(name, process, log)
-        try:
-            engine.read()
+        own = replace(task, name=f"{task.name}-{name}")
+        cache = self.folder / "cache" / own.name
+        env = {"OMP_NUM_THREADS": str(self.args.threads), "TUNESMITH_CACHE": str(cache)}
+        with started(name, python, name, own, env) as engine:
             yield engine
-        finally:
-            engine.end()
 
     def in_turn(self, engines: dict[str, Engine], rounds: int, least: int) -> int:
         """Steps of each in turn; the order changes from round to round. An engine that fails is left out from then on.

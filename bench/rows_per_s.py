@@ -18,14 +18,13 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from compare import spread
 from compare_inputs import Task, read_pairs, write_model
-from compare_processes import Engine
+from compare_processes import started
 
 HERE = Path(__file__).resolve().parent
 TURNS = {"alpaca": 1, "chats of three turns": 3}
@@ -53,33 +52,15 @@ def unpack(revision: str, folder: Path) -> Path:
     return folder / "src"
 
 
-@contextlib.contextmanager
-def started(name: str, side: tuple[str, Path, Path | None], task: Task) -> Any:
-    """An engine that is ready."""
-    engine, python, sources = side
-    own = replace(task, name=f"{task.name}-{name.split()[0]}").write()
-    log = own.with_suffix(".log")
-    env = {**os.environ, "COMPARE_BEGAN": repr(time.time()), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if sources is not None:
-        env["PYTHONPATH"] = str(sources)
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [str(python), str(HERE / "compare_engines.py"), engine, str(own)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=file, text=True, env=env,
-        )  # fmt: skip
-    found = Engine(name, process, log)
-    try:
-        found.read()
-        yield found
-    finally:
-        found.end()
-
-
 def measure(sides: dict[str, tuple[str, Path, Path | None]], task: Task, rounds: int) -> dict[str, Any]:
     """Rows per second of each side, and how many times as many the first one has."""
     speeds: dict[str, list[float]] = {name: [] for name in sides}
     with contextlib.ExitStack() as stack:
-        engines = {name: stack.enter_context(started(name, side, task)) for name, side in sides.items()}
+        engines = {}
+        for name, (engine, python, sources) in sides.items():
+            own = replace(task, name=f"{task.name}-{name}")
+            env = {"PYTHONPATH": str(sources)} if sources else {}
+            engines[name] = stack.enter_context(started(name, python, engine, own, env))
         for number in range(1 + rounds):
             for name, engine in list(engines.items())[:: 1 if number % 2 else -1]:
                 answer = engine.go()

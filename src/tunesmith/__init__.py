@@ -22,9 +22,10 @@ from tunesmith.errors import (
 if TYPE_CHECKING:
     from tunesmith.api import Run, check, find_lr, preview, resume, train
     from tunesmith.arguments import Source
+    from tunesmith.distillation.answers import Answers
     from tunesmith.evaluation.records import Evaluation
     from tunesmith.lr_find import FoundLr
-    from tunesmith.models import evaluate, export, load, merge, push
+    from tunesmith.models import evaluate, export, generate, load, merge, push
     from tunesmith.publish.plan import Push
     from tunesmith.use.check import CheckResult
     from tunesmith.use.model import Model
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Answers",
     "CheckResult",
     "ConfigError",
     "DataError",
@@ -52,6 +54,7 @@ __all__ = [
     "evaluate",
     "export",
     "find_lr",
+    "generate",
     "load",
     "merge",
     "preview",
@@ -60,6 +63,7 @@ __all__ = [
     "train",
 ]
 _PLACES = {
+    "Answers": "tunesmith.distillation.answers",
     "CheckResult": "tunesmith.use.check",
     "Evaluation": "tunesmith.evaluation.records",
     "FoundLr": "tunesmith.lr_find",
@@ -68,7 +72,7 @@ _PLACES = {
     "Push": "tunesmith.publish.plan",
     "Source": "tunesmith.arguments",
     **dict.fromkeys(("Run", "check", "find_lr", "preview", "resume", "train"), "tunesmith.api"),
-    **dict.fromkeys(("evaluate", "export", "load", "merge", "push"), "tunesmith.models"),
+    **dict.fromkeys(("evaluate", "export", "generate", "load", "merge", "push"), "tunesmith.models"),
 }
 
 

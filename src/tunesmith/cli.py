@@ -74,6 +74,7 @@ _DOING = {
     "export": "reading the model",
     "push": "reading the model",
     "evaluate": "reading the data",
+    "generate": "reading the data",
 }
 
 
@@ -101,7 +102,7 @@ def run_command(argv: list[str]) -> None:
     overrides: dict[str, Any] = {}
     if argv[0] in ("chat", "export", "serve"):
         argv, overrides = take_open_maps(argv, ["model.config"])
-    elif argv[0] == "evaluate":
+    elif argv[0] in ("evaluate", "generate"):
         argv, overrides = take_open_maps(argv, ["model.config", "data.template_kwargs"])
     if command is not None:
         refuse_unknown_flags(command, argv[1:])
@@ -119,6 +120,10 @@ def run_command(argv: list[str]) -> None:
         run_serve(options)
     elif options.command == "evaluate":
         _evaluate(options, template_kwargs)
+    elif options.command == "generate":
+        from tunesmith.distillation.command import run_generate
+
+        run_generate(options, template_kwargs)
     elif options.command == "report":
         _report(Path(options.run))
     elif options.command == "recipes":
@@ -399,7 +404,7 @@ def _needs_output(words: list[str]) -> tuple[bool, bool]:
     """
     command = words[0] if words else ""
     makes_files = (
-        command in ("train", "resume", "merge", "tokenizer", "report", "demo", "evaluate")
+        command in ("train", "resume", "merge", "tokenizer", "report", "demo", "evaluate", "generate")
         and "--json-schema" not in words
     )
     if makes_files or any(word.partition("=")[0] == "--html" for word in words):

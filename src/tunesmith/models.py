@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from tunesmith.arguments import read_arguments
-from tunesmith.config.choices import BLEU_TOKENIZERS, EXPORT_FORMATS, PUSH_PARTS, REPLY_CHOICES, WEIGHT_GENERATIONS
+from tunesmith.config.choices import (
+    ANSWER_CHOICES,
+    BLEU_TOKENIZERS,
+    EXPORT_FORMATS,
+    KEEP_CHOICES,
+    PUSH_PARTS,
+    REPLY_CHOICES,
+    WEIGHT_GENERATIONS,
+)
 from tunesmith.config.runfile import explain_problems
 from tunesmith.config.schema import ModelSection
 from tunesmith.errors import ConfigError, UsageError
@@ -19,6 +27,7 @@ from tunesmith.use.model import Model
 
 if TYPE_CHECKING:
     from tunesmith.arguments import Name
+    from tunesmith.distillation.answers import Answers
     from tunesmith.evaluation.records import Evaluation
     from tunesmith.evaluation.settings import EvaluateSettings
     from tunesmith.publish.plan import Push
@@ -168,6 +177,89 @@ def _evaluate_settings(models: Sequence[Name], data: Any, options: Mapping[str, 
     tree, rows = read_arguments(None, data, None, None, {})
     section = {name: value for name, value in tree.get("data", {}).items() if not (name == "train" and rows)}
     return EvaluateSettings([os.fspath(model) for model in models], section, rows.get("train"), **options)
+
+
+def generate(
+    model: Name,
+    *,
+    data: Any,
+    output: Name,
+    samples: int = 1,
+    replies: str = "last",
+    keep: str = "all",
+    check: str | Sequence[str] = (),
+    score: str | None = None,
+    keep_per_row: int | None = None,
+    keep_cut: bool = False,
+    rejected: Name | None = None,
+    overwrite: bool = False,
+    tokenizer: Name | None = None,
+    **sampling: Any,
+) -> Answers:
+    """Let a model answer prompts, and keep the answers as data for `train`.
+
+    The same call continues where an earlier one stopped. With other arguments for what is kept it chooses anew among
+    the samples that it has.
+
+    Args:
+        model: a run, a model folder, an adapter or a hub id.
+        data: as in `evaluate`. A row needs no reply; where it has one, that is the reference.
+        output: the .jsonl to write. NAME.ledger.json beside it says what became of each row and sample.
+        samples: drawn for each prompt.
+        replies: which replies of a row are answered anew: its last, or all, each in a row of its own.
+        keep: all, correct (those that pass `check`) or best (of each row, by `score`).
+        check: reference, number, regex=PATTERN, json_schema=FILE or a score of `evaluate`; one, or several.
+        score: logprob, or a score of `evaluate`.
+        keep_per_row: at most so many samples of a row; default: all, or 1 with keep="best".
+        keep_cut: also samples that were cut off.
+        rejected: file for the samples that are left out, each with the reason.
+        overwrite: start again if the output holds other answers.
+        tokenizer: of a .pth, which has none.
+        sampling: max_new_tokens (512), temperature (0 for one sample, 1 for several), top_p, top_k, min_p,
+            repetition_penalty, stop, seed (0), system (prompt for rows without one), limit (rows, drawn by the seed),
+            max_rows (64; generated at once), config (as in `load`), trust_remote_code, allow_changed_base.
+
+    Raises:
+        TunesmithError: the model or the data cannot be used, or the output holds other answers.
+        InterruptedRun: Ctrl-C or SIGTERM.
+    """
+    from tunesmith.distillation.command import select
+    from tunesmith.distillation.run import generate_answers
+    from tunesmith.distillation.settings import GenerateSettings
+    from tunesmith.evaluation.table import Progress
+
+    for name, value, known in (("replies", replies, ANSWER_CHOICES), ("keep", keep, KEEP_CHOICES)):
+        if value not in known:
+            raise UsageError(f"{name}: {value!r} is not one of {', '.join(known)}.", code="unknown-choice")
+    numbers = {"samples": samples, "keep_per_row": keep_per_row}
+    _require_counts(numbers | {name: sampling.get(name) for name in ("limit", "max_rows", "max_new_tokens")})
+    tree, rows = read_arguments(None, data, None, None, {})
+    stop = sampling.pop("stop", ())
+    settings = GenerateSettings(
+        model=os.fspath(model),
+        output=Path(output),
+        data={name: value for name, value in tree.get("data", {}).items() if not (name == "train" and rows)},
+        rows=rows.get("train"),
+        replies="all" if replies == "all" else "last",
+        samples=samples,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        selection=select(keep, [check] if isinstance(check, str) else check, score, keep_per_row, keep_cut),
+        rejected=Path(rejected) if rejected is not None else None,
+        overwrites=overwrite,
+        tokenizer=os.fspath(tokenizer) if tokenizer is not None else None,
+        **sampling,
+    )
+    with one_run(), embedded():
+        return generate_answers(settings, Progress(is_shown=False))
+
+
+def _require_counts(numbers: Mapping[str, Any]) -> None:
+    """Raises:
+    UsageError: a number is not a whole one of 1 or more; None is allowed.
+    """
+    for name, value in numbers.items():
+        if value is not None and not (type(value) is int and value >= 1):
+            raise UsageError(f"{name}: must be a whole number of 1 or more, not {value!r}.", code="bad-number")
 
 
 def export(

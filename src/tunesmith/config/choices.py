@@ -75,5 +75,9 @@ WEIGHT_GENERATIONS = ("minimind-3", "2025", "2024")
 
 REPLY_CHOICES = ("all", "last", "none")
 """Which trained replies of a row evaluate generates."""
+ANSWER_CHOICES = ("last", "all")
+"""Which replies of a row generate answers."""
+KEEP_CHOICES = ("all", "correct", "best")
+"""Which samples of a row generate keeps."""
 BLEU_TOKENIZERS = ("auto", "13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "none")
 """sacrebleu's tokenizers that evaluate takes."""

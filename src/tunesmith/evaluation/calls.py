@@ -62,24 +62,35 @@ def _spell(call: ToolCall) -> tuple[str, str]:
 
 
 def fits_schema(arguments: Any, schema: Any) -> bool | None:
-    """Whether arguments are an object that fits a JSON schema; None where the schema itself cannot be used.
+    """Whether arguments are an object that fits a JSON schema; None where the schema itself cannot be used."""
+    if not isinstance(arguments, dict):
+        return False
+    return True if schema is None else matches_schema(arguments, schema)
+
+
+def matches_schema(value: Any, schema: Any) -> bool | None:
+    """Whether a JSON value fits a JSON schema; None where the schema itself cannot be used.
 
     No reference to another document is followed, a pattern has a second, and the number of steps is bounded.
     """
-    if not isinstance(arguments, dict):
-        return False
-    if schema is None:
-        return True
-    if not isinstance(schema, (dict, bool)):
+    if not is_schema(schema):
         return None
     try:
-        validator = _validator_class(schema)
-        validator.check_schema(schema)
-        if _has_key(schema, "unevaluatedProperties") and _has_key(schema, "patternProperties"):
-            return None  # jsonschema matches these patterns itself, and they may never end
-        return bool(validator(schema, registry=_no_registry()).is_valid(arguments))
-    except Exception:  # jsonschema and referencing: broken schemas, unknown types, endless references
+        return bool(_validator_class(schema)(schema, registry=_no_registry()).is_valid(value))
+    except Exception:  # jsonschema and referencing: unknown types, endless references
         return None
+
+
+def is_schema(schema: Any) -> bool:
+    """Whether a JSON value is a JSON schema that can be used."""
+    if not isinstance(schema, (dict, bool)):
+        return False
+    try:
+        _validator_class(schema).check_schema(schema)
+    except Exception:  # jsonschema: broken schemas
+        return False
+    # jsonschema matches these patterns itself, and they may never end
+    return not (_has_key(schema, "unevaluatedProperties") and _has_key(schema, "patternProperties"))
 
 
 def _no_registry() -> Any:

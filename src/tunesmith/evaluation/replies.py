@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.errors import ModelError, TunesmithError
+from tunesmith.errors import TunesmithError
 from tunesmith.evaluation.calls import score_calls
 from tunesmith.evaluation.forms import INVALID, distinct_share, is_loop, is_same_json, read_like, read_reference
 from tunesmith.evaluation.records import EvaluationFolder, ReplyKind, ReplyRecord
@@ -22,14 +21,12 @@ from tunesmith.evaluation.rows import Key, LabelledRows
 from tunesmith.evaluation.texts import TextScorer, chrf_of, sentence_bleu
 from tunesmith.files import read_sealed, sealed, sync_path, write_text_atomic
 from tunesmith.generation.decode import decode_reply
-from tunesmith.generation.matching import matches_exactly
+from tunesmith.generation.matching import matches_exactly, rouge_l
+from tunesmith.generation.replies import answer_all
 from tunesmith.generation.reply_parts import ReplyFormat, ReplyParts
 from tunesmith.generation.request import Request
 from tunesmith.generation.sampling import Sampling
 from tunesmith.generation.speaker import Speaker
-
-_WAITING = 64  # rows handed to the batcher before they run
-_ROW_ERRORS = ("context-full", "prompt-empty", "token-out-of-range")  # of one prompt, not of the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +83,11 @@ class ReplyScorer:
     """Score one reply after another.
 
     Attributes:
+        texts: None where ROUGE-1 and -2, BLEU and chrF are left out, which need the extra `evaluate`.
         form: how this model's template writes reasoning, content and tool calls.
     """
 
-    texts: TextScorer
+    texts: TextScorer | None
     form: ReplyFormat
 
     def score(self, record: ReplyRecord, asked: Asked) -> ReplyRecord:
@@ -100,9 +98,7 @@ class ReplyScorer:
         scores = {
             "exact_match": float(matches_exactly(reply, reference)),
             "exact_match_strict": float(reply == reference),
-            **self.texts.rouge(reply, reference),
-            "bleu": sentence_bleu(self.texts.bleu_counts(reply, reference)),
-            "chrf": float(chrf_of(np.array(self.texts.chrf_counts(reply, reference)))),
+            **(text_scores(self.texts, reply, reference) if self.texts else {"rougeL": rouge_l(reply, reference)}),
             "stopped": float(record.has_stopped),
             "reply_tokens": float(record.tokens),
             "loops": float(is_loop(record.reply)),
@@ -120,9 +116,18 @@ class ReplyScorer:
 
     def corpus_counts(self, record: ReplyRecord, asked: Asked) -> tuple[list[int], list[int]]:
         """What BLEU and chrF sum over all replies."""
+        assert self.texts is not None
         texts = (record.reply, record.reference)
         reply, reference = (answer_of(text, self.form.parse(text, asked.has_calls, asked.tools)) for text in texts)
         return self.texts.bleu_counts(reply, reference), self.texts.chrf_counts(reply, reference)
+
+
+def text_scores(texts: TextScorer, reply: str, reference: str) -> dict[str, float]:
+    return {
+        **texts.rouge(reply, reference),
+        "bleu": sentence_bleu(texts.bleu_counts(reply, reference)),
+        "chrf": float(chrf_of(np.array(texts.chrf_counts(reply, reference)))),
+    }
 
 
 def answer_of(text: str, parts: ReplyParts) -> str:
@@ -137,42 +142,14 @@ def generate(
     speaker: Speaker, asked: Sequence[Asked], sampling: Sampling, model: str
 ) -> Iterator[tuple[Asked, ReplyRecord]]:
     """The replies as they end, without their scores; each is what the model replies to its prompt alone."""
-    batcher, waiting = speaker.batcher, deque(asked)
-    running: dict[int, tuple[Asked, list[int]]] = {}
-    try:
-        while waiting or running:
-            while waiting and batcher.num_waiting < _WAITING:
-                one = waiting.popleft()
-                try:
-                    row = batcher.submit(Request(one.ids, replace(sampling, seed=one.seed)))
-                except ModelError as error:
-                    if error.code not in _ROW_ERRORS:
-                        raise
-                    yield one, _record(speaker, one, [], False, model, error.code)
-                else:
-                    running[row] = (one, [])
-            for token in batcher.step():
-                one, ids = running[token.row]
-                if token.error is None:
-                    ids.append(token.id)
-                if token.is_last:
-                    del running[token.row]
-                    code = token.error.code if token.error else ""
-                    yield one, _record(speaker, one, ids, token.finish_reason == "stop", model, code)
-    finally:
-        for row in running:
-            batcher.cancel(row)
-
-
-def _record(
-    speaker: Speaker, asked: Asked, ids: Sequence[int], has_stopped: bool, model: str, error: str = ""
-) -> ReplyRecord:
-    said = [token for token in ids if token not in speaker.stop_ids]
-    prompt = str(speaker.encoder.tokenizer.backend_tokenizer.decode(list(asked.ids), skip_special_tokens=False))
-    return ReplyRecord(
-        model, asked.where, asked.turn, "text", prompt, decode_reply(speaker.encoder, said), asked.reference,
-        has_stopped, len(said), asked.reference_tokens, error=error,
-    )  # fmt: skip
+    requests = ((one, Request(one.ids, replace(sampling, seed=one.seed))) for one in asked)
+    for one, reply in answer_all(speaker, speaker.batcher, requests):
+        prompt = str(speaker.encoder.tokenizer.backend_tokenizer.decode(list(one.ids), skip_special_tokens=False))
+        record = ReplyRecord(
+            model, one.where, one.turn, "text", prompt, decode_reply(speaker.encoder, reply.ids), one.reference,
+            reply.finish_reason == "stop", len(reply.ids), one.reference_tokens, error=reply.error,
+        )  # fmt: skip
+        yield one, record
 
 
 class ReplyLog:

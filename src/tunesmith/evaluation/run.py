@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 import tunesmith
+from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import InterruptedRun, TunesmithError
 from tunesmith.evaluation.candidates import Candidate, RowsToScore, find_candidates, find_rows, find_trained_on
 from tunesmith.evaluation.intervals import METHOD
@@ -76,7 +77,7 @@ class Prepared:
     def fingerprint(self) -> dict[str, Any]:
         """What scores depend on; an evaluation is only continued where it is the same."""
         models = {
-            one.candidate.name: {"weights": _hash_weights(one.candidate), "labels": _hash_labels(one, self.keys)}
+            one.candidate.name: {"weights": hash_weights(one.candidate), "labels": _hash_labels(one, self.keys)}
             for one in self.labelled
         }
         rows = [self.labelled[0].rows[key].where for key in self.keys]
@@ -239,7 +240,7 @@ def _measure_model(
     todo = [one for one in asked if (name, *one.key) not in log.done]
     scorer = ReplyScorer(prepared.texts, reply_format(labelled.encoder))
     if todo or name not in state.likelihoods:
-        with _opened(candidate, labelled, settings) as speaker:
+        with opened(candidate, labelled.encoder, settings.allow_changed_base) as speaker:
             if name not in state.likelihoods:
                 progress.begin(f"{name}: likelihood", len(labelled.samples_of(prepared.keys)))
                 found = measure(speaker, labelled, prepared.keys, progress.update)
@@ -280,12 +281,12 @@ def _answer(
 
 
 @contextmanager
-def _opened(candidate: Candidate, labelled: LabelledRows, settings: EvaluateSettings) -> Iterator[Speaker]:
+def opened(candidate: Candidate, encoder: Encoder, allow_changed_base: bool) -> Iterator[Speaker]:
     """The model with the encoder that its rows are labelled with; its memory is free again afterwards."""
     template = candidate.template or candidate.other_template
-    speaker = load_speaker(candidate.section, template, allow_changed_base=settings.allow_changed_base)
+    speaker = load_speaker(candidate.section, template, allow_changed_base=allow_changed_base)
     try:
-        yield replace(speaker, encoder=labelled.encoder)
+        yield replace(speaker, encoder=encoder)
     finally:
         del speaker
         gc.collect()
@@ -339,7 +340,7 @@ def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _hash_weights(candidate: Candidate) -> str:
+def hash_weights(candidate: Candidate) -> str:
     """Of the contents of its files, wherever they are."""
     source = find_model(candidate.section.path, candidate.section.config)
     described: Mapping[str, Any] = describe_weights(source, candidate.section.revision)

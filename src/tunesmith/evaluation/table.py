@@ -43,18 +43,21 @@ class Progress:
             self._bar = StepBar(total, done, console)
             self._bar.update(done, [one_line(title)])
 
-    def update(self, done: int, total: int) -> None:
+    def update(self, done: int, total: int, *parts: str) -> None:
+        """Args:
+        parts: more to say, such as the speed.
+        """
         if not self._is_shown:
             return
         if self._bar:
-            self._bar.update(done, [one_line(self._title)])
+            self._bar.update(done, [one_line(self._title), *parts])
         elif done >= self._next or done == total:
             self._next = done + max(1, total // _PLAIN_LINES)
             left = ""
             if self._first < done < total:
                 seconds = (time.monotonic() - self._began) / (done - self._first) * (total - done)
                 left = f"  {format_time(seconds)} left"
-            print(f"{self._title}  {done:,}/{total:,}{left}", file=sys.stderr, flush=True)
+            print("  ".join([f"{self._title}  {done:,}/{total:,}{left}", *parts]), file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         if not self._is_shown:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from fractions import Fraction
 
 import regex
 
@@ -64,3 +65,34 @@ def lcs_length(one: Sequence[str], two: Sequence[str]) -> int:
         found = unmatched & places.get(word, 0)
         unmatched = ((unmatched + found) | (unmatched - found)) & everything
     return len(one) - unmatched.bit_count()
+
+
+_BOXED = regex.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+_FRACTION = regex.compile(r"\\d?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
+_NUMBER = regex.compile(
+    r"(?<![0-9A-Za-z_.])[-+]?(?:[$€£¥]\s?)?(?:(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?|(\.\d+))(?:\s?/\s?(\d+))?(?!\d)"
+)
+
+
+def final_number(text: str) -> Fraction | None:
+    """The number that a worked answer ends in, exactly; None where there is none.
+
+    It is the one behind the last "####" (GSM8K), else in the last \\boxed{}, else the last of the text. 1,234 is 1234,
+    3/4 and \\frac{3}{4} are fractions, and currency and units beside it do not matter.
+    """
+    plain = unicodedata.normalize("NFKC", text).replace("\u2212", "-").replace("\u2013", "-")
+    boxed = _BOXED.findall(plain)
+    if "####" in plain:
+        plain = plain.rpartition("####")[2]
+    elif boxed:
+        plain = boxed[-1]
+    plain = _FRACTION.sub(r"\1/\2", plain.replace("\\$", "$").replace("{,}", ",").replace("\\,", ""))
+    numbers = list(_NUMBER.finditer(plain))
+    if not numbers:
+        return None
+    found = numbers[-1]
+    whole, decimals, below = (found[1] or "0").replace(",", ""), found[2] or found[3] or "", found[4]
+    if below is not None and not int(below):
+        return None
+    number = Fraction(f"{whole}{decimals}") / int(below or 1)
+    return -number if found[0].startswith("-") else number

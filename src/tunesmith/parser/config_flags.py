@@ -39,13 +39,29 @@ EVALUATE_KEYS = (
 
 def add_data_flags(parser: CommandParser) -> None:
     """Add a flag for every config key that evaluate takes; those of a run need not be given again."""
+    _add_keys(parser, EVALUATE_KEYS)
+
+
+def _add_keys(parser: CommandParser, names: tuple[str, ...]) -> None:
     from tunesmith.config.runfile import leaf_fields
     from tunesmith.config.schema import RunConfig
 
     group = parser.add_section(f"data ({SECTIONS['data']}; a run keeps its own)")
     for dotted, field in leaf_fields(RunConfig).items():
-        if dotted.startswith(EVALUATE_KEYS):
+        if dotted.startswith(names):
             _add_config_flag(group, dotted, field)
+
+
+PROMPT_KEYS = (
+    "data.train", "data.format", "data.fields", "data.ignore_columns", "data.chat_template", "data.template_kwargs",
+    "data.control_text", "data.max_refused", "data.encoding", "data.max_row_mb",
+)  # fmt: skip
+"""Keys of data that generate takes: those that decide how rows are read and become prompts."""
+
+
+def add_prompt_flags(parser: CommandParser) -> None:
+    """Add a flag for every config key that generate takes; those of a run need not be given again."""
+    _add_keys(parser, PROMPT_KEYS)
 
 
 def add_resume_flags(parser: CommandParser) -> None:

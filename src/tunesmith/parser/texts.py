@@ -42,6 +42,10 @@ EXAMPLES = {
   tunesmith evaluate runs/mine --data held-out.jsonl --base
   tunesmith evaluate runs/one runs/two --data held-out.jsonl --limit 500
 """,
+    "generate": """  tunesmith generate runs/teacher --data prompts.jsonl --output answers.jsonl
+  tunesmith generate runs/mine --data tasks.jsonl --samples 8 --keep correct --output correct.jsonl
+  tunesmith generate runs/mine --data math.jsonl --samples 8 --check number --keep-per-row 4 --output right.jsonl
+""",
     "chat": """  tunesmith chat runs/mine
   tunesmith chat runs/mine --prompt "Who are you?"
 """,
@@ -62,11 +66,13 @@ EXAMPLES = {
 EPILOG = {
     "evaluate": "without --data, a run is evaluated on the rows that it held out\n",
     "push": "needs a token of the hub that can write: hf auth login, or HF_TOKEN\n",
+    "generate": "killed or interrupted, the same command continues; then: tunesmith train --data FILE ...\n",
     "lr-find": "takes the flags and run file of train, makes no RUN folder, and prints the optim.lr to use\n",
     "chat": "in the chat: /reset forgets the conversation, /system TEXT sets the system prompt, /exit leaves\n",
 }
 USAGE = {
     "evaluate": "tunesmith evaluate MODEL_OR_RUN ... [--data D ...] [--base] [--limit N] [--json]",
+    "generate": "tunesmith generate MODEL_OR_RUN --data D ... --output FILE.jsonl [--samples N] [--keep correct|best]",
     "train": "tunesmith train [run.yaml] --model M --data D --output RUN [--section.key value ...]",
     "resume": "tunesmith resume RUN [--allow PART ...] [--section.key value ...]",
     "convert-config": "tunesmith convert-config FILE [--dataset-info DIR] [--output run.yaml]\n"

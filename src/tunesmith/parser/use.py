@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from tunesmith.config.choices import (
+    ANSWER_CHOICES,
     BLEU_TOKENIZERS,
     EXPORT_FORMATS,
+    KEEP_CHOICES,
     MERGE_METHODS,
     MINIMIND_GENERATIONS,
     PUSH_PARTS,
@@ -12,7 +14,7 @@ from tunesmith.config.choices import (
     WEIGHT_GENERATIONS,
 )
 from tunesmith.parser.command import CommandParser, Commands, add_command
-from tunesmith.parser.config_flags import add_data_flags
+from tunesmith.parser.config_flags import add_data_flags, add_prompt_flags
 from tunesmith.parser.values import (
     as_count,
     as_name,
@@ -53,6 +55,7 @@ def add_use_commands(commands: Commands) -> None:
     chat.add_argument("--trust-remote-code", action="store_true", help="run Python code in the model's folder")
     chat.add_argument("--allow-changed-base", action="store_true", help="open an adapter although its base has changed")
     _add_evaluate(commands)
+    _add_generate(commands)
     _add_serve(commands)
     merge = add_command(commands, "merge", "merge adapters into their base model and verify the result")
     merge.add_argument(
@@ -176,6 +179,74 @@ def _add_evaluate(commands: Commands) -> None:
         "--allow-changed-base", action="store_true", help="open an adapter although its base has changed"
     )
     add_data_flags(evaluate)
+
+
+def _add_generate(commands: Commands) -> None:
+    generate = add_command(commands, "generate", "let a model answer prompts, and keep the answers as data for train")
+    generate.add_argument(
+        "model", type=as_name, metavar="MODEL_OR_RUN", help="a run, model folder, adapter or hub id that answers"
+    )
+    generate.add_argument("--output", required=True, type=as_path, metavar="FILE", help="the .jsonl to write")
+    generate.add_argument(
+        "--samples", type=as_positive, default=1, metavar="N", help="answers drawn for each prompt (default: 1)"
+    )
+    generate.add_argument(
+        "--replies", type=one_of(ANSWER_CHOICES), default="last", metavar="|".join(ANSWER_CHOICES),
+        help="which replies of a row to answer anew: its last, or each in a row of its own (default: last)",
+    )  # fmt: skip
+    generate.add_argument("--limit", type=as_positive, metavar="N", help="answer only N rows, drawn by the seed")
+    generate.add_argument("--system", metavar="TEXT", help="system prompt for rows that have none")
+    generate.add_argument(
+        "--max-new-tokens", type=as_positive, default=512, metavar="N", help="longest answer (default: 512)"
+    )
+    generate.add_argument(
+        "--temperature", type=as_temperature, metavar="T",
+        help="0: greedy (default: 0 for one sample, 1 for several)",
+    )  # fmt: skip
+    _add_sampling(generate)
+    generate.add_argument(
+        "--stop", nargs="+", action="extend", default=[], metavar="TEXT", help="texts that end an answer"
+    )
+    generate.add_argument(
+        "--seed", type=as_seed, default=0, metavar="N", help="of --limit and of sampling (default: 0)"
+    )
+    generate.add_argument(
+        "--max-rows", type=as_positive, default=64, metavar="N", help="answers generated at once (default: 64)"
+    )
+    _add_selection(generate)
+    generate.add_argument("--overwrite", action="store_true", help="start again if the output holds other answers")
+    generate.add_argument("--tokenizer", type=as_name, metavar="T", help="folder or hub id; a .pth has none of its own")
+    _add_free_config(generate)
+    generate.add_argument("--trust-remote-code", action="store_true", help="run Python code in the model's folder")
+    generate.add_argument(
+        "--allow-changed-base", action="store_true", help="open an adapter although its base has changed"
+    )
+    add_prompt_flags(generate)
+
+
+def _add_selection(generate: CommandParser) -> None:
+    group = generate.add_section("which answers are kept (may change later without generating anew)")
+    group.add_argument(
+        "--keep", type=one_of(KEEP_CHOICES), default="all", metavar="|".join(KEEP_CHOICES),
+        help="all, those that pass --check, or the best of each row by --score (default: all)",
+    )  # fmt: skip
+    group.add_argument(
+        "--check", nargs="+", action="extend", default=[], type=as_name, metavar="CHECK",
+        help="what is correct: a score of evaluate (exact_match, json_equal, tool_equal, ...), number (the last number "
+        "is the reference's), regex=PATTERN, json_schema=FILE (default: reference: equals it, by its kind)",
+    )  # fmt: skip
+    group.add_argument(
+        "--score", type=as_name, metavar="SCORE",
+        help="what samples of a row are ranked by: logprob, or a score of evaluate (default with --keep best: rougeL, "
+        "or logprob without a reference)",
+    )  # fmt: skip
+    group.add_argument(
+        "--keep-per-row", type=as_positive, metavar="K", help="at most K answers of a row (default: 1 with --keep best)"
+    )
+    group.add_argument(
+        "--keep-cut", action="store_true", help="also answers that were cut off, which teach a model to end too early"
+    )
+    group.add_argument("--rejected", type=as_path, metavar="FILE", help="write the others here, each with the reason")
 
 
 def _add_export(commands: Commands) -> None:

@@ -40,7 +40,8 @@ _OTHER_NAMES = {  # of commands, in other tools
     "continue": "resume", "show": "preview", "view": "preview", "inspect": "preview", "preprocess": "preview",
     "validate": "check", "verify": "check", "lint": "check", "talk": "chat", "infer": "chat", "inference": "chat",
     "eval": "evaluate", "score": "evaluate", "benchmark": "evaluate",
-    "generate": "chat", "cli": "chat", "fuse": "merge", "merge-lora": "merge", "merge_lora": "merge",
+    "distill": "generate", "distil": "generate", "sample": "generate", "cli": "chat",
+    "fuse": "merge", "merge-lora": "merge", "merge_lora": "merge",
     "server": "serve", "api": "serve", "web": "serve", "webui": "serve",
     "convert": "convert-config", "convert_config": "convert-config", "list": "recipes",
 }  # fmt: skip

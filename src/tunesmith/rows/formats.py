@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -140,7 +141,16 @@ def _detect_columns(row: Row) -> str | None:
     return "text" if isinstance(row.get("text"), str) and not has_pair else None
 
 
-def parse_row(row: Any, format_name: str, fields: FieldsSection, ignore_columns: Sequence[str] = ()) -> Parsed:
+NO_REPLY = "\ufdd1"  # a noncharacter: stands for the reply of a row that is to be answered and has none
+
+
+def parse_row(
+    row: Any,
+    format_name: str,
+    fields: FieldsSection,
+    ignore_columns: Sequence[str] = (),
+    to_answer: bool = False,
+) -> Parsed:
     """Parse one row.
 
     Args:
@@ -148,6 +158,8 @@ def parse_row(row: Any, format_name: str, fields: FieldsSection, ignore_columns:
         format_name: a key of FORMATS, or "auto".
         fields: mapped columns (data.fields).
         ignore_columns: columns and keys of turns to ignore (data.ignore_columns).
+        to_answer: the row is to be answered, not trained on: its last turn may lack a reply, which becomes NO_REPLY,
+            and its replies need not be fit for training.
 
     Raises:
         RowRefused: this row cannot be trained on.
@@ -175,13 +187,13 @@ def parse_row(row: Any, format_name: str, fields: FieldsSection, ignore_columns:
             raise RowRefused(f"{fields.label} is false: a rejected reply", by_choice=True, code="rejected-reply")
         if name is None:
             raise UnknownFormat(describe_unknown(row), code="unknown-format")
-        return _parse(row, name, fields, ignore_columns)
+        return _parse(row, name, fields, ignore_columns, to_answer)
     except RecursionError:
         raise RowRefused("is nested too deeply. Flatten it, or remove the row", code="nested-too-deeply") from None
 
 
 def parse_document(
-    row: Any, format_name: str, fields: FieldsSection, ignore_columns: Sequence[str] = ()
+    row: Any, format_name: str, fields: FieldsSection, ignore_columns: Sequence[str] = (), to_answer: bool = False
 ) -> tuple[Parsed, LongText | None]:
     """`parse_row` for rows whose text may not be in memory.
 
@@ -192,14 +204,14 @@ def parse_document(
     """
     long_text = find_long_text(row)
     if long_text is not None:
-        parsed = parse_row({**row, "text": long_text.head}, format_name, fields, ignore_columns)
+        parsed = parse_row({**row, "text": long_text.head}, format_name, fields, ignore_columns, to_answer)
         if isinstance(parsed, RawText):
             return parsed, long_text
         row = {**row, "text": long_text.read()}
-    return parse_row(row, format_name, fields, ignore_columns), None
+    return parse_row(row, format_name, fields, ignore_columns, to_answer), None
 
 
-def _parse(row: Row, name: str, fields: FieldsSection, ignore_columns: Sequence[str]) -> Parsed:
+def _parse(row: Row, name: str, fields: FieldsSection, ignore_columns: Sequence[str], to_answer: bool) -> Parsed:
     if name == "xtuner" and not fields.messages:
         fields = fields.model_copy(update={"messages": _find_turns(row)[0] or None})
     reading = Reading(frozenset(ignore_columns))
@@ -211,7 +223,7 @@ def _parse(row: Row, name: str, fields: FieldsSection, ignore_columns: Sequence[
     keys.close()
     try:
         if isinstance(draft, Draft):
-            return _finish_chat(draft, reading)
+            return _finish_chat(draft, reading, to_answer)
         texts = [draft.text] if isinstance(draft, RawText) else [text for text, _ in draft.parts]
         reading.settle(texts)
     except LostColumns as lost:
@@ -287,9 +299,9 @@ def _refuse_other_media(row: Row) -> None:
             )
 
 
-def _finish_chat(draft: Draft, reading: Reading) -> Conversation:
+def _finish_chat(draft: Draft, reading: Reading, to_answer: bool) -> Conversation:
     """Checks common to chats of all formats."""
-    messages = draft.messages
+    messages = draft.messages = open_reply(draft.messages) if to_answer else draft.messages
     last_reply = max((i for i, m in enumerate(messages) if m.role == "assistant"), default=-1)
     if last_reply < 0:
         raise RowRefused(
@@ -301,12 +313,25 @@ def _finish_chat(draft: Draft, reading: Reading) -> Conversation:
         raise RowRefused(
             "every assistant turn has loss_weight 0; nothing to train", by_choice=True, code="nothing-to-train"
         )
-    for index, message in trained:
+    for index, message in trained if not to_answer else ():
         _refuse_bad_reply(index, message)
     reading.settle(text for m in messages for text in (m.content, m.reasoning_content) if text)
     refuse_lone_surrogates(_text_of(kept, draft))
     _note_oddities(draft, kept, reading)
     return Conversation(tuple(kept), draft.tools, tuple(reading.notes), draft.template_kwargs, draft.documents)
+
+
+def open_reply(messages: list[Message]) -> list[Message]:
+    """The chat with a reply at its end: NO_REPLY where it ends with another turn, or with an empty reply."""
+    last = messages[-1] if messages else Message("user", "")
+    if last.role != "assistant":
+        return [*messages, Message("assistant", NO_REPLY)]
+    begin = last.context_spans[0][1] if last.context_spans and last.context_spans[0][0] == 0 else 0
+    if last.content[begin:].strip() or last.tool_calls:
+        return messages
+    spans = last.context_spans[:1] if begin else ()
+    said = replace(last, content=last.content[:begin] + NO_REPLY, is_trained=True, context_spans=spans)
+    return [*messages[:-1], said]
 
 
 def _note_oddities(draft: Draft, kept: list[Message], reading: Reading) -> None:

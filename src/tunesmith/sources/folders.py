@@ -20,6 +20,7 @@ _SPLITS = {
 }  # fmt: skip
 _SPLIT_WORD = re.compile(rf"(?:^|[-_. \d])({'|'.join(_SPLITS)})(?:[-_. \d]|$)")
 _ABOUT_DATA = ("README", "LICENSE", "LICENCE", "CHANGELOG", "REQUIREMENTS")
+LEDGER_SUFFIX = ".ledger.json"  # what generate writes about answers, beside them
 
 
 def read_folder(folder: Path, split: str | None) -> tuple[list[Path], list[Path]]:
@@ -140,7 +141,10 @@ def pick_data_files(files: list[Path]) -> list[Path]:
     data = [
         p
         for p in files
-        if container_of(p) and (p.is_file() or p.is_symlink()) and not p.name.upper().startswith(_ABOUT_DATA)
+        if container_of(p)
+        and (p.is_file() or p.is_symlink())
+        and not p.name.upper().startswith(_ABOUT_DATA)
+        and not p.name.endswith(LEDGER_SUFFIX)
     ]
     return [p for p in data if container_of(p) not in TEXT_SUFFIXES] or data
 

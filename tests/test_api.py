@@ -212,8 +212,8 @@ def test_import_is_quick_and_heavy_libraries_wait() -> None:
 
 def test_public_names() -> None:
     assert sorted(tunesmith.__all__) == [
-        "CheckResult", "ConfigError", "DataError", "Evaluation", "FoundLr", "InterruptedRun", "Model", "ModelError", "Preview", "Push", "Run", "RunError",
-        "Source", "TunesmithError", "UsageError", "__version__", "check", "evaluate", "export", "find_lr", "load",
+        "Answers", "CheckResult", "ConfigError", "DataError", "Evaluation", "FoundLr", "InterruptedRun", "Model", "ModelError", "Preview", "Push", "Run", "RunError",
+        "Source", "TunesmithError", "UsageError", "__version__", "check", "evaluate", "export", "find_lr", "generate", "load",
         "merge", "preview", "push", "resume", "train",
     ]  # fmt: skip
     assert all(getattr(tunesmith, name) is not None for name in tunesmith.__all__)

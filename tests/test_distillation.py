@@ -40,7 +40,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     folder = save_folder(tmp_path_factory.mktemp("teacher") / "model", tiny_config("qwen3"), tokenizer)
     settings = json.loads((folder / "generation_config.json").read_text())
     stops = [2, *range(9, 400, 8)]
-    (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": stops}))
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": stops, "min_new_tokens": 2}))
     return folder
 
 
@@ -515,7 +515,7 @@ def test_two_processes_do_not_write_one_output(fails, teacher: Path, prompts: Pa
 
 
 def test_a_full_disk_leaves_whole_samples(run, fails, teacher: Path, prompts: Path, make_disk, tmp_path: Path) -> None:
-    disk = make_disk("44k")
+    disk = make_disk("60k")
     words = (teacher, "--data", prompts, "--samples", 16, "--keep-cut", "--max-new-tokens", 24)
     error = fails("generate", *words, "--output", disk / "a.jsonl")
     assert (error.code, type(error)) == ("disk-full", RunError)

@@ -288,7 +288,7 @@ def _write(
     if settings.rejected is not None:
         write_text_atomic(settings.rejected.expanduser(), _pieces(others))
     if not selector.tally.kept:
-        reasons = "; ".join(f"{one.count:,} {reason}" for reason, one in selector.tally.left_out.items())
+        reasons = "; ".join(f"{one.count:,}: {reason}" for reason, one in selector.tally.left_out.items())
         raise DataError(
             f"{settings.output}: is not written, since no sample is kept: {reasons}. The samples stay in "
             f"{folder.path}; the same command with another --keep or --check chooses among them.",

@@ -110,6 +110,15 @@ def run_command(argv: list[str]) -> None:
     template_kwargs = {name: overrides.pop(name) for name in [*overrides] if name.startswith("data.")}
     options.model_config = _read_model_config(overrides)
     _quiet_libraries()
+    _run_use_command(options, words, template_kwargs)
+
+
+def _run_use_command(options: argparse.Namespace, words: list[str] | None, template_kwargs: dict[str, Any]) -> None:
+    """Run a command that uses a trained model, or one of those around it.
+
+    Args:
+        words: the command that convert-config converts.
+    """
     if options.command == "chat":
         from tunesmith.use.chat import run_chat
 

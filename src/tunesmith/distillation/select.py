@@ -14,7 +14,7 @@ from tunesmith.data.ledger import LabelledRow
 from tunesmith.distillation.checks import Scored, find_fault, rank, score_sample
 from tunesmith.distillation.prompts import Prompts, RowLabeller, begin_of_reply
 from tunesmith.distillation.questions import Question, Row, answer_message
-from tunesmith.distillation.samples import SampleLog
+from tunesmith.distillation.samples import Sample, SampleLog
 from tunesmith.distillation.settings import GenerateSettings
 from tunesmith.evaluation.replies import ReplyScorer
 from tunesmith.evaluation.texts import TextScorer

@@ -28,6 +28,7 @@ from tunesmith.use.model import Model
 if TYPE_CHECKING:
     from tunesmith.arguments import Name
     from tunesmith.distillation.answers import Answers
+    from tunesmith.distillation.settings import GenerateSettings
     from tunesmith.evaluation.records import Evaluation
     from tunesmith.evaluation.settings import EvaluateSettings
     from tunesmith.publish.plan import Push
@@ -207,12 +208,8 @@ def generate(
         output: the .jsonl to write. NAME.ledger.json beside it says what became of each row and sample.
         samples: drawn for each prompt.
         replies: which replies of a row are answered anew: its last, or all, each in a row of its own.
-        keep: all, correct (those that pass `check`) or best (of each row, by `score`).
-        check: reference, number, regex=PATTERN, json_schema=FILE or a score of `evaluate`; one, or several.
-        score: logprob, or a score of `evaluate`.
-        keep_per_row: at most so many samples of a row; default: all, or 1 with keep="best".
-        keep_cut: also samples that were cut off.
-        rejected: file for the samples that are left out, each with the reason.
+        keep, check, score, keep_per_row, keep_cut, rejected: which samples are kept, as in the command; `check` is one
+            name or several.
         overwrite: start again if the output holds other answers.
         tokenizer: of a .pth, which has none.
         sampling: max_new_tokens (512), temperature (0 for one sample, 1 for several), top_p, top_k, min_p,
@@ -225,7 +222,6 @@ def generate(
     """
     from tunesmith.distillation.command import select
     from tunesmith.distillation.run import generate_answers
-    from tunesmith.distillation.settings import GenerateSettings
     from tunesmith.evaluation.table import Progress
 
     for name, value, known in (("replies", replies, ANSWER_CHOICES), ("keep", keep, KEEP_CHOICES)):
@@ -233,24 +229,24 @@ def generate(
             raise UsageError(f"{name}: {value!r} is not one of {', '.join(known)}.", code="unknown-choice")
     numbers = {"samples": samples, "keep_per_row": keep_per_row}
     _require_counts(numbers | {name: sampling.get(name) for name in ("limit", "max_rows", "max_new_tokens")})
-    tree, rows = read_arguments(None, data, None, None, {})
     stop = sampling.pop("stop", ())
-    settings = GenerateSettings(
-        model=os.fspath(model),
-        output=Path(output),
-        data={name: value for name, value in tree.get("data", {}).items() if not (name == "train" and rows)},
-        rows=rows.get("train"),
-        replies="all" if replies == "all" else "last",
-        samples=samples,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
-        selection=select(keep, [check] if isinstance(check, str) else check, score, keep_per_row, keep_cut),
-        rejected=Path(rejected) if rejected is not None else None,
-        overwrites=overwrite,
-        tokenizer=os.fspath(tokenizer) if tokenizer is not None else None,
-        **sampling,
-    )
+    options = sampling | {
+        "replies": replies, "samples": samples, "stop": (stop,) if isinstance(stop, str) else tuple(stop),
+        "selection": select(keep, [check] if isinstance(check, str) else check, score, keep_per_row, keep_cut),
+        "rejected": Path(rejected) if rejected is not None else None, "overwrites": overwrite,
+        "tokenizer": os.fspath(tokenizer) if tokenizer is not None else None,
+    }  # fmt: skip
+    settings = _generate_settings(model, data, output, options)
     with one_run(), embedded():
         return generate_answers(settings, Progress(is_shown=False))
+
+
+def _generate_settings(model: Name, data: Any, output: Name, options: Mapping[str, Any]) -> GenerateSettings:
+    from tunesmith.distillation.settings import GenerateSettings
+
+    tree, rows = read_arguments(None, data, None, None, {})
+    section = {name: value for name, value in tree.get("data", {}).items() if not (name == "train" and rows)}
+    return GenerateSettings(os.fspath(model), Path(output), section, rows.get("train"), **options)
 
 
 def _require_counts(numbers: Mapping[str, Any]) -> None:

@@ -44,9 +44,8 @@ class Repo:
 class HubServer(ThreadingHTTPServer):
     """Attributes:
     accounts: token -> answer of whoami.
-    faults: name of a step (whoami, info, create, preupload, batch, put, commit, answer) -> status, or "drop".
+    faults: name of a step (whoami, info, create, preupload, batch, put, commit, answer) -> status, "drop" or "hang".
     requests: method and path of each request, in order.
-    received: bodies and headers of all requests, to look for what must not be sent.
     """
 
     daemon_threads = True
@@ -62,6 +61,7 @@ class HubServer(ThreadingHTTPServer):
         self.chunk_bytes = 0  # of a part of a large file; 0: in one piece
         self.requests: list[str] = []
         self.makes_public = False
+        self.stopped = threading.Event()
 
     @property
     def url(self) -> str:
@@ -88,6 +88,7 @@ def running_hub() -> Iterator[HubServer]:
     try:
         yield server
     finally:
+        server.stopped.set()
         server.shutdown()
         server.server_close()
         thread.join()
@@ -145,7 +146,9 @@ class Handler(BaseHTTPRequestHandler):
         fault = self.server.faults.get(step)
         if fault is None:
             return False
-        if fault == "drop":
+        if fault == "hang":
+            self.server.stopped.wait(30)
+        if fault in ("drop", "hang"):
             self.close_connection = True
             self.connection.close()
         else:

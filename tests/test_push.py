@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from conftest import save_folder, tiny_config, write_jsonl
 from hub_server import HubServer, running_hub
 from tunesmith.cli import main
 
+long = pytest.mark.skipif(not os.environ.get("TUNESMITH_LONG"), reason="starts processes; TUNESMITH_LONG=1 runs it")
 Run = Callable[..., tuple[int, str, str]]
 TOKEN = "hf_ThisMustNeverBeSeenAnywhere"
 SECRET = "the patient has a broken leg"
@@ -81,7 +84,7 @@ def test_a_dry_run_shows_everything_and_does_nothing(run: Run, hub: HubServer, t
     assert "## Training data" in out
     assert "dry run: nothing was uploaded" in out
     assert not hub.repos
-    assert all(request.startswith("GET ") for request in hub.requests)
+    assert all(request.startswith("GET ") or "validate-yaml" in request for request in hub.requests)
     assert TOKEN not in out
 
 
@@ -264,6 +267,18 @@ def test_a_push_that_fails_leaves_the_repository_as_it_was(
         assert not [request for request in hub.requests if request.startswith("PUT")]
 
 
+def test_no_traceback_shows_the_token(run: Run, hub: HubServer, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server here quotes the token in its errors, and the addresses of uploads are signed."""
+    monkeypatch.setenv("TUNESMITH_DEBUG", "1")
+    for step in ("whoami", "create", "batch", "put", "commit"):
+        hub.repos.clear()
+        hub.faults = {step: 403}
+        code, out, err = run("push", trained / "mine", "me/mine", "--yes")
+        assert code != 0
+        assert TOKEN not in out + err
+        assert "secret-of" not in out + err
+
+
 def test_a_lost_answer_to_the_commit_is_found_out(hub: HubServer, trained: Path) -> None:
     hub.faults["answer"] = "drop"
     done = tunesmith.push(trained / "mine", "me/mine", yes=True)
@@ -324,8 +339,9 @@ def test_a_repository_that_changes_meanwhile_is_left_as_it_is(
 
 
 def test_a_licence_that_the_hub_does_not_know(hub: HubServer, trained: Path) -> None:
-    hub.add_repo("me/mine")
+    assert push_code(trained / "mine", "me/mine", license="my-own-licence") == "hub-card"
     assert push_code(trained / "mine", "me/mine", yes=True, license="my-own-licence") == "hub-card"
+    assert not hub.repos
     assert push_code(trained / "mine", "me/mine", yes=True, license="My own!") == "licence-id"
 
 
@@ -379,6 +395,7 @@ def test_the_card_keeps_what_a_person_wrote(hub: HubServer, trained: Path) -> No
         file.write_text(before, encoding="utf-8")
 
 
+@long
 def test_push_in_a_process_of_its_own_asks_on_a_terminal(hub: HubServer, trained: Path, tmp_path: Path) -> None:
     """HF_ENDPOINT and HF_TOKEN as a user sets them; the answer is typed."""
     import pty
@@ -402,3 +419,55 @@ def test_push_in_a_process_of_its_own_asks_on_a_terminal(hub: HubServer, trained
     os.close(ours)
     assert "me/asked" in hub.repos
     assert TOKEN.encode() not in shown
+
+
+@long
+def test_ctrl_c_while_uploading_leaves_the_repository_as_it_was(hub: HubServer, trained: Path) -> None:
+    repo = hub.add_repo("me/mine")
+    hub.faults["put"] = "hang"
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    words = [sys.executable, "-m", "tunesmith", "push", str(trained / "mine"), "me/mine", "--yes"]
+    child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    while not any(request.startswith("PUT") for request in hub.requests):
+        assert child.poll() is None
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=20)
+    assert child.returncode == 3
+    assert "all of it or nothing" in err
+    assert len(repo.commits) == 1
+    hub.faults.clear()
+    assert tunesmith.push(trained / "mine", "me/mine", yes=True).commit == repo.head
+
+
+def test_scores_of_evaluate_are_in_the_card(run: Run, hub: HubServer, trained: Path) -> None:
+    code, _, err = run("evaluate", trained / "mine", "--base", "--replies", "none")
+    assert code == 0, err
+    card = tunesmith.push(trained / "mine", "me/mine").card
+    section = card.partition("## Evaluation\n")[2].partition("\n## ")[0]
+    assert "rows of chats.jsonl" in section
+    assert re.search(r"\| loss \| \d\.\d{4} \[\d\.\d{4}, \d\.\d{4}\] \| \d\.\d{4} \[", section)
+    result = trained / "mine" / "evaluate" / "evaluate.json"
+    os.utime(result, (1, 1))
+    plan = tunesmith.push(trained / "mine", "me/mine")
+    assert "## Evaluation" not in plan.card
+    assert any("older than the weights" in remark for remark in plan.remarks)
+
+
+@pytest.mark.parametrize(
+    "card",
+    ["", "no metadata", "---\nlicense: [mit]\n---\nx", "---\n- a\n---\nx", "---\nlicense: mit", "---\na: &a [*a]\n---\n",
+     "---\r\nlicense: mit\r\n---\r\nx", "\ufeff---\nlicense: mit\n---\nx", "---\n\x00: 1\n---\nx", "---\n---\nx"],
+)  # fmt: skip
+def test_any_card_in_the_folder_is_completed(hub: HubServer, trained: Path, card: str) -> None:
+    file = trained / "mine" / "model" / "README.md"
+    before = file.read_bytes()
+    try:
+        file.write_text(card, encoding="utf-8", newline="")
+        made = tunesmith.push(trained / "mine", "me/mine").card
+    finally:
+        file.write_bytes(before)
+    front = yaml.safe_load(made.split("---\n")[1])
+    assert front["library_name"] == "transformers"
+    assert "## Training data" in made
+    assert "## Licence" in made

@@ -108,7 +108,7 @@ class Hub:
 
         self.repository = repository
         self._api: Any = HfApi(library_name="tunesmith")
-        self.address: str = self._api.endpoint
+        self.address = re.sub(r"(?<=//)[^/@]*@", "", str(self._api.endpoint))  # without a password
 
     def who(self) -> str:
         """The user's name, checked to be able to write to the repository's owner.
@@ -171,6 +171,18 @@ class Hub:
         """Metadata of the card of another model; empty where there is none."""
         card = self._ask(lambda: self._api.model_info(name).card_data, name)
         return dict(card.to_dict()) if card else {}
+
+    def check_card(self, card: str) -> None:
+        """Ask the hub whether it takes the metadata of a card.
+
+        Raises:
+            ModelError: it does not.
+        """
+        check = getattr(self._api, "_validate_yaml", None)  # a commit asks the same, once the repository is there
+        if check is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._ask(lambda: check(card, repo_type="model"))
 
     def create(self, is_private: bool) -> None:
         self._ask(lambda: self._api.create_repo(self.repository, private=is_private, exist_ok=False))

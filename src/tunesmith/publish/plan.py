@@ -151,6 +151,8 @@ def make_plan(
     if "replies" in settings.include and run is not None:
         card, remark = add_replies(card, run)
         remarks.append(f"published with {remark}, which quote the data")
+    if not state.problem:
+        hub.check_card(card)
     files = [PublishedFile(CARD, content=card.encode()), *_files(settings, bundle, run, base)]
     remarks += _find_remarks(files)
     status = _compare(files, found)
@@ -185,7 +187,7 @@ def ask_hub(hub: Hub, settings: PushSettings) -> HubState:
     except TunesmithError as error:
         if settings.confirmed or error.code not in _CANNOT_LOOK:
             raise
-        return HubState(None, str(error))
+        return HubState(None, str(error).removeprefix(f"{settings.repository}: "))
     if found is not None and found.is_private and settings.is_public:
         raise ModelError(
             f"{settings.repository}: is private, with all its earlier commits. Make it public yourself (hf repos "
@@ -207,7 +209,7 @@ def _describe(state: HubState) -> str:
         return f" (not looked at: {state.problem})"
     if found is None:
         return " (will be created)"
-    return f" (exists, {len(found.files)} file{'s' if len(found.files) != 1 else ''})"
+    return f" (exists, {count_files(len(found.files))})"
 
 
 def choose_base(bundle: Bundle, run: RunRecords | None, settings: PushSettings) -> Base:
@@ -316,10 +318,14 @@ def _file_lines(push: Push, found: Repository | None) -> Iterator[tuple[str, str
         shown = status if found is not None else ""
         yield ("files" if index == 0 else "", f"{name:<{width}}  {size:>9}  {shown}".rstrip())
     total = sum(push.files.values())
-    yield "", f"{len(push.files)} files, {_size(total)}"
+    yield "", f"{count_files(len(push.files))}, {_size(total)}"
     kept = [name for name in (found.files if found else ()) if name not in push.status]
     if kept:
         yield "kept there", join_names(kept)
+
+
+def count_files(number: int) -> str:
+    return f"{number} file{'s' if number != 1 else ''}"
 
 
 def _size(number: int) -> str:

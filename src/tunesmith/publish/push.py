@@ -13,7 +13,7 @@ from tunesmith.errors import RunError, TunesmithError, UsageError
 from tunesmith.publish.bundle import Bundle, find_bundle, require_run_finished
 from tunesmith.publish.card import join_names
 from tunesmith.publish.hub import Hub, Repository, require_name
-from tunesmith.publish.plan import Plan, Push, PushSettings, ask_hub, choose_base, make_plan, show_plan
+from tunesmith.publish.plan import Plan, Push, PushSettings, ask_hub, choose_base, count_files, make_plan, show_plan
 from tunesmith.report.records import read_run
 from tunesmith.terminal.status import show_status
 
@@ -85,7 +85,7 @@ def _check(bundle: Bundle, trust_remote_code: bool) -> str:
 
 
 def _says_yes(replaced: int) -> bool:
-    what = f"push, and replace {replaced} file{'s' if replaced != 1 else ''} there?" if replaced else "push?"
+    what = f"push, and replace {count_files(replaced)} there?" if replaced else "push?"
     try:
         return input(f"{what} [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:
@@ -133,7 +133,7 @@ def _upload(plan: Plan, hub: Hub) -> Push:
     show_status("comparing what was uploaded")
     _require_equal(plan, hub, commit)
     logger.info(
-        f"pushed     {plan.push.url}/tree/{commit[:8]}, {len(files)} files; all {len(plan.files)} compared there"
+        f"pushed     {plan.push.url}/tree/{commit[:8]}: {count_files(len(files))}; all {len(plan.files)} compared there"
     )
     return replace(plan.push, commit=commit)
 

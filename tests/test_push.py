@@ -471,3 +471,19 @@ def test_any_card_in_the_folder_is_completed(hub: HubServer, trained: Path, card
     assert front["library_name"] == "transformers"
     assert "## Training data" in made
     assert "## Licence" in made
+
+
+def test_a_merged_model_tells_its_base_and_its_training(
+    run: Run, hub: HubServer, trained: Path, tmp_path: Path
+) -> None:
+    code, _, err = run("merge", trained / "lora", "--output", tmp_path / "whole")
+    assert code == 0, err
+    card = (tmp_path / "whole" / "README.md").read_text(encoding="utf-8")
+    assert "a local model (base) with the adapter lora merged in" in card
+    assert "| chats.jsonl | 41 | 40 | 1 |" in card
+    assert "| training loss |" in card
+    assert str(trained) not in card
+    pushed = tunesmith.push(tmp_path / "whole", "me/whole", base="me/base", license="mit", yes=True)
+    front = yaml.safe_load(pushed.card.split("---\n")[1])
+    assert (front["base_model"], front["license"]) == ("me/base", "mit")
+    assert hub.repos["me/whole"].files["README.md"].decode() == pushed.card

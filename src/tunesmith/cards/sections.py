@@ -17,7 +17,7 @@ from tunesmith.cards.licence import Licence
 from tunesmith.data.ledger import FileLedger, Ledger
 from tunesmith.display import to_markdown
 
-DATA, RESULTS, LICENCE = "Training data", "Results", "Licence"
+DATA, RESULTS, TRAINING, LICENCE = "Training data", "Results", "Training", "Licence"
 _SHOWN_FILES = 30
 _HUB_DATA = re.compile(r"(?P<id>[\w.-]+/[\w.-]+):[\w.+-]+(\[[\d%:-]*\])?")  # as the ledger names it
 _NO_CODE = "other"  # in ledgers of earlier versions
@@ -134,3 +134,39 @@ def licence_section(licence: Licence | None, base: str, of_base: bool = True) ->
     else:
         text = "None stated."
     return f"## {LICENCE}\n\n{text}\n"
+
+
+def _heading(name: str) -> re.Pattern[str]:
+    return re.compile(rf"^##[ \t]+{re.escape(name)}[ \t]*$", re.MULTILINE)
+
+
+_ANY_HEADING = re.compile(r"^#{1,2}[ \t]", re.MULTILINE)
+
+
+def has_section(body: str, name: str) -> bool:
+    return _heading(name).search(body) is not None
+
+
+def section_text(body: str, name: str) -> str:
+    """Text of a section, without its heading; "" where there is none."""
+    found = _heading(name).search(body)
+    if found is None:
+        return ""
+    rest = body[found.end() :]
+    following = _ANY_HEADING.search(rest)
+    return rest[: following.start() if following else len(rest)].strip()
+
+
+def put_section(body: str, name: str, section: str) -> str:
+    """Replace a section, or add it at the end.
+
+    Args:
+        section: with its heading.
+    """
+    found = _heading(name).search(body)
+    if found is None:
+        return f"{body.rstrip()}\n\n{section}"
+    rest = body[found.end() :]
+    following = _ANY_HEADING.search(rest)
+    behind = rest[following.start() :] if following else ""
+    return body[: found.start()] + section + (f"\n{behind}" if behind else "")

@@ -23,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 _CONFIGS = ("config.json", "generation_config.json")
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
 )  # fmt: skip
 _MODULE = re.compile(r"(\w+)\.\w+")  # of config.json's auto_map, in the model's own folder
 

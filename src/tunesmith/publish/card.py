@@ -19,7 +19,18 @@ from tunesmith.cards.card import (
     write_front,
 )
 from tunesmith.cards.licence import CARD, Licence, find_licence, read_licence, split_front
-from tunesmith.cards.sections import DATA, LICENCE, RESULTS, data_section, licence_section, name_data, results_section
+from tunesmith.cards.sections import (
+    DATA,
+    LICENCE,
+    RESULTS,
+    data_section,
+    has_section,
+    licence_section,
+    name_data,
+    put_section,
+    results_section,
+    section_text,
+)
 from tunesmith.display import to_markdown
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.evaluation.records import SCORES, Evaluation, EvaluationFolder, ModelResult, Score, read_evaluation
@@ -132,11 +143,15 @@ def complete_card(
     if base.hub:
         front["base_model"] = base.hub
     for name, section in _sections(run).items():
-        if section and not _has(body, name):
+        if section and not has_section(body, name):
             body = f"{body.rstrip()}\n\n{section}"
-    if not _has(body, LICENCE) or _section(body, LICENCE).startswith(_UNKNOWN) or source.startswith("--license"):
+    if (
+        not has_section(body, LICENCE)
+        or section_text(body, LICENCE).startswith(_UNKNOWN)
+        or source.startswith("--license")
+    ):
         shown = to_markdown(base.shown) if not base.name.startswith("new:") else ""
-        body = _put(body, LICENCE, licence_section(licence, shown, of_base=source.startswith("as the base")))
+        body = put_section(body, LICENCE, licence_section(licence, shown, of_base=source.startswith("as the base")))
     return write_front(front) + _for_hub(body, bundle, repository, base)
 
 
@@ -175,38 +190,9 @@ def _sections(run: RunRecords | None) -> dict[str, str]:
     return {DATA: data, RESULTS: results_section(run.records)}
 
 
-def _heading(name: str) -> re.Pattern[str]:
-    return re.compile(rf"^##[ \t]+{re.escape(name)}[ \t]*$", re.MULTILINE)
-
-
-def _has(body: str, name: str) -> bool:
-    return _heading(name).search(body) is not None
-
-
-def _section(body: str, name: str) -> str:
-    """Text of a section, without its heading."""
-    found = _heading(name).search(body)
-    if found is None:
-        return ""
-    rest = body[found.end() :]
-    following = re.search(r"^#{1,2}[ \t]", rest, re.MULTILINE)
-    return rest[: following.start() if following else len(rest)].strip()
-
-
-def _put(body: str, name: str, section: str) -> str:
-    """Replace a section, or add it at the end."""
-    found = _heading(name).search(body)
-    if found is None:
-        return f"{body.rstrip()}\n\n{section}"
-    rest = body[found.end() :]
-    following = re.search(r"^#{1,2}[ \t]", rest, re.MULTILINE)
-    behind = rest[following.start() :] if following else ""
-    return f"{body[: found.start()]}{section}{chr(10) + behind if behind else ''}"
-
-
 def add_evaluation(card: str, bundle: Bundle, run: RunRecords | None) -> tuple[str, str]:
     """The card with the scores of RUN/evaluate, and a remark where these were left out."""
-    if run is None or _has(card, EVALUATION):
+    if run is None or has_section(card, EVALUATION):
         return card, ""
     folder = EvaluationFolder(run.folder.path / "evaluate")
     if not folder.result.is_file():
@@ -223,7 +209,7 @@ def add_evaluation(card: str, bundle: Bundle, run: RunRecords | None) -> tuple[s
     result = _own_result(evaluation, run.folder, bundle.folder)
     if result is None:
         return card, f"{folder.result} has no scores of this model"
-    return _put(card, EVALUATION, evaluation_section(evaluation, result)), ""
+    return put_section(card, EVALUATION, evaluation_section(evaluation, result)), ""
 
 
 def _own_result(evaluation: Evaluation, run: RunFolder, folder: Path) -> ModelResult | None:
@@ -271,7 +257,9 @@ def add_replies(card: str, run: RunRecords) -> tuple[str, str]:
     lines = [f"## {REPLIES}", "", f"{samples.remark[:1].upper()}{samples.remark[1:]}.", ""]
     for one in samples.replies:
         lines += [f"- prompt: {to_markdown(one.prompt)}", f"  <br>reply: {to_markdown(one.reply)}"]
-    return _put(card, REPLIES, "\n".join(lines) + "\n"), f"{len(samples.replies)} sample replies with their prompts"
+    return put_section(
+        card, REPLIES, "\n".join(lines) + "\n"
+    ), f"{len(samples.replies)} sample replies with their prompts"
 
 
 def join_names(names: Sequence[str], most: int = 8) -> str:

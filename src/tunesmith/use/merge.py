@@ -22,6 +22,8 @@ from tunesmith.adapters.base import hub_folder, read_record, require_base, weigh
 from tunesmith.adapters.deltas import Delta
 from tunesmith.adapters.open_adapter import SEVERAL_STORED, merge_adapter, open_adapter, read_adapter_weights
 from tunesmith.adapters.stored_base import split_weights
+from tunesmith.cards.licence import CARD
+from tunesmith.cards.merged import merged_card
 from tunesmith.display import format_bytes
 from tunesmith.errors import ModelError, RunError, TunesmithError
 from tunesmith.files import atomic_directory, is_no_room
@@ -86,6 +88,9 @@ def run_merge(
             changed = merge_files(plan, deltas, partial)
             if tokenizer := _copy_rest(plan, partial):
                 require_same_tokenizer(tokenizer, partial, trust_remote_code)
+            is_chat = any(partial.glob("chat_template.*"))
+            card = merged_card(folder.name, source, adapters, plan.weights, method, is_chat)
+            (partial / CARD).write_text(card, encoding="utf-8")
             said = prove(plan, combined, partial)
     except TunesmithError:
         raise

@@ -84,12 +84,16 @@ def encode(library: Any, path: Path, texts: list[str]) -> Iterator[list[int]]:
     library.llama_model_free(model)
 
 
+@pytest.fixture(scope="module")
+def settings() -> dict[str, Any]:
+    """GPT-2's tokenizer.json, whose tokens tell most cuts apart."""
+    found: dict[str, Any] = json.loads(tokenizers_of_others.build("gpt2").backend_tokenizer.to_str())
+    return found
+
+
 @needs_shared
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS, ids=lambda pre: pre.name)
-def test_the_table_cuts_as_llama_cpp(library: Any, tmp_path: Path, pre: PreTokenizer) -> None:
-    """With GPT-2's vocabulary, whose tokens tell most cuts apart."""
-    backend = tokenizers_of_others.build("gpt2").backend_tokenizer
-    settings = json.loads(backend.to_str())
+def test_the_table_cuts_as_llama_cpp(library: Any, settings: dict[str, Any], tmp_path: Path, pre: PreTokenizer) -> None:
     write_vocabulary(tmp_path / "v.gguf", settings, pre.name)
     texts = draw_texts(300 if pre.name in _SLOW else 5000, seed=1)
     own = _ByteLevel(settings, _read_steps(settings["pre_tokenizer"])).encode_as(pre, texts)

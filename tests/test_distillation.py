@@ -539,6 +539,8 @@ def test_python_gives_the_same_answers(run, teacher: Path, prompts: Path, tmp_pa
     assert [row["messages"] for row in rows] == [row["messages"] for row in command]
     assert rows[0]["metadata"]["row"] == "data[0]"
     assert answers.ledger["samples"]["kept"] == len(rows)
+    preview = tunesmith.preview(model=teacher, data=answers, rows=1)
+    assert preview.to_json()[0]["status"] == "used"
     for wrong in ({"samples": 0}, {"keep": "good"}, {"top_p": 3}, {"seed": "x"}, {"check": "nothing"}):
         with pytest.raises(UsageError):
             tunesmith.generate(teacher, data=CHATS, output=tmp_path / "c.jsonl", **wrong)

@@ -23,8 +23,9 @@ import tunesmith
 from conftest import save_folder, tiny_config, write_jsonl
 from hub_server import HubServer, running_hub
 from tunesmith.cli import main
+from tunesmith.publish.private import without_paths
 
-long = pytest.mark.skipif(not os.environ.get("TUNESMITH_LONG"), reason="starts processes; TUNESMITH_LONG=1 runs it")
+long = pytest.mark.skipif(not os.environ.get("TUNESMITH_LONG"), reason="takes seconds each; TUNESMITH_LONG=1 runs it")
 Run = Callable[..., tuple[int, str, str]]
 TOKEN = "hf_ThisMustNeverBeSeenAnywhere"
 SECRET = "the patient has a broken leg"
@@ -440,6 +441,7 @@ def test_ctrl_c_while_uploading_leaves_the_repository_as_it_was(hub: HubServer, 
     assert tunesmith.push(trained / "mine", "me/mine", yes=True).commit == repo.head
 
 
+@long
 def test_scores_of_evaluate_are_in_the_card(run: Run, hub: HubServer, trained: Path) -> None:
     code, _, err = run("evaluate", trained / "mine", "--base", "--replies", "none")
     assert code == 0, err
@@ -487,3 +489,11 @@ def test_a_merged_model_tells_its_base_and_its_training(
     front = yaml.safe_load(pushed.card.split("---\n")[1])
     assert (front["base_model"], front["license"]) == ("me/base", "mit")
     assert hub.repos["me/whole"].files["README.md"].decode() == pushed.card
+
+
+def test_relative_names_lose_their_folders_too(tmp_path: Path) -> None:
+    """Also where the run was started in another folder, as its record says."""
+    (tmp_path / "clients" / "acme").mkdir(parents=True)
+    names = {"clients/acme": "acme", "clients/gone.jsonl": "gone.jsonl", "Qwen/Qwen2.5-0.5B": "Qwen/Qwen2.5-0.5B",
+             "../x/y": "y", "C:\\work\\a.jsonl": "a.jsonl", "/no_think": "/no_think", "0.5": "0.5"}  # fmt: skip
+    assert without_paths({"data": {"train": list(names)}}, tmp_path) == {"data": {"train": list(names.values())}}

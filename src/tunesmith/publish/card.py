@@ -36,8 +36,7 @@ from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.evaluation.records import SCORES, Evaluation, EvaluationFolder, ModelResult, Score, read_evaluation
 from tunesmith.model.source import ModelSource, open_path
 from tunesmith.publish.bundle import Bundle
-from tunesmith.publish.private import is_path
-from tunesmith.publish.report import run_cwd
+from tunesmith.publish.private import is_path, run_cwd
 from tunesmith.reading import read_text
 from tunesmith.report.records import RunRecords
 from tunesmith.report.replies import kept_replies

@@ -27,7 +27,7 @@ from tunesmith.publish.card import (
     read_card,
 )
 from tunesmith.publish.hub import Hub, Repository
-from tunesmith.publish.private import find_paths, plain_config, plain_metrics
+from tunesmith.publish.private import find_paths, plain_config, plain_metrics, run_cwd
 from tunesmith.publish.report import plain_report
 from tunesmith.report.records import RunRecords
 
@@ -279,9 +279,9 @@ def _files(settings: PushSettings, bundle: Bundle, run: RunRecords | None, base:
     if run is None:
         return
     if "config" in settings.include:
-        yield PublishedFile("config.yaml", content=plain_config(run.folder))
+        yield PublishedFile("config.yaml", content=plain_config(run.folder, run_cwd(run.run)))
     if "metrics" in settings.include:
-        yield PublishedFile("metrics.jsonl", content=b"".join(plain_metrics(run.folder)))
+        yield PublishedFile("metrics.jsonl", content=b"".join(plain_metrics(run.folder, run_cwd(run.run))))
     if "report" in settings.include:
         yield PublishedFile("report.html", content=plain_report(run, "replies" in settings.include))
 

@@ -38,31 +38,42 @@ def without_own_path(content: Mapping[str, Any]) -> dict[str, Any] | None:
     return {key: value for key, value in content.items() if key not in found} if found else None
 
 
-def without_paths(value: Any) -> Any:
-    """Values of a config or record with files and folders by their last part."""
+def run_cwd(record: Mapping[str, Any]) -> Path:
+    """The folder to which names in a run's config and ledger are relative."""
+    found = record.get("cwd")
+    return Path(found) if isinstance(found, str) else Path()
+
+
+def without_paths(value: Any, cwd: Path) -> Any:
+    """Values of a config or record with files and folders by their last part.
+
+    Args:
+        cwd: to which relative names refer.
+    """
     if isinstance(value, Mapping):
-        return {key: without_paths(below) for key, below in value.items()}
+        return {key: without_paths(below, cwd) for key, below in value.items()}
     if isinstance(value, list):
-        return [without_paths(item) for item in value]
-    if isinstance(value, str) and (is_path(value) or ("/" in value and _is_here(value))):
+        return [without_paths(item, cwd) for item in value]
+    if isinstance(value, str) and (is_path(value) or ("/" in value[1:] and _is_here(value, cwd))):
         return last_part(value)
     return value
 
 
-def _is_here(name: str) -> bool:
+def _is_here(name: str, cwd: Path) -> bool:
     """Whether a relative name is of a file or in a folder of this machine; a hub id is not."""
     try:
-        return os.path.lexists(name) or os.path.isdir(os.path.dirname(name)) or bool(_FILE.search(name))
-    except ValueError:
+        there = cwd / name
+        return os.path.lexists(there) or there.parent.is_dir() or bool(_FILE.search(name))
+    except (OSError, ValueError):
         return False
 
 
-def plain_config(run: RunFolder) -> bytes:
+def plain_config(run: RunFolder, cwd: Path) -> bytes:
     """RUN/config.yaml without folders of this machine."""
-    return dump(without_paths(read_yaml(run.config))).encode()
+    return dump(without_paths(read_yaml(run.config), cwd)).encode()
 
 
-def plain_metrics(run: RunFolder) -> Iterator[bytes]:
+def plain_metrics(run: RunFolder, cwd: Path) -> Iterator[bytes]:
     """The lines of RUN/metrics.jsonl, without the names of rows."""
     for line in run.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -70,7 +81,7 @@ def plain_metrics(run: RunFolder) -> Iterator[bytes]:
         except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
-            kept = {key: without_paths(value) for key, value in record.items() if key not in _ROWS}
+            kept = {key: without_paths(value, cwd) for key, value in record.items() if key not in _ROWS}
             yield json.dumps(kept).encode() + b"\n"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tunesmith.cards.sections import name_data
 from tunesmith.config.schema import RunConfig
-from tunesmith.publish.private import without_paths
+from tunesmith.publish.private import run_cwd, without_paths
 from tunesmith.report.page import show_run
 from tunesmith.report.records import RunRecords
 from tunesmith.report.replies import SampleReplies, kept_replies
@@ -32,18 +32,13 @@ def plain_report(run: RunRecords, with_replies: bool) -> bytes:
     samples = kept_replies(run.folder, run.last_step) if with_replies else _NOT_SHOWN
     with tempfile.TemporaryDirectory() as empty:
         folder = run.folder if with_replies else RunFolder(Path(empty) / run.folder.path.resolve().name)
-        config = RunConfig.model_validate(without_paths(run.config.model_dump(mode="json")))
-        shown = replace(run, folder=folder, config=config, ledger=plain_ledger(run.ledger, run_cwd(run.run)))
+        cwd = run_cwd(run.run)
+        config = RunConfig.model_validate(without_paths(run.config.model_dump(mode="json"), cwd))
+        shown = replace(run, folder=folder, config=config, ledger=plain_ledger(run.ledger, cwd))
         return show_run(shown, describe_outcome(run), judge(shown, samples), samples).encode()
 
 
-def run_cwd(record: Mapping[str, Any]) -> Path | None:
-    """The folder to which names in the run's ledger are relative."""
-    found = record.get("cwd")
-    return Path(found) if isinstance(found, str) else None
-
-
-def plain_ledger(ledger: Mapping[str, Any], cwd: Path | None) -> dict[str, Any]:
+def plain_ledger(ledger: Mapping[str, Any], cwd: Path) -> dict[str, Any]:
     """A ledger with names of files alone, and codes for the reasons of refusals, which may quote a row."""
     plain = dict(ledger)
     for part in ("train", "eval"):

@@ -262,6 +262,14 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    if options.verify:
+        from tunesmith.gguf.verify import verify_gguf
+
+        verify_gguf(options.model)
+        return
+    missing = [flag for flag, value in (("--output", options.output), ("--format", options.format)) if value is None]
+    if missing:
+        raise UsageError(f"tunesmith export: give {' and '.join(missing)}.", code="missing-flag")
     from tunesmith.exports.request import Export
     from tunesmith.exports.run import run_export
 
@@ -276,6 +284,8 @@ def _export(options: argparse.Namespace) -> None:
             options.base,
             options.model_config,
             options.trust_remote_code,
+            options.type,
+            tuple(options.allow),
         )
     )
 

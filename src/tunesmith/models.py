@@ -14,6 +14,8 @@ from tunesmith.config.choices import (
     ANSWER_CHOICES,
     BLEU_TOKENIZERS,
     EXPORT_FORMATS,
+    GGUF_DIFFERENCES,
+    GGUF_TYPES,
     KEEP_CHOICES,
     PUSH_PARTS,
     REPLY_CHOICES,
@@ -269,20 +271,24 @@ def export(
     base: Name | None = None,
     config: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
+    type: str | None = None,
+    allow: Sequence[str] = (),
 ) -> Path:
     """Write a model in another tool's files; they are read back and compared before they appear under their name.
 
     Args:
         model: a RUN, a model folder, a hub id, an adapter or a .pth of MiniMind.
-        output: the folder to make.
-        format: hf (from a .pth), minimind (a .pth) or minimind-lora (an adapter as its LoRA .pth).
+        output: the folder to make; of gguf, the file.
+        format: gguf, hf (from a .pth), minimind (a .pth) or minimind-lora (an adapter as its LoRA .pth).
         generation: of MiniMind's files: minimind-3, 2025, 2024; default: the newest that the architecture has.
         weight: begin of the file's name; default: full_sft, or lora.
         base: of a LoRA .pth, which does not name its own.
         tokenizer, config: as in `load`.
+        type: of a GGUF file's matrices: f32, f16, bf16, q8_0; default: the model's own.
+        allow: write a GGUF file although llama.cpp differs in tokens or template.
 
     Returns:
-        The folder.
+        The folder or file.
 
     Raises:
         ModelError: the model cannot be opened, or has no place in that format.
@@ -292,11 +298,11 @@ def export(
     from tunesmith.exports.run import run_export
 
     generation = None if generation is None else str(generation)  # 2025 may be given as a number
-    forms = (None, *WEIGHT_GENERATIONS)
-    for name, value, known in (("format", format, EXPORT_FORMATS), ("generation", generation, forms)):
-        if value not in known:
-            names = ", ".join(str(word) for word in known if word)
-            raise UsageError(f"{name}: {value!r} is not one of {names}.", code="unknown-choice")
+    _require_choices(
+        format=(format, EXPORT_FORMATS), generation=(generation, WEIGHT_GENERATIONS), type=(type, GGUF_TYPES)
+    )
+    for part in allow:
+        _require_choices(allow=(part, GGUF_DIFFERENCES))
     section = _section(os.fspath(model), tokenizer, config, trust_remote_code)
     given = os.fspath(base) if base is not None else None
     with embedded():
@@ -311,6 +317,8 @@ def export(
                 given,
                 section.config,
                 trust_remote_code,
+                type,
+                tuple(allow),
             )
         )
     return Path(output).expanduser().absolute()
@@ -358,6 +366,15 @@ def push(
     name = os.fspath(model)
     with embedded():
         return run_push(PushSettings(name, repository, public, license, base, include, replace, yes, trust_remote_code))
+
+
+def _require_choices(**given: tuple[str | None, Sequence[str]]) -> None:
+    """Raises:
+    UsageError: a value is not among those allowed; None means the default.
+    """
+    for name, (value, known) in given.items():
+        if value is not None and value not in known:
+            raise UsageError(f"{name}: {value!r} is not one of {', '.join(known)}.", code="unknown-choice")
 
 
 def _section(

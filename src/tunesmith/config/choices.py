@@ -69,7 +69,11 @@ PREVIEW_KINDS = ("refused", "used", "truncated", "cut", "split", "noted", "unrol
 MINIMIND_GENERATIONS = ("minimind-3", "2026-01", "2025-10", "2025-04", "2025-02", "2024", "2026", "2025")
 """Generations of MiniMind's scripts, the newest first; then years, each for the newest of its generations that fits."""
 PUSH_PARTS = ("config", "metrics", "report", "replies")
-EXPORT_FORMATS = ("hf", "minimind", "minimind-lora")
+EXPORT_FORMATS = ("hf", "minimind", "minimind-lora", "gguf")
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
+"""Types of a GGUF file's matrices (export --type)."""
+GGUF_DIFFERENCES = ("tokens", "template")
+"""Differences between llama.cpp and the trained model that export --allow accepts."""
 WEIGHT_GENERATIONS = ("minimind-3", "2025", "2024")
 """Forms of MiniMind's weight files."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,8 @@ class Export:
         generation: of MiniMind's files; None: the newest that the architecture allows.
         weight: begin of the file's name, as MiniMind's `--weight`.
         base: the base of a LoRA .pth.
+        type: of a GGUF file's matrices; None: the model's own.
+        allow: differences that a GGUF file may have: tokens, template.
     """
 
     name: str
@@ -35,6 +37,8 @@ class Export:
     base: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
+    type: str | None = None
+    allow: Sequence[str] = ()
 
     def section(self, path: str) -> ModelSection:
         values = {"tokenizer": self.tokenizer, "config": dict(self.config), "trust_remote_code": self.trust_remote_code}
@@ -53,8 +57,14 @@ def refuse_unused(export: Export, is_lora: bool) -> None:
         problems.append("--generation: is for --format minimind and minimind-lora")
     if export.weight and not is_minimind:
         problems.append("--weight: is for --format minimind and minimind-lora")
+    if export.type and export.format != "gguf":
+        problems.append("--type: is for --format gguf")
+    if export.allow and export.format != "gguf":
+        problems.append("--allow: is for --format gguf")
     if export.base and not is_lora:
         problems.append("--base: is for a LoRA .pth, which does not name its base")
+    if is_lora and export.format == "gguf":
+        problems.append("--format: the file is a LoRA .pth of MiniMind; make an adapter of it first with --format hf")
     if is_lora and is_minimind:
         problems.append("--format: the file is a LoRA .pth of MiniMind already; --format hf makes an adapter of it")
     if is_lora and not export.base and not problems:

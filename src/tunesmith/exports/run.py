@@ -29,6 +29,10 @@ def run_export(export: Export) -> Path:
         find_model(export.name)  # raises an error that names a similar file
     is_lora = is_weight_file(path) and bool(lora_names(read_tensors(path)))
     refuse_unused(export, is_lora)
+    if export.format == "gguf":
+        from tunesmith.exports.gguf import export_gguf
+
+        return export_gguf(export)
     folder = resolve_target(export.output)
     write = {"hf": write_hf, "minimind": write_minimind, "minimind-lora": write_lora}[export.format]
     if is_lora:

@@ -227,7 +227,7 @@ def load_speaker(
             code="random-weights",
         )
     tokenizer = load_tokenizer(section)
-    trained = _trained_data_section(Path(section.path).expanduser())
+    trained, _ = trained_data(section.path)
     if chat_template is None and trained.get("chat_template") == "none":
         chat_template = "none"  # any other template is saved with the weights
     encoder = build_encoder(tokenizer, chat_template, trained.get("template_kwargs") or {}, datetime.datetime.now())
@@ -288,14 +288,14 @@ def open_all(
 _ON_CHANGED = "To use the changed base anyway: --allow-changed-base."
 
 
-def _trained_data_section(path: Path) -> dict[str, Any]:
-    """The data section of a run's config; empty for a model outside of a run."""
-    path = latest_stage(path.resolve())
+def trained_data(name: str) -> tuple[dict[str, Any], RunFolder | None]:
+    """The data section of the run that a name belongs to, and its folder; ({}, None) for a model outside of a run."""
+    path = latest_stage(Path(name).expanduser().resolve())
     for folder in (path, *path.parents[:2]):  # RUN, RUN/model, RUN/checkpoints/step-N
         run = RunFolder(folder)
         if run.config.is_file() and run.ledger.is_file():
-            return _data_section(run.config)
-    return {}
+            return _data_section(run.config), run
+    return {}, None
 
 
 def _data_section(file: Path) -> dict[str, Any]:

@@ -27,7 +27,9 @@ EXAMPLES = {
     "merge": """  tunesmith merge runs/lora --output merged
   tunesmith merge runs/chat runs/code --method ties --weights 1 0.5 --output both
 """,
-    "export": """  tunesmith export runs/mine --format minimind --output for-minimind
+    "export": """  tunesmith export runs/mine --format gguf --type q8_0 --output mine.gguf
+  tunesmith export mine.gguf --verify
+  tunesmith export runs/mine --format minimind --output for-minimind
   tunesmith export full_sft_512.pth --tokenizer minimind/model --format hf --output minimind-26m
 """,
     "push": """  tunesmith push runs/mine me/my-model

@@ -6,6 +6,8 @@ from tunesmith.config.choices import (
     ANSWER_CHOICES,
     BLEU_TOKENIZERS,
     EXPORT_FORMATS,
+    GGUF_DIFFERENCES,
+    GGUF_TYPES,
     KEEP_CHOICES,
     MERGE_METHODS,
     MINIMIND_GENERATIONS,
@@ -252,11 +254,24 @@ def _add_selection(generate: CommandParser) -> None:
 def _add_export(commands: Commands) -> None:
     export = add_command(commands, "export", "write a model in another tool's files, read back and compared")
     export.add_argument("model", type=as_name, metavar="MODEL", help="a RUN, model folder, hub id, adapter or .pth")
-    export.add_argument("--output", required=True, type=as_name, metavar="DIR", help="folder to create")
+    export.add_argument("--output", type=as_name, metavar="DIR", help="folder to create; for gguf: FILE.gguf")
     export.add_argument(
-        "--format", required=True, type=one_of(EXPORT_FORMATS), metavar="FORMAT",
-        help="hf (from a .pth), minimind (a .pth), or minimind-lora (an adapter as its LoRA .pth)",
+        "--format", type=one_of(EXPORT_FORMATS), metavar="FORMAT",
+        help="gguf (for llama.cpp and Ollama), hf (from a .pth), minimind (a .pth), or minimind-lora (an adapter as "
+        "its LoRA .pth)",
     )  # fmt: skip
+    export.add_argument(
+        "--type", type=one_of(GGUF_TYPES), metavar="TYPE",
+        help=f"of a GGUF file's matrices: {', '.join(GGUF_TYPES)} (default: the model's own)",
+    )  # fmt: skip
+    export.add_argument(
+        "--allow", nargs="+", default=[], type=one_of(GGUF_DIFFERENCES), metavar="PART",
+        help="write a GGUF file although llama.cpp differs in: tokens (gives other ids for some texts), template "
+        "(renders chats otherwise)",
+    )  # fmt: skip
+    export.add_argument(
+        "--verify", action="store_true", help="say whether a GGUF file is unchanged since its export, and proven"
+    )
     export.add_argument(
         "--generation", type=one_of(WEIGHT_GENERATIONS), metavar="G",
         help=f"of MiniMind's files: {', '.join(WEIGHT_GENERATIONS)} (default: the newest that the architecture has)",

@@ -1,0 +1,182 @@
+"""Compare what llama.cpp makes of a GGUF file with the model that it was written from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tunesmith.encode.encoder import Encoder
+from tunesmith.errors import RunError
+from tunesmith.gguf.chats import ProbeChat, probe_chats
+from tunesmith.gguf.fuzz import draw_texts
+from tunesmith.gguf.reader import Answers, Job, ask
+from tunesmith.gguf.vocabulary import Vocabulary
+
+# Difference of log-probabilities, as a share of the largest logit, that 99% must keep to. llama.cpp rounds the
+# activations too where weights are not fp32, and rounding may choose another expert at a few positions.
+TOLERANCE = {"f32": 1e-4, "f16": 5e-3, "bf16": 4e-2, "q8_0": 1.2e-1}
+_GELU_TOLERANCE = 1e-3  # llama.cpp looks the GELU of GPT-2 and Gemma up in a table of half precision
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
+_NUM_FUZZ = 500
+_NUM_LENGTHS, _NUM_PROBS, _MOST_PROMPT = 12, 64, 200
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The result of the comparison.
+
+    Attributes:
+        lines: what was compared, with figures.
+        problems: part (tokens, template) -> what differs there, to be allowed by the user.
+    """
+
+    lines: list[str]
+    problems: dict[str, str] = field(default_factory=dict)
+
+
+def prove(
+    file: str,
+    model: Any,
+    encoder: Encoder,
+    vocabulary: Vocabulary,
+    texts: Sequence[str],
+    kind: str,
+    context: int,
+) -> Finding:
+    """Open the file with llama.cpp and compare ids, template, stop tokens and logits.
+
+    Args:
+        model: in fp32; None if it does not fit into memory, then logits are not compared.
+        texts: of the run's rows, or usual ones.
+        kind: type of the file's matrices.
+
+    Raises:
+        RunError: llama.cpp cannot read the file, or its logits or stop tokens differ.
+    """
+    renderer = encoder.renderer()
+    chats = list(probe_chats(renderer)) if renderer is not None else []
+    fuzz = draw_texts(_NUM_FUZZ)
+    prompts = [encoder.encode_texts([chat.text])[0].ids for chat in chats if "tools" not in chat.request]
+    prompts += [[*encoder.bos_ids, *ids] for ids in encoder.encode_ids(list(texts[:8]))]
+    prompts = [list(ids)[: min(_MOST_PROMPT, context - 1)] for ids in prompts if len(ids)]
+    lengths = [_spread(len(ids)) if model is not None else [] for ids in prompts]
+    job = Job(
+        file, [*texts, *fuzz], [chat.request for chat in chats], prompts, lengths, _NUM_PROBS, encoder.stop_ids,
+        min(context, 2048),
+    )  # fmt: skip
+    answers = ask(job)
+    finding = Finding([])
+    _compare_ids(finding, encoder, vocabulary, answers, texts, fuzz)
+    _compare_template(finding, encoder, chats, answers)
+    if missing := [token for token in encoder.stop_ids if token not in answers.stopping]:
+        raise RunError(
+            f"llama.cpp does not stop at {encoder.tokenizer.convert_ids_to_tokens(missing[0])!r}, which ends this "
+            "model's replies. No files were kept.",
+            code="stop-token-ignored",
+        )
+    if model is not None:
+        finding.lines.append(_compare_logits(model, prompts, lengths, answers, kind))
+    else:
+        finding.lines.append("logits not compared: the model does not fit into memory in fp32")
+    return finding
+
+
+def _compare_ids(
+    finding: Finding,
+    encoder: Encoder,
+    vocabulary: Vocabulary,
+    answers: Answers,
+    texts: Sequence[str],
+    fuzz: Sequence[str],
+) -> None:
+    """The ids of llama.cpp and ours. Where the vocabulary is known not to be exact, random texts may differ."""
+    wanted = encoder.encode_ids([*texts, *fuzz])
+    differs = [list(ours) != theirs for ours, theirs in zip(wanted, answers.ids, strict=True)]
+    own, others = sum(differs[: len(texts)]), sum(differs[len(texts) :])
+    finding.lines.append(
+        f"ids of {len(texts) - own} of {len(texts)} texts and {len(fuzz) - others} of {len(fuzz)} random ones are equal"
+    )
+    given = [*texts, *fuzz]
+    example = min((text for text, other in zip(given, differs, strict=True) if other), key=len, default="")
+    is_expected = not own and not vocabulary.twin.exact and others <= len(fuzz) * (vocabulary.twin.fuzz_differs + 0.05)
+    if (own or others) and not is_expected:
+        finding.problems["tokens"] = (
+            f"llama.cpp gives other ids for {own} of {len(texts)} texts and {others} of {len(fuzz)} random ones, as "
+            f"for {example[:60]!r}"
+        )
+
+
+def _compare_template(finding: Finding, encoder: Encoder, chats: Sequence[ProbeChat], answers: Answers) -> None:
+    """The text that llama.cpp's template engine writes, and how many tokens its chat API makes of it."""
+    bos = encoder.tokenizer.bos_token or ""
+    for chat, found in zip(chats, answers.rendered, strict=True):
+        ids = encoder.encode_texts([chat.text])[0].ids
+        if "text" not in found:
+            problem = f"llama.cpp cannot run the chat template on a chat with {chat.shape}: {str(found['error'])[:200]}"
+        elif found["text"] not in (chat.text, chat.text.removeprefix(bos)):
+            problem = f"llama.cpp renders a chat with {chat.shape} as {_part(found['text'], chat.text)}"
+        elif found.get("num_tokens") != len(ids) and "tokens" not in finding.problems:
+            problem = (
+                f"llama.cpp makes {found.get('num_tokens')} tokens of a chat with {chat.shape}, not {len(ids)}"
+                f"{': ' + str(found['error'])[:200] if found.get('error') else ''}"
+            )
+        else:
+            continue
+        finding.problems["template"] = problem
+        return
+    if chats:
+        finding.lines.append(f"template: {len(chats)} chats rendered alike, the last one with {chats[-1].shape}")
+
+
+def _part(found: str, wanted: str) -> str:
+    """Two texts from shortly before their first difference."""
+    start = next((i for i, pair in enumerate(zip(found, wanted, strict=False)) if pair[0] != pair[1]), 0)
+    start = max(0, start - 20)
+    return f"{found[start : start + 60]!r}, not {wanted[start : start + 60]!r}"
+
+
+def _spread(length: int) -> list[int]:
+    """Lengths of beginnings, evenly spaced up to the whole."""
+    number = min(_NUM_LENGTHS, length)
+    return [length - length * place // number for place in reversed(range(number))]
+
+
+@torch.no_grad()
+def _compare_logits(
+    model: Any, prompts: Sequence[Sequence[int]], lengths: Sequence[Sequence[int]], answers: Answers, kind: str
+) -> str:
+    """Log-probabilities of the likeliest next tokens after the beginnings of the prompts.
+
+    Raises:
+        RunError: they differ by more than the type's rounding explains.
+    """
+    largest, places, agreeing = 0.0, 0, 0
+    apart = [torch.zeros(0)]
+    for prompt, ends, found in zip(prompts, lengths, answers.next_tokens, strict=True):
+        logits = model(input_ids=torch.tensor([list(prompt)])).logits[0].float()
+        largest = max(largest, logits.abs().max().item())
+        ours = logits.log_softmax(-1)
+        for end, theirs in zip(ends, found, strict=True):
+            if theirs:
+                apart.append((ours[end - 1, torch.tensor(list(theirs))] - torch.tensor(list(theirs.values()))).abs())
+                places, agreeing = places + 1, agreeing + int(ours[end - 1].argmax().item() == next(iter(theirs)))
+    differences = torch.cat(apart) / (largest or 1.0)
+    most = differences.quantile(0.99).item() if len(differences) else math.nan
+    allowed = TOLERANCE[kind]
+    if any("gelu" in str(getattr(model.config, name, "")) for name in _ACTIVATIONS):
+        allowed = max(allowed, _GELU_TOLERANCE)
+    if not most <= allowed:
+        raise RunError(
+            f"llama.cpp's log-probabilities differ by {most:.1e} of the largest logit (99% of them at {places} "
+            f"positions differ less), more than the {allowed:.0e} that {kind} explains. No files were kept.",
+            code="exported-logits-differ",
+        )
+    return (
+        f"99% of the log-probabilities at {places} positions are within {most:.1e} of the largest logit (allowed for "
+        f"{kind}: {allowed:.0e}), all within {differences.max():.1e}; the likeliest token agrees at "
+        f"{agreeing / places:.1%}"
+    )

@@ -1,0 +1,115 @@
+"""A tokenizer as GGUF metadata: tokens, types, merges or scores, special ids, and whether BOS is put in front."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tunesmith.encode.encoder import Encoder
+from tunesmith.errors import ModelError
+from tunesmith.gguf.pretokenizer import Twin, find_twin
+from tunesmith.gguf.sentencepieces import read_scores
+from tunesmith.rows.conversation import Message
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """A tokenizer in GGUF.
+
+    Attributes:
+        metadata: full keys.
+        twin: how near llama.cpp's ids are to the tokenizer's.
+        stops: ids that end a reply and have a key of their own; llama.cpp knows some others by their text.
+    """
+
+    metadata: Mapping[str, Any]
+    twin: Twin
+    stops: tuple[int, ...]
+
+
+def describe_vocabulary(name: str, encoder: Encoder, rows: int, texts: Sequence[str]) -> Vocabulary:
+    """A tokenizer's GGUF form.
+
+    Args:
+        name: of the model, for messages.
+        rows: of the embedding; those without a token get a placeholder.
+        texts: without control tokens, on which ids are compared.
+
+    Raises:
+        ModelError: llama.cpp has no tokenizer of this kind.
+    """
+    settings = json.loads(encoder.tokenizer.backend_tokenizer.to_str())
+    tokens, types = _list_tokens(settings, rows)
+    try:
+        twin = find_twin(encoder.tokenizer, texts)
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}", code=error.code) from None
+    metadata: dict[str, Any] = {"tokenizer.ggml.model": twin.model, "tokenizer.ggml.pre": twin.name}
+    if twin.model == "llama":
+        scores = read_scores(settings["model"])
+        lowest = min(scores.values(), default=0.0) - 1
+        metadata["tokenizer.ggml.scores"] = [scores.get(token, lowest) for token in tokens]
+        metadata["tokenizer.ggml.add_space_prefix"] = twin.add_space_prefix
+    else:
+        merges = settings["model"]["merges"]
+        metadata["tokenizer.ggml.merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+    metadata |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    special, stops = _special_ids(encoder)
+    return Vocabulary(metadata | special, twin, stops)
+
+
+def _list_tokens(settings: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
+    """Texts and types of all rows of the embedding."""
+    model = settings["model"]
+    tokens = [f"[UNUSED{number}]" for number in range(rows)]
+    types = [_UNUSED] * rows
+    for text, number in model["vocab"].items():
+        tokens[number], types[number] = text, _NORMAL
+        if model.get("byte_fallback") and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+            types[number] = _BYTE
+    for token in settings["added_tokens"]:
+        number = token["id"]
+        tokens[number], types[number] = token["content"], _CONTROL if token["special"] else _USER_DEFINED
+    if (unknown := model.get("unk_token")) and unknown in model["vocab"]:
+        types[model["vocab"][unknown]] = _UNKNOWN
+    return tokens, types
+
+
+def _special_ids(encoder: Encoder) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Metadata of special tokens, and the ids at which llama.cpp stops.
+
+    The tokenizer's EOS keeps its key, since templates may print it; the trained stop tokens are end of turn and end of
+    message where they differ from it.
+    """
+    tokenizer = encoder.tokenizer
+    stops = dict.fromkeys([*([encoder.eos_id] if encoder.eos_id is not None else []), *encoder.stop_ids])
+    keys = ("eos_token_id", "eot_token_id", "eom_token_id")
+    found: dict[str, Any] = {f"tokenizer.ggml.{key}": number for key, number in zip(keys, stops, strict=False)}
+    others = {
+        "bos_token_id": encoder.bos_id,
+        "unknown_token_id": tokenizer.unk_token_id,
+        "padding_token_id": tokenizer.pad_token_id,
+    }
+    found |= {f"tokenizer.ggml.{key}": number for key, number in others.items() if number is not None}
+    found |= {"tokenizer.ggml.add_bos_token": adds_bos(encoder), "tokenizer.ggml.add_eos_token": False}
+    return found, tuple(stops)[: len(keys)]
+
+
+def adds_bos(encoder: Encoder) -> bool:
+    """Whether llama.cpp must put BOS before a text.
+
+    It does so before every prompt, and takes away the BOS that a chat template has written. So it must not where the
+    trained chats have none, even if the tokenizer puts it before plain texts.
+    """
+    renderer = encoder.renderer()
+    if not encoder.bos_ids or renderer is None:
+        return bool(encoder.bos_ids)
+    try:
+        text = renderer.render([Message("user", "Hi")], add_generation_prompt=True)
+    except Exception:  # a template for chats of another form; the proof shows whether BOS is right
+        return False
+    return text.startswith(encoder.tokenizer.bos_token)

@@ -42,20 +42,25 @@ def write_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        assert writer.fout is not None
         file = writer.fout[0]
         for tensor in tensors:
             # not through writer.write_tensor_data, whose error on a full disk has no number
             writer.write_padding(file, file.tell())
-            data = memoryview(tensor.encode()).cast("B")
+            data = _bytes(tensor.encode())
             file.write(data)
             hashes[tensor.name] = hashlib.sha256(data).hexdigest()
         writer.write_padding(file, file.tell())
         file.flush()
         os.fsync(file.fileno())
     finally:
-        for file in writer.fout or ():
-            file.close()
+        for opened in writer.fout or ():
+            opened.close()
     return hashes
+
+
+def _bytes(array: Any) -> memoryview:
+    return memoryview(array).cast("B")
 
 
 def _numpy_type(kind: str) -> Any:
@@ -82,5 +87,5 @@ def find_changed(path: Path, hashes: Mapping[str, str]) -> str | None:
     from gguf import GGUFReader
 
     reader = GGUFReader(path)
-    found = {tensor.name: hashlib.sha256(memoryview(tensor.data).cast("B")).hexdigest() for tensor in reader.tensors}
+    found = {tensor.name: hashlib.sha256(_bytes(tensor.data)).hexdigest() for tensor in reader.tensors}
     return next((name for name in sorted({*hashes, *found}) if hashes.get(name) != found.get(name)), None)

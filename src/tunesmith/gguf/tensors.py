@@ -121,9 +121,8 @@ def _parts(model: nn.Module, form: Form) -> Iterator[tuple[str, str, tuple[int, 
         change = partial(_change, key, form, key in turned)
         if key.endswith(".experts.gate_up_proj"):  # [experts, gate and up, in]
             middle = weight.shape[1] // 2
-            shape = (weight.shape[0], middle, weight.shape[2])
-            yield key, key.replace("gate_up_proj", "gate_proj"), shape, partial(_load, weight[:, :middle], change)
-            yield key, key.replace("gate_up_proj", "up_proj"), shape, partial(_load, weight[:, middle:], change)
+            for part, half in (("gate_proj", weight[:, :middle]), ("up_proj", weight[:, middle:])):
+                yield key, key.replace("gate_up_proj", part), tuple(half.shape), partial(_load, half, change)
         else:
             shape = tuple(reversed(weight.shape)) if key in turned else tuple(weight.shape)
             if key.endswith(".shared_expert_gate.weight"):

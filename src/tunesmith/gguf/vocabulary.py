@@ -9,8 +9,9 @@ from typing import Any
 
 from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import ModelError
-from tunesmith.gguf.pretokenizer import Twin, find_twin
-from tunesmith.gguf.sentencepieces import read_scores
+from tunesmith.gguf.fuzz import draw_texts
+from tunesmith.gguf.pretokenizer import NUM_FUZZ, Twin, find_twin
+from tunesmith.gguf.spm import SpmVocabulary, read_spm
 from tunesmith.rows.conversation import Message
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
@@ -44,16 +45,16 @@ def describe_vocabulary(name: str, encoder: Encoder, rows: int, texts: Sequence[
     """
     settings = json.loads(encoder.tokenizer.backend_tokenizer.to_str())
     tokens, types = _list_tokens(settings, rows)
+    spm = read_spm(settings)
     try:
-        twin = find_twin(encoder.tokenizer, texts)
+        twin = find_twin(encoder.tokenizer, texts) if spm is None else _measure_spm(encoder.tokenizer, spm, texts)
     except ModelError as error:
         raise ModelError(f"{name}: {error}", code=error.code) from None
     metadata: dict[str, Any] = {"tokenizer.ggml.model": twin.model, "tokenizer.ggml.pre": twin.name}
-    if twin.model == "llama":
-        scores = read_scores(settings["model"])
-        lowest = min(scores.values(), default=0.0) - 1
-        metadata["tokenizer.ggml.scores"] = [scores.get(token, lowest) for token in tokens]
-        metadata["tokenizer.ggml.add_space_prefix"] = twin.add_space_prefix
+    if spm is not None:
+        scores = [*spm.scores, *[0.0] * rows][:rows]
+        metadata["tokenizer.ggml.scores"] = [float(score) for score in scores]
+        metadata["tokenizer.ggml.add_space_prefix"] = spm.has_prefix
     else:
         merges = settings["model"]["merges"]
         metadata["tokenizer.ggml.merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
@@ -113,3 +114,27 @@ def adds_bos(encoder: Encoder) -> bool:
     except Exception:  # a template for chats of another form; the proof shows whether BOS is right
         return False
     return text.startswith(encoder.tokenizer.bos_token)
+
+
+def _measure_spm(tokenizer: Any, spm: SpmVocabulary, texts: Sequence[str]) -> Twin:
+    """How often llama.cpp's ids differ from a byte-fallback tokenizer's."""
+    backend = tokenizer.backend_tokenizer
+
+    def find_differing(given: Sequence[str]) -> list[str]:
+        found = backend.encode_batch_fast(list(given), add_special_tokens=False)
+        return [text for text, encoding in zip(given, found, strict=True) if encoding.ids != spm.encode(text)]
+
+    fuzz = draw_texts(NUM_FUZZ)
+    own, others = find_differing(texts), find_differing(fuzz)
+    examples = own or others
+    return Twin(
+        "llama",
+        "default",
+        spm.has_prefix,
+        exact=not examples,
+        is_meant=True,
+        differs=len(own) / max(1, len(texts)),
+        fuzz_differs=len(others) / len(fuzz),
+        example=min(examples, key=len) if examples else None,
+        reasons=("llama.cpp joins tokens by their scores, the tokenizer by its merges",) if examples else (),
+    )

@@ -305,22 +305,12 @@ def export(
         _require_choices(allow=(part, GGUF_DIFFERENCES))
     section = _section(os.fspath(model), tokenizer, config, trust_remote_code)
     given = os.fspath(base) if base is not None else None
+    what = Export(
+        section.path, os.fspath(output), format, generation, None if weight is None else str(weight),
+        section.tokenizer, given, section.config, trust_remote_code, type, tuple(allow),
+    )  # fmt: skip
     with embedded():
-        run_export(
-            Export(
-                section.path,
-                os.fspath(output),
-                format,
-                generation,
-                None if weight is None else str(weight),
-                section.tokenizer,
-                given,
-                section.config,
-                trust_remote_code,
-                type,
-                tuple(allow),
-            )
-        )
+        run_export(what)
     return Path(output).expanduser().absolute()
 
 

@@ -321,14 +321,15 @@ def _refuse(name: str, problems: Mapping[str, str], allowed: set[str]) -> None:
     """Raises:
     ModelError: a difference that the user has not allowed.
     """
-    codes = {"tokens": "tokens-differ", "template": "template-differs"}
     for part, text in problems.items():
-        if part not in allowed:
-            raise ModelError(
-                f"{name}: {text}. The model would answer worse than it was trained to. To export it all the same: "
-                f"--allow {part}",
-                code=codes[part],
-            )
+        if part in allowed:
+            continue
+        said = (
+            f"{name}: {text}. The model would answer worse than it was trained to. To export it all the same: --allow "
+        )
+        if part == "tokens":
+            raise ModelError(f"{said}tokens", code="tokens-differ")
+        raise ModelError(f"{said}template", code="template-differs")
 
 
 def _take_name(partial: Path, path: Path, modelfile: Path, text: str) -> None:

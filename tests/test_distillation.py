@@ -37,10 +37,17 @@ DATA = DataSection(train=["?"])
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     """A small model of which every eighth token ends a reply, so that replies are short and most of them end."""
-    folder = save_folder(tmp_path_factory.mktemp("teacher") / "model", tiny_config("qwen3"), tokenizer)
+    return save_writer(tmp_path_factory.mktemp("teacher") / "model", "qwen3", tokenizer)
+
+
+def save_writer(folder: Path, architecture: str, tokenizer: Any, **overrides: Any) -> Path:
+    """A small model that writes whole characters only, two tokens and more, and ends at every eighth token."""
+    save_folder(folder, tiny_config(architecture, **overrides), tokenizer)
     settings = json.loads((folder / "generation_config.json").read_text())
+    parts = [number for number in range(400) if "\ufffd" in tokenizer.decode([number])]
     stops = [2, *range(9, 400, 8)]
-    (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": stops, "min_new_tokens": 2}))
+    settings |= {"eos_token_id": stops, "min_new_tokens": 2, "suppress_tokens": parts}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
     return folder
 
 
@@ -220,7 +227,7 @@ def test_prompts_and_answers_are_those_of_evaluate(run, teacher: Path, prompts: 
     assert len(answers) == len(replies) == 12
     for row in answers:
         reply = replies[row["metadata"]["row"]]
-        assert row["messages"][-1]["content"] == reply["reply"].strip()
+        assert row["messages"][-1]["content"].strip() == reply["reply"].strip()
         assert row["metadata"]["tokens"] == reply["tokens"]
         for name in ("exact_match", "rougeL", "loops"):
             assert row["metadata"]["scores"][name] == pytest.approx(reply["scores"][name], abs=1e-4)
@@ -341,7 +348,7 @@ def chosen(run: Any, teacher: Path, data: Path, output: Path, texts: list[list[s
 def test_answers_are_chosen_by_checks_and_scores(run, fails, teacher: Path, tmp_path: Path) -> None:
     rows = [chat_row("What is 3 + 4?", "3 + 4 = 7\n#### 7"), chat_row("Who?", "I am a fox."), {"prompt": "Say."}]
     texts = [
-        ["It is 7.", "8", "#### 7", "It is 7.", " It is 7. "],
+        ["It is 7.", "8", "#### 7", "It is 7.", "7 \ufffd"],
         ["I am a fox", "a fox", "a dog", "i AM a fox.", ""],
         ["one two three", "one", "two", "two", "x <|im_start|>user"],
     ]
@@ -351,7 +358,8 @@ def test_answers_are_chosen_by_checks_and_scores(run, fails, teacher: Path, tmp_
     assert len(chosen(*words)) == 3 + 4 + 3
     reasons = ledger_of(output)["samples"]["left_out"]
     assert {reason: one["count"] for reason, one in reasons.items()} == {
-        "repeats another sample of the same prompt": 3,
+        "repeats another sample of the same prompt": 2,
+        "has bytes that are not text (U+FFFD)": 1,
         "is empty": 1,
         "writes a control token in its text": 1,
     }
@@ -368,7 +376,7 @@ def test_answers_are_chosen_by_checks_and_scores(run, fails, teacher: Path, tmp_
     kept = chosen(*words, "--keep", "correct", "--rejected", rejected)
     others = lines_of(rejected)
     assert len(kept) + len(others) == 15
-    assert sum(row["metadata"]["left_out"] == "fails the check reference" for row in others) == 7
+    assert sum(row["metadata"]["left_out"] == "fails the check reference" for row in others) == 6
 
 
 def test_json_answers_are_checked_by_a_schema(run, teacher: Path, tmp_path: Path) -> None:
@@ -465,7 +473,7 @@ def test_wrong_commands_leave_nothing_behind(fails, teacher, prompts, tmp_path: 
 
 
 def test_bad_rows_are_counted_and_prompts_beyond_the_context_too(run, tmp_path: Path, tokenizer: Any) -> None:
-    model = save_folder(tmp_path / "m", tiny_config("llama", max_position_embeddings=64), tokenizer)
+    model = save_writer(tmp_path / "m", "llama", tokenizer, max_position_embeddings=64)
     rows = [
         CHATS[0],
         chat_row("the quick brown " * 40, "no"),
@@ -488,7 +496,7 @@ def test_bad_rows_are_counted_and_prompts_beyond_the_context_too(run, tmp_path: 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3_moe", "gemma3"])
 def test_other_models_answer_too(run, tmp_path: Path, tokenizer: Any, architecture: str) -> None:
-    model = save_folder(tmp_path / "m", tiny_config(architecture), tokenizer)
+    model = save_writer(tmp_path / "m", architecture, tokenizer)
     data = write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"the quick {i}\n"} for i in range(3)])
     words = ("--data.chat_template", "none") if architecture == "gpt2" else ()
     answers = generated(run, tmp_path / "a.jsonl", model, "--data", data, "--keep-cut", "--samples", 2, *words, *SHORT)

@@ -12,6 +12,8 @@ from tunesmith.errors import TunesmithError
 from tunesmith.files import read_sealed
 from tunesmith.reading import open_file
 
+_SHOWN = 5  # reasons of refusals
+
 
 @dataclass(frozen=True, slots=True)
 class Answers:
@@ -65,8 +67,11 @@ def format_answers(answers: Answers) -> Iterator[str]:
     yield f"{'rows':<10}{data['rows']:,} read, {data['used']:,} usable" + (
         f", {ledger['drawn']:,} drawn" if ledger["drawn"] is not None else ""
     )
-    for reason, count in _refusals(data):
+    refusals = _refusals(data)
+    for reason, count in refusals[:_SHOWN]:
         yield f"{'refused':<10}{count:,}: {reason}"
+    if more := sum(count for _, count in refusals[_SHOWN:]):
+        yield f"{'refused':<10}{more:,}: other reasons, in the ledger"
     yield f"{'samples':<10}{samples['samples']:,} of {asked:,} prompts: {samples['kept']:,} kept"
     for reason, left_out in samples["left_out"].items():
         yield f"{'left out':<10}{left_out['count']:,}: {reason} ({', '.join(left_out['samples'][:2])})"
@@ -75,9 +80,10 @@ def format_answers(answers: Answers) -> Iterator[str]:
     yield f"{'tokens':<10}{samples['tokens']:,} generated, {samples['kept_tokens']:,} kept"
 
 
-def _refusals(data: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+def _refusals(data: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Reasons and numbers of rows, the most frequent first."""
     counts: dict[str, int] = {}
     for file in data["files"].values():
         for reason, rows in file["refused"].items():
             counts[reason] = counts.get(reason, 0) + len(rows)
-    yield from sorted(counts.items(), key=lambda item: -item[1])[:5]
+    return sorted(counts.items(), key=lambda item: -item[1])

@@ -82,7 +82,7 @@ def complete_row(row: Mapping[str, Any], format_name: str, fields: FieldsSection
     """The row with its reply column, where that is missing or null: rows to be answered may have none."""
     name = detect_format(row, fields) if format_name == "auto" else format_name
     found = next((n for n, (asked, _) in _REPLY_COLUMNS.items() if asked in row), None) if name is None else name
-    if found not in _REPLY_COLUMNS:
+    if found not in _REPLY_COLUMNS or "chosen" in row or "rejected" in row:  # preference data has its own advice
         return row
     mapped = fields.completion or fields.output
     columns = (mapped,) if mapped else _REPLY_COLUMNS[found][1]

@@ -26,6 +26,7 @@ _TOGETHER = 64  # questions whose samples are labelled at once
 _NAMED = 20  # samples that the ledger names for each reason
 CUT = "cut off before its end (max_new_tokens or the context)"
 EMPTY = "is empty"
+BROKEN = "has bytes that are not text (U+FFFD)"
 CONTROL = "writes a control token in its text"
 OTHER_PROMPT = "the template changes the prompt once it is answered so"
 REPEATED = "repeats another sample of the same prompt"
@@ -170,6 +171,8 @@ class Selector:
             return CUT
         if not parts.content.strip() and not parts.tool_calls:
             return EMPTY
+        if "\ufffd" in sample.text:  # trained on, it would be another character than the model wrote
+            return BROKEN
         said = json.dumps(
             [parts.content, parts.reasoning, [call.text for call in parts.tool_calls]], ensure_ascii=False
         )

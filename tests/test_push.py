@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,8 +22,9 @@ from transformers import AutoModelForCausalLM
 
 import tunesmith
 from conftest import save_folder, tiny_config, write_jsonl
-from hub_server import HubServer, running_hub
+from hub_server import Handler, HubServer, running_hub
 from tunesmith.cli import main
+from tunesmith.publish.bundle import find_bundle
 from tunesmith.publish.private import without_paths
 
 long = pytest.mark.skipif(not os.environ.get("TUNESMITH_LONG"), reason="takes seconds each; TUNESMITH_LONG=1 runs it")
@@ -459,14 +461,16 @@ def test_scores_of_evaluate_are_in_the_card(run: Run, hub: HubServer, trained: P
 @pytest.mark.parametrize(
     "card",
     ["", "no metadata", "---\nlicense: [mit]\n---\nx", "---\n- a\n---\nx", "---\nlicense: mit", "---\na: &a [*a]\n---\n",
-     "---\r\nlicense: mit\r\n---\r\nx", "\ufeff---\nlicense: mit\n---\nx", "---\n\x00: 1\n---\nx", "---\n---\nx"],
+     "---\r\nlicense: mit\r\n---\r\nx", "\ufeff---\nlicense: mit\n---\nx", "---\n\x00: 1\n---\nx", "---\n---\nx",
+     "---\n1: x\nno: y\n2020-01-01: z\n---\nx", "---\nlicense: !!bool x\n---\nx", "---\nlicense: !!int ''\n---\nx",
+     "---\nlicense: !!timestamp x\n---\nx"],
 )  # fmt: skip
 def test_any_card_in_the_folder_is_completed(hub: HubServer, trained: Path, card: str) -> None:
     file = trained / "mine" / "model" / "README.md"
     before = file.read_bytes()
     try:
         file.write_text(card, encoding="utf-8", newline="")
-        made = tunesmith.push(trained / "mine", "me/mine").card
+        made = tunesmith.push(trained / "mine", "me/mine", license="mit").card
     finally:
         file.write_bytes(before)
     front = yaml.safe_load(made.split("---\n")[1])
@@ -497,3 +501,100 @@ def test_relative_names_lose_their_folders_too(tmp_path: Path) -> None:
     names = {"clients/acme": "acme", "clients/gone.jsonl": "gone.jsonl", "Qwen/Qwen2.5-0.5B": "Qwen/Qwen2.5-0.5B",
              "../x/y": "y", "C:\\work\\a.jsonl": "a.jsonl", "/no_think": "/no_think", "0.5": "0.5"}  # fmt: skip
     assert without_paths({"data": {"train": list(names)}}, tmp_path) == {"data": {"train": list(names.values())}}
+
+
+@pytest.mark.parametrize(
+    "account",
+    [[], None, "me", {"name": None}, {"name": 5}, {"name": "me", "auth": "x"}, {"name": "me", "orgs": 5},
+     {"name": "me", "auth": {"accessToken": "read"}}, {"name": "me", "auth": [1], "orgs": ["club", {}, {"name": 1}]},
+     {"name": f"{TOKEN}\n\x1b[2J", "orgs": [{"name": f"a{TOKEN}"}]}],
+)  # fmt: skip
+def test_any_answer_about_the_account_is_read(run: Run, hub: HubServer, trained: Path, account: Any) -> None:
+    hub.accounts[TOKEN] = account
+    code, out, err = run("push", trained / "mine", "me/mine")
+    assert code in (0, 1, 4)
+    assert "unexpected" not in err
+    assert TOKEN not in out + err
+    assert err.count("\n") <= 1
+
+
+def test_a_dry_run_sends_the_metadata_of_the_card_alone(
+    run: Run, hub: HubServer, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bodies: list[bytes] = []
+    validate = Handler._validate
+
+    def keep(self: Handler) -> None:
+        bodies.append(self.body)
+        validate(self)
+
+    monkeypatch.setattr(Handler, "_validate", keep)
+    code, out, _ = run("push", trained / "mine", "me/mine", "--include", "replies")
+    assert (code, "## Sample replies" in out) == (0, True)
+    (content,) = (json.loads(body)["content"] for body in bodies)
+    assert yaml.safe_load(content.split("---\n")[1])["library_name"] == "transformers"
+    assert content.endswith("\n---\n")
+
+
+def test_a_card_that_is_refused_shows_no_token(hub: HubServer, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Handler) -> None:
+        self._send(400, {"errors": [{"message": f"you sent {self.headers['authorization']}"}], "warnings": []})
+
+    monkeypatch.setattr(Handler, "_validate", refuse)
+    assert push_code(trained / "mine", "me/mine", license="mit") == "hub-card"
+
+
+def test_names_of_files_cannot_pretend_to_be_other_lines(run: Run, hub: HubServer, trained: Path) -> None:
+    hub.add_repo("me/odd", files={"a\nvisibility private": b"", "\x1b[2Jx.txt": b""})
+    odd = trained / "mine" / "model" / "a\nvisibility private"
+    odd.touch()
+    try:
+        code, out, _ = run("push", trained / "mine", "me/odd")
+    finally:
+        odd.unlink()
+    assert code == 0
+    assert out.count("\nvisibility private") == 1
+    assert "\x1b" not in out
+
+
+def test_every_folder_that_a_library_kept_stays_here(hub: HubServer, trained: Path, tmp_path: Path) -> None:
+    """Of configs within configs and of tokenizers too; relative folders too; hub ids are kept."""
+    model = shutil.copytree(trained / "mine" / "model", tmp_path / "model")
+    kept = {"_name_or_path": "owner/name", "tokenizer_file": "tokenizer.json"}
+    private = {"_name_or_path": "/srv/private/base", "special_tokens_map_file": "C:\\private\\a.json"}
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        content = json.loads((model / name).read_text())
+        below = {"a": private, "b": kept | {"name_or_path": "runs/private/base"}}
+        (model / name).write_text(json.dumps(content | {"more": below} | private))
+    tunesmith.push(model, "me/mine", yes=True)
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        content = hub.repos["me/mine"].files[name]
+        assert b"private" not in content
+        assert json.loads(content)["more"] == {"a": {}, "b": kept}
+
+
+def test_python_modules_that_a_model_needs_go_along(trained: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(trained / "mine" / "model", tmp_path / "model")
+    for name in ("config.json", "tokenizer_config.json"):
+        mapped = {"AutoX": f"{name[:3]}.X", "AutoY": ["many.Y", None], "AutoZ": "owner/name--remote.Z"}
+        (model / name).write_text(json.dumps(json.loads((model / name).read_text()) | {"auto_map": mapped}))
+    (model / "con.py").write_text("from .helper import a\nfrom .missing import b\nfrom torch import nn\n")
+    (model / "helper.py").write_text("try:\n    from .con import X\nexcept ImportError:\n    from .deep import *\n")
+    for name in ("tok.py", "many.py", "deep.py", "secret.py"):
+        (model / name).touch()
+    bundle = find_bundle(str(model))
+    found = {file.name for file in bundle.files if file.name.endswith(".py")}
+    assert found == {"con.py", "helper.py", "deep.py", "tok.py", "many.py"}
+    assert "secret.py" in bundle.left_out
+
+
+def test_a_link_to_another_folder_is_shown(hub: HubServer, trained: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(trained / "mine" / "model", tmp_path / "model")
+    (tmp_path / "blobs").mkdir()
+    for name, folder in (("chat_template.jinja", tmp_path), ("config.json", tmp_path / "blobs")):
+        (model / name).rename(folder / "elsewhere")
+        (model / name).symlink_to(folder / "elsewhere")
+    remarks = tunesmith.push(model, "me/mine").remarks
+    assert [remark for remark in remarks if "link" in remark] == [
+        f"chat_template.jinja is a link to {tmp_path / 'elsewhere'}"
+    ]

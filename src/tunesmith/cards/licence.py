@@ -50,7 +50,7 @@ def split_front(card: str) -> tuple[dict[str, Any], str]:
         return {}, card
     try:
         front = yaml.safe_load(found[1])
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except Exception:  # yaml: besides its own errors those of values that do not fit a tag, as in "!!bool x"
         return {}, card
     return (front, card[found.end() :]) if isinstance(front, dict) else ({}, card)
 

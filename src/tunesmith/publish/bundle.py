@@ -25,7 +25,8 @@ _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
 )  # fmt: skip
-_MODULE = re.compile(r"(\w+)\.\w+")  # of config.json's auto_map, in the model's own folder
+_MODULE = re.compile(r"(\w+)\.\w+")  # of a config's auto_map, in the model's own folder
+_BESIDE = re.compile(r"^[ \t]*from[ \t]+\.(\w+)[ \t]+import\b", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +124,25 @@ def _model_files(folder: Path) -> Iterator[PublishedFile]:
 
 
 def _modules(folder: Path) -> list[str]:
-    """Python files in the folder that config.json names."""
-    content = _read_json(folder / "config.json")
-    mapped = content.get("auto_map")
+    """Python files in the folder that the configs name, and those that these import from beside them."""
+    waiting = [name for config in ("config.json", "tokenizer_config.json") for name in _mapped(folder / config)]
+    found: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name in found or not (folder / name).is_file():
+            continue
+        found.add(name)
+        waiting += [f"{module}.py" for module in _BESIDE.findall(read_text(folder / name, errors="replace"))]
+    return sorted(found)
+
+
+def _mapped(path: Path) -> list[str]:
+    """Files of the classes in a config's auto_map."""
+    mapped = _read_json(path).get("auto_map") if path.is_file() else None
     named = mapped.values() if isinstance(mapped, Mapping) else ()
-    found = [_MODULE.fullmatch(value) for value in named if isinstance(value, str)]
-    return sorted({f"{match[1]}.py" for match in found if match})
+    values = [one for value in named for one in (value if isinstance(value, list) else [value])]
+    matches = [_MODULE.fullmatch(value) for value in values if isinstance(value, str)]
+    return [f"{match[1]}.py" for match in matches if match]
 
 
 def _named(folder: Path, names: tuple[str, ...], must: bool = False) -> Iterator[PublishedFile]:

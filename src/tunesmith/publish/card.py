@@ -31,7 +31,7 @@ from tunesmith.cards.sections import (
     results_section,
     section_text,
 )
-from tunesmith.display import to_markdown
+from tunesmith.display import one_line, to_markdown
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.evaluation.records import SCORES, Evaluation, EvaluationFolder, ModelResult, Score, read_evaluation
 from tunesmith.model.source import ModelSource, open_path
@@ -137,7 +137,7 @@ def complete_card(
     usual, _ = split_front(front_matter(ModelSource("preset", ""), bundle.is_adapter))
     front = {**usual, **front}
     if licence is not None:
-        front = {key: value for key, value in front.items() if not key.startswith("license")}
+        front = {key: value for key, value in front.items() if not str(key).startswith("license")}
         front = dict(list(front.items())[:2]) | licence.to_front() | front
     if base.hub:
         front["base_model"] = base.hub
@@ -262,4 +262,4 @@ def add_replies(card: str, run: RunRecords) -> tuple[str, str]:
 
 
 def join_names(names: Sequence[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(map(one_line, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")

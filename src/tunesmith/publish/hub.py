@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tunesmith.cards.licence import split_front
+from tunesmith.display import one_line
 from tunesmith.errors import ModelError, RunError, TunesmithError, UsageError
 from tunesmith.files import sha256_file, system_error
 from tunesmith.publish.bundle import PublishedFile
@@ -116,17 +118,23 @@ class Hub:
         Raises:
             TunesmithError: nobody is logged in, or not as somebody who may.
         """
-        found = self._ask(self._api.whoami)
-        account = found if isinstance(found, dict) else {}
-        user, owner = str(account.get("name") or ""), self.repository.partition("/")[0]
-        token = (account.get("auth") or {}).get("accessToken") or {}
-        if token.get("role") == "read":
+        account = _dict(self._ask(self._api.whoami))
+        owner = self.repository.partition("/")[0]
+        orgs = account.get("orgs")
+        every = [account, *map(_dict, orgs if isinstance(orgs, list) else ())]
+        names = [self._shown(name) for one in every if isinstance(name := one.get("name"), str) and name]
+        user = names[0] if isinstance(account.get("name"), str) and names else ""
+        if not user:
+            raise RunError(
+                f"{self.repository}: {self.address} does not say who is logged in. Check HF_ENDPOINT.",
+                code="hub-answer",
+            )
+        if _dict(_dict(account.get("auth")).get("accessToken")).get("role") == "read":
             raise ModelError(
                 f"{self.repository}: your token ({user}) can only read. Make one that can write on "
                 f"{self.address}/settings/tokens, and log in with it: hf auth login.",
                 code="hub-token-reads-only",
             )
-        names = [user, *(str(one.get("name")) for one in account.get("orgs") or () if isinstance(one, dict))]
         if owner.casefold() not in [name.casefold() for name in names]:
             others = f" or {', '.join(names[1:6])}" if names[1:] else ""
             raise ModelError(
@@ -148,24 +156,28 @@ class Hub:
 
         asked = name or self.repository
 
-        def ask() -> Any:
+        def ask() -> tuple[str, Repository] | None:
             try:
-                return self._api.model_info(asked, revision=commit, files_metadata=True)
+                info = self._api.model_info(asked, revision=commit, files_metadata=True)
             except GatedRepoError:
                 raise
             except RepositoryNotFoundError:
                 return None
+            files = {
+                str(one.rfilename): StoredFile(one.size, one.lfs.sha256 if one.lfs else None, one.blob_id)
+                for one in info.siblings or ()
+            }
+            return str(info.id), Repository(bool(info.private), info.sha, files)
 
-        info = self._ask(ask, asked)
-        if info is None:
+        answer = self._ask(ask, asked)
+        if answer is None:
             return None
-        if name is None and str(info.id).casefold() != asked.casefold():
-            raise ModelError(f"{asked}: is named {info.id} by now. Give that name.", code="repository-renamed")
-        files = {
-            one.rfilename: StoredFile(one.size, one.lfs.sha256 if one.lfs else None, one.blob_id)
-            for one in info.siblings or ()
-        }
-        return Repository(bool(info.private), info.sha, files)
+        is_named, found = answer
+        if name is None and is_named.casefold() != asked.casefold():
+            raise ModelError(
+                f"{asked}: is named {self._shown(is_named)} by now. Give that name.", code="repository-renamed"
+            )
+        return found  # type: ignore[no-any-return]
 
     def licence_of(self, name: str) -> Mapping[str, Any]:
         """Metadata of the card of another model; empty where there is none."""
@@ -173,7 +185,7 @@ class Hub:
         return dict(card.to_dict()) if card else {}
 
     def check_card(self, card: str) -> None:
-        """Ask the hub whether it takes the metadata of a card.
+        """Ask the hub whether it takes the metadata of a card. Only these are sent: a dry run uploads nothing.
 
         Raises:
             ModelError: it does not.
@@ -182,7 +194,7 @@ class Hub:
         if check is not None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self._ask(lambda: check(card, repo_type="model"))
+                self._ask(lambda: check(card.removesuffix(split_front(card)[1]), repo_type="model"))
 
     def create(self, is_private: bool) -> None:
         self._ask(lambda: self._api.create_repo(self.repository, private=is_private, exist_ok=False))
@@ -217,7 +229,19 @@ class Hub:
             return call()
         except Exception as error:
             explained = explain(error, name or self.repository, self.address)
-        raise explained
+        raise type(explained)(self._shown(str(explained)), code=explained.code)
+
+    def _shown(self, text: str) -> str:
+        """A text with something of the server's in it, in one line and without the token."""
+        from huggingface_hub import get_token
+
+        token = get_token()
+        return one_line(text.replace(token, "***") if token and len(token) > 3 else text)
+
+
+def _dict(value: Any) -> Mapping[str, Any]:
+    """The part of an answer, where it has the expected form."""
+    return value if isinstance(value, dict) else {}
 
 
 def explain(error: Exception, repository: str, address: str) -> TunesmithError:

@@ -8,12 +8,13 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from tunesmith.adapters.adapter_config import ADAPTER_CONFIG
 from tunesmith.adapters.base import read_record
 from tunesmith.cards.licence import CARD
-from tunesmith.display import format_bytes
+from tunesmith.display import format_bytes, one_line
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.publish.bundle import Bundle, PublishedFile
 from tunesmith.publish.card import (
@@ -287,8 +288,10 @@ def _files(settings: PushSettings, bundle: Bundle, run: RunRecords | None, base:
 
 
 def _find_remarks(files: Sequence[PublishedFile]) -> Iterator[str]:
-    """Texts that name folders of this machine. Of a tokenizer they are words."""
+    """Links to other folders, and texts that name folders of this machine. Of a tokenizer they are words."""
     for file in files:
+        if file.path is not None and file.path.is_symlink() and _leaves(file.path):
+            yield f"{file.name} is a link to {file.path.resolve()}"
         if file.name.endswith((".safetensors", ".index.json", ".model", ".txt")) or file.name in (
             "tokenizer.json",
             "vocab.json",
@@ -299,6 +302,12 @@ def _find_remarks(files: Sequence[PublishedFile]) -> Iterator[str]:
             content = file.path.read_bytes()
         if found := find_paths((content or b"").decode("utf-8", errors="replace")):
             yield f"{file.name} names a place on this machine: {', '.join(found)}"
+
+
+def _leaves(link: Path) -> bool:
+    """Whether a link leads to another folder; in the hub's cache all files do."""
+    target = link.resolve()
+    return not target.is_relative_to(link.parent.resolve()) and target.parent.name != "blobs"
 
 
 def _compare(files: Sequence[PublishedFile], found: Repository | None) -> dict[str, str]:
@@ -337,4 +346,4 @@ def show_plan(plan: Plan, with_card: bool) -> None:
         rule = "-" * min(79, shutil.get_terminal_size().columns)
         logger.info(f"{CARD}\n{rule}\n{plan.push.card.rstrip()}\n{rule}")
     for name, text in plan.lines:
-        logger.info(f"{name:<10} {text}".rstrip())
+        logger.info(one_line(f"{name:<10} {text}".rstrip()))

@@ -13,7 +13,9 @@ from tunesmith.config.plainyaml import dump
 from tunesmith.config.runfile import read_yaml
 from tunesmith.runfolder import RunFolder
 
-_OWN_NAMES = ("_name_or_path", "name_or_path")  # where older libraries kept the folder that was loaded
+_OWN_NAMES = (  # where older libraries kept the folder that was loaded, and its files
+    "_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file",
+)  # fmt: skip
 _ROWS = ("rows",)  # of metrics.jsonl: names of rows, as FILE:ROW
 _PATH = re.compile(r"(?<![\w./~:-])(?:~|(?:/[\w.@+-]+){2,}|[A-Za-z]:\\[\w.@+\\-]+)[\w./@+-]*")
 _FILE = re.compile(r"\.(jsonl?|csv|tsv|txt|md|parquet|arrow|xlsx?|ya?ml|jinja|pth|gz|zst|xz|bz2|zip)(:\d+)?$")
@@ -33,9 +35,19 @@ def last_part(name: str) -> str:
 
 
 def without_own_path(content: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A config without the folder that it was loaded from; None if it names none."""
-    found = [key for key in _OWN_NAMES if isinstance(content.get(key), str) and is_path(content[key])]
-    return {key: value for key, value in content.items() if key not in found} if found else None
+    """A config, with those in it, without the folder that it was loaded from; None if it names none."""
+    kept: dict[str, Any] = {}
+    for key, value in content.items():
+        if key in _OWN_NAMES and isinstance(value, str) and _is_own(value):
+            continue
+        changed = without_own_path(value) if isinstance(value, Mapping) else None
+        kept[key] = value if changed is None else changed
+    return kept if kept != content else None
+
+
+def _is_own(name: str) -> bool:
+    """Whether a name that a library kept is of this machine, and not a hub id."""
+    return is_path(name) or name.count("/") > 1 or "\\" in name or ("/" in name and _is_here(name, Path()))
 
 
 def run_cwd(record: Mapping[str, Any]) -> Path:

@@ -348,6 +348,26 @@ def test_other_tokens_must_be_allowed(
 
 
 @needs_reader
+def test_other_expressions_that_give_the_same_ids_are_no_obstacle(
+    tmp_path: Path, plain_tokenizer: Any, run: Run
+) -> None:
+    """As in tokenizers of earlier versions, which cut at digits, with few merges."""
+    import copy
+
+    from tokenizers import Regex, pre_tokenizers
+
+    tokenizer = copy.deepcopy(plain_tokenizer)
+    digits = pre_tokenizers.Split(Regex(r" ?\p{N}"), "isolated")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    folder = save_folder(tmp_path / "model", tiny_config("qwen3"), tokenizer)
+    said = export(run, folder, tmp_path / "m.gguf")
+    assert "none of 3,000 random texts" in said
+    assert "proven     by" in said
+
+
+@needs_reader
 def test_other_templates_must_be_allowed(
     folder: Path, tmp_path: Path, run: Run, fails: Fails, monkeypatch: pytest.MonkeyPatch
 ) -> None:

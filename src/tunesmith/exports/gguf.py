@@ -31,6 +31,7 @@ from tunesmith.generation.speaker import trained_data
 from tunesmith.gguf.architecture import describe_model
 from tunesmith.gguf.file import find_changed, write_gguf
 from tunesmith.gguf.modelfile import write_modelfile
+from tunesmith.gguf.pretokenizer import NUM_FUZZ
 from tunesmith.gguf.proof import prove
 from tunesmith.gguf.reader import reader_version
 from tunesmith.gguf.seal import find_seal, hash_unsealed, write_seal
@@ -300,7 +301,7 @@ def _prove(
 def _token_problem(vocabulary: Vocabulary, num_texts: int) -> dict[str, str]:
     """Texts of the run, or usual ones, whose ids llama.cpp's nearest tokenizer would not give."""
     twin = vocabulary.twin
-    if twin.exact or (twin.is_meant and not twin.differs):
+    if twin.exact or not (twin.differs or (twin.fuzz_differs and not twin.is_meant)):
         return {}
     return {
         "tokens": f"llama.cpp has no pre-tokenizer that cuts texts as this tokenizer does. The nearest, {twin.name}, "
@@ -314,7 +315,8 @@ def _twin_notes(vocabulary: Vocabulary) -> list[str]:
     if twin.exact:
         return []
     shown = f", as for {twin.example[:40]!r}" if twin.example else ""
-    return [f"{'; '.join(twin.reasons)}: {twin.fuzz_differs:.1%} of random texts get other ids{shown}"]
+    share = f"{twin.fuzz_differs:.1%}" if twin.fuzz_differs else "none"
+    return [f"{'; '.join(twin.reasons)}: {share} of {NUM_FUZZ:,} random texts get other ids{shown}"]
 
 
 def _refuse(name: str, problems: Mapping[str, str], allowed: set[str]) -> None:

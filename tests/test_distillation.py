@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import glob
 import json
 import os
 import shutil
@@ -22,12 +23,16 @@ from safetensors.torch import load_file, save_file
 import tunesmith
 from conftest import SHARED, chat_row, needs_shared, save_folder, tiny_config, write_jsonl
 from tunesmith.config.data_keys import DataSection
+from tunesmith.distillation.checks import Scored, find_fault
 from tunesmith.distillation.questions import Question, read_questions, spell_message
+from tunesmith.distillation.samples import Sample
 from tunesmith.distillation.settings import Selection, read_check
 from tunesmith.errors import DataError, RunError, TunesmithError, UsageError
 from tunesmith.generation.matching import final_number
+from tunesmith.generation.reply_parts import ReplyParts
 from tunesmith.rows.conversation import Conversation, RowRefused
 from tunesmith.rows.formats import parse_row
+from tunesmith.sources.folders import matches_pattern
 
 SHORT = ("--max-new-tokens", 8)
 CHATS = [chat_row(f"What is the answer {i}?", f"The answer is {i} and you.") for i in range(12)]
@@ -317,6 +322,12 @@ def test_samples_of_other_settings_are_not_mixed_in(run, fails, teacher: Path, t
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     assert "weights" in str(fails(*words))
     assert run(*words, "--overwrite")[0] == 0
+    for name, value in (("generation_config.json", {"eos_token_id": 5}), ("config.json", {"rms_norm_eps": 0.01})):
+        content = (model / name).read_text()
+        (model / name).write_text(json.dumps(json.loads(content) | value))
+        assert "generation_config" in str(fails(*words))
+        (model / name).write_text(content)
+    assert run(*words, "--overwrite")[0] == 0
     (tmp_path / ".a.samples" / "state.json").write_text("{}")
     assert fails(*words).code == "generation-damaged"
 
@@ -335,7 +346,7 @@ def crafted(run: Any, teacher: Path, rows: list[Any], texts: list[list[str]], ou
     for one in made:
         text = texts[one["question"]][one["sample"]]
         one |= {"text": text, "finish_reason": "stop", "error": "", "tokens": len(text), "logprob": -float(len(text))}
-        one["controls"] = [word for word in ("<|im_start|>", "<|im_end|>") if word in text]
+        one["controls"] = [word for word in ("<|im_start|>", "<|im_end|>", '<|"|>') if word in text]
     write_jsonl(samples, made)
     return data
 
@@ -350,7 +361,7 @@ def test_answers_are_chosen_by_checks_and_scores(run, fails, teacher: Path, tmp_
     texts = [
         ["It is 7.", "8", "#### 7", "It is 7.", "7 \ufffd"],
         ["I am a fox", "a fox", "a dog", "i AM a fox.", ""],
-        ["one two three", "one", "two", "two", "x <|im_start|>user"],
+        ["one two three", "one", "two", "two", 'x <|"|>user'],
     ]
     output = tmp_path / "a.jsonl"
     data = crafted(run, teacher, rows, texts, output)
@@ -447,6 +458,15 @@ def test_reasoning_and_tool_calls_are_fields_of_the_answer(run, teacher: Path, t
         (["--data", "{data}", "--output", "{data}", "--overwrite"], UsageError, "output-is-input"),
         (["--data", "{folder}", "--output", "{folder}/new.jsonl"], UsageError, "output-is-input"),
         (["--data", "{data}", "--output", "{out}", "--rejected", "{out}"], UsageError, "output-twice"),
+        (["--data", "{data}", "--output", "{folder}/a.jsonl", "--rejected", "{folder}/../{name}/a.jsonl"], UsageError,
+         "output-twice"),
+        (["--data", "{data}", "--output", "{folder}/a.jsonl", "--rejected", "{folder}/a.ledger.json"], UsageError,
+         "output-twice"),
+        (["--data", "{data}", "--output", "{out}", "--rejected", "{text}"], TunesmithError, "output-taken"),
+        (["--data", "{folder}/p*.jsonl", "--output", "{folder}/panswers.jsonl"], UsageError, "output-is-input"),
+        (["--data", "{folder}/**/*.jsonl", "--output", "{out}"], UsageError, "output-is-input"),
+        (["--data", "{folder}/p*.json*", "--output", "{out}", "--rejected", "{folder}/pr.jsonl"], UsageError,
+         "output-is-input"),
         (["--data", "{data}", "--output", "{out}", "--samples", "3", "--temperature", "0"], UsageError, "samples-greedy"),
         (["--data", "{data}", "--output", "{out}", "--check", "exact"], UsageError, "unknown-check"),
         (["--data", "{data}", "--output", "{out}", "--check", "regex=("], UsageError, "check-pattern"),
@@ -459,7 +479,13 @@ def test_reasoning_and_tool_calls_are_fields_of_the_answer(run, teacher: Path, t
 )  # fmt: skip
 def test_wrong_commands_leave_nothing_behind(fails, teacher, prompts, tmp_path: Path, words, kind, code: str) -> None:
     text = write_jsonl(tmp_path / "texts.jsonl", [{"text": "once"}])
-    names = {"data": prompts, "out": tmp_path / "out" / "a.jsonl", "folder": tmp_path, "text": text}
+    names = {
+        "data": prompts,
+        "out": tmp_path / "out" / "a.jsonl",
+        "folder": tmp_path,
+        "text": text,
+        "name": tmp_path.name,
+    }
     before = sorted(tmp_path.rglob("*"))
     filled = [word.format(**names) for word in words]
     if kind is SystemExit:
@@ -470,6 +496,70 @@ def test_wrong_commands_leave_nothing_behind(fails, teacher, prompts, tmp_path: 
         assert error.code == code
         assert isinstance(error, kind if code != "output-taken" else TunesmithError)
     assert sorted(path for path in tmp_path.rglob("*") if path != tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("flag", ["--output", "--rejected"])
+def test_a_file_that_cannot_be_written_is_known_before_anything_is_generated(
+    run, teacher: Path, prompts: Path, tmp_path: Path, flag: str
+) -> None:
+    (tmp_path / "file").touch()
+    for name in (tmp_path / "file" / "a.jsonl", tmp_path / f"{240 * 'x'}.jsonl"):
+        words = {"--output": tmp_path / "good.jsonl", flag: name}
+        code, _, err = run("generate", teacher, "--data", prompts, *(word for pair in words.items() for word in pair))
+        assert code == 1
+        assert "generating" not in err
+        assert ".partial" not in err
+        assert not (tmp_path / "good.jsonl").exists()
+        assert not [path for path in tmp_path.rglob("*") if path.name == "samples.jsonl"]
+
+
+def test_rejected_samples_are_written_anew_where_the_file_is_another(run, teacher, prompts, tmp_path: Path) -> None:
+    words = ["generate", teacher, "--data", prompts, "--output", tmp_path / "a.jsonl", "--keep-cut", *SHORT,
+             "--samples", 2, "--keep-per-row", 1]  # fmt: skip
+    rejected = tmp_path / "new" / "rejected.jsonl"
+    assert run(*words, "--rejected", rejected)[0] == 0
+    whole = rejected.read_bytes()
+    assert b"left_out" in whole
+    for other in (b"", whole[: whole.index(b"\n") + 1]):
+        rejected.write_bytes(other)
+        assert run(*words, "--rejected", rejected)[0] == 0
+        assert rejected.read_bytes() == whole
+
+
+def test_a_pattern_that_does_not_end_is_named() -> None:
+    check, text = "regex=^(a|a)+$", 60 * "a" + "!"
+    sample = Sample(0, 0, text, "stop", "", 1, None)
+    reason = find_fault(Scored(sample, ReplyParts("", text, ()), text, "text", None, {}), [read_check(check)])
+    assert reason == f"the check {check} does not end"
+
+
+def test_a_schema_that_cannot_be_decided_is_named(tmp_path: Path) -> None:
+    for number, schema in enumerate(({"$ref": "https://example.com/schema.json"}, {"$ref": "#"})):
+        file = tmp_path / f"{number}.json"
+        file.write_text(json.dumps(schema))
+        check = read_check(f"json_schema={file}")
+        sample = Sample(0, 0, "[1]", "stop", "", 1, None)
+        reason = find_fault(Scored(sample, ReplyParts("", "[1]", ()), "[1]", "json", None, {}), [check])
+        assert reason == f"the check {check.text} does not end"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [("*.jsonl", ["a.jsonl"]), ("**", ["a.jsonl", "b/c.jsonl", "b/d/e.jsonl"]), ("b/*", ["b/c.jsonl"]),
+     ("**/*.jsonl", ["a.jsonl", "b/c.jsonl", "b/d/e.jsonl"]), ("b/**/[de]*", ["b/d/e.jsonl"]), ("?/c.*", ["b/c.jsonl"]),
+     ("a.jsonl", []), ("b", [])],
+)  # fmt: skip
+def test_a_pattern_matches_what_glob_finds(tmp_path: Path, pattern: str, found: list[str]) -> None:
+    names = ["a.jsonl", "b/c.jsonl", "b/d/e.jsonl"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    asked = f"{tmp_path}/{pattern}"
+    matched = [name for name in names if matches_pattern((tmp_path / name).resolve(), asked)]
+    assert matched == found
+    if found:
+        globbed = [path for path in glob.glob(asked, recursive=True) if Path(path).is_file()]
+        assert sorted(Path(path).relative_to(tmp_path).as_posix() for path in globbed) == found
 
 
 def test_bad_rows_are_counted_and_prompts_beyond_the_context_too(run, tmp_path: Path, tokenizer: Any) -> None:

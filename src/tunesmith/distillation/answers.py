@@ -13,6 +13,7 @@ from tunesmith.files import read_sealed
 from tunesmith.reading import open_file
 
 _SHOWN = 5  # reasons of refusals
+_LONGEST_LINE = 2**26  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,16 @@ def read_ledger(path: Path) -> dict[str, Any] | None:
             f"{path}: is damaged or not a ledger of answers. Give --overwrite to replace it, or another --output.",
             code="generation-damaged",
         ) from None
+
+
+def holds_rejected(path: Path) -> bool:
+    """Whether a file is one that `--rejected` has written, by its first row; an empty one may be."""
+    with open_file(path) as file:
+        line = file.readline(_LONGEST_LINE)
+    try:
+        return not line or "left_out" in json.loads(line)["metadata"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def format_answers(answers: Answers) -> Iterator[str]:

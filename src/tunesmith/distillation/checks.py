@@ -65,7 +65,10 @@ def score_sample(scorer: ReplyScorer, question: Question, sample: Sample, refere
 def find_fault(scored: Scored, checks: Sequence[Check]) -> str | None:
     """Why a sample does not pass the checks; None if it does."""
     for check in checks:
-        verdict = _passes(scored, check)
+        try:
+            verdict = _passes(scored, check)
+        except TimeoutError:
+            return f"the check {check.text} does not end"
         if verdict is None:
             return NO_REFERENCE if scored.reference is None else f"the check {check.text} does not apply to the row"
         if not verdict:
@@ -74,12 +77,20 @@ def find_fault(scored: Scored, checks: Sequence[Check]) -> str | None:
 
 
 def _passes(scored: Scored, check: Check) -> bool | None:
-    """None where the check does not apply."""
+    """None where the check does not apply.
+
+    Raises:
+        TimeoutError: it takes too long, or the schema refers to itself without end or to another document.
+    """
     if check.name == "regex":
-        return _matches(scored, check)
+        return check.pattern.search(scored.answer, timeout=_PATTERN_S) is not None
     if check.name == "json_schema":
         value = load_json(scored.parts.content)
-        return value is not INVALID and bool(matches_schema(value, check.schema))
+        if value is INVALID:
+            return False
+        if (is_match := matches_schema(value, check.schema)) is None:
+            raise TimeoutError
+        return is_match
     if check.name == "number":
         wanted = final_number(scored.reference) if scored.reference is not None else None
         return None if wanted is None else final_number(scored.answer) == wanted
@@ -88,13 +99,6 @@ def _passes(scored: Scored, check: Check) -> bool | None:
     if value is None:
         return None
     return value == (0.0 if SCORES[name].better == "lower" else 1.0)
-
-
-def _matches(scored: Scored, check: Check) -> bool:
-    try:
-        return check.pattern.search(scored.answer, timeout=_PATTERN_S) is not None
-    except TimeoutError:
-        return False
 
 
 def rank(scored: Scored, selection: Selection) -> float:

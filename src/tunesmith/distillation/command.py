@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ def run_generate(options: argparse.Namespace, template_kwargs: Mapping[str, Any]
 
 def _train(options: argparse.Namespace) -> str:
     """The command to try next."""
-    return f"tunesmith train --model M --data {options.output} --output RUN"
+    return f"tunesmith train --model M --data {shlex.quote(str(options.output))} --output RUN"
 
 
 def select(keep: Any, checks: Sequence[str], score: str | None, keep_per_row: int | None, keeps_cut: bool) -> Selection:

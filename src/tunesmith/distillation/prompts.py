@@ -196,6 +196,7 @@ class _PromptWriter:
     def __init__(self, folder: Path) -> None:
         self.lines = folder / "questions.jsonl"
         self.names: dict[str, int] = {}
+        self._files: list[str] = []
         self._file_numbers, self._row_numbers = array("l"), array("q")
         self.digests, self.occurrences, self.times = bytearray(), array("l"), Counter[bytes]()
         self._store = StoreWriter(folder / "tokens")
@@ -222,12 +223,15 @@ class _PromptWriter:
         self.occurrences.append(self.times[digest])
         self.times[digest] += 1
         self._contents += hashlib.blake2b(line.encode(), digest_size=16).digest()
-        self._file_numbers.append(self.names.setdefault(row.file, len(self.names)))
+        if row.file not in self.names:
+            self.names[row.file] = len(self.names)
+            self._files.append(row.file)
+        self._file_numbers.append(self.names[row.file])
         self._row_numbers.append(row.number)
 
     def key(self, number: int) -> tuple[str, int]:
         """File and row number of a question."""
-        return list(self.names)[self._file_numbers[number]], self._row_numbers[number]
+        return self._files[self._file_numbers[number]], self._row_numbers[number]
 
     def digest_files(self, asked: Sequence[int]) -> dict[str, str]:
         """File -> digest of its questions to be answered, in order."""
@@ -235,8 +239,7 @@ class _PromptWriter:
         for number in asked:
             digest = digests.setdefault(self._file_numbers[number], hashlib.blake2b(digest_size=16))
             digest.update(self._contents[16 * number : 16 * number + 16])
-        names = list(self.names)
-        return {names[file]: digest.hexdigest() for file, digest in digests.items()}
+        return {self._files[file]: digest.hexdigest() for file, digest in digests.items()}
 
 
 def _choose(writer: _PromptWriter, draw: Draw | None, limit: int | None) -> Sequence[int]:

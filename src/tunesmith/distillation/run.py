@@ -6,14 +6,17 @@ import copy
 import hashlib
 import itertools
 import json
+import os
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import tunesmith
-from tunesmith.distillation.answers import Answers, read_ledger
+from tunesmith.distillation.answers import Answers, holds_rejected, read_ledger
 from tunesmith.distillation.prompts import Prompts, label_prompts, today
 from tunesmith.distillation.samples import (
     FORMAT,
@@ -30,16 +33,19 @@ from tunesmith.errors import DataError, InterruptedRun, RunError, TunesmithError
 from tunesmith.evaluation.candidates import Candidate, RowsToScore, find_candidates, find_rows
 from tunesmith.evaluation.run import hash_weights, opened, require_packages
 from tunesmith.evaluation.table import Progress
-from tunesmith.files import is_no_room, sealed, sha256_file, write_text_atomic
+from tunesmith.files import is_no_room, sealed, sha256_file, sha256_text, write_text_atomic
 from tunesmith.generation.batcher import Batcher
 from tunesmith.generation.replies import Finished, answer_all
 from tunesmith.generation.request import Request
 from tunesmith.generation.sampling import Sampling
 from tunesmith.generation.speaker import Speaker
 from tunesmith.hashes import hash_template, hash_tokenizer
+from tunesmith.model.source import find_model
 from tunesmith.reading import require_regular
+from tunesmith.sources.folders import LEDGER_SUFFIX, matches_pattern
 from tunesmith.sources.memory import sources_of, write_rows
 
+_CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
 _KEPT_TOGETHER, _KEPT_S = 64, 1.0  # samples written to the disk at once, and seconds until they are
 
 
@@ -50,7 +56,12 @@ def generate_answers(settings: GenerateSettings, progress: Progress) -> Answers:
         TunesmithError: the model or the data cannot be used, or the output holds other answers.
         InterruptedRun: Ctrl-C or SIGTERM; the same command continues.
     """
-    settings = replace(settings, output=settings.output.expanduser().absolute())
+    rejected = settings.rejected
+    settings = replace(
+        settings,
+        output=settings.output.expanduser().absolute(),
+        rejected=rejected.expanduser().absolute() if rejected is not None else None,
+    )
     _sampling(settings)
     if settings.selection.needs_library:
         require_packages(replace(settings.to_evaluate(), replies="last"))
@@ -79,14 +90,30 @@ def generate_answers(settings: GenerateSettings, progress: Progress) -> Answers:
 
 def _require_output(settings: GenerateSettings, folder: WorkFolder) -> None:
     """Raises:
-    TunesmithError: the output is not a file of ours.
+    TunesmithError: the output, or the file for the rejected samples, is not a file of ours.
     """
+    if settings.rejected is not None and settings.rejected.resolve() in (
+        settings.output.resolve(), folder.ledger.resolve(), folder.samples.resolve(), folder.state.resolve()
+    ):  # fmt: skip
+        raise UsageError(
+            f"--rejected {settings.rejected}: is a file that holds the answers or what is known of them. Give it "
+            "another name.",
+            code="output-twice",
+        )
     for path in (settings.output, settings.rejected):
         if path is not None and path.exists():
             if path.is_dir():
                 raise TunesmithError(f"{path}: is a folder. Give --output a file.", code="output-is-folder")
             require_regular(path, path.stat().st_mode)
-    if settings.overwrites or not settings.output.exists():
+    if settings.overwrites:
+        return
+    if settings.rejected is not None and settings.rejected.exists() and not holds_rejected(settings.rejected):
+        raise TunesmithError(
+            f"{settings.rejected}: exists, and holds no rejected samples. Give --rejected another name, or --overwrite "
+            "to replace it.",
+            code="output-taken",
+        )
+    if not settings.output.exists():
         return
     ledger = read_ledger(folder.ledger)
     own = {read_state(folder).get("output"), ledger["output"].get("sha256") if ledger else None}
@@ -108,16 +135,38 @@ def _generate(settings: GenerateSettings, folder: WorkFolder, scratch: Path, pro
     fingerprint = json.loads(json.dumps(_fingerprint(settings, candidate, prompts)))
     if (ledger := _find_complete(settings, folder, fingerprint)) is not None:
         return Answers(settings.output, ledger)
+    for path in (settings.output, folder.ledger, settings.rejected):
+        if path is not None:
+            _require_writable(path)
     _require_same(settings, folder, saved, fingerprint)
     write_state(folder, fingerprint, date.isoformat(), saved.get("output"))
     with SampleLog(folder.samples, len(prompts.store), settings.samples) as log:
         _fill(log, settings, candidate, prompts, progress)
         progress.end()
         selector = Selector(settings, prompts, candidate.data, candidate.name)
-        sha256 = _write(settings, folder, scratch, selector, log, fingerprint, date.isoformat())
-    content = _describe(settings, candidate, prompts, selector, fingerprint, sha256)
+        hashes = _write(settings, folder, scratch, selector, log, fingerprint, date.isoformat())
+    content = _describe(settings, candidate, prompts, selector, fingerprint, hashes)
     write_text_atomic(folder.ledger, sealed(content))
     return Answers(settings.output, content)
+
+
+def _require_writable(path: Path) -> None:
+    """Find out before hours of generating whether a file can be written at their end.
+
+    Raises:
+        OSError: it cannot.
+    """
+    place = Path(os.path.realpath(path))
+    probe = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
 
 
 def _find_rows(settings: GenerateSettings, candidate: Candidate, scratch: Path) -> RowsToScore:
@@ -132,20 +181,23 @@ def _refuse_own_input(settings: GenerateSettings, wanted: RowsToScore) -> None:
     UsageError: what is written would be read as prompts, now or the next time.
     """
     inputs = {path.resolve() for path in wanted.sources.files}
-    names = settings.data.get("train") or []
-    folders = {Path(name).expanduser().resolve() for name in ([names] if isinstance(names, str) else names)
-               if isinstance(name, str)}  # fmt: skip
+    given = settings.data.get("train") or []
+    names = [name for name in ([given] if isinstance(given, str) else given) if isinstance(name, str)]
+    folders = {Path(name).expanduser().resolve() for name in names}
     for flag, path in (("--output", settings.output), ("--rejected", settings.rejected)):
         if path is None:
             continue
-        place = path.expanduser().resolve()
+        place = path.resolve()
         if place in inputs:
             raise UsageError(f"{flag} {path}: is one of the files with the prompts. Give it another name.",
                              code="output-is-input")  # fmt: skip
-        if place.parent in folders:
+        ledger = place.with_name(f"{place.stem}{LEDGER_SUFFIX}")  # the rejected samples have none, but no matter
+        is_matched = any(matches_pattern(one, name) for one in (place, ledger) for name in names)
+        if place.parent in folders or is_matched:
+            where = "has a name that the pattern of" if is_matched else "lies in the folder of"
             raise UsageError(
-                f"{flag} {path}: lies in the folder of the prompts, so that its answers would be read as prompts the "
-                "next time. Write it to another folder.",
+                f"{flag} {path}: {where} the prompts{' matches' * is_matched}, so that its answers would be read as "
+                "prompts the next time. Write it to another folder.",
                 code="output-is-input",
             )
 
@@ -154,6 +206,7 @@ def _fingerprint(settings: GenerateSettings, candidate: Candidate, prompts: Prom
     """What the samples depend on; they are only continued where it is the same."""
     model = {
         "weights": hash_weights(candidate),
+        "config": _hash_configs(candidate),
         "tokenizer": hash_tokenizer(prompts.encoder),
         "template": hash_template(prompts.encoder),
     }
@@ -164,16 +217,25 @@ def _fingerprint(settings: GenerateSettings, candidate: Candidate, prompts: Prom
             "prompts": digest.hexdigest()}  # fmt: skip
 
 
+def _hash_configs(candidate: Candidate) -> str:
+    """Of what the model's folders say beside its weights: its architecture, stop tokens and settings of sampling."""
+    source = find_model(candidate.section.path, candidate.section.config)
+    folders = [Path(source.name)] if source.kind == "local" else []
+    folders += [source.adapter] if source.adapter else []
+    paths = [folder / name for folder in folders for name in _CONFIGS]
+    return sha256_text(json.dumps([[path.name, sha256_file(path)] for path in paths if path.is_file()]))
+
+
 def _find_complete(
     settings: GenerateSettings, folder: WorkFolder, fingerprint: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     """The ledger of an output that is as this command would write it; None where there is something to do."""
     if settings.overwrites or not settings.output.exists():
         return None
-    if settings.rejected is not None and not settings.rejected.expanduser().exists():
-        return None
     ledger = read_ledger(folder.ledger)
     if ledger is None or ledger["output"]["sha256"] != sha256_file(settings.output):
+        return None
+    if (path := settings.rejected) is not None and not (path.exists() and ledger.get("rejected") == sha256_file(path)):
         return None
     is_same = ledger["fingerprint"] == fingerprint and ledger["selection"] == settings.selection.to_json()
     return ledger if is_same else None
@@ -274,8 +336,11 @@ def _keep(log: SampleLog, samples: Iterable[Sample], total: int, progress: Progr
 def _write(
     settings: GenerateSettings, folder: WorkFolder, scratch: Path, selector: Selector, log: SampleLog,
     fingerprint: Mapping[str, Any], date: str,
-) -> str:  # fmt: skip
-    """Choose among the samples, and write the files; each appears whole or not at all. Returns the output's hash.
+) -> tuple[str, str | None]:  # fmt: skip
+    """Choose among the samples, and write the files; each appears whole or not at all.
+
+    Returns:
+        hashes of the output and of the rejected samples; None where these are not wanted.
 
     Raises:
         DataError: no sample is kept.
@@ -286,7 +351,7 @@ def _write(
             line = f"{json.dumps(outcome.to_row(), ensure_ascii=False)}\n".encode()
             (rejected if outcome.reason else answers).write(line)
     if settings.rejected is not None:
-        write_text_atomic(settings.rejected.expanduser(), _pieces(others))
+        write_text_atomic(settings.rejected, _pieces(others))
     if not selector.tally.kept:
         reasons = "; ".join(f"{one.count:,}: {reason}" for reason, one in selector.tally.left_out.items())
         raise DataError(
@@ -297,7 +362,7 @@ def _write(
     sha256 = sha256_file(kept)
     write_state(folder, fingerprint, date, sha256)  # so that after a kill it is known that the output is ours
     write_text_atomic(settings.output, _pieces(kept))
-    return sha256
+    return sha256, sha256_file(others) if settings.rejected is not None else None
 
 
 def _pieces(path: Path) -> Iterator[str]:
@@ -308,7 +373,7 @@ def _pieces(path: Path) -> Iterator[str]:
 
 def _describe(
     settings: GenerateSettings, candidate: Candidate, prompts: Prompts, selector: Selector,
-    fingerprint: Mapping[str, Any], sha256: str,
+    fingerprint: Mapping[str, Any], hashes: tuple[str, str | None],
 ) -> dict[str, Any]:  # fmt: skip
     """The content of the ledger."""
     template = prompts.encoder.template
@@ -325,6 +390,7 @@ def _describe(
         "data": {name: data[name] for name in names},
         "drawn": min(settings.limit, prompts.num_rows) if settings.limit is not None else None,
         "samples": selector.tally.to_json(),
-        "output": {"rows": selector.tally.kept, "sha256": sha256},
+        "output": {"rows": selector.tally.kept, "sha256": hashes[0]},
+        "rejected": hashes[1],
         "fingerprint": fingerprint,
     }  # fmt: skip

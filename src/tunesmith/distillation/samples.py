@@ -258,6 +258,7 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
         yield "data: the files come in another order"
     for name, about in (
         ("weights", "its weights have changed"),
+        ("config", "its config, generation_config or adapter_config has changed"),
         ("tokenizer", "its tokenizer has changed"),
         ("template", "its chat template or its variables have changed"),
     ):

@@ -173,10 +173,8 @@ class Selector:
             return EMPTY
         if "\ufffd" in sample.text:  # trained on, it would be another character than the model wrote
             return BROKEN
-        said = json.dumps(
-            [parts.content, parts.reasoning, [call.text for call in parts.tool_calls]], ensure_ascii=False
-        )
-        if any(control in said for control in sample.controls):
+        said = [parts.content, parts.reasoning or "", *(call.text for call in parts.tool_calls)]
+        if any(control in text for control in sample.controls for text in said):
             return CONTROL
         if labelled.status != "used":
             return f"train refuses it: {labelled.reason}"

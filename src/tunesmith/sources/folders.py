@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +183,26 @@ def _split_named_by(path: Path) -> str | None:
     """The split in the name of a file or of a folder above it; the outermost folder wins."""
     words = (_SPLIT_WORD.search(part.lower()) for part in path.parts)
     return next((_SPLITS[word[1]] for word in words if word), None)
+
+
+def matches_pattern(path: Path, pattern: str) -> bool:
+    """Whether a pattern with *, ? or [ would find a file, which need not exist yet.
+
+    Args:
+        path: absolute, without links.
+    """
+    if not any(mark in pattern for mark in "*?["):
+        return False
+    whole = Path(os.path.abspath(os.path.expanduser(pattern))).parts
+    plain = next((place for place, part in enumerate(whole) if any(mark in part for mark in "*?[")), len(whole))
+    folder = Path(*whole[:plain]).resolve()
+    return path.is_relative_to(folder) and _match_parts(path.relative_to(folder).parts, whole[plain:])
+
+
+def _match_parts(parts: Sequence[str], patterns: Sequence[str]) -> bool:
+    if not patterns or not parts:
+        return not patterns and not parts
+    if patterns[0] == "**":  # no folder or more, or at the end everything
+        below = any(_match_parts(parts[start:], patterns[1:]) for start in range(len(parts)))
+        return below or len(patterns) == 1
+    return fnmatchcase(parts[0], patterns[0]) and _match_parts(parts[1:], patterns[1:])

@@ -222,8 +222,9 @@ def test_errors_of_the_account(hub: HubServer, trained: Path, monkeypatch: pytes
     assert push_code(mine, "others/mine", yes=True) == "hub-owner"
     monkeypatch.setenv("HF_TOKEN", "hf_reads")
     assert push_code(mine, "me/mine", yes=True) == "hub-token-reads-only"
-    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    assert push_code(mine, "me/mine", yes=True) == "hub-token"
+    for wrong in ("hf_wrong", "hf_w\u00f6rong"):
+        monkeypatch.setenv("HF_TOKEN", wrong)
+        assert push_code(mine, "me/mine", yes=True) == "hub-token"
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "/nonexistent")
     assert push_code(mine, "me/mine", yes=True) == "hub-not-logged-in"
@@ -598,3 +599,27 @@ def test_a_link_to_another_folder_is_shown(hub: HubServer, trained: Path, tmp_pa
     assert [remark for remark in remarks if "link" in remark] == [
         f"chat_template.jinja is a link to {tmp_path / 'elsewhere'}"
     ]
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_a_relative_base_is_no_hub_id_elsewhere(
+    hub: HubServer, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_gone: bool
+) -> None:
+    base = tmp_path / "work" / "my" / "base"
+    shutil.copytree(trained / "base", base)
+    (base / "README.md").write_text("---\nlicense: gemma\n---\n")
+    data = write_jsonl(tmp_path / "chats.jsonl", [{"prompt": f"{n}?", "completion": f"it is {n}"} for n in range(9)])
+    monkeypatch.chdir(tmp_path / "work")
+    words = ("--data", str(data), "--train.max_steps", "1", "--data.max_seq_len", "64")
+    for kind in ("none", "lora"):
+        assert main(["train", "--model", "my/base", "--output", kind, *words, "--lora.kind", kind]) == 0
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    if is_gone:
+        shutil.rmtree(base)
+    plan = tunesmith.push(tmp_path / "work" / "none", "me/mine")
+    front = yaml.safe_load(plan.card.split("---\n")[1])
+    assert "base_model" not in front
+    assert front["license"] == "gemma"
+    assert push_code(tmp_path / "work" / "lora", "me/lora") == "base-not-on-hub"
+    assert not [request for request in hub.requests if "my/base" in request]

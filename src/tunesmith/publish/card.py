@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.adapters.adapter_config import read_adapter_config
+from tunesmith.adapters.base import read_record
 from tunesmith.cards.card import (
     COMMANDS_HERE,
     HERE,
@@ -88,8 +89,22 @@ def find_base(bundle: Bundle, run: RunRecords | None, given: str | None) -> Base
         return Base(name, given)
     if cached := find_cached(name):
         return Base(name, *cached)
-    is_here = name.startswith("new:") or is_path(name) or open_path(name).exists()
-    return Base(name, "" if is_here or not _HUB_ID.fullmatch(name) else name)
+    if name.startswith("new:"):
+        return Base(name, "")
+    there = str(run_cwd(run.run) / name) if run is not None and name else name  # a relative name is of the run's folder
+    is_there = bool(name) and open_path(there).exists()
+    if is_there or is_path(name) or _was_local(name, bundle, run) or not _HUB_ID.fullmatch(name):
+        return Base(there if is_there else name, "")
+    return Base(name, name)
+
+
+def _was_local(name: str, bundle: Bundle, run: RunRecords | None) -> bool:
+    """Whether a base that is not at hand was a folder, as the records of its training say."""
+    weights = run.run.get("guard", {}).get("weights") if run is not None else None
+    if isinstance(weights, Mapping) and weights:
+        return name not in weights  # of a hub model its id, else files
+    record = read_record(bundle.folder) if bundle.is_adapter else None
+    return record is not None and not record.get("commit")
 
 
 def read_card(bundle: Bundle) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tunesmith import __version__
 from tunesmith.cards.licence import split_front
 from tunesmith.display import one_line
 from tunesmith.errors import ModelError, RunError, TunesmithError, UsageError
@@ -109,7 +110,7 @@ class Hub:
         from huggingface_hub import HfApi
 
         self.repository = repository
-        self._api: Any = HfApi(library_name="tunesmith")
+        self._api: Any = HfApi(library_name="tunesmith", library_version=__version__)
         self.address = re.sub(r"(?<=//)[^/@]*@", "", str(self._api.endpoint))  # without a password
 
     def who(self) -> str:
@@ -260,6 +261,8 @@ def explain(error: Exception, repository: str, address: str) -> TunesmithError:
         return ModelError(
             f"{repository}: is gated. Accept its terms on its page ({address}/{repository}).", code="model-gated"
         )
+    if "UnicodeEncodeError" in kinds:
+        return ModelError(f"{repository}: your token has characters that no token has. {_LOG_IN}", code="hub-token")
     if "LocalTokenNotFoundError" in kinds:
         return ModelError(f"{repository}: you are not logged in to {address}. {_LOG_IN}", code="hub-not-logged-in")
     if response is not None:

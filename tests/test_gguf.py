@@ -132,6 +132,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "cap": ("gemma3", {"final_logit_softcapping": 30.0}),
     "both ways": ("gemma3", {"use_bidirectional_attention": True}),
     "no period": ("gemma3", {"layer_types": ["full_attention", "sliding_attention"]}),
+    "biases": ("qwen3", {"attention_bias": True}),
     "other architecture": ("phi", {}),
 }
 
@@ -365,6 +366,24 @@ def test_other_expressions_that_give_the_same_ids_are_no_obstacle(
     said = export(run, folder, tmp_path / "m.gguf")
     assert "none of 3,000 random texts" in said
     assert "proven     by" in said
+
+
+@needs_reader
+def test_an_adapter_is_merged(folder: Path, tmp_path: Path, run: Run, fails: Fails) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora)
+    wrapped.peft_config["default"].base_model_name_or_path = str(folder)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    said = export(run, tmp_path / "adapter", tmp_path / "m.gguf")
+    assert "merged into" in said
+    assert "NOT PROVEN" not in said
+    folder.rename(tmp_path / "gone")
+    words = ("--format", "gguf", "--output", tmp_path / "n.gguf")
+    assert fails("export", tmp_path / "adapter", *words).code == "model-not-found"
+    assert not list(tmp_path.glob("*n.gguf*"))
 
 
 @needs_reader

@@ -15,7 +15,8 @@ from tunesmith.gguf.rope import NoRopeForm, describe_rope
 
 # fields that do not change the logits of a finished model
 _IRRELEVANT = frozenset({
-    "_name_or_path", "architectures", "attention_dropout", "attn_pdrop", "bos_token_id", "chunk_size_feed_forward",
+    "_name_or_path", "_sliding_window_pattern", "architectures", "attention_dropout", "attn_pdrop", "bos_token_id",
+    "chunk_size_feed_forward",
     "dtype", "embd_pdrop", "eos_token_id", "experts_implementation", "id2label", "initializer_range", "label2id",
     "model_type", "num_labels", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
     "pretraining_tp", "problem_type", "reorder_and_upcast_attn", "resid_pdrop", "return_dict", "router_aux_loss_coef",
@@ -321,11 +322,11 @@ FAMILIES: Mapping[str, _Family] = {
     # biases: their tensors are written where the model has them
     "llama": _Family(_llama, _SIZES | {"attention_bias", "mlp_bias"}, _SILU),
     "qwen2": _Family(_qwen, _SIZES | _WINDOWS, _SILU),
-    "qwen3": _Family(_qwen, _SIZES | _WINDOWS | {"attention_bias"}, _SILU),
+    "qwen3": _Family(_qwen, _SIZES | _WINDOWS, _SILU),
     "qwen2_moe": _Family(
         _qwen2_moe, _SIZES | _WINDOWS | _EXPERTS | {"shared_expert_intermediate_size", "qkv_bias"}, _SILU
     ),
-    "qwen3_moe": _Family(_qwen3_moe, _SIZES | _WINDOWS | _EXPERTS | {"attention_bias"}, _SILU),
+    "qwen3_moe": _Family(_qwen3_moe, _SIZES | _WINDOWS | _EXPERTS, _SILU),
     "gpt2": _Family(
         _gpt2,
         _GPT2_SIZES,

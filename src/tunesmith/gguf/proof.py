@@ -66,12 +66,12 @@ def prove(
     lengths = [_spread(len(ids)) if model is not None else [] for ids in prompts]
     job = Job(
         file, [*texts, *fuzz], [chat.request for chat in chats], prompts, lengths, _NUM_PROBS, encoder.stop_ids,
-        min(context, 2048),
+        min(context, 4096),
     )  # fmt: skip
     answers = ask(job)
     finding = Finding([])
     _compare_ids(finding, encoder, vocabulary, answers, texts, fuzz)
-    _compare_template(finding, encoder, chats, answers)
+    _compare_template(finding, encoder, chats, answers, job.context)
     if missing := [token for token in encoder.stop_ids if token not in answers.stopping]:
         raise RunError(
             f"llama.cpp does not stop at {encoder.tokenizer.convert_ids_to_tokens(missing[0])!r}, which ends this "
@@ -110,7 +110,9 @@ def _compare_ids(
         )
 
 
-def _compare_template(finding: Finding, encoder: Encoder, chats: Sequence[ProbeChat], answers: Answers) -> None:
+def _compare_template(
+    finding: Finding, encoder: Encoder, chats: Sequence[ProbeChat], answers: Answers, context: int
+) -> None:
     """The text that llama.cpp's template engine writes, and how many tokens its chat API makes of it."""
     bos = encoder.tokenizer.bos_token or ""
     for chat, found in zip(chats, answers.rendered, strict=True):
@@ -119,7 +121,7 @@ def _compare_template(finding: Finding, encoder: Encoder, chats: Sequence[ProbeC
             problem = f"llama.cpp cannot run the chat template on a chat with {chat.shape}: {str(found['error'])[:200]}"
         elif found["text"] not in (chat.text, chat.text.removeprefix(bos)):
             problem = f"llama.cpp renders a chat with {chat.shape} as {_part(found['text'], chat.text)}"
-        elif found.get("num_tokens") != len(ids) and "tokens" not in finding.problems:
+        elif found.get("num_tokens") != len(ids) < context and "tokens" not in finding.problems:
             problem = (
                 f"llama.cpp makes {found.get('num_tokens')} tokens of a chat with {chat.shape}, not {len(ids)}"
                 f"{': ' + str(found['error'])[:200] if found.get('error') else ''}"
@@ -134,7 +136,8 @@ def _compare_template(finding: Finding, encoder: Encoder, chats: Sequence[ProbeC
 
 def _part(found: str, wanted: str) -> str:
     """Two texts from shortly before their first difference."""
-    start = next((i for i, pair in enumerate(zip(found, wanted, strict=False)) if pair[0] != pair[1]), 0)
+    shorter = min(len(found), len(wanted))
+    start = next((i for i in range(shorter) if found[i] != wanted[i]), shorter)
     start = max(0, start - 20)
     return f"{found[start : start + 60]!r}, not {wanted[start : start + 60]!r}"
 

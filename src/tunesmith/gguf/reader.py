@@ -109,7 +109,7 @@ def ask(job: Job) -> Answers:
 def _explain(code: int | str, log: Path) -> str:
     """The last telling line of the reader's log."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    telling = [line for line in lines if any(word in line.lower() for word in ("error", "fail", "assert", "unknown"))]
+    telling = [line for line in lines if any(word in line.lower() for word in ("error", "fail", "assert"))]
     why = " ".join((telling or lines or ["no message"])[0].split())[:200]
     how = code if isinstance(code, str) else f"signal {-code}" if code < 0 else f"exit code {code}"
     return f"{how}: {why}"

@@ -73,6 +73,29 @@ def tokenizer() -> Any:
     return train_tokenizer([WORDS] * 20, vocab_size=400)
 
 
+@pytest.fixture(scope="session")
+def plain_tokenizer() -> Any:
+    """A tokenizer that llama.cpp reads alike: GPT-2's expression, ChatML."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from tunesmith.chat_template.template import load_built_in
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    )  # fmt: skip
+    core.train_from_iterator(["the quick brown fox jumps over the lazy dog, 12 34 and you"] * 20, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<|endoftext|>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.chat_template = load_built_in("chatml", add_bos=False)
+    return tokenizer
+
+
 @pytest.fixture
 def encoder(tokenizer: Any) -> Encoder:
     import copy

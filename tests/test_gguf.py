@@ -68,29 +68,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 ALWAYS = ("llama3 rope", "gpt2", "gemma3 periodic")
 
 
-@pytest.fixture(scope="session")
-def plain_tokenizer() -> Any:
-    """A tokenizer that llama.cpp reads alike: GPT-2's expression, ChatML."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    from tunesmith.chat_template.template import load_built_in
-
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-    )  # fmt: skip
-    core.train_from_iterator(["the quick brown fox jumps over the lazy dog, 12 34 and you"] * 20, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<|endoftext|>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
-    tokenizer.chat_template = load_built_in("chatml", add_bos=False)
-    return tokenizer
-
-
 @pytest.fixture
 def folder(tmp_path: Path, plain_tokenizer: Any) -> Path:
     return save_folder(tmp_path / "model", tiny_config("qwen3", rope_parameters=None), plain_tokenizer)

@@ -63,7 +63,9 @@ def export_gguf(export: Export) -> Path:
         lines, text = _write(export, partial, path)
         _take_name(partial, path, modelfile, text)
     except OSError as error:
-        raise _explain(error, export.output) from None
+        if is_no_room(error) or error.filename is None or Path(os.fsdecode(error.filename)).parent == path.parent:
+            raise _explain(error, export.output) from None
+        raise  # about the model
     finally:
         partial.unlink(missing_ok=True)
     for name, line in lines:
@@ -83,6 +85,11 @@ def _target(output: str) -> Path:
         raise UsageError(
             f"tunesmith export: --output {output!r}: --format gguf writes one file; end its name in .gguf.",
             code="output-not-gguf",
+        )
+    if not output.isprintable():
+        raise TunesmithError(
+            f"{output!r}: cannot be used as --output: a Modelfile cannot name a file with control characters.",
+            code="output-not-usable",
         )
     path = Path(output).expanduser()
     path = path.parent.resolve() / path.name
@@ -247,16 +254,17 @@ def _write(export: Export, partial: Path, path: Path) -> tuple[Lines, str]:
     if form.remark:
         lines.append(("note", form.remark))
     lines += [("note", text) for text in _twin_notes(vocabulary)]
-    lines += _prove(export, partial, opened, vocabulary, hashes, problems, reader)
-    is_proven = reader is not None and not problems
+    said, is_proven = _prove(export, partial, opened, vocabulary, hashes, problems, reader)
+    lines += said
     if hash_unsealed(partial, seal) != written:
         raise RunError(
             f"{export.output}: was changed by another process while it was proven. No files were kept.",
             code="written-differently",
         )
-    write_seal(partial, written, is_proven)
+    write_seal(partial, is_proven)
     bos = encoder.tokenizer.bos_token if adds_bos(encoder) else ""
-    stops = [encoder.tokenizer.convert_ids_to_tokens(number) for number in encoder.stop_ids]
+    decode = encoder.tokenizer.backend_tokenizer.decode
+    stops = [decode([number], skip_special_tokens=False) for number in encoder.stop_ids]
     return lines, write_modelfile(path.name, encoder.renderer(), bos, stops, opened.context)
 
 
@@ -268,8 +276,9 @@ def _prove(
     hashes: Mapping[str, str],
     problems: dict[str, str],
     reader: str | None,
-) -> Lines:
-    """Compare the file as written; what the user must allow is added to `problems`.
+) -> tuple[Lines, bool]:
+    """Compare the file as written; what the user must allow is added to `problems`. Returns what to print, and whether
+    all was compared and is equal.
 
     Raises:
         RunError: a tensor reads back differently, or llama.cpp computes something else.
@@ -284,9 +293,8 @@ def _prove(
     lines: Lines = [("tensors", f"{len(hashes)} read back, byte by byte as written")]
     if reader is None:
         text = "llama.cpp is not installed, so nothing has opened the file: pip install 'tunesmith[gguf]'"
-        return [*lines, ("NOT PROVEN", text)]
-    size = sum(weight.numel() * 4 for weight in opened.model.parameters())
-    fits = 1.5 * size < available_memory()
+        return [*lines, ("NOT PROVEN", text)], False
+    fits = 1.5 * partial.stat().st_size < available_memory()  # the model is in memory already
     finding = prove(
         str(partial), opened.model if fits else None, opened.encoder, vocabulary, opened.texts, opened.kind,
         opened.context,
@@ -295,7 +303,10 @@ def _prove(
     _refuse(export.name, problems, set(export.allow))
     lines += [("proof", line) for line in finding.lines]
     lines += [("NOT PROVEN", f"{text} (--allow {part})") for part, text in problems.items()]
-    return [*lines, *([] if problems else [("proven", f"by {reader}")])]
+    if not finding.has_logits:
+        lines.append(("NOT PROVEN", "the logits were not compared; export it on a machine with more memory"))
+    is_proven = finding.has_logits and not problems
+    return [*lines, *([("proven", f"by {reader}")] if is_proven else [])], is_proven
 
 
 def _token_problem(vocabulary: Vocabulary, num_texts: int) -> dict[str, str]:

@@ -15,6 +15,7 @@ from tunesmith.gguf.chats import probe_chats
 from tunesmith.rows.conversation import Message
 
 _SYSTEM, _USER, _REPLY = "tunesmith-probe-system", "tunesmith-probe-question", "tunesmith-probe-reply"
+_ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
 Pair = tuple[str, str]
 
 
@@ -54,9 +55,9 @@ def _quote(text: str) -> str:
     string."""
     if not text:
         return ""
-    plain = (
-        text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
-    )
+    plain = text.replace("\\", "\\\\").replace('"', '\\"')
+    # Ollama leaves out what is not printable
+    plain = "".join(char if char.isprintable() else _ESCAPES.get(char, f"\\U{ord(char):08x}") for char in plain)
     return f'{{{{ "{plain}" }}}}'
 
 
@@ -138,4 +139,5 @@ def write_modelfile(file: str, renderer: Renderer | None, bos: str, stops: Seque
 
 
 def _parameter(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    """A string of the Modelfile, which has no escapes."""
+    return f'''"""{text}"""''' if '"' in text else f'"{text}"'

@@ -21,7 +21,8 @@ from tunesmith.gguf.vocabulary import Vocabulary
 TOLERANCE = {"f32": 1e-4, "f16": 5e-3, "bf16": 4e-2, "q8_0": 1.2e-1}
 _GELU_TOLERANCE = 1e-3  # llama.cpp looks the GELU of GPT-2 and Gemma up in a table of half precision
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
-_NUM_FUZZ = 500
+_NUM_FUZZ, _NUM_ADDED = 500, 100
+_LEAST_LOG_PROB = -80.0  # fp32 has no probabilities much smaller; llama.cpp then reports the smallest fp32 number
 _NUM_LENGTHS, _NUM_PROBS, _MOST_PROMPT = 12, 64, 200
 
 
@@ -32,10 +33,12 @@ class Finding:
     Attributes:
         lines: what was compared, with figures.
         problems: part (tokens, template) -> what differs there, to be allowed by the user.
+        has_logits: whether logits were compared.
     """
 
     lines: list[str]
     problems: dict[str, str] = field(default_factory=dict)
+    has_logits: bool = True
 
 
 def prove(
@@ -64,12 +67,13 @@ def prove(
     prompts += [[*encoder.bos_ids, *ids] for ids in encoder.encode_ids(list(texts[:8]))]
     prompts = [list(ids)[: min(_MOST_PROMPT, context - 1)] for ids in prompts if len(ids)]
     lengths = [_spread(len(ids)) if model is not None else [] for ids in prompts]
+    texts = [*texts, *_around_added(encoder), *(chat.text for chat in chats)]
     job = Job(
         file, [*texts, *fuzz], [chat.request for chat in chats], prompts, lengths, _NUM_PROBS, encoder.stop_ids,
         min(context, 4096),
     )  # fmt: skip
     answers = ask(job)
-    finding = Finding([])
+    finding = Finding([], has_logits=model is not None)
     _compare_ids(finding, encoder, vocabulary, answers, texts, fuzz)
     _compare_template(finding, encoder, chats, answers, job.context)
     if missing := [token for token in encoder.stop_ids if token not in answers.stopping]:
@@ -81,8 +85,15 @@ def prove(
     if model is not None:
         finding.lines.append(_compare_logits(model, prompts, lengths, answers, kind))
     else:
-        finding.lines.append("logits not compared: the model does not fit into memory in fp32")
+        finding.lines.append("logits not compared: the file and the model do not fit into memory together")
     return finding
+
+
+def _around_added(encoder: Encoder) -> list[str]:
+    """Texts with added tokens, which may take spaces around them (lstrip, rstrip) or need a border (single_word)."""
+    added = [token.content for token in encoder.tokenizer.backend_tokenizer.get_added_tokens_decoder().values()]
+    picked = added[:: max(1, len(added) // _NUM_ADDED)]
+    return [f"a{token}b {token} c\n{token}\nd" for token in picked]
 
 
 def _compare_ids(
@@ -113,7 +124,8 @@ def _compare_ids(
 def _compare_template(
     finding: Finding, encoder: Encoder, chats: Sequence[ProbeChat], answers: Answers, context: int
 ) -> None:
-    """The text that llama.cpp's template engine writes, and how many tokens its chat API makes of it."""
+    """The text that llama.cpp's template engine writes, and how many tokens its chat API makes of it, where the
+    context has room for the chat."""
     bos = encoder.tokenizer.bos_token or ""
     for chat, found in zip(chats, answers.rendered, strict=True):
         ids = encoder.encode_texts([chat.text])[0].ids
@@ -165,7 +177,9 @@ def _compare_logits(
         ours = logits.log_softmax(-1)
         for end, theirs in zip(ends, found, strict=True):
             if theirs:
-                apart.append((ours[end - 1, torch.tensor(list(theirs))] - torch.tensor(list(theirs.values()))).abs())
+                pair = ours[end - 1, torch.tensor(list(theirs))], torch.tensor(list(theirs.values()))
+                wanted, given = (part.clamp(min=_LEAST_LOG_PROB) for part in pair)
+                apart.append((wanted - given).abs())
                 places, agreeing = places + 1, agreeing + int(ours[end - 1].argmax().item() == next(iter(theirs)))
     differences = torch.cat(apart) / (largest or 1.0)
     most = differences.quantile(0.99).item() if len(differences) else math.nan

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,8 @@ from typing import Any
 from tunesmith.errors import RunError
 
 PACKAGE = "xllamacpp"
-_TIMEOUT_S = 600
+_TIMEOUT_S = 600  # of one answer
+_STALLED_S = _TIMEOUT_S + 60  # without an answer or a line of the log; a large model on few cores takes hours in all
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +88,10 @@ def ask(job: Job) -> Answers:
     with tempfile.TemporaryDirectory(prefix="tunesmith-gguf-") as name:
         asked, answered, log = (Path(name) / part for part in ("job.json", "result.json", "log.txt"))
         asked.write_text(json.dumps(asdict(job)), encoding="utf-8")
-        command = [sys.executable, "-m", __name__, str(asked), str(answered)]
+        # without -P, files in the current folder would shadow modules
+        command = [sys.executable, "-P", "-m", __name__, str(asked), str(answered)]
         with log.open("wb") as out:
-            try:
-                done = subprocess.run(
-                    command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, timeout=_TIMEOUT_S + 60
-                )
-                code: int | str = done.returncode
-            except subprocess.TimeoutExpired:
-                code = f"no answer within {_TIMEOUT_S + 60} s"
+            code = _wait(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out), log)
         if code != 0 or not answered.is_file():
             raise RunError(
                 f"llama.cpp cannot read the file ({_explain(code, log)}). No files were kept.", code="reader-failed"
@@ -104,6 +101,25 @@ def ask(job: Job) -> Answers:
         [{int(key): value for key, value in place.items()} for place in places] for places in found["next_tokens"]
     ]
     return Answers(found["ids"], found["rendered"], next_tokens, found["stopping"])
+
+
+def _wait(process: subprocess.Popen[bytes], log: Path) -> int | str:
+    """The exit code, or how the reader stalled; the reader ends in any case."""
+    size, changed = -1, time.monotonic()
+    try:
+        while True:
+            try:
+                return process.wait(timeout=1)
+            except subprocess.TimeoutExpired:
+                now = log.stat().st_size
+                if now != size:
+                    size, changed = now, time.monotonic()
+                if time.monotonic() - changed > _STALLED_S:
+                    return f"no answer within {_STALLED_S} s"
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 def _explain(code: int | str, log: Path) -> str:
@@ -136,13 +152,15 @@ class _Server:
         params.port = 0
         self._server = xllamacpp.Server(params)
         self._address = self._server.listening_address
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the address is of this machine
 
     def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         request = urllib.request.Request(
             f"{self._address}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
+            with self._opener.open(request, timeout=_TIMEOUT_S) as response:
+                print(f"answered: {path}", flush=True)  # a sign of life
                 return dict(json.loads(response.read()))
         except urllib.error.HTTPError as error:
             try:

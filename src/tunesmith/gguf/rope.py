@@ -67,7 +67,8 @@ def describe_rope(parameters: Mapping[str, Any], head_dim: int, context: int, re
 
 
 def _yarn(parameters: Mapping[str, Any], context: int) -> dict[str, Any]:
-    factor, trained = float(parameters["factor"]), parameters.get("original_max_position_embeddings") or context
+    trained = parameters.get("original_max_position_embeddings") or context
+    factor = float(parameters.get("factor") or context / trained)  # as transformers
     if parameters.get("truncate") is False:
         raise NoRopeForm("rope_parameters.truncate False")
     usual = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0

@@ -1,7 +1,7 @@
 """The seal of a GGUF file: its own SHA-256, and whether the file was proven.
 
-Both are metadata (`tunesmith.sha256`, `tunesmith.proven`) and read as empty when the hash is computed, so that they can
-be set after the rest has been compared.
+Both are metadata (`tunesmith.sha256`, `tunesmith.proven`). The hash reads as empty when it is computed; it covers
+everything else, also whether the file was proven.
 """
 
 from __future__ import annotations
@@ -52,25 +52,28 @@ def _behind(head: bytes, key: str, more: int) -> int | None:
 
 
 def hash_unsealed(path: Path, seal: Seal) -> str:
-    """SHA-256 of the file with an empty seal."""
+    """SHA-256 of the file with an empty hash."""
     digest = hashlib.sha256()
     with open_file(path) as file:
         head = bytearray(file.read(_HEAD))
         head[seal.sha256_at : seal.sha256_at + 64] = EMPTY.encode()
-        head[seal.proven_at] = 0
         digest.update(head)
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def write_seal(path: Path, sha256: str, is_proven: bool) -> None:
+def write_seal(path: Path, is_proven: bool) -> None:
+    """Note whether the file was proven, then its hash."""
     seal = find_seal(path)
     assert seal is not None
+    _write_at(path, seal.proven_at, b"\x01" if is_proven else b"\x00")
+    _write_at(path, seal.sha256_at, hash_unsealed(path, seal).encode())
+
+
+def _write_at(path: Path, place: int, data: bytes) -> None:
     with path.open("r+b") as file:
-        file.seek(seal.sha256_at)
-        file.write(sha256.encode())
-        file.seek(seal.proven_at)
-        file.write(b"\x01" if is_proven else b"\x00")
+        file.seek(place)
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())

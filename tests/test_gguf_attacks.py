@@ -18,6 +18,7 @@ from tunesmith.errors import TunesmithError
 from tunesmith.exports import gguf as exporter
 from tunesmith.gguf import reader
 from tunesmith.gguf.modelfile import TurnTexts, write_modelfile
+from tunesmith.gguf.proof import _compare_logits
 from tunesmith.gguf.rope import describe_rope
 from tunesmith.gguf.seal import find_seal
 
@@ -134,3 +135,10 @@ def test_a_yarn_factor_that_is_not_given_is_the_ratio_of_contexts() -> None:
     found = describe_rope({"rope_type": "yarn", "rope_theta": 1e4, "factor": None,
                            "original_max_position_embeddings": 32}, 8, 128)  # fmt: skip
     assert found.metadata["rope.scaling.factor"] == 4
+
+
+def test_logits_that_are_not_numbers_are_a_difference() -> None:
+    answers = reader._parse('{"ids": [], "rendered": [], "stopping": [], "next_tokens": [[{"1": -0.5, "2": null}]]}')
+    with pytest.raises(TunesmithError) as caught:
+        _compare_logits(build_model(tiny_config("qwen3")), [[5, 6]], [[2]], answers, "q8_0")
+    assert caught.value.code == "exported-logits-differ"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -96,9 +97,15 @@ def ask(job: Job) -> Answers:
             raise RunError(
                 f"llama.cpp cannot read the file ({_explain(code, log)}). No files were kept.", code="reader-failed"
             )
-        found = json.loads(answered.read_text(encoding="utf-8"))
+        return _parse(answered.read_text(encoding="utf-8"))
+
+
+def _parse(text: str) -> Answers:
+    found = json.loads(text)
     next_tokens = [
-        [{int(key): value for key, value in place.items()} for place in places] for places in found["next_tokens"]
+        # llama.cpp's JSON has null for NaN
+        [{int(key): math.nan if value is None else value for key, value in place.items()} for place in places]
+        for places in found["next_tokens"]
     ]
     return Answers(found["ids"], found["rendered"], next_tokens, found["stopping"])
 

@@ -93,6 +93,7 @@ def main() -> None:
             model = folder / f"model-{shape}"
             if not model.exists():
                 write_model(model, shape, args.large_tokenizer if shape.startswith("qwen") else args.tokenizer)
+            words = words if words is BF16 else [*FP32, *words]
             one = run_case(words, model, rows, folder / f"run-{number}", args.steps, args.threads)
             error = one["announced"] / one["measured"] - 1
             found[case] = {**one, "error": error}

@@ -42,6 +42,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "26M, documents of 4,096 tokens": ("26m-growth", [*TOKENS, "4096", "--data.max_seq_len", "4096"]),
     "GPT-2 small, all weights": ("gpt2", [*TOKENS, "1024"]),
     "0.5B shape of 4 layers, all weights": ("qwen2.5-0.5b-4-layers", []),
+    "0.5B shape of 4 layers, bf16": ("qwen2.5-0.5b-4-layers", BF16),
     "0.5B shape of 4 layers, LoRA": ("qwen2.5-0.5b-4-layers", LORA),
     "0.5B shape of 4 layers, LoRA on NF4": ("qwen2.5-0.5b-4-layers", [*LORA, "--lora.quantize", "nf4"]),
     "100M, all weights": ("100m", []),

@@ -34,7 +34,7 @@ from tunesmith.run.start import run_training
 from tunesmith.run.summary import plan_memory
 
 GIB = 2.0**30
-HEAD = HeadShape(vocab=1000, width=4, holds_all=0, is_chunked=True, is_summed=False, gradient=3e6)
+HEAD = HeadShape(vocab=1000, width=4, holds_all=0, is_chunked=True, gradient=3e6)
 PLAN = MemoryPlan(
     taken=5e8, weights=1e8, gradients=1e8, averages=2e8, snapshot=3e8, kept=Kept(0, 4e5, 0), head=HEAD, layers=8, hidden=512,
     tokens=8192, longest=1000, share=0.5, accumulates=False, is_checkpointed=False,

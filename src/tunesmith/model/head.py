@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from tunesmith.data.pack import Documents
 from tunesmith.model.probe import in_fp32
 
+_SLICE = 1 << 24  # numbers of a product in half precision that is added to a sum in fp32
 CHUNK_BYTES = 128 * 2**20  # of fp32 logits; about twice as much is in memory at once
 
 
@@ -136,11 +137,7 @@ class _HeadLoss(torch.autograd.Function):
             if needs_hidden:
                 hidden_grads.append(torch.mm(grad, weight).to(hidden.dtype))
             if needs_weight:
-                if weight_grad is not None and weight_grad.dtype == grad.dtype == part.dtype:
-                    weight_grad.addmm_(grad.t(), part)  # without a second tensor of the weight's size
-                else:
-                    product = torch.mm(grad.t(), part)
-                    weight_grad = product.to(sum_dtype(product)) if weight_grad is None else weight_grad.add_(product)
+                weight_grad = _add_product(weight_grad, grad.t(), part, is_last=len(targets) <= rows)
         each = torch.cat(losses)
         ctx.gradients = (
             torch.cat(hidden_grads) if needs_hidden else None,
@@ -156,6 +153,26 @@ class _HeadLoss(torch.autograd.Function):
         assert ctx.gradients is not None, "the loss of the head can be differentiated once"
         gradients, ctx.gradients = ctx.gradients, None
         return (*(found.mul_(grad) if found is not None else None for found in gradients), None, None)
+
+
+def _add_product(total: Tensor | None, grad: Tensor, hidden: Tensor, is_last: bool) -> Tensor:
+    """total + grad @ hidden, summed in fp32, without a second tensor of that size.
+
+    Args:
+        total: None at first.
+        is_last: there is nothing to add to the first product.
+    """
+    is_half = not grad.dtype == hidden.dtype == sum_dtype(grad)
+    if total is None and (is_last or not is_half):
+        return torch.mm(grad, hidden)
+    if total is None:
+        total = torch.zeros(len(grad), hidden.shape[1], dtype=torch.float32, device=grad.device)
+    if not is_half:
+        return total.addmm_(grad, hidden)
+    size = max(1, _SLICE // hidden.shape[1])
+    for part, rows in zip(total.split(size), grad.split(size), strict=True):
+        part.add_(torch.mm(rows, hidden))
+    return total
 
 
 def _chunk(

@@ -99,5 +99,5 @@ def as_half(plan: MemoryPlan) -> MemoryPlan:
     return replace(
         plan, taken=plan.taken - plan.weights / 2, weights=plan.weights / 2, gradients=plan.gradients / 2,
         averages=plan.averages / 2, snapshot=plan.snapshot / 2, kept=kept,
-        head=replace(plan.head, gradient=plan.head.gradient / 2, width=2, is_summed=True), heap=_heap(plan),
+        head=replace(plan.head, gradient=plan.head.gradient / 2, width=2), heap=_heap(plan),
     )  # fmt: skip

@@ -57,7 +57,6 @@ class HeadShape:
         width: bytes of a number in activations.
         holds_all: copies of the logits of all tokens that the model's own forward makes.
         is_chunked: whether the loss is computed chunk by chunk.
-        is_summed: whether a chunk's gradient of the weight is added to that of the others in a tensor of its own.
         gradient: bytes of the weight's gradient, which exists before the backward; 0 of a frozen head.
     """
 
@@ -65,15 +64,13 @@ class HeadShape:
     width: int
     holds_all: int
     is_chunked: bool
-    is_summed: bool
     gradient: float
 
     def work(self, tokens: float, targets: float) -> float:
         logits = targets * self.vocab * 4
         if not self.is_chunked:
             return self.holds_all * tokens * self.vocab * self.width + _LOGITS * logits
-        second = self.gradient if self.is_summed and logits > CHUNK_BYTES else 0.0
-        return _CHUNKS * min(logits, CHUNK_BYTES) + second
+        return _CHUNKS * min(logits, CHUNK_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +269,7 @@ def head_shape(lm: SupervisedLM, width: int) -> HeadShape:
     is_trained = is_plain and isinstance(weight, Tensor) and weight.requires_grad
     gradient = float(weight.numel() * weight.element_size()) if is_trained and weight is not None else 0.0
     holds_all = 2 if lm.head_path == "logits" else 0
-    return HeadShape(vocab, width, holds_all, lm.head_path == "decoder", width == 2, gradient)
+    return HeadShape(vocab, width, holds_all, lm.head_path == "decoder", gradient)
 
 
 def heap_share(is_split: bool, is_checkpointed: bool) -> float:

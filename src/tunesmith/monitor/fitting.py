@@ -85,6 +85,7 @@ def as_adapter(plan: MemoryPlan) -> MemoryPlan:
     kept = Kept(plan.kept.constant, _ADAPTER_KEPT * plan.kept.per_token, plan.kept.per_pair)
     return replace(
         plan, taken=plan.taken + trained, gradients=trained, averages=2 * trained, snapshot=3 * trained, kept=kept,
+        exchange=min(plan.exchange, 2 * trained),
         head=replace(plan.head, gradient=0.0), heap=_heap(plan),
     )  # fmt: skip
 
@@ -98,6 +99,6 @@ def as_half(plan: MemoryPlan) -> MemoryPlan:
     kept = Kept(plan.kept.constant, 0.7 * plan.kept.per_token, plan.kept.per_pair)
     return replace(
         plan, taken=plan.taken - plan.weights / 2, weights=plan.weights / 2, gradients=plan.gradients / 2,
-        averages=plan.averages / 2, snapshot=plan.snapshot / 2, kept=kept,
+        averages=plan.averages / 2, snapshot=plan.snapshot / 2, kept=kept, exchange=plan.exchange / 2,
         head=replace(plan.head, gradient=plan.head.gradient / 2, width=2), heap=_heap(plan),
     )  # fmt: skip

@@ -80,7 +80,8 @@ class MemoryPlan:
     Attributes:
         taken: bytes now: on a CPU the whole process with its imports, weights and data, on a GPU the weights.
         weights, gradients, averages: bytes of all weights, of the gradients and of the optimizer's state.
-        exchange: bytes of the buffers that processes sum gradients in.
+        exchange: bytes beside all gradients: the buffers that processes sum them in, or the second gradient of a tied
+            embedding, which is added to that of the head.
         snapshot: bytes of what is copied for a checkpoint, in the memory of the host, beside the next steps.
         tokens: of the largest forward.
         longest: tokens of its longest document.
@@ -270,6 +271,15 @@ def head_shape(lm: SupervisedLM, width: int) -> HeadShape:
     gradient = float(weight.numel() * weight.element_size()) if is_trained and weight is not None else 0.0
     holds_all = 2 if lm.head_path == "logits" else 0
     return HeadShape(vocab, width, holds_all, lm.head_path == "decoder", gradient)
+
+
+def tied_bytes(model: Any) -> float:
+    """Bytes of a trained embedding that is the head's weight too; else 0."""
+    embedding = getattr(model.get_input_embeddings(), "weight", None)
+    is_tied = embedding is not None and embedding is getattr(model.get_output_embeddings(), "weight", None)
+    if not is_tied or not isinstance(embedding, Tensor) or not embedding.requires_grad:
+        return 0.0
+    return float(embedding.numel() * embedding.element_size())
 
 
 def heap_share(is_split: bool, is_checkpointed: bool) -> float:

@@ -18,7 +18,7 @@ from tunesmith.data.ledger import Ledger, Problem
 from tunesmith.display import format_bytes, format_count, to_markdown
 from tunesmith.model.load import count_parameters
 from tunesmith.model.loss import SupervisedLM
-from tunesmith.monitor.memory import MemoryPlan, head_shape, heap_share, measure_kept, process_memory
+from tunesmith.monitor.memory import MemoryPlan, head_shape, heap_share, measure_kept, process_memory, tied_bytes
 from tunesmith.monitor.room import total_memory
 from tunesmith.run.assemble import ReadyRun
 from tunesmith.run.folder import count_average_bytes
@@ -260,6 +260,7 @@ def plan_memory(ready: ReadyRun) -> MemoryPlan | str:
     averages = float(sum(count_average_bytes(parameter, session.config.optim.name) for parameter in trained))
     is_cpu = device.type == "cpu"
     largest = max((parameter.numel() * parameter.element_size() for parameter in trained), default=0)
+    second = tied_bytes(lm.model)
     is_half = precision.compute is not None or precision.weights.itemsize == 2
     taken, peak = process_memory()
     accumulates = train.grad_accum_steps > session.world.size or not lm.is_packed
@@ -279,7 +280,7 @@ def plan_memory(ready: ReadyRun) -> MemoryPlan | str:
         share=share,
         accumulates=accumulates,
         is_checkpointed=train.gradient_checkpointing,
-        exchange=2 * min(gradients, max(largest, _BUCKET_BYTES)) if session.world.size > 1 else 0.0,
+        exchange=max(second, 2 * min(gradients, max(largest, _BUCKET_BYTES)) if session.world.size > 1 else 0.0),
         heap=heap_share(session.is_adapter or is_half or accumulates, train.gradient_checkpointing) if is_cpu else 1.0,
         peak=peak if is_cpu else 0.0,
     )

@@ -84,7 +84,7 @@ def test_a_client_that_reads_nothing_is_cut_off(
         while state.worker.num_running or state.worker.num_waiting:
             num_open = max(num_open, state.worker.num_open)
             time.sleep(0.01)
-        assert num_open == 64
+        assert max(num_open, state.worker.num_open) == 64
         wait_until_free(state)
         assert is_closed(client, 4)  # once what was on its way is read
         client.close()

@@ -189,7 +189,7 @@ def explain_folder(folder: Path) -> ModelError:
     )
 
 
-def _causes(error: BaseException) -> list[BaseException]:
+def causes_of(error: BaseException) -> list[BaseException]:
     """The error and its causes; transformers wraps the hub's errors."""
     chain: list[BaseException] = []
     cause: BaseException | None = error
@@ -217,7 +217,7 @@ def explain_load_error(
             "smaller model.",
             code="out-of-memory",
         )
-    causes = _causes(error)
+    causes = causes_of(error)
     kinds = {type(cause).__name__ for cause in causes}
     chain = " ".join(str(cause) for cause in causes).lower()
     begin = f"{name}: {what} cannot be loaded:"

@@ -16,6 +16,7 @@ from tunesmith.cards.licence import split_front
 from tunesmith.display import one_line
 from tunesmith.errors import ModelError, RunError, TunesmithError, UsageError
 from tunesmith.files import sha256_file, system_error
+from tunesmith.model.source import causes_of
 from tunesmith.publish.bundle import PublishedFile
 
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
@@ -248,7 +249,7 @@ def _dict(value: Any) -> Mapping[str, Any]:
 def explain(error: Exception, repository: str, address: str) -> TunesmithError:
     """An error of huggingface_hub in our words. Its text may hold a signed address, so that only what the server says
     is quoted."""
-    causes = _causes(error)
+    causes = causes_of(error)
     kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
     response = next((found for cause in causes if (found := getattr(cause, "response", None)) is not None), None)
     if isinstance(error, ValueError) and "README.md" in str(error):
@@ -332,12 +333,3 @@ def _body(response: Any) -> str:
         return ""
     found = content.get("error") if isinstance(content, dict) else None
     return found if isinstance(found, str) else ""
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    return chain

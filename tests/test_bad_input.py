@@ -9,14 +9,19 @@ import os
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from conftest import chat_row, save_folder, tiny_config, write_jsonl
 from tunesmith.config.data_keys import FieldsSection
+from tunesmith.config.schema import ModelSection
+from tunesmith.errors import TunesmithError
+from tunesmith.model.load import check_vocabulary, load_config, load_model
 from tunesmith.model.presets import PRESETS, build_preset_config
 from tunesmith.rows.conversation import RowRefused
 from tunesmith.rows.formats import parse_row
@@ -182,6 +187,7 @@ def test_unknown_preset_and_preset_without_tokenizer(case: Case) -> None:
         ("intermediate_size", "-4", "negative dimension"),
         ("to_dict", "3", "qwen3"),
         ("vocab_size", "300", "400"),
+        ("model_type", "qwen2", "choose a preset by its type"),
     ],
 )
 def test_preset_overrides_that_give_no_model(case: Case, key: str, value: str, reason: str) -> None:
@@ -213,6 +219,33 @@ def test_a_config_that_transformers_rejects_is_told_in_full(case: Case) -> None:
     config = json.loads((case.model / "config.json").read_text())
     (case.model / "config.json").write_text(json.dumps(config | {"layer_types": ["a", "b"]}))
     case.fails_as("model-not-loadable", "The `layer_types` entries must be in")
+
+
+@pytest.mark.parametrize("part", [{"text_config": {"vocab_size": 9}}, {"decoder": {}}, {"text_config": [1]}])
+def test_a_config_with_parts_of_another_kind_of_model(case: Case, part: dict[str, Any]) -> None:
+    config = json.loads((case.model / "config.json").read_text())
+    (case.model / "config.json").write_text(json.dumps(config | part))
+    case.fails_as("model-not-loadable", "text_config", "qwen3")
+
+
+def test_every_value_of_a_config_is_used_or_refused(case: Case, tokenizer: Any) -> None:
+    """Values of other types and sizes give a model or an error with a code, never another exception."""
+    config = json.loads((case.model / "config.json").read_text())
+    section = ModelSection(path=str(case.model))
+    outcomes: Counter[str] = Counter()
+    for key in config:
+        for value in (None, {}, {"a": 1}, [], ["x"], "x", -1, 0, True, 2.5, 10**30):
+            if key == "num_hidden_layers" and value == 10**30:
+                continue  # would be built, one by one
+            (case.model / "config.json").write_text(json.dumps(config | {key: value}))
+            try:
+                model = load_model(section, load_config(section, tokenizer), torch.float32, seed=0)
+                check_vocabulary(model, tokenizer)
+                outcomes["loaded"] += 1
+            except TunesmithError:
+                outcomes["refused"] += 1
+    assert outcomes["loaded"] > 20
+    assert outcomes["refused"] > 20
 
 
 def test_a_damaged_tokenizer_is_told_with_the_kind_of_error(case: Case) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import subprocess
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from conftest import build_model, save_folder, tiny_config
 from tunesmith.errors import TunesmithError
 from tunesmith.exports import gguf as exporter
 from tunesmith.gguf import reader
+from tunesmith.gguf.architecture import describe_model
 from tunesmith.gguf.modelfile import TurnTexts, write_modelfile
 from tunesmith.gguf.proof import _compare_logits
 from tunesmith.gguf.rope import describe_rope
@@ -86,6 +88,19 @@ def test_proxies_and_files_of_the_current_folder_do_not_reach_the_reader(
 
 
 @needs_reader
+def test_a_reader_that_does_not_work_is_told_from_a_bad_file(
+    folder: Path, tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "xllamacpp.py").write_text("raise ImportError('libgomp.so.1: cannot open')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken") + os.pathsep + os.environ.get("PYTHONPATH", ""))
+    error = fails("export", folder, "--format", "gguf", "--output", tmp_path / "m.gguf")
+    assert error.code == "reader-broken"
+    assert "libgomp.so.1" in str(error)
+    assert "pip uninstall xllamacpp" in str(error)
+
+
+@needs_reader
 def test_a_short_context_and_peaked_logits(tmp_path: Path, plain_tokenizer: Any, run: Run) -> None:
     """Chats longer than the context are rendered only; probabilities too small for fp32 are not compared."""
     config = tiny_config("qwen3", max_position_embeddings=64, tie_word_embeddings=False)
@@ -95,6 +110,26 @@ def test_a_short_context_and_peaked_logits(tmp_path: Path, plain_tokenizer: Any,
     model.save_pretrained(tmp_path / "model")
     plain_tokenizer.save_pretrained(tmp_path / "model")
     assert "NOT PROVEN" not in export(run, tmp_path / "model", tmp_path / "m.gguf")
+
+
+@needs_reader
+@pytest.mark.parametrize("window", [600, 550])
+def test_a_window_longer_than_the_chats_is_compared(
+    window: int, tmp_path: Path, plain_tokenizer: Any, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file whose window is another than the model's is not kept."""
+    config = tiny_config("gemma3", sliding_window=600, max_position_embeddings=1024)
+    folder = save_folder(tmp_path / "model", config, plain_tokenizer)
+
+    def describe(*words: Any, **more: Any) -> Any:
+        form = describe_model(*words, **more)
+        return dataclasses.replace(form, metadata={**form.metadata, "attention.sliding_window": window})
+
+    monkeypatch.setattr(exporter, "describe_model", describe)
+    code, out, err = run("export", folder, "--format", "gguf", "--type", "f32", "--output", tmp_path / "m.gguf")
+    assert code == (0 if window == 600 else 4), out + err
+    assert "NOT PROVEN" not in out + err
+    assert ("log-probabilities differ" in err) == (window != 600)
 
 
 @pytest.mark.parametrize("signs", [False, True])

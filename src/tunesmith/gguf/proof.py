@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,9 +22,11 @@ from tunesmith.gguf.vocabulary import Vocabulary
 TOLERANCE = {"f32": 1e-4, "f16": 5e-3, "bf16": 4e-2, "q8_0": 1.2e-1}
 _GELU_TOLERANCE = 1e-3  # llama.cpp looks the GELU of GPT-2 and Gemma up in a table of half precision
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
-_NUM_FUZZ, _NUM_ADDED = 500, 100
+_NUM_FUZZ, _NUM_ADDED, _MOST_CONTEXT = 500, 100, 4096
 _LEAST_LOG_PROB = -80.0  # fp32 has no probabilities much smaller; llama.cpp then reports the smallest fp32 number
 _NUM_LENGTHS, _NUM_PROBS, _MOST_PROMPT = 12, 64, 200
+# one prompt is longer: by _PAST_WINDOW tokens than a sliding window, and than what llama.cpp computes at once (512)
+_LONG, _MOST_LONG, _PAST_WINDOW, _NUM_LONG_LENGTHS = 640, 2048, 128, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +69,16 @@ def prove(
     prompts = [encoder.encode_texts([chat.text])[0].ids for chat in chats if "tools" not in chat.request]
     prompts += [[*encoder.bos_ids, *ids] for ids in encoder.encode_ids(list(texts[:8]))]
     prompts = [list(ids)[: min(_MOST_PROMPT, context - 1)] for ids in prompts if len(ids)]
-    lengths = [_spread(len(ids)) if model is not None else [] for ids in prompts]
+    lengths = [_spread(len(ids)) for ids in prompts]
+    if model is not None:
+        prompts.append(_long_prompt(encoder, texts, model.config, min(context, _MOST_CONTEXT)))
+        lengths.append(list(range(len(prompts[-1]), 0, -_PAST_WINDOW // _NUM_LONG_LENGTHS))[:_NUM_LONG_LENGTHS])
+    else:
+        lengths = [[] for _ in prompts]
     texts = [*texts, *_around_added(encoder), *(chat.text for chat in chats)]
     job = Job(
         file, [*texts, *fuzz], [chat.request for chat in chats], prompts, lengths, _NUM_PROBS, encoder.stop_ids,
-        min(context, 4096),
+        min(context, _MOST_CONTEXT),
     )  # fmt: skip
     answers = ask(job)
     finding = Finding([], has_logits=model is not None)
@@ -160,6 +168,14 @@ def _spread(length: int) -> list[int]:
     return [length - length * place // number for place in reversed(range(number))]
 
 
+def _long_prompt(encoder: Encoder, texts: Sequence[str], config: Any, context: int) -> list[int]:
+    """Texts one after the other, for a prompt that a sliding window does not hold whole."""
+    window = getattr(config, "sliding_window", None) or 0
+    length = min(max(_LONG, window + _PAST_WINDOW), _MOST_LONG, context - 1)
+    once = [*encoder.bos_ids, *itertools.chain.from_iterable(encoder.encode_ids(list(texts)))]
+    return [once[place % len(once)] for place in range(length)]
+
+
 @torch.no_grad()
 def _compare_logits(
     model: Any, prompts: Sequence[Sequence[int]], lengths: Sequence[Sequence[int]], answers: Answers, kind: str
@@ -172,15 +188,15 @@ def _compare_logits(
     largest, places, agreeing = 0.0, 0, 0
     apart = [torch.zeros(0)]
     for prompt, ends, found in zip(prompts, lengths, answers.next_tokens, strict=True):
-        logits = model(input_ids=torch.tensor([list(prompt)])).logits[0].float()
+        kept = torch.tensor(ends) - 1
+        logits = model(input_ids=torch.tensor([list(prompt)]), logits_to_keep=kept).logits[0].float()
         largest = max(largest, logits.abs().max().item())
-        ours = logits.log_softmax(-1)
-        for end, theirs in zip(ends, found, strict=True):
+        for ours, theirs in zip(logits.log_softmax(-1), found, strict=True):
             if theirs:
-                pair = ours[end - 1, torch.tensor(list(theirs))], torch.tensor(list(theirs.values()))
+                pair = ours[torch.tensor(list(theirs))], torch.tensor(list(theirs.values()))
                 wanted, given = (part.clamp(min=_LEAST_LOG_PROB) for part in pair)
                 apart.append((wanted - given).abs())
-                places, agreeing = places + 1, agreeing + int(ours[end - 1].argmax().item() == next(iter(theirs)))
+                places, agreeing = places + 1, agreeing + int(ours.argmax().item() == next(iter(theirs)))
     differences = torch.cat(apart) / (largest or 1.0)
     most = differences.quantile(0.99).item() if len(differences) else math.nan
     allowed = TOLERANCE[kind]

@@ -25,6 +25,7 @@ from typing import Any
 from tunesmith.errors import RunError
 
 PACKAGE = "xllamacpp"
+_LOADED = "the library is loaded"  # in the log
 _TIMEOUT_S = 600  # of one answer
 _STALLED_S = _TIMEOUT_S + 60  # without an answer or a line of the log; a large model on few cores takes hours in all
 
@@ -84,7 +85,7 @@ def ask(job: Job) -> Answers:
     """Open the file with llama.cpp and ask.
 
     Raises:
-        RunError: llama.cpp cannot open the file, ended, or did not answer in time.
+        RunError: llama.cpp does not work here, cannot open the file, ended, or did not answer in time.
     """
     with tempfile.TemporaryDirectory(prefix="tunesmith-gguf-") as name:
         asked, answered, log = (Path(name) / part for part in ("job.json", "result.json", "log.txt"))
@@ -94,6 +95,12 @@ def ask(job: Job) -> Answers:
         with log.open("wb") as out:
             code = _wait(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out), log)
         if code != 0 or not answered.is_file():
+            if _LOADED not in log.read_text(encoding="utf-8", errors="replace"):
+                raise RunError(
+                    f"the package {PACKAGE}, with which files are proven, does not work here ({_explain(code, log)}). "
+                    f"Install it again, or export without a proof: pip uninstall {PACKAGE}. No files were kept.",
+                    code="reader-broken",
+                )
             raise RunError(
                 f"llama.cpp cannot read the file ({_explain(code, log)}). No files were kept.", code="reader-failed"
             )
@@ -144,6 +151,7 @@ class _Server:
     def __init__(self, job: Mapping[str, Any]) -> None:
         import xllamacpp
 
+        print(_LOADED, flush=True)
         params = xllamacpp.CommonParams()
         params.model.path = job["file"]
         params.n_ctx = job["context"]

@@ -40,6 +40,12 @@ def load_config(section: ModelSection, tokenizer: Any, source: ModelSource | Non
         )
     except Exception as error:
         raise explain_load_error(section.path, "its config", error) from None
+    if not isinstance(config.get_text_config(), PretrainedConfig):  # a key that this architecture does not know
+        raise ModelError(
+            f"{section.path}: its config.json has parts of several models (text_config, decoder), which "
+            f"{config.model_type} does not have. Remove those keys, or correct model_type.",
+            code="model-not-loadable",
+        )
     if source.file is None:
         _set_overrides(section, config)
     else:

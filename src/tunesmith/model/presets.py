@@ -134,6 +134,13 @@ def build_preset_config(name: str, overrides: dict[str, Any], tokenizer: Any) ->
     known = AutoConfig.for_model(model_type)
     for key in overrides:
         is_field = key in values or (hasattr(known, key) and not callable(getattr(known, key)))
+        if key == "model_type":
+            others = ", ".join(f"new:{other} ({preset['model_type']})" for other, preset in PRESETS.items())
+            raise ModelError(
+                f"model.config.model_type: new:{name} is of the type {model_type}; choose a preset by its type: "
+                f"{others}.",
+                code="unknown-preset-key",
+            )
         if not is_field or key.startswith("_"):
             close = difflib.get_close_matches(key, list(known.to_dict()), n=1)
             hint = f"; did you mean {close[0]}?" if close else ""

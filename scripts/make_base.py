@@ -21,6 +21,7 @@ from tunesmith.cli import main as tunesmith
 from tunesmith.demo.drills import Drill, draw_drills, words_of_books
 from tunesmith.demo.tasks import HeldOut, draw_held_out_tasks
 from tunesmith.model.bpe import train_tokenizer
+from tunesmith.model.older_keys import add_older_keys
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE.parent / "src" / "tunesmith" / "demo" / "base"
@@ -83,6 +84,7 @@ def keep_base(model_folder: Path, tokenizer_folder: Path, output: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
     shutil.rmtree(output, ignore_errors=True)
     model.save_pretrained(output)
+    add_older_keys(output, type(model.config))
     AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(output)
     size = sum(path.stat().st_size for path in output.iterdir())
     print(f"{output}: {size / 1e6:.2f} MB")

@@ -60,7 +60,14 @@ for ids in json.load(open(sys.argv[2])):
     said.append(["".join(piece.text for piece in pieces), [int(piece.token) for piece in pieces]])
 json.dump(said, open(sys.argv[4], "w"))
 """
-CHANGES: dict[str, dict[str, Any]] = {"qwen3_moe": {"norm_topk_prob": True}, "llama": {"tie_word_embeddings": False}}
+_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 54321.0}}
+CHANGES: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": False, **_ROPE},
+    "qwen2": _ROPE,
+    "qwen3_moe": {"norm_topk_prob": True, **_ROPE},
+    "gemma2": {"sliding_window": 512},  # mlx-lm has no windows for Gemma 2, and one pattern of layers for Gemma 3
+    "gemma3": {"num_hidden_layers": 6, "layer_types": [*["sliding_attention"] * 5, "full_attention"]},
+}
 TABLED_GELU = ("gpt2", "gemma2", "gemma3")  # llama.cpp looks GELU up in a table of half precision
 
 
@@ -165,6 +172,8 @@ def test_mlx_lm_says_the_same(trained: tuple[str, Path], tmp_path: Path) -> None
     if not packages:
         pytest.skip("set TUNESMITH_MLX to a folder with mlx, mlx-cpu and mlx-lm (pip install --no-deps --target)")
     kind, folder = trained
+    if kind == "gpt2":
+        pytest.skip("mlx-lm knows GPT-2's tensors only by the names of the original files")
     model: Any = tunesmith.load(folder)
     tokenizer = model.speaker.encoder.tokenizer
     prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in CHATS]

@@ -145,6 +145,14 @@ def _explain(code: int | str, log: Path) -> str:
     return f"{how}: {why}"
 
 
+def _num_threads() -> int:
+    """As OMP_NUM_THREADS says; else the cores. Its threads wait in loops: more of them than cores slow each other."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdecimal() and int(given):
+        return int(given)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class _Server:
     """llama.cpp's server in this process, asked over HTTP."""
 
@@ -157,9 +165,7 @@ class _Server:
         params.n_ctx = job["context"]
         params.n_parallel = 1
         params.n_gpu_layers = 0
-        params.cpuparams.n_threads = (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        )
+        params.cpuparams.n_threads = _num_threads()
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.warmup = False

@@ -24,6 +24,8 @@ from tunesmith.model.source import ModelSource, explain_load_error, find_model
 
 LOADING = threading.Lock()  # from_pretrained patches torch while it loads; two concurrent calls would leave it patched
 
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
 
 def load_config(section: ModelSection, tokenizer: Any, source: ModelSource | None = None) -> PretrainedConfig:
     """The transformers config; cheap to load, so that its errors are raised before any data is read.
@@ -33,7 +35,9 @@ def load_config(section: ModelSection, tokenizer: Any, source: ModelSource | Non
     """
     source = source or find_model(section.path, section.config)
     if source.kind == "preset":
-        return build_preset_config(source.name, section.config, tokenizer)
+        preset = build_preset_config(source.name, section.config, tokenizer)
+        _avoid_grouped_products(preset)
+        return preset
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             source.name, revision=source.revision or section.revision, trust_remote_code=section.trust_remote_code
@@ -51,7 +55,16 @@ def load_config(section: ModelSection, tokenizer: Any, source: ModelSource | Non
     else:
         _require_own_tokenizer(section, config, tokenizer)
     _refuse_odd_dropout(section.path, config)
+    _avoid_grouped_products(config)
     return config
+
+
+def _avoid_grouped_products(config: PretrainedConfig) -> None:
+    """Compute experts one by one where torch's grouped products cannot: their rows must be multiples of 16 bytes."""
+    text: Any = config.get_text_config()
+    sizes = [getattr(text, name, None) or 0 for name in ("hidden_size", "moe_intermediate_size", "intermediate_size")]
+    if any(hasattr(text, name) for name in NUM_EXPERTS) and any(size % 8 for size in sizes):
+        config._experts_implementation = "eager"
 
 
 def _set_overrides(section: ModelSection, config: PretrainedConfig) -> None:

@@ -20,6 +20,7 @@ from transformers.utils.hub import cached_file
 from tunesmith.config.schema import ModelSection
 from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import ModelError
+from tunesmith.model.older_keys import OLDER_KEYS
 from tunesmith.model.source import telling_text
 from tunesmith.model.tokenizer import TokenizerSource, find_tokenizer, write_tokenizer
 
@@ -226,7 +227,8 @@ def _compare_stops(ours: Any, theirs: Any) -> Iterator[str]:
 
 def _compare_configs(ours: PretrainedConfig, theirs: PretrainedConfig) -> Iterator[str]:
     before, after = (json.loads(config.to_json_string(use_diff=False)) for config in (ours, theirs))
-    for key in sorted(set(before) | set(after)):
+    added = {key for key in OLDER_KEYS if key not in before}
+    for key in sorted((set(before) | set(after)) - added):
         if key not in _NOT_COMPARED and not key.startswith("_") and before.get(key) != after.get(key):
             yield f"{key} {before.get(key)!r} of its config becomes {after.get(key)!r}"
 

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from tunesmith.adapters.adapter import write_adapter
 from tunesmith.encode.encoder import Encoder
 from tunesmith.files import atomic_directory
+from tunesmith.model.older_keys import add_older_keys
 from tunesmith.model.reopen import require_reads_as
 from tunesmith.model.tokenizer import write_tokenizer
 from tunesmith.tensors import require_tensors
@@ -93,6 +94,7 @@ def write_model(model: Any, encoder: Encoder, folder: Path, weights: Mapping[str
     logging.disable_progress_bar()  # it would interfere with our progress bar
     meant = dict(weights) if weights is not None else model.state_dict()
     model.save_pretrained(folder, state_dict=dict(meant))
+    add_older_keys(folder, type(model.config))
     _compare_saved(model, meant, folder)
     write_tokenizer(encoder, folder)
 

@@ -34,7 +34,14 @@ from tunesmith.model.isolation import (
     probe_trees,
     use_packed_attention,
 )
-from tunesmith.model.load import check_vocabulary, extend_vocabulary, freeze_zero_gates, load_config, load_model
+from tunesmith.model.load import (
+    NUM_EXPERTS,
+    check_vocabulary,
+    extend_vocabulary,
+    freeze_zero_gates,
+    load_config,
+    load_model,
+)
 from tunesmith.model.loss import SupervisedLM, require_router
 from tunesmith.model.probe import probe_model
 from tunesmith.model.source import ModelSource, find_model
@@ -255,8 +262,7 @@ def has_empty_shards(config: PretrainedConfig, size: int) -> bool:
     """Whether some process would have none of the experts of a layer, which transformers cannot load: each then loads
     the whole model before it is sharded."""
     text: Any = config.get_text_config()
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    experts = next((number for name in names if isinstance(number := getattr(text, name, None), int)), 0)
+    experts = next((number for name in NUM_EXPERTS if isinstance(number := getattr(text, name, None), int)), 0)
     return experts > 0 and -(-experts // size) * (size - 1) >= experts
 
 

@@ -27,6 +27,7 @@ from tunesmith.cards.merged import merged_card
 from tunesmith.display import format_bytes
 from tunesmith.errors import ModelError, RunError, TunesmithError
 from tunesmith.files import atomic_directory, is_no_room
+from tunesmith.model.older_keys import add_older_keys
 from tunesmith.model.reopen import require_same_tokenizer
 from tunesmith.model.source import (
     ModelSource,
@@ -280,6 +281,7 @@ def merge_files(plan: MergePlan, deltas: Sequence[Delta], output: Path) -> int:
         )
     _grow_vocabulary(config, deltas, names.embedding)
     (output / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    add_older_keys(output, names.config_class)
     if (base / _INDEX).is_file() and len(files) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": placed}
         (output / _INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
@@ -302,6 +304,7 @@ class _NameMap:
         is_tied: whether they are tied in the base's config.
         rows: rows of the embedding.
         transposed: weights of shape [in, out].
+        config_class: of the base.
     """
 
     def __init__(self, plan: MergePlan) -> None:
@@ -310,6 +313,7 @@ class _NameMap:
             config = AutoConfig.from_pretrained(plan.base, trust_remote_code=trust)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
         pair = find_embedding_names(model)
+        self.config_class = type(config)
         self._prefix = f"{model.base_model_prefix}."
         self._names = set(model.state_dict())
         self.embedding, self.head = f"{pair.embedding}.weight", f"{pair.head}.weight"
@@ -390,6 +394,7 @@ def _merge_in_memory(plan: MergePlan, deltas: Sequence[Delta], output: Path) -> 
     if was_tied and not find_embedding_names(model).is_tied:
         logger.info("note: the base's head is tied to its embedding, but the adapter changes only one of them: untied")
     model.save_pretrained(output)
+    add_older_keys(output, type(model.config))
     # compare what was written with what reads back
     again = AutoModelForCausalLM.from_pretrained(output, dtype="auto", trust_remote_code=trust).state_dict()
     for name, tensor in after.items():

@@ -21,7 +21,7 @@ from tunesmith.cli import main as tunesmith
 from tunesmith.demo.drills import Drill, draw_drills, words_of_books
 from tunesmith.demo.tasks import HeldOut, draw_held_out_tasks
 from tunesmith.model.bpe import train_tokenizer
-from tunesmith.model.older_keys import add_older_keys
+from tunesmith.older_keys import add_older_keys
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE.parent / "src" / "tunesmith" / "demo" / "base"

@@ -13,7 +13,7 @@ PACKAGE = Path(tunesmith.__file__).parent
 # A module imports from its own package and from those before it.
 ORDER = [
     "errors", "reading", "display", "streams", "terminal", "runfolder", "files", "config", "tensors", "staging", "minimind", "sources", "foreign", "rows",
-    "chat_template", "tokens", "encode", "plans", "data", "preparation", "streaming", "layers", "adapters", "attention", "model", "cards", "hashes", "caches", "generation", "gguf", "distributed", "monitor", "training", "run", "lr_find", "use", "exports", "report", "stages", "evaluation", "distillation", "judging", "publish", "serve", "arguments", "process", "models", "api", "demo", "parser", "boundary", "cli",
+    "chat_template", "tokens", "encode", "plans", "data", "preparation", "streaming", "layers", "older_keys", "adapters", "attention", "model", "cards", "hashes", "caches", "generation", "gguf", "distributed", "monitor", "training", "run", "lr_find", "use", "exports", "report", "stages", "evaluation", "distillation", "judging", "publish", "serve", "arguments", "process", "models", "api", "demo", "parser", "boundary", "cli",
     "__main__",
 ]  # fmt: skip
 MAX_FILES, MAX_SHARE = 15, 0.15  # of a package: files, and its part of all lines

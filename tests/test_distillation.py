@@ -472,6 +472,7 @@ def test_reasoning_and_tool_calls_are_fields_of_the_answer(run, teacher: Path, t
         (["--data", "{data}", "--output", "{out}", "--check", "regex=("], UsageError, "check-pattern"),
         (["--data", "{data}", "--output", "{out}", "--check", "json_schema={data}"], UsageError, "check-schema"),
         (["--data", "{data}", "--output", "{out}", "--score", "beauty"], UsageError, "unknown-score"),
+        (["--data", "{data}", "--output", "{folder}/a\0.jsonl"], TunesmithError, "output-not-usable"),
         (["--data", "{data}x", "--output", "{out}"], DataError, "file-not-found"),
         (["--data", "{text}", "--output", "{out}"], DataError, "no-usable-rows"),
         (["--data", "{data}", "--output", "{out}", "--sampels", "2"], UsageError, "unknown-flag"),

@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 from conftest import ARCHITECTURES, build_model, save_folder, tiny_config
-from tunesmith.model.older_keys import OLDER_KEYS
+from tunesmith.adapters.base import describe_base, find_changes
 from tunesmith.model.save import save_model
 from tunesmith.model.tokenizer import build_encoder
+from tunesmith.older_keys import OLDER_KEYS, add_older_keys
 
 Run = Callable[..., tuple[int, str, str]]
 THETA = {"rope_type": "default", "rope_theta": 54321.0}
@@ -76,7 +78,7 @@ def test_older_names_stand_beside_the_new_ones(name: str, tmp_path: Path, plain_
         assert content["num_experts"] == 4
     if name == "gemma3":
         assert (content["rope_local_base_freq"], content["sliding_window_pattern"]) == (4321.0, 6)
-    assert ("rope_scaling" in content) == ("yarn" in name or name == "gemma3")
+    assert bool(content.get("rope_scaling")) == ("yarn" in name or name == "gemma3")
     before, after = (json.loads(c.to_json_string()) for c in (model.config, AutoConfig.from_pretrained(tmp_path / "model")))  # fmt: skip
     assert {**before, **{key: after[key] for key in OLDER_KEYS if key in after}} == after
 
@@ -88,6 +90,50 @@ def test_a_merged_model_has_them_too(tmp_path: Path, plain_tokenizer: Any, run: 
     code, out, err = run("merge", tmp_path / "run", "--output", tmp_path / "merged")
     assert code == 0, out + err
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["rope_theta"] == 54321.0
+
+
+def test_classes_with_names_of_their_own(tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 54321.0, "partial_rotary_factor": 0.5}
+    transformers.GPTNeoXConfig(rope_parameters=rope, dtype="float32").save_pretrained(tmp_path)
+    add_older_keys(tmp_path, transformers.GPTNeoXConfig)
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert (content["rotary_emb_base"], content["rotary_pct"]) == (54321.0, 0.5)
+    config = transformers.FalconH1Config()  # with an infinite number, which JSON has not
+    config.save_pretrained(tmp_path)
+    add_older_keys(tmp_path, transformers.FalconH1Config)
+    again = transformers.FalconH1Config.from_pretrained(tmp_path)
+    assert again.time_step_limit == config.time_step_limit
+    assert "rope_theta" in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_an_older_key_that_says_something_else_is_mended(tmp_path: Path) -> None:
+    config = tiny_config("llama", rope_parameters=THETA, dtype="float32")
+    content = json.loads(config.to_json_string()) | {"rope_theta": 777.0, "torch_dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    meant = AutoConfig.from_pretrained(tmp_path).to_dict()
+    add_older_keys(tmp_path, type(config))
+    found = json.loads((tmp_path / "config.json").read_text())
+    assert AutoConfig.from_pretrained(tmp_path).to_dict() == meant
+    assert found["rope_theta"] == meant["rope_parameters"]["rope_theta"]
+    assert f"torch.{found['torch_dtype']}" == str(meant["dtype"]) or found["torch_dtype"] == meant["dtype"]
+
+
+def test_a_config_that_its_class_refuses_stays_as_it_is(tmp_path: Path) -> None:
+    content = {"model_type": "llama", "hidden_size": "many"}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    add_older_keys(tmp_path, transformers.LlamaConfig)
+    assert json.loads((tmp_path / "config.json").read_text()) == content
+
+
+def test_a_base_to_which_the_keys_were_added_is_the_same_base(tmp_path: Path, plain_tokenizer: Any) -> None:
+    folder = save_folder(tmp_path / "base", tiny_config("qwen3_moe", rope_parameters=THETA), plain_tokenizer)
+    record = describe_base(folder)
+    add_older_keys(folder, transformers.Qwen3MoeConfig)
+    assert find_changes(record, describe_base(folder)) == []
+    content = json.loads((folder / "config.json").read_text())
+    content["rope_parameters"]["rope_theta"] = 1.0
+    (folder / "config.json").write_text(json.dumps(content))
+    assert len(find_changes(record, describe_base(folder))) == 1
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from typing import Any
 
 from tunesmith.errors import ModelError
 from tunesmith.files import sha256_file
+from tunesmith.older_keys import OLDER_KEYS
 
 BASE_RECORD = "base.json"
 FORMAT = 1
@@ -160,7 +161,7 @@ def find_changes(record: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     changes = [
         f"config.json has {key} {_short(config.get(key))} instead of {_short(was.get(key))}"
         for key in sorted(set(was) | set(config))
-        if was.get(key) != config.get(key)
+        if was.get(key) != config.get(key) and not _is_repeated(key, was, config)
     ]
     hashes = {name: entry["sha256"] for name, entry in record["files"].items()}
     for name, entry in now["files"].items():
@@ -169,6 +170,12 @@ def find_changes(record: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
         elif entry["sha256"] != hashes[name]:
             changes.append(f"{name} has different contents")
     return changes + [f"{name} is missing" for name in hashes if name not in now["files"]]
+
+
+def _is_repeated(key: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether only one of the configs repeats under an older name what both have under the new one."""
+    newer = OLDER_KEYS.get(key)
+    return newer is not None and newer in was and newer in now and (key in was) != (key in now)
 
 
 def _short(value: Any) -> str:

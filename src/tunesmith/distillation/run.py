@@ -92,6 +92,9 @@ def _require_output(settings: GenerateSettings, folder: WorkFolder) -> None:
     """Raises:
     TunesmithError: the output, or the file for the rejected samples, is not a file of ours.
     """
+    for path in (settings.output, settings.rejected):
+        if "\0" in str(path):
+            raise TunesmithError(f"{str(path)!r}: cannot be a file: its name has a NUL.", code="output-not-usable")
     if settings.rejected is not None and settings.rejected.resolve() in (
         settings.output.resolve(), folder.ledger.resolve(), folder.samples.resolve(), folder.state.resolve()
     ):  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 import os
 import shutil
@@ -18,7 +17,6 @@ import torch
 import tunesmith
 from tunesmith.adapters.adapter import find_zero_gates
 from tunesmith.adapters.open_adapter import TOLERANCE, merge_adapter, open_adapter
-from tunesmith.chat_template.template import ChatTemplate
 from tunesmith.data.store import has_store, open_store
 from tunesmith.display import format_bytes
 from tunesmith.encode.encoder import Encoder
@@ -27,15 +25,16 @@ from tunesmith.exports.compare import difference_of, logits_differ, prompt_logit
 from tunesmith.exports.request import Export, Lines
 from tunesmith.exports.whole import ON_CHANGED, random_weights
 from tunesmith.files import is_no_room, sync_path
-from tunesmith.generation.speaker import trained_data
-from tunesmith.gguf.architecture import describe_model
+from tunesmith.generation.speaker import find_stop_ids, trained_data
+from tunesmith.gguf.architecture import Form, describe_model
 from tunesmith.gguf.file import find_changed, write_gguf
 from tunesmith.gguf.modelfile import write_modelfile
 from tunesmith.gguf.pretokenizer import NUM_FUZZ
-from tunesmith.gguf.proof import prove
+from tunesmith.gguf.proof import prove, prove_in_f32
 from tunesmith.gguf.reader import reader_version
 from tunesmith.gguf.seal import find_seal, hash_unsealed, write_seal
 from tunesmith.gguf.tensors import list_tensors
+from tunesmith.gguf.variables import set_variables
 from tunesmith.gguf.vocabulary import Vocabulary, adds_bos, describe_vocabulary
 from tunesmith.model.load import check_vocabulary, load_config, load_model, require_own_base
 from tunesmith.model.reopen import PLAIN_TEXTS
@@ -134,6 +133,8 @@ class _Opened:
         model: in fp32, an adapter merged.
         kind: type of the file's matrices.
         texts: of the run's rows, or usual ones.
+        stops: ids that end a reply.
+        template: with the run's variables set in it; None without one.
         context: largest number of tokens of a chat.
         lines: to print.
     """
@@ -142,6 +143,8 @@ class _Opened:
     encoder: Encoder
     kind: str
     texts: Sequence[str]
+    stops: Sequence[int]
+    template: str | None
     context: int
     lines: Lines
 
@@ -154,10 +157,12 @@ def _open(export: Export) -> _Opened:
     trained, folder = trained_data(export.name)
     tokenizer = load_tokenizer(section)
     is_bare = trained.get("chat_template") == "none" or not tokenizer.chat_template
-    encoder = build_encoder(tokenizer, "none" if is_bare else None, {}, datetime.datetime.now())
-    encoder = _with_variables(encoder, trained.get("template_kwargs") or {})
+    variables = trained.get("template_kwargs") or {}
+    encoder = build_encoder(tokenizer, "none" if is_bare else None, variables, datetime.datetime.now())
+    template = set_variables(encoder.template.text, variables) if encoder.template else None
     config: Any = load_config(section, tokenizer, source)
     describe_model(export.name, config, has_zero_gates=True)  # refuses before the weights are read
+    context = _context(export.name, config, trained.get("max_seq_len") or 0)
     kind = export.type or _TYPE_OF.get(config.dtype or torch.float32, "f16")
     lines: Lines = []
     if source.adapter:
@@ -168,23 +173,23 @@ def _open(export: Export) -> _Opened:
     check_vocabulary(model, tokenizer)
     model = model.eval().requires_grad_(False)
     texts = _texts_of_run(folder, encoder) if folder else []
-    return _Opened(model, encoder, kind, texts or [*PROMPTS, *PLAIN_TEXTS], _context(config), lines)
+    stops = find_stop_ids(model, encoder)
+    return _Opened(model, encoder, kind, texts or [*PROMPTS, *PLAIN_TEXTS], stops, template, context, lines)
 
 
-def _context(config: Any) -> int:
-    return int(config.max_position_embeddings)
+def _context(name: str, config: Any, trained: int) -> int:
+    """The model's context, or the run's where its samples were longer.
 
-
-def _with_variables(encoder: Encoder, variables: Mapping[str, Any]) -> Encoder:
-    """The encoder with the template's variables of the run (data.template_kwargs) set in the template itself."""
-    if not variables or encoder.template is None:
-        return encoder
-    template = encoder.template
-    values = {name: json.dumps(value, ensure_ascii=False) for name, value in variables.items()}
-    values = {name: {"true": "true", "false": "false", "null": "none"}.get(text, text) for name, text in values.items()}
-    head = "".join(f"{{%- set {name} = {text} -%}}" for name, text in values.items())
-    made = ChatTemplate(head + template.text, template.source, template.special_tokens, template.is_fallback)
-    return Encoder(encoder.tokenizer, made, encoder.defaults, encoder.control_text)
+    Raises:
+        ModelError: llama.cpp cannot have it.
+    """
+    found = max(int(config.max_position_embeddings), trained)
+    if not 2 <= found < 2**31:
+        raise ModelError(
+            f"{name}: max_position_embeddings {found} has no GGUF form: llama.cpp takes 2 to {2**31 - 1:,} tokens.",
+            code="no-gguf-form",
+        )
+    return found
 
 
 def _merge(section: Any, source: ModelSource, config: Any, encoder: Encoder) -> tuple[Any, str]:
@@ -221,31 +226,19 @@ def _write(export: Export, partial: Path, path: Path) -> tuple[Lines, str]:
     """Write the file under a hidden name and prove it; returns what to print, and the Modelfile."""
     opened = _open(export)
     model, encoder, kind = opened.model, opened.encoder, opened.kind
-    gates = find_zero_gates(model)
-    form = describe_model(export.name, model.config, has_zero_gates=bool(gates))
+    form = describe_model(export.name, model.config, has_zero_gates=bool(find_zero_gates(model)))
     rows = model.get_input_embeddings().num_embeddings
-    vocabulary = describe_vocabulary(export.name, encoder, rows, opened.texts)
-    allowed = set(export.allow)
+    vocabulary = describe_vocabulary(export.name, encoder, rows, opened.texts, opened.stops)
     problems = _token_problem(vocabulary, len(opened.texts))
-    _refuse(export.name, problems, allowed)
+    _refuse(export.name, problems, set(export.allow))
     tensors = list_tensors(export.name, model, form, kind)
     size = sum(tensor.nbytes for tensor in tensors)
-    free = shutil.disk_usage(path.parent).free
-    if free < size:
+    if (free := shutil.disk_usage(path.parent).free) < size:
         raise RunError(
             f"{export.output}: the file needs {format_bytes(size)}; {format_bytes(free)} are free.",
             code="disk-too-small",
         )
-    reader = reader_version()
-    metadata = {
-        "tunesmith.version": tunesmith.__version__,
-        **({"tunesmith.reader": reader} if reader else {}),
-        "general.name": path.stem,
-        "general.type": "model",
-        **{f"{form.name}.{key}": value for key, value in form.metadata.items()},
-        **vocabulary.metadata,
-        **({"tokenizer.chat_template": encoder.template.text} if encoder.template else {}),
-    }
+    metadata = _metadata(path.stem, opened, form, vocabulary)
     hashes = write_gguf(partial, form.name, metadata, tensors, kind)
     seal = find_seal(partial)
     assert seal is not None
@@ -254,7 +247,9 @@ def _write(export: Export, partial: Path, path: Path) -> tuple[Lines, str]:
     if form.remark:
         lines.append(("note", form.remark))
     lines += [("note", text) for text in _twin_notes(vocabulary)]
-    said, is_proven = _prove(export, partial, opened, vocabulary, hashes, problems, reader)
+    if kind != "f32" and reader_version():
+        lines.append(_prove_in_f32(export, partial, opened, form, metadata))
+    said, is_proven = _prove(export, partial, opened, vocabulary, hashes, problems)
     lines += said
     if hash_unsealed(partial, seal) != written:
         raise RunError(
@@ -264,8 +259,38 @@ def _write(export: Export, partial: Path, path: Path) -> tuple[Lines, str]:
     write_seal(partial, is_proven)
     bos = encoder.tokenizer.bos_token if adds_bos(encoder) else ""
     decode = encoder.tokenizer.backend_tokenizer.decode
-    stops = [decode([number], skip_special_tokens=False) for number in encoder.stop_ids]
+    stops = [decode([number], skip_special_tokens=False) for number in opened.stops]
     return lines, write_modelfile(path.name, encoder.renderer(), bos, stops, opened.context)
+
+
+def _metadata(name: str, opened: _Opened, form: Form, vocabulary: Vocabulary) -> dict[str, Any]:
+    reader = reader_version()
+    return {
+        "tunesmith.version": tunesmith.__version__,
+        **({"tunesmith.reader": reader} if reader else {}),
+        "general.name": name,
+        "general.type": "model",
+        **{f"{form.name}.{key}": value for key, value in form.metadata.items()},
+        f"{form.name}.context_length": opened.context,
+        **vocabulary.metadata,
+        **({"tokenizer.chat_template": opened.template} if opened.template else {}),
+    }
+
+
+def _prove_in_f32(
+    export: Export, partial: Path, opened: _Opened, form: Form, metadata: Mapping[str, Any]
+) -> tuple[str, str]:
+    """Compare logits with the same metadata and weights in f32, where there is room; returns a line to print."""
+    tensors = list_tensors(export.name, opened.model, form, "f32")
+    size = sum(tensor.nbytes for tensor in tensors)
+    if not (size < shutil.disk_usage(partial.parent).free and 1.5 * size < available_memory()):
+        return "note", f"not compared with weights in f32, which needs {format_bytes(1.5 * size)} of memory and disk"
+    whole = partial.with_name(f"{partial.name}.f32")
+    try:
+        write_gguf(whole, form.name, metadata, tensors, "f32")
+        return "proof", prove_in_f32(str(whole), opened.model, opened.encoder, opened.texts, opened.context)
+    finally:
+        whole.unlink(missing_ok=True)
 
 
 def _prove(
@@ -275,7 +300,6 @@ def _prove(
     vocabulary: Vocabulary,
     hashes: Mapping[str, str],
     problems: dict[str, str],
-    reader: str | None,
 ) -> tuple[Lines, bool]:
     """Compare the file as written; what the user must allow is added to `problems`. Returns what to print, and whether
     all was compared and is equal.
@@ -291,13 +315,14 @@ def _prove(
             code="written-differently",
         )
     lines: Lines = [("tensors", f"{len(hashes)} read back, byte by byte as written")]
+    reader = reader_version()
     if reader is None:
         text = "llama.cpp is not installed, so nothing has opened the file: pip install 'tunesmith[gguf]'"
         return [*lines, ("NOT PROVEN", text)], False
     fits = 1.5 * partial.stat().st_size < available_memory()  # the model is in memory already
     finding = prove(
-        str(partial), opened.model if fits else None, opened.encoder, vocabulary, opened.texts, opened.kind,
-        opened.context,
+        str(partial), opened.model if fits else None, opened.encoder, vocabulary, opened.texts, opened.stops,
+        opened.kind, opened.context,
     )  # fmt: skip
     problems |= finding.problems
     _refuse(export.name, problems, set(export.allow))

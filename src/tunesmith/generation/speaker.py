@@ -157,17 +157,8 @@ class Speaker:
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Ids at which generation stops: the template's stop tokens, and those of the model's generation_config."""
-        config = getattr(self.model, "generation_config", None)
-        own = config.eos_token_id if config is not None else None
-        models = own if isinstance(own, list) else [own] if own is not None else []
-        if not all(isinstance(token, int) for token in models):
-            raise ModelError(
-                f"the model's generation_config.json cannot be used: eos_token_id is {own!r}, not token ids. Correct "
-                "or remove it.",
-                code="generation-config",
-            )
-        return frozenset([*self.encoder.stop_ids, *models])
+        """Ids at which generation stops."""
+        return frozenset(find_stop_ids(self.model, self.encoder))
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Token]:
         """Tokens of the replies to prompts (as ids) as they are generated, stop tokens included.
@@ -206,6 +197,24 @@ class Speaker:
             else:
                 self._unread.setdefault(token.row, []).append(token)
         return found
+
+
+def find_stop_ids(model: Any, encoder: Encoder) -> tuple[int, ...]:
+    """Ids that end a reply: the template's stop tokens first, then those of the model's generation_config.
+
+    Raises:
+        ModelError: generation_config has something else than ids.
+    """
+    config = getattr(model, "generation_config", None)
+    own = config.eos_token_id if config is not None else None
+    models = own if isinstance(own, list) else [own] if own is not None else []
+    if not all(isinstance(token, int) for token in models):
+        raise ModelError(
+            f"the model's generation_config.json cannot be used: eos_token_id is {own!r}, not token ids. Correct or "
+            "remove it.",
+            code="generation-config",
+        )
+    return tuple(dict.fromkeys([*encoder.stop_ids, *models]))
 
 
 def load_speaker(

@@ -146,11 +146,10 @@ def _explain(code: int | str, log: Path) -> str:
 
 
 def _num_threads() -> int:
-    """As OMP_NUM_THREADS says; else the cores. Its threads wait in loops: more of them than cores slow each other."""
+    """The cores, or fewer if OMP_NUM_THREADS says so: its threads wait in loops, and too many slow each other."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     given = os.environ.get("OMP_NUM_THREADS", "")
-    if given.isdecimal() and int(given):
-        return int(given)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, int(given)) if given.isdecimal() and int(given) else cores
 
 
 class _Server:

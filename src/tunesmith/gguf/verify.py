@@ -19,7 +19,8 @@ def verify_gguf(name: str) -> None:
     """
     path = Path(name).expanduser()
     if not path.is_file():
-        raise ModelError(f"{name}: no such file.", code="model-not-found")
+        what = "is not a file" if path.exists() else "no such file"
+        raise ModelError(f"{name}: {what}. Give the .gguf file that tunesmith export wrote.", code="model-not-found")
     seal = find_seal(path)
     if seal is None:
         raise ModelError(

@@ -24,21 +24,22 @@ class Vocabulary:
     Attributes:
         metadata: full keys.
         twin: how near llama.cpp's ids are to the tokenizer's.
-        stops: ids that end a reply and have a key of their own; llama.cpp knows some others by their text.
     """
 
     metadata: Mapping[str, Any]
     twin: Twin
-    stops: tuple[int, ...]
 
 
-def describe_vocabulary(name: str, encoder: Encoder, rows: int, texts: Sequence[str]) -> Vocabulary:
+def describe_vocabulary(
+    name: str, encoder: Encoder, rows: int, texts: Sequence[str], stops: Sequence[int]
+) -> Vocabulary:
     """A tokenizer's GGUF form.
 
     Args:
         name: of the model, for messages.
         rows: of the embedding; those without a token get a placeholder.
         texts: without control tokens, on which ids are compared.
+        stops: ids that end a reply.
 
     Raises:
         ModelError: llama.cpp has no tokenizer of this kind.
@@ -59,14 +60,17 @@ def describe_vocabulary(name: str, encoder: Encoder, rows: int, texts: Sequence[
         merges = settings["model"]["merges"]
         metadata["tokenizer.ggml.merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
     metadata |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
-    special, stops = _special_ids(encoder)
-    return Vocabulary(metadata | special, twin, stops)
+    return Vocabulary(metadata | _special_ids(encoder, stops), twin)
 
 
 def _list_tokens(settings: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
     """Texts and types of all rows of the embedding."""
     model = settings["model"]
-    tokens = [f"[UNUSED{number}]" for number in range(rows)]
+    known = {*model["vocab"], *(token["content"] for token in settings["added_tokens"])}
+    mark = "UNUSED"
+    while any(text.startswith(f"[{mark}") for text in known):
+        mark += "_"
+    tokens = [f"[{mark}{number}]" for number in range(rows)]
     types = [_UNUSED] * rows
     for text, number in model["vocab"].items():
         tokens[number], types[number] = text, _NORMAL
@@ -80,16 +84,16 @@ def _list_tokens(settings: Mapping[str, Any], rows: int) -> tuple[list[str], lis
     return tokens, types
 
 
-def _special_ids(encoder: Encoder) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """Metadata of special tokens, and the ids at which llama.cpp stops.
+def _special_ids(encoder: Encoder, stops: Sequence[int]) -> dict[str, Any]:
+    """Metadata of special tokens.
 
-    The tokenizer's EOS keeps its key, since templates may print it; the trained stop tokens are end of turn and end of
-    message where they differ from it.
+    The tokenizer's EOS keeps its key, since templates may print it; the stop tokens are end of turn and end of message
+    where they differ from it. There are no keys for more; llama.cpp knows some others by their text.
     """
     tokenizer = encoder.tokenizer
-    stops = dict.fromkeys([*([encoder.eos_id] if encoder.eos_id is not None else []), *encoder.stop_ids])
+    ends = dict.fromkeys([*([encoder.eos_id] if encoder.eos_id is not None else []), *stops])
     keys = ("eos_token_id", "eot_token_id", "eom_token_id")
-    found: dict[str, Any] = {f"tokenizer.ggml.{key}": number for key, number in zip(keys, stops, strict=False)}
+    found: dict[str, Any] = {f"tokenizer.ggml.{key}": number for key, number in zip(keys, ends, strict=False)}
     others = {
         "bos_token_id": encoder.bos_id,
         "unknown_token_id": tokenizer.unk_token_id,
@@ -97,7 +101,7 @@ def _special_ids(encoder: Encoder) -> tuple[dict[str, Any], tuple[int, ...]]:
     }
     found |= {f"tokenizer.ggml.{key}": number for key, number in others.items() if number is not None}
     found |= {"tokenizer.ggml.add_bos_token": adds_bos(encoder), "tokenizer.ggml.add_eos_token": False}
-    return found, tuple(stops)[: len(keys)]
+    return found
 
 
 def adds_bos(encoder: Encoder) -> bool:

@@ -20,9 +20,9 @@ from transformers.utils.hub import cached_file
 from tunesmith.config.schema import ModelSection
 from tunesmith.encode.encoder import Encoder
 from tunesmith.errors import ModelError
-from tunesmith.model.older_keys import OLDER_KEYS
 from tunesmith.model.source import telling_text
 from tunesmith.model.tokenizer import TokenizerSource, find_tokenizer, write_tokenizer
+from tunesmith.older_keys import OLDER_KEYS
 
 # ordinary content: no control tokens, no white space at the ends, NFC
 PLAIN_TEXTS = (

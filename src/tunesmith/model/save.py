@@ -17,9 +17,9 @@ from transformers.utils import logging
 from tunesmith.adapters.adapter import write_adapter
 from tunesmith.encode.encoder import Encoder
 from tunesmith.files import atomic_directory
-from tunesmith.model.older_keys import add_older_keys
 from tunesmith.model.reopen import require_reads_as
 from tunesmith.model.tokenizer import write_tokenizer
+from tunesmith.older_keys import add_older_keys
 from tunesmith.tensors import require_tensors
 
 _WEIGHTS = "model.safetensors"

@@ -27,7 +27,6 @@ from tunesmith.cards.merged import merged_card
 from tunesmith.display import format_bytes
 from tunesmith.errors import ModelError, RunError, TunesmithError
 from tunesmith.files import atomic_directory, is_no_room
-from tunesmith.model.older_keys import add_older_keys
 from tunesmith.model.reopen import require_same_tokenizer
 from tunesmith.model.source import (
     ModelSource,
@@ -38,6 +37,7 @@ from tunesmith.model.source import (
     require_plain_files,
     telling_text,
 )
+from tunesmith.older_keys import add_older_keys
 from tunesmith.staging import locked, remove_abandoned
 from tunesmith.use.combine import MergePlan, deltas_of, read_weights
 from tunesmith.use.merge_output import is_ours, resolve_target

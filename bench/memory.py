@@ -22,10 +22,11 @@ from pathlib import Path
 from compare_inputs import read_pairs, write_model, write_rows
 
 CHILD = """
-import resource, sys
+import sys
 from tunesmith.cli import main
+from tunesmith.monitor.memory import process_memory
 code = main(sys.argv[1:])
-print(f"PEAK {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}", flush=True)
+print(f"PEAK {process_memory()[1]:.0f}", flush=True)
 sys.exit(code)
 """
 FP32, BF16 = (["--train.precision", name] for name in ("fp32", "bf16"))

@@ -8,8 +8,6 @@ for the constants below, which `bench/memory.py` checks on real runs.
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -25,6 +23,7 @@ from tunesmith.display import format_bytes
 from tunesmith.layers.swiglu import watching_kept
 from tunesmith.model.head import CHUNK_BYTES, plain_head
 from tunesmith.model.loss import SupervisedLM, supervised_loss
+from tunesmith.monitor.allocator import glibc_version, leaves_gaps
 
 ERROR = 0.15  # of a total, at most, on the runs of bench/memory.py
 _SIZES = (16, 32, 64)  # tokens of the forwards that are measured
@@ -288,14 +287,9 @@ def heap_share(is_split: bool, is_checkpointed: bool) -> float:
     Args:
         is_split: tensors of many sizes come and go: of an adapter, of half precision, beside kept gradients.
     """
-    name = ""
-    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows; another C library
-        name = os.confstr("CS_GNU_LIBC_VERSION") or ""
-    found = re.match(r"glibc (\d+)\.(\d+)", name)
-    if found is None:
+    if glibc_version() is None:
         return 1.0
-    is_old = (int(found[1]), int(found[2])) < (2, 38)
-    if not is_old or not (is_split or is_checkpointed):
+    if not leaves_gaps() or not (is_split or is_checkpointed):
         return _HEAP
     return _HEAP_OF_CHECKPOINTED if is_checkpointed else _HEAP_OF_SMALL
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tunesmith.distributed.world import World
+from tunesmith.monitor.memory import process_memory
 
 _GB = 1e9
 _MARKS = 1000
@@ -68,10 +69,13 @@ def memory_gb(device: torch.device) -> float | None:
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak / _GB
+    if own := process_memory()[1]:
+        return own / _GB
     try:
         import resource
     except ImportError:  # Windows
         return None
+    # on Linux this would begin with the peak of the process that started this one
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / _GB if sys.platform == "darwin" else peak * 1024 / _GB
 

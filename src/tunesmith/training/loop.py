@@ -19,6 +19,7 @@ from tunesmith.distributed.world import World
 from tunesmith.errors import InterruptedRun, ModelError, RunError
 from tunesmith.generation.held_out import HeldOutQuestions, mean_scores
 from tunesmith.model.loss import SupervisedLM
+from tunesmith.monitor.allocator import give_back_much
 from tunesmith.monitor.pace import Pace
 from tunesmith.monitor.profile import Profile
 from tunesmith.monitor.usage import memory_gb, usage_record
@@ -134,6 +135,7 @@ class Trainer:
             if self.profile is not None:
                 self.profile.before(self.made_step + 1)
             record = self._whole_step(step)
+            give_back_much()
             if self.profile is not None:
                 with self.window.pause():
                     self.profile.after(self.made_step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -241,6 +242,7 @@ def make_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
     yield make
     if folder.is_mount():
+        gc.collect()  # files that a failed run mapped, whose error refers to itself
         subprocess.run(["umount", str(folder)], check=True)
 
 

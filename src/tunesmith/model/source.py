@@ -118,7 +118,11 @@ def _find_base(adapter: Path) -> ModelSource:
             raise ModelError(f"{base} is itself an adapter. Merge it first: tunesmith merge.", code="base-is-adapter")
         source = find_base(base, record)
     except ModelError as error:
-        raise ModelError(f"{adapter}: its base model cannot be found: {error}", code=error.code) from None
+        moved = f" If it was moved: tunesmith merge {adapter} --base FOLDER --output MERGED."
+        raise ModelError(
+            f"{adapter}: its base model cannot be found: {error}{moved if error.code == 'model-not-found' else ''}",
+            code=error.code,
+        ) from None
     # the main branch of a hub model may change; use the commit that the adapter was trained on
     revision = (record or {}).get("commit") or config.revision
     return replace(source, adapter=adapter, revision=revision if source.kind == "hub" else None)

@@ -77,14 +77,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="a file of Alpaca's form; default: generated rows")
     parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer; default: one made of a few words")
     parser.add_argument("--large-tokenizer", type=Path, help="for the shapes of Qwen, which need a tokenizer of Qwen")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases with TEXT in their name")
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="cases with TEXT in their name; the others stay in memory.json as they are",
+    )
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: all cores")
     parser.add_argument("--smallest", action="store_true", help="one case with a tiny model, to try the script")
     parser.add_argument("--docs", type=Path, help="folder for memory.json")
     args = parser.parse_args()
     cases = {"smallest": ("smallest", [])} if args.smallest else CASES
-    found = {}
+    kept = args.docs / "memory.json" if args.docs and args.only else None
+    found = json.loads(kept.read_text(encoding="utf-8")) if kept and kept.exists() else {}
     with tempfile.TemporaryDirectory(prefix="memory-") as name:
         folder = Path(name)
         rows = write_rows(folder / "rows.jsonl", read_pairs(args.data))

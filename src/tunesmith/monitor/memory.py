@@ -285,7 +285,8 @@ def heap_share(is_split: bool, is_checkpointed: bool) -> float:
     """Bytes of the process for each byte of tensors in a step.
 
     Args:
-        is_split: tensors of many sizes come and go: of an adapter, of half precision, beside kept gradients.
+        is_split: tensors of many sizes come and go: of an adapter, of half precision, of experts, beside kept
+            gradients.
     """
     if glibc_version() is None:
         return 1.0

@@ -262,8 +262,9 @@ def plan_memory(ready: ReadyRun) -> MemoryPlan | str:
     largest = max((parameter.numel() * parameter.element_size() for parameter in trained), default=0)
     second = tied_bytes(lm.model)
     is_half = precision.compute is not None or precision.weights.itemsize == 2
-    taken, peak = process_memory()
     accumulates = train.grad_accum_steps > session.world.size or not lm.is_packed
+    is_split = session.is_adapter or is_half or accumulates or lm.router is not None
+    taken, peak = process_memory()
     tokens, longest, share = plan_forward(ready)
     return MemoryPlan(
         taken=max(taken, weights) if is_cpu else weights,
@@ -281,7 +282,7 @@ def plan_memory(ready: ReadyRun) -> MemoryPlan | str:
         accumulates=accumulates,
         is_checkpointed=train.gradient_checkpointing,
         exchange=max(second, 2 * min(gradients, max(largest, _BUCKET_BYTES)) if session.world.size > 1 else 0.0),
-        heap=heap_share(session.is_adapter or is_half or accumulates, train.gradient_checkpointing) if is_cpu else 1.0,
+        heap=heap_share(is_split, train.gradient_checkpointing) if is_cpu else 1.0,
         peak=peak if is_cpu else 0.0,
     )
 

@@ -105,7 +105,7 @@ def test_values_narrower_than_keys(tracer: None) -> None:
 def test_an_adapter_in_fp32_breaks_no_graph(tracer: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the processor has oneDNN multiply the products of uncompiled layers."""
     products.onednn_is_faster.cache_clear()
-    monkeypatch.setattr(products, "_processor", lambda: "vendor_id : AuthenticAMD")
+    monkeypatch.setattr(products, "is_amd", lambda: True)
     model = build_model(tiny_config("llama"), torch.float32)
     use_packed_attention(model)
     settings = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)

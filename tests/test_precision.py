@@ -20,17 +20,21 @@ NEITHER = {"amx_bf16": False, "avx512_bf16": False}
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "limit", "picked"),
+    ("capabilities", "is_amd", "limit", "picked"),
     [
-        (AMX, None, "bf16"), (AVX512, None, "bf16"), (NEITHER, None, "fp32"), (AMX, "AVX512_CORE", "fp32"),
-        (AMX, "avx512_core_bf16", "bf16"), (AMX, "AVX512_CORE_AMX", "bf16"), (AVX512, "AVX2", "fp32"),
-        (NEITHER, "AVX512_CORE_AMX", "fp32"), (AMX, "DEFAULT", "bf16"), (AMX, "", "bf16"),
+        (AMX, False, None, "bf16"), (AMX, False, "DEFAULT", "bf16"), (AMX, False, "", "bf16"),
+        (AMX, False, "AVX512_CORE_AMX", "bf16"), (AMX, False, "AVX512_CORE", "fp32"),
+        (AMX, False, "avx512_core_bf16", "fp32"), (AMX, True, "avx512_core_bf16", "bf16"),
+        (AVX512, True, None, "bf16"), (AVX512, True, "AVX2", "fp32"), (AVX512, False, None, "fp32"),
+        (NEITHER, True, None, "fp32"), (NEITHER, False, "AVX512_CORE_AMX", "fp32"),
     ],
 )  # fmt: skip
 def test_auto_on_a_cpu(
-    capabilities: dict[str, bool], limit: str | None, picked: str, monkeypatch: pytest.MonkeyPatch
+    capabilities: dict[str, bool], is_amd: bool, limit: str | None, picked: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """AVX512_BF16 counts on AMD alone: on Intel it is slower than fp32."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(precision, "is_amd", lambda: is_amd)
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
     if limit is not None:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)

@@ -56,8 +56,8 @@ class TrainSection(Section):
     token (MiniMind before 2026-03-24)."""
     precision: Literal["auto", "fp32", "bf16", "bf16_pure", "fp16"] = "auto"
     """bf16: computes in bf16, trains fp32 weights; fp16: the same by autocast; bf16_pure: bf16 weights and averages;
-    auto: bf16 on a GPU or CPU with instructions for it (AMX, AVX512_BF16), else fp32. A resumed run keeps what it began
-    with."""
+    auto: bf16 on a GPU or CPU that is faster with it (AMX; on AMD AVX512_BF16), else fp32. A resumed run keeps what it
+    began with."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, far less memory."""
     parallel: Literal["auto", "ddp", "fsdp", "deepspeed", "none"] = "auto"

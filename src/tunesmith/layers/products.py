@@ -41,7 +41,7 @@ def uses_onednn(x: Tensor, weight: Tensor) -> bool:
 @functools.cache
 def onednn_is_faster() -> bool:
     """Decided by the processor, not by a timing: a resumed run must choose as it did before."""
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and "AMD" in _processor()):
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and is_amd()):
         return False
     try:
         x, weight, bias = torch.randn(3, 5), torch.randn(4, 5), torch.randn(4)
@@ -51,12 +51,14 @@ def onednn_is_faster() -> bool:
     return torch.allclose(found, F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
-def _processor() -> str:
+@functools.cache
+def is_amd() -> bool:
+    """Whether AMD made this processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith("vendor_id")), "")
+        return "AMD" in platform.processor()
+    return any("AMD" in line for line in lines if line.startswith("vendor_id"))
 
 
 class _Linear(torch.autograd.Function):

@@ -84,10 +84,11 @@ def started(name: str, python: Path | str, engine: str, task: Task, env: dict[st
     own = task.write()
     log = own.with_suffix(".log")
     offline = {"COMPARE_BEGAN": repr(time.time()), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     with log.open("w") as file:
         process = subprocess.Popen(
             [str(python), str(HERE / "compare_engines.py"), engine, str(own)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=file, text=True, env={**os.environ, **offline, **env},
+            stdout=subprocess.PIPE, stderr=file, text=True, env={**inherited, **offline, **env},
         )  # fmt: skip
     found = Engine(name, process, log)
     try:

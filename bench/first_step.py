@@ -3,9 +3,10 @@
     python bench/first_step.py --data rows.jsonl --tokenizer TOKENIZER [--before COMMIT]
 
 A model of 26 million parameters (new:minimind-26m) is trained for one step on the first 2,000 rows. Processes run in
-turn: one that only imports torch and transformers, and one for each version of the code; the first of each is not
-counted. Given are medians of seconds from the start of the process: until the first output, until the first lines about
-the run, and until the step is logged; and what is left of the last without the imports.
+turn: one that only imports torch and transformers, one that also imports a model's class, and one for each version of
+the code; the first of each is not counted. Given are medians of seconds from the start of the process: until the first
+output, until the first lines about the run, and until the step is logged; and what is left of the last without the
+imports of torch and transformers.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from rows_per_s import unpack
 
 HERE = Path(__file__).resolve().parent
 IMPORTS = "import torch; from transformers import AutoModelForCausalLM, AutoTokenizer"
+MODEL_CODE = "import torch; from transformers import LlamaForCausalLM, AutoTokenizer"  # which the names above leave out
 
 
-def time_imports() -> float:
+def time_imports(code: str) -> float:
     began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", IMPORTS], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True)
     return time.perf_counter() - began
 
 
@@ -37,6 +39,7 @@ def time_run(words: list[str], sources: Path, run: Path) -> tuple[float, float, 
     """Seconds until the first output, the lines about the run, and the step."""
     shutil.rmtree(run, ignore_errors=True)
     env = {**os.environ, "PYTHONPATH": str(sources), "TUNESMITH_CACHE": str(run.parent / "cache")}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is compiled, as torch and transformers are
     began = time.perf_counter()
     child = subprocess.Popen(
         [sys.executable, "-m", "tunesmith", "train", *words, "--output", str(run)], stdout=subprocess.PIPE, text=True,
@@ -76,15 +79,18 @@ def main() -> None:
         words = ["--model", "new:minimind-26m", "--tokenizer", str(args.tokenizer), "--data", str(rows),
                  "--train.max_steps", "2", "--train.log_steps", "1", *more]  # fmt: skip
         imports: list[float] = []
+        model_code: list[float] = []
         found: dict[str, list[tuple[float, float, float]]] = {side: [] for side in sides}
         for number in range(1 + args.rounds):
-            imported = time_imports()
+            imported, with_model = time_imports(IMPORTS), time_imports(MODEL_CODE)
             timed = {side: time_run(words, sources, folder / "run") for side, sources in sides.items()}
             if number:
                 imports.append(imported)
+                model_code.append(with_model)
                 for side, seconds in timed.items():
                     found[side].append(seconds)
-    print(f"importing torch and transformers: {statistics.median(imports):.1f} s")
+    print(f"importing torch and transformers: {statistics.median(imports):.1f} s, "
+          f"with the code of a model {statistics.median(model_code):.1f} s")  # fmt: skip
     for side, runs in found.items():
         output, lines, step = (statistics.median(column) for column in zip(*runs, strict=True))
         rest = statistics.median(run[2] - one for run, one in zip(runs, imports, strict=True))

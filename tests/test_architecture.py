@@ -12,7 +12,7 @@ import tunesmith
 PACKAGE = Path(tunesmith.__file__).parent
 # A module imports from its own package and from those before it.
 ORDER = [
-    "errors", "reading", "display", "streams", "terminal", "runfolder", "files", "config", "tensors", "staging", "minimind", "sources", "foreign", "rows",
+    "errors", "importing", "reading", "display", "streams", "terminal", "runfolder", "files", "config", "tensors", "staging", "minimind", "sources", "foreign", "rows",
     "chat_template", "tokens", "encode", "plans", "data", "preparation", "streaming", "layers", "older_keys", "adapters", "attention", "model", "cards", "hashes", "caches", "generation", "gguf", "distributed", "monitor", "training", "run", "lr_find", "use", "exports", "report", "stages", "evaluation", "distillation", "judging", "publish", "serve", "arguments", "process", "models", "api", "demo", "parser", "boundary", "cli",
     "__main__",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ from tunesmith.boundary import end_at_next_interrupt, end_interrupted, report_fa
 from tunesmith.display import visible_streams
 from tunesmith.distributed.launch import VOICE, require_one_process
 from tunesmith.errors import ConfigError, InterruptedRun, UsageError
+from tunesmith.importing import import_libraries
 from tunesmith.parser.build import build_parser
 from tunesmith.parser.command import CommandParser
 from tunesmith.parser.words import find_command, refuse_unknown_flags, take_open_maps, take_unknown_flags
@@ -119,6 +120,8 @@ def _run_use_command(options: argparse.Namespace, words: list[str] | None, templ
     Args:
         words: the command that convert-config converts.
     """
+    if options.command in ("chat", "serve", "evaluate", "generate", "merge"):
+        import_libraries()
     if options.command == "chat":
         from tunesmith.use.chat import run_chat
 
@@ -212,9 +215,10 @@ def _check(options: argparse.Namespace, stages: Any) -> None:
 
 
 def _announce_imports() -> None:
-    """Say what comes first where standard output is no terminal, on which `show_status` has said it."""
+    """Import the libraries; say so where standard output is no terminal, on which `show_status` has said it."""
     if "torch" not in sys.modules and not sys.stdout.isatty() and VOICE.is_heard():
         print("start      importing PyTorch and transformers", flush=True)
+    import_libraries()
 
 
 def _train(config: Any) -> None:
@@ -226,6 +230,7 @@ def _train(config: Any) -> None:
 
 
 def _lr_find(config: Any) -> None:
+    import_libraries()
     from tunesmith.lr_find import run_lr_find
 
     run_lr_find(config)

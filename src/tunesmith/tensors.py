@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -11,6 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tunesmith.files import lost_write
+
+_GROUP = 2**27  # bytes that are read back together
+_PART = 2**22  # numbers that are looked at together: isfinite takes seven bytes for each
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -32,10 +35,25 @@ def require_tensors(path: Path, meant: Mapping[str, Tensor]) -> set[str]:
     """
     with safe_open(path, "pt") as file:
         names = set(file.keys())
-        for name in names & set(meant):
-            if not is_same_bits(file.get_tensor(name), meant[name]):
+    for group in _groups({name: meant[name] for name in sorted(names & set(meant))}):
+        with safe_open(path, "pt") as file:  # opened anew: what is read stays in memory until it is closed
+            if not all(is_same_bits(file.get_tensor(name), meant[name]) for name in group):
                 raise lost_write(path)
     return names
+
+
+def _groups(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """Names of tensors that have _GROUP bytes together, or more by the last of them."""
+    group: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        group.append(name)
+        size += tensor.numel() * tensor.element_size()
+        if size >= _GROUP:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def is_same_bits(one: Tensor, other: Tensor) -> bool:
@@ -49,6 +67,8 @@ def is_same_bits(one: Tensor, other: Tensor) -> bool:
 def find_not_finite(tensors: Mapping[str, Tensor]) -> str:
     """Name of a tensor with NaN or infinite values; "" if all are finite."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not all(
+            bool(torch.isfinite(part).all()) for part in tensor.detach().reshape(-1).split(_PART)
+        ):
             return name
     return ""

@@ -123,12 +123,14 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         rows = chunk_rows(weight.shape[0])
+        # All chunks share it: glibc before 2.38 does not find freed memory again for a tensor of the same size
+        work = hidden.new_empty(2, min(rows, len(targets)), weight.shape[0], dtype=sum_dtype(hidden))
         losses: list[Tensor] = []
         hidden_grads: list[Tensor] = []
         weight_grad: Tensor | None = None
         bias_grad: Tensor | None = None
         for part, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
-            found, grad, dtype = _chunk(part, weight, bias, wanted, rule)
+            found, grad, dtype = _chunk(part, weight, bias, wanted, rule, work[:, : len(part)])
             losses.append(found)
             if needs_bias:
                 of_bias = grad.sum(0)
@@ -176,20 +178,35 @@ def _add_product(total: Tensor | None, grad: Tensor, hidden: Tensor, is_last: bo
 
 
 def _chunk(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rule: LogitRule
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rule: LogitRule, work: Tensor
 ) -> tuple[Tensor, Tensor, torch.dtype]:
-    """[n] losses, the [n, vocab] gradient of their sum with respect to the product with the head, its dtype."""
-    logits = F.linear(hidden, weight, bias)
-    dtype = logits.dtype
-    logits = rule.apply(logits.to(sum_dtype(logits)))
-    log_probabilities = F.log_softmax(logits, -1)
-    if rule.cap is None:
-        del logits  # only a cap's slope needs them
+    """[n] losses, the [n, vocab] gradient of their sum with respect to the product with the head, its dtype.
+
+    Args:
+        work: [2, n, vocab], which will hold the gradient.
+    """
+    logits, log_probabilities = work
+    dtype = _multiply(hidden, weight, bias, logits)
+    logits = rule.apply(logits)
+    torch.log_softmax(logits, -1, out=log_probabilities)
     losses = F.nll_loss(log_probabilities, targets, reduction="none")
     grad = log_probabilities.exp_()
     grad.scatter_add_(1, targets[:, None], grad.new_full((len(targets), 1), -1.0))
-    rule.multiply_slope(grad, grad if rule.cap is None else logits)
+    rule.multiply_slope(grad, logits)
     return losses, grad, dtype
+
+
+def _multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> torch.dtype:
+    """Write the product with the head into `logits`; returns the dtype in which it was computed."""
+    if hidden.dtype == weight.dtype == logits.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        if bias is None:
+            torch.mm(hidden, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, hidden, weight.t(), out=logits)
+        return logits.dtype
+    product = F.linear(hidden, weight, bias)
+    logits.copy_(product)
+    return product.dtype
 
 
 def sum_dtype(tensor: Tensor) -> torch.dtype:

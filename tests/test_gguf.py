@@ -217,7 +217,7 @@ def test_a_file_changed_between_writing_and_proof_is_not_proven(
     monkeypatch.setattr(exporter, "write_gguf", write_and_change)
     error = fails("export", folder, "--format", "gguf", "--output", tmp_path / "m.gguf")
     assert error.code == "written-differently"
-    assert not list(tmp_path.glob("*m.*"))
+    assert not [*tmp_path.glob("*m.*"), *tmp_path.glob(".*")]
 
 
 def test_a_changed_file_is_not_called_proven(
@@ -245,6 +245,25 @@ def test_a_changed_file_is_not_called_proven(
     file.write_bytes(b"")
     assert fails("export", file, "--verify").code == "not-gguf"
     assert fails("export", tmp_path / "none.gguf", "--verify").code == "model-not-found"
+    error = fails("export", file, "--verify", "--output", tmp_path / "n.gguf", "--type", "f16")
+    assert error.code == "unused-option"
+    assert "--output: --verify" in str(error)
+    assert "--type: --verify" in str(error)
+
+
+def test_the_longest_name_of_a_file(
+    folder: Path, tmp_path: Path, run: Run, fails: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Modelfile has a longer name than the GGUF file."""
+    monkeypatch.setattr(exporter, "reader_version", lambda: None)
+    longest = os.pathconf(tmp_path, "PC_NAME_MAX") - len(".Modelfile")
+    error = fails("export", folder, "--format", "gguf", "--output", tmp_path / f"{'m' * (longest + 1)}.gguf")
+    assert error.code == "output-not-writable"
+    assert "too long" in str(error)
+    out = export(run, folder, tmp_path / f"it's {'m' * (longest - 5)}.gguf")
+    assert "ollama create NAME -f '" in out
+    assert len(list(tmp_path.glob("it*"))) == 2
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_mistakes_leave_no_files(
@@ -303,7 +322,7 @@ def test_weights_that_cannot_be_written(tmp_path: Path, plain_tokenizer: Any, fa
         plain_tokenizer.save_pretrained(target)
         words = ("--format", "gguf", "--type", "f16", "--output", tmp_path / "m.gguf")
         assert fails("export", target, *words).code == code
-    assert not list(tmp_path.glob("*m.*"))
+    assert not [*tmp_path.glob("*m.*"), *tmp_path.glob(".*")]
 
 
 def test_other_tokens_must_be_allowed(
@@ -379,7 +398,7 @@ def test_other_templates_must_be_allowed(
     monkeypatch.setattr(proof, "ask", misread)
     words = ("--format", "gguf", "--output", tmp_path / "m.gguf")
     assert fails("export", folder, *words).code == "template-differs"
-    assert not list(tmp_path.glob("*m.*"))
+    assert not [*tmp_path.glob("*m.*"), *tmp_path.glob(".*")]
     assert "NOT PROVEN" in export(run, folder, tmp_path / "m.gguf", "--allow", "template")
 
 

@@ -147,7 +147,9 @@ def _run_use_command(options: argparse.Namespace, words: list[str] | None, templ
     elif options.command == "merge":
         _merge(options)
     elif options.command == "export":
-        _export(options)
+        from tunesmith.exports.command import run_export_command
+
+        run_export_command(options)
     elif options.command == "push":
         _push(options)
     elif options.command == "demo":
@@ -263,35 +265,6 @@ def _merge(options: argparse.Namespace) -> None:
         options.base,
         options.allow_changed_base,
         options.trust_remote_code,
-    )
-
-
-def _export(options: argparse.Namespace) -> None:
-    if options.verify:
-        from tunesmith.gguf.verify import verify_gguf
-
-        verify_gguf(options.model)
-        return
-    missing = [flag for flag, value in (("--output", options.output), ("--format", options.format)) if value is None]
-    if missing:
-        raise UsageError(f"tunesmith export: give {' and '.join(missing)}.", code="missing-flag")
-    from tunesmith.exports.request import Export
-    from tunesmith.exports.run import run_export
-
-    run_export(
-        Export(
-            options.model,
-            options.output,
-            options.format,
-            options.generation,
-            options.weight,
-            options.tokenizer,
-            options.base,
-            options.model_config,
-            options.trust_remote_code,
-            options.type,
-            tuple(options.allow),
-        )
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import shlex
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -57,7 +58,7 @@ def export_gguf(export: Export) -> Path:
     path = _target(export.output)
     modelfile = path.with_suffix(".Modelfile")
     _require_extra()
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
         lines, text = _write(export, partial, path)
         _take_name(partial, path, modelfile, text)
@@ -69,7 +70,7 @@ def export_gguf(export: Export) -> Path:
         partial.unlink(missing_ok=True)
     for name, line in lines:
         logger.info(f"{name:<10} {line}")
-    logger.info(f"exported: {export.output}\nOllama: ollama create NAME -f {modelfile}")
+    logger.info(f"exported: {export.output}\nOllama: ollama create NAME -f {shlex.quote(str(modelfile))}")
     return path
 
 
@@ -103,6 +104,12 @@ def _target(output: str) -> Path:
         raise TunesmithError(
             f"{output}: cannot be used as --output: {path.parent} is not writable.", code="output-not-usable"
         )
+    try:
+        path.with_suffix(".Modelfile").lstat()
+    except FileNotFoundError:
+        return path
+    except OSError as error:  # a longer name than the file system takes
+        raise _explain(error, output) from None
     return path
 
 

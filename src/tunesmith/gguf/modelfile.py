@@ -6,6 +6,7 @@ templates that put fixed texts around the turns, and compared with the Jinja tem
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -119,7 +120,8 @@ def write_modelfile(file: str, renderer: Renderer | None, bos: str, stops: Seque
         stops: texts of the tokens that end a reply.
         context: largest number of tokens of a chat.
     """
-    lines = [f"# ollama create NAME -f {file.removesuffix('.gguf')}.Modelfile", f"FROM ./{file}"]
+    modelfile = shlex.quote(file.removesuffix(".gguf") + ".Modelfile")
+    lines = [f"# ollama create NAME -f {modelfile}", f"FROM ./{file}"]
     if renderer is None:
         lines.append('TEMPLATE """{{ .Prompt }}"""')
     elif turns := find_turn_texts(renderer, bos):

@@ -1,4 +1,4 @@
-"""Compare the memory that `tunesmith train` announces with what it takes: ten kinds of runs on the CPU.
+"""Compare the memory that `tunesmith train` announces with what it takes: kinds of runs on the CPU.
 
     python bench/memory.py --data alpaca.json --tokenizer TOKENIZER --large-tokenizer QWEN [--only LoRA] [--docs docs]
 
@@ -46,6 +46,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "0.5B shape of 4 layers, bf16": ("qwen2.5-0.5b-4-layers", BF16),
     "0.5B shape of 4 layers, LoRA": ("qwen2.5-0.5b-4-layers", LORA),
     "0.5B shape of 4 layers, LoRA on NF4": ("qwen2.5-0.5b-4-layers", [*LORA, "--lora.quantize", "nf4"]),
+    "0.5B shape of 4 layers, LoRA on int8": ("qwen2.5-0.5b-4-layers", [*LORA, "--lora.quantize", "int8"]),
     "100M, all weights": ("100m", []),
     "1M, all weights": ("1m", []),
 }

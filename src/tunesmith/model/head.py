@@ -124,13 +124,14 @@ class _HeadLoss(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         rows = chunk_rows(weight.shape[0])
         # All chunks share it: glibc before 2.38 does not find freed memory again for a tensor of the same size
-        work = hidden.new_empty(2, min(rows, len(targets)), weight.shape[0], dtype=sum_dtype(hidden))
+        shape = min(rows, len(targets)), weight.shape[0]
+        work = [hidden.new_empty(shape, dtype=sum_dtype(hidden)) for _ in range(2)]
         losses: list[Tensor] = []
         hidden_grads: list[Tensor] = []
         weight_grad: Tensor | None = None
         bias_grad: Tensor | None = None
         for part, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
-            found, grad, dtype = _chunk(part, weight, bias, wanted, rule, work[:, : len(part)])
+            found, grad, dtype = _chunk(part, weight, bias, wanted, rule, [each[: len(part)] for each in work])
             losses.append(found)
             if needs_bias:
                 of_bias = grad.sum(0)
@@ -178,12 +179,12 @@ def _add_product(total: Tensor | None, grad: Tensor, hidden: Tensor, is_last: bo
 
 
 def _chunk(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rule: LogitRule, work: Tensor
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rule: LogitRule, work: list[Tensor]
 ) -> tuple[Tensor, Tensor, torch.dtype]:
     """[n] losses, the [n, vocab] gradient of their sum with respect to the product with the head, its dtype.
 
     Args:
-        work: [2, n, vocab], which will hold the gradient.
+        work: two of [n, vocab]; the second will hold the gradient.
     """
     logits, log_probabilities = work
     dtype = _multiply(hidden, weight, bias, logits)

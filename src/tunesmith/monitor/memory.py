@@ -31,8 +31,8 @@ _CHUNKS = 2.0  # of fp32 logits that the head's loss holds at once (model/head.p
 _LOGITS = 2.5  # the same where all logits are made: logits, softmax, and half of another while they are made
 _LAYER = 1.6  # of what a layer keeps, its backward takes where the layer is made again for it
 # Bytes of glibc's heap for each byte of tensors in a step: plain, where small tensors lie between large ones, and where
-# layers are made again. Before 2.38, freed aligned memory is not found again for a tensor of the same size.
-_HEAP, _HEAP_OF_SMALL, _HEAP_OF_CHECKPOINTED = 1.25, 1.6, 2.0
+# layers, or weights of a quantized base, are made again. Before 2.38, freed aligned memory is not found again for a tensor of the same size.
+_HEAP, _HEAP_OF_SMALL, _HEAP_OF_AGAIN = 1.25, 1.6, 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,18 +281,19 @@ def tied_bytes(model: Any) -> float:
     return float(embedding.numel() * embedding.element_size())
 
 
-def heap_share(is_split: bool, is_checkpointed: bool) -> float:
+def heap_share(is_split: bool, makes_again: bool) -> float:
     """Bytes of the process for each byte of tensors in a step.
 
     Args:
         is_split: tensors of many sizes come and go: of an adapter, of half precision, of experts, beside kept
             gradients.
+        makes_again: layers that are checkpointed, or weights of a quantized base.
     """
     if glibc_version() is None:
         return 1.0
-    if not leaves_gaps() or not (is_split or is_checkpointed):
+    if not leaves_gaps() or not (is_split or makes_again):
         return _HEAP
-    return _HEAP_OF_CHECKPOINTED if is_checkpointed else _HEAP_OF_SMALL
+    return _HEAP_OF_AGAIN if makes_again else _HEAP_OF_SMALL
 
 
 def process_memory() -> tuple[float, float]:

@@ -264,6 +264,7 @@ def plan_memory(ready: ReadyRun) -> MemoryPlan | str:
     is_half = precision.compute is not None or precision.weights.itemsize == 2
     accumulates = train.grad_accum_steps > session.world.size or not lm.is_packed
     is_split = session.is_adapter or is_half or accumulates or lm.router is not None
+    makes_again = train.gradient_checkpointing or session.config.lora.quantize != "none"
     taken, peak = process_memory()
     tokens, longest, share = plan_forward(ready)
     return MemoryPlan(
@@ -282,7 +283,7 @@ def plan_memory(ready: ReadyRun) -> MemoryPlan | str:
         accumulates=accumulates,
         is_checkpointed=train.gradient_checkpointing,
         exchange=max(second, 2 * min(gradients, max(largest, _BUCKET_BYTES)) if session.world.size > 1 else 0.0),
-        heap=heap_share(is_split, train.gradient_checkpointing) if is_cpu else 1.0,
+        heap=heap_share(is_split, makes_again) if is_cpu else 1.0,
         peak=peak if is_cpu else 0.0,
     )
 

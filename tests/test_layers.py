@@ -262,3 +262,18 @@ def test_an_mlp_with_dropout_of_its_own_is_left_alone() -> None:
     state = torch.get_rng_state()
     assert not speed_up_mlp(module)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_a_frozen_layer_does_not_keep_its_input(is_trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    layer = nn.Linear(5, 4).requires_grad_(is_trained)
+    products.speed_up_linear(layer)
+    x = torch.randn(3, 5, requires_grad=True)
+    output = layer(x)
+    node: Any = output.grad_fn
+    assert (node.saved_tensors[0] is not None) == is_trained
+    output.sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, layer.weight.sum(0).expand(3, 5), atol=1e-6)

@@ -283,8 +283,8 @@ def test_what_down_projections_keep_is_counted() -> None:
     found = measure_kept(wrap(model, adapter), nullcontext(), 64)
     assert plain is not None
     assert found is not None
-    dropped = 2 * 256 * 4  # bytes a token: two layers keep the dropped product; silu(gate) and the product are not kept
-    assert found.per_token >= dropped + 2 * 2 * 256 * 4
+    dropped = 2 * 256 * 4  # bytes a token: two layers keep the dropped product, the second gate and up as well
+    assert found.per_token >= dropped + 2 * 256 * 4
     assert found.per_token < plain.per_token
 
 

@@ -64,7 +64,7 @@ def is_amd() -> bool:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # for a frozen weight x is not needed
         return linear(x, weight, bias)
 
     @staticmethod

@@ -31,7 +31,8 @@ _CHUNKS = 2.0  # of fp32 logits that the head's loss holds at once (model/head.p
 _LOGITS = 2.5  # the same where all logits are made: logits, softmax, and half of another while they are made
 _LAYER = 1.6  # of what a layer keeps, its backward takes where the layer is made again for it
 # Bytes of glibc's heap for each byte of tensors in a step: plain, where small tensors lie between large ones, and where
-# layers, or weights of a quantized base, are made again. Before 2.38, freed aligned memory is not found again for a tensor of the same size.
+# layers, or weights of a quantized base, are made again. Before 2.38, freed aligned memory is not found again for a
+# tensor of the same size.
 _HEAP, _HEAP_OF_SMALL, _HEAP_OF_AGAIN = 1.25, 1.6, 2.0
 
 

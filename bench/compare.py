@@ -179,8 +179,8 @@ def measure_lengths(bench: Bench, keep: Callable[[list[dict[str, Any]]], None]) 
     shape, tokens = ("smallest", 512) if smallest else ("26m", 8192)
     found: list[dict[str, Any]] = []
     longest_s = 0.0
-    for length in (64, 128) if smallest else LENGTHS:
-        if len(found) > 1 and not bench.has_time(longest_s):
+    for length in (64, 128) if smallest else bench.args.lengths or LENGTHS:
+        if len(found) > 1 and not bench.args.lengths and not bench.has_time(longest_s):
             break
         began = time.monotonic()
         texts = _texts_of_length(bench, shape, length, 4 * tokens // length + 8)
@@ -306,7 +306,8 @@ def run_part(bench: Bench, stage: str, case: Case | None, found: dict[str, Any],
     elif stage == "prepare":
         found["prepare"] = compare_preparation(bench)
     elif stage == "lengths":
-        measure_lengths(bench, keep_rows)
+        others = [row for row in found.get(stage, []) if row["length"] not in (bench.args.lengths or LENGTHS)]
+        measure_lengths(bench, lambda rows: keep_rows(sorted([*others, *rows], key=lambda row: row["length"])))
     else:
         measure_sizes(bench, keep_rows)
 
@@ -320,6 +321,7 @@ def main() -> None:
     parser.add_argument("--minimind", type=Path, metavar="CHECKOUT", help="a clone of MiniMind")
     parser.add_argument("--budget", type=float, default=25.0, metavar="MINUTES", help="default 25: with less time, fewer rounds and fewer points")  # fmt: skip
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS", help="of documents, in the stage lengths: these alone; other points of benchmark.json stay")  # fmt: skip
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="cases of `steps` with TEXT in their name, as `26m lora`"
     )
@@ -334,7 +336,7 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="measure nothing; write the pages from benchmark.json")
     args = parser.parse_args()
     path = args.docs / "benchmark.json"
-    is_all = set(args.stages) == set(STAGES) and not args.only
+    is_all = set(args.stages) == set(STAGES) and not args.only and not args.lengths
     found: dict[str, Any] = {}
     if path.exists() and (args.render or not is_all):
         found = json.loads(path.read_text(encoding="utf-8"))

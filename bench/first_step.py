@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import shutil
 import statistics
@@ -67,12 +68,14 @@ def main() -> None:
     parser.add_argument("--before", metavar="COMMIT", help="compare with the sources of this commit")
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--docs", type=Path, help="folder for first_step.json")
     args, more = parser.parse_known_args()
     with tempfile.TemporaryDirectory(prefix="first-") as name:
         folder = Path(name)
         rows = folder / "rows.jsonl"
         with args.data.open(encoding="utf-8") as source, rows.open("w", encoding="utf-8") as file:
-            file.writelines(itertools.islice(source, args.rows))
+            taken = list(itertools.islice(source, args.rows))
+            file.writelines(taken)
         sides = {"ours": HERE.parent / "src"}
         if args.before:
             sides["before"] = unpack(args.before, folder / "before")
@@ -89,8 +92,8 @@ def main() -> None:
                 model_code.append(with_model)
                 for side, seconds in timed.items():
                     found[side].append(seconds)
-    print(f"importing torch and transformers: {statistics.median(imports):.1f} s, "
-          f"with the code of a model {statistics.median(model_code):.1f} s")  # fmt: skip
+    imports_s, model_code_s = statistics.median(imports), statistics.median(model_code)
+    print(f"importing torch and transformers: {imports_s:.1f} s, with a model's class {model_code_s:.1f} s")
     for side, runs in found.items():
         output, lines, step = (statistics.median(column) for column in zip(*runs, strict=True))
         rest = statistics.median(run[2] - one for run, one in zip(runs, imports, strict=True))
@@ -98,6 +101,10 @@ def main() -> None:
             f"{side}: first output {output:.1f} s, lines about the run {lines:.1f} s, first step {step:.1f} s, "
             f"{rest:.1f} s more than the imports"
         )
+        if side == "ours" and args.docs:
+            kept = {"rows": len(taken), "rounds": args.rounds, "imports_s": imports_s, "model_code_s": model_code_s,
+                    "first_output_s": output, "first_step_s": step, "after_imports_s": rest}  # fmt: skip
+            (args.docs / "first_step.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 from tunesmith.importing import import_libraries
 
@@ -42,3 +46,18 @@ def test_a_process_that_has_torch_keeps_its_objects_collectable() -> None:
     import_libraries()
     assert gc.isenabled()
     assert gc.get_freeze_count() == before
+
+
+@pytest.mark.parametrize(
+    "command", [["train", "--model", "new:tiny", "--data", "d.jsonl", "--output", "r"], ["chat", "r"]]
+)
+def test_a_broken_library_is_named(command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text("raise ImportError('broken transformers')")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-m", "tunesmith", *command], capture_output=True, text=True, env=env, cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert "a package cannot be imported: ImportError: broken transformers" in done.stderr
+    assert "report it as a bug" not in done.stderr

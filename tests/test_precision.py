@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tunesmith.layers import products
 from tunesmith.training import precision
 from tunesmith.training.precision import has_fast_bf16, keep_precision, resolve_precision
 
@@ -44,6 +45,19 @@ def test_auto_on_a_cpu(
 
 def test_tests_train_in_fp32_on_every_machine() -> None:
     assert not has_fast_bf16()
+
+
+@pytest.mark.parametrize(
+    ("text", "is_amd"),
+    [
+        (b"vendor_id\t: AuthenticAMD\nmodel name\t: Caf\xe9 CPU\n", True), (b"vendor_id\t: GenuineIntel\n\xff\xfe", False),
+        (b"", False), (b"CPU implementer : 0x41\n", False), (b"model name : not AMD\n", False),
+    ],
+)  # fmt: skip
+def test_the_maker_of_a_cpu(text: bytes, is_amd: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cpuinfo").write_bytes(text)
+    monkeypatch.setattr(products, "Path", lambda _: tmp_path / "cpuinfo")
+    assert products.is_amd.__wrapped__() == is_amd
 
 
 def test_capabilities_are_those_of_this_cpu() -> None:

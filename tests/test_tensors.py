@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tunesmith import tensors
 from tunesmith.tensors import find_not_finite, write_tensors
@@ -48,6 +49,27 @@ def test_what_is_not_finite_is_found_in_every_part(place: int, value: float, mon
     assert find_not_finite({"fine": torch.zeros(5), "bad": tensor}) == "bad"
     assert find_not_finite({"bad": tensor.t()}) == "bad"
     assert not find_not_finite({"none": torch.zeros(0), "number": torch.tensor(1.0), "ids": torch.arange(3)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float64])
+def test_types_without_an_isfinite_of_their_own(dtype: torch.dtype) -> None:
+    assert not find_not_finite({"fine": torch.ones(3).to(dtype)})
+    assert find_not_finite({"bad": torch.tensor([1.0, float("nan")]).to(dtype)}) == "bad"
+
+
+def test_a_file_that_is_replaced_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "_GROUP", 8)
+    path, compare = tmp_path / "t.safetensors", tensors.is_same_bits
+    meant = {key: torch.arange(3.0) for key in "abc"}
+
+    def replace_and_compare(one: torch.Tensor, other: torch.Tensor) -> bool:
+        save_file({"a": one.clone()}, path)
+        return compare(one, other)
+
+    write_tensors(path, meant)
+    monkeypatch.setattr(tensors, "is_same_bits", replace_and_compare)
+    with pytest.raises(OSError, match=r"t\.safetensors"):
+        tensors.require_tensors(path, meant)
 
 
 @pytest.mark.parametrize("name", ["a", "b", "c"])

@@ -149,6 +149,12 @@ def explain(error: BaseException, words: list[str]) -> tuple[str, int]:
             f"Save or download it again; {_DEBUG}=1 shows what was being read.",
             TunesmithError.exit_code,
         )
+    if isinstance(error, ImportError) and not (error.name or "").startswith("tunesmith"):
+        return (
+            f"error: a package cannot be imported: {tell(error)}. Install tunesmith and what it needs again: "
+            f"pip install --force-reinstall tunesmith. {_DEBUG}=1 shows which import it was.",
+            TunesmithError.exit_code,
+        )
     if refused is not None and not isinstance(error, ValueError) and _was_reading(error):  # of a library
         return f"error: {_place_of(error)}: {tell(error)}. {_DEBUG}=1 shows more.", TunesmithError.exit_code
     return (

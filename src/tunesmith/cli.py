@@ -120,9 +120,8 @@ def _run_use_command(options: argparse.Namespace, words: list[str] | None, templ
     Args:
         words: the command that convert-config converts.
     """
-    if options.command in ("chat", "serve", "evaluate", "generate", "merge"):
-        import_libraries()
     if options.command == "chat":
+        import_libraries()
         from tunesmith.use.chat import run_chat
 
         run_chat(options)
@@ -283,6 +282,7 @@ def _evaluate(options: argparse.Namespace, template_kwargs: dict[str, Any]) -> N
     judge = judge_settings(
         options.judge, options.judge_model, options.judge_key_env, options.judge_parallel, options.judge_timeout
     )
+    import_libraries()
     from tunesmith.judging.command import run_evaluate
 
     keys = {name: value for name, value in vars(options).items() if name.startswith("data.")}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -36,10 +36,18 @@ def require_tensors(path: Path, meant: Mapping[str, Tensor]) -> set[str]:
     with safe_open(path, "pt") as file:
         names = set(file.keys())
     for group in _groups({name: meant[name] for name in sorted(names & set(meant))}):
-        with safe_open(path, "pt") as file:  # opened anew: what is read stays in memory until it is closed
-            if not all(is_same_bits(file.get_tensor(name), meant[name]) for name in group):
-                raise lost_write(path)
+        if not _has_tensors(path, {name: meant[name] for name in group}):
+            raise lost_write(path)
     return names
+
+
+def _has_tensors(path: Path, meant: Mapping[str, Tensor]) -> bool:
+    """Whether a file has these values; opened anew for it: what is read stays in memory until the file is closed."""
+    try:
+        with safe_open(path, "pt") as file:
+            return all(is_same_bits(file.get_tensor(name), tensor) for name, tensor in meant.items())
+    except SafetensorError:  # replaced meanwhile
+        return False
 
 
 def _groups(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
@@ -67,8 +75,10 @@ def is_same_bits(one: Tensor, other: Tensor) -> bool:
 def find_not_finite(tensors: Mapping[str, Tensor]) -> str:
     """Name of a tensor with NaN or infinite values; "" if all are finite."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not all(
-            bool(torch.isfinite(part).all()) for part in tensor.detach().reshape(-1).split(_PART)
-        ):
+        if tensor.is_floating_point() and not all(map(_is_finite, tensor.detach().reshape(-1).split(_PART))):
             return name
     return ""
+
+
+def _is_finite(part: Tensor) -> bool:
+    return bool(torch.isfinite(part.float() if part.element_size() == 1 else part).all())  # not there for all of 8 bits

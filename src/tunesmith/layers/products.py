@@ -55,7 +55,7 @@ def onednn_is_faster() -> bool:
 def is_amd() -> bool:
     """Whether AMD made this processor."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return "AMD" in platform.processor()
     return any("AMD" in line for line in lines if line.startswith("vendor_id"))

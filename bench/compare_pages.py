@@ -1,4 +1,4 @@
-"""benchmark.md and the plots of compare.py, from benchmark.json, first_step.json and memory.json."""
+"""benchmark.md and the plots of compare.py, from benchmark.json, first_step.json, memory.json and profile.json."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GOALS: tuple[tuple[str, str, str, float, str], ...] = (
 def write_pages(folder: Path, found: dict[str, Any]) -> None:
     if "machine" not in found:
         return
-    for name in ("first_step", "memory"):  # of first_step.py and memory.py
+    for name in ("first_step", "memory", "profile"):  # of first_step.py, memory.py and profile_step.py
         path = folder / f"{name}.json"
         found = {**found, name: json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}}
     for name, key in (("lengths", "length"), ("sizes", "parameters")):
@@ -70,6 +70,7 @@ def page(found: dict[str, Any]) -> list[str]:
     for case in found.get("steps", {}).values():
         lines += _case_lines(case)
     lines += _goal_lines(found)
+    lines += _profile_lines(found.get("profile", {}))
     lines += _preparation_lines(found.get("prepare", []))
     lines += _first_step_lines(found.get("first_step", {}))
     lines += _memory_lines(found.get("memory", {}))
@@ -213,6 +214,24 @@ def _preparation_lines(rows: list[dict[str, Any]]) -> list[str]:
         "How preparation grows with the number of rows: [large_data.md](large_data.md).",
         "",
     ]
+
+
+def _profile_lines(found: dict[str, dict[str, float]]) -> list[str]:
+    if not found:
+        return []
+    lines = [
+        "## What a step spends its time on",
+        "",
+        "`bench/profile_step.py`: tunesmith, 26M parameters, fp32; shares of the time of all operations. The limit counts the "
+        "products and the FLOP of attention; torch's kernel for attention on CPUs reaches fewer FLOP/s than products do, and "
+        "all else is memory that is read and written.",
+        "",
+        f"| | {' | '.join(found)} |",
+        f"|---|{'--:|' * len(found)}",
+    ]
+    for kind in next(iter(found.values())):
+        lines.append(f"| {kind} | {' | '.join(f'{shares.get(kind, 0):.0%}' for shares in found.values())} |")
+    return [*lines, ""]
 
 
 def _first_step_lines(found: dict[str, Any]) -> list[str]:

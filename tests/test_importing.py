@@ -61,3 +61,21 @@ def test_a_broken_library_is_named(command: list[str], tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "a package cannot be imported: ImportError: broken transformers" in done.stderr
     assert "report it as a bug" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", "r", "--data", "d.jsonl", "--judge", "ftp://x"], ["chat", "r", "--temperature", "-1"],
+        ["generate", "r", "--data", "d.jsonl", "--output", "o", "--samples", "0"], ["serve", "r", "--port", "x"],
+        ["export", "none.gguf", "--verify"], ["export", "r", "--verify", "--type", "f16"], ["export", "r"],
+        ["merge", "r"], ["train", "--model", "new:tiny", "--train.max_steps", "x"], ["lr-find", "--optim.lr", "x"],
+        ["resume", "r", "--train.max_stepz", "3"],
+    ],
+    ids=lambda words: " ".join(words),
+)  # fmt: skip
+def test_an_error_of_the_command_line_comes_before_the_imports(words: list[str], tmp_path: Path) -> None:
+    code = f"import sys; from tunesmith.cli import main; code = main({words!r}); print(code, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.split()[-1] == "False", done.stdout
+    assert done.stderr.strip()

@@ -215,7 +215,7 @@ def _check(options: argparse.Namespace, stages: Any) -> None:
     check_stages(stages, options.strict, options.json, options.html)
 
 
-def _announce_imports() -> None:
+def _begin_imports() -> None:
     """Import the libraries; say so where standard output is no terminal, on which `show_status` has said it."""
     if "torch" not in sys.modules and not sys.stdout.isatty() and VOICE.is_heard():
         print("start      importing PyTorch and transformers", flush=True)
@@ -223,7 +223,7 @@ def _announce_imports() -> None:
 
 
 def _train(config: Any) -> None:
-    _announce_imports()
+    _begin_imports()
     from tunesmith.run.console import ConsoleReporter
     from tunesmith.stages.command import train_config
 
@@ -238,7 +238,7 @@ def _lr_find(config: Any) -> None:
 
 
 def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> None:
-    _announce_imports()
+    _begin_imports()
     from tunesmith.run.console import ConsoleReporter
     from tunesmith.stages.command import resume_run
 

@@ -107,7 +107,7 @@ def _target(output: str) -> Path:
     try:
         path.with_suffix(".Modelfile").lstat()
     except FileNotFoundError:
-        return path
+        pass
     except OSError as error:  # a longer name than the file system takes
         raise _explain(error, output) from None
     return path
@@ -128,7 +128,9 @@ def _explain(error: OSError, output: str) -> TunesmithError:
     if is_no_room(error):
         return RunError(f"{output}: no space left on the disk. No files were written.", code="disk-full")
     return RunError(
-        f"{output}: cannot be written: {error.strerror or error}. No files were written.", code="output-not-writable"
+        f"{output}: cannot be written: {error.strerror or error}. No files were written. Give --output another name or "
+        "folder.",
+        code="output-not-writable",
     )
 
 
